@@ -1,0 +1,68 @@
+/* Causal attention over kept rows, forward and backward.
+ *
+ * The M packed rows of D documents are given by cu_seqlens. Packed row i of q, k, v, out (and their gradients) lies
+ * at storage row rows[i] of each tensor: original offsets, no copy. Absent `rows` = packed storage (storage row i).
+ * Rows of a document are ascending in position, so packed order decides causality: i sees j iff j <= i in the same
+ * document.
+ *   out_i = sum_j P_ij v_j,  P_ij = exp(scale * q_i . k_j - lse_i),  lse_i = log sum_j exp(scale * q_i . k_j)
+ * Query head h reads key/value head h / (Hq / Hk). D in {64, 80, 96, 128} on CUDA, any on the CPU. */
+#ifndef LEMO_ATTENTION_H
+#define LEMO_ATTENTION_H
+
+#include "lemo/types.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct lemo_attention_forward_args {
+  uint64_t struct_size;
+  lemo_tensor q;          /* [R, Hq, D] f32 (CPU), f16/bf16 (CUDA); row and head strides multiples of 8 on CUDA */
+  lemo_tensor k;          /* [R, Hk, D] */
+  lemo_tensor v;          /* [R, Hk, D] */
+  lemo_tensor cu_seqlens; /* int32 [D + 1], packed rows; M = cu_seqlens[D] <= capacity */
+  lemo_tensor rows;       /* optional int32 [capacity]: storage row of each packed row */
+  int64_t max_seqlen;     /* the longest document in packed rows, or an upper bound of it */
+  float scale;
+  int32_t reserved;
+
+  lemo_tensor out; /* out: [R, Hq, D], dtype of q; rows not named keep what they hold */
+  lemo_tensor lse; /* out: float32 [Hq, capacity], by packed row. capacity = len(rows), or R without rows */
+} lemo_attention_forward_args;
+
+LEMO_API lemo_status lemo_attention_forward(const lemo_exec *exec, const lemo_attention_forward_args *args);
+LEMO_API lemo_status lemo_attention_forward_workspace(const lemo_exec *exec, const lemo_attention_forward_args *args,
+                                                      uint64_t *bytes);
+
+/* Backward pass restricted to the given rows, with the output and log-sum-exp of whatever forward pass made them:
+ * where that pass saw more keys than these, P_ij is still the exact probability.
+ *   D_i = dout_i . out_i;  dS_ij = P_ij (dout_i . v_j - D_i)
+ *   dq_i = scale sum_j w_ij dS_ij k_j;  dk_j = scale sum_i w_ij dS_ij q_i;  dv_j = sum_i w_ij P_ij dout_i
+ * w_ij = key_weights[slot of j], or 1 where i and j share a block slot, or 1 without key_weights. */
+typedef struct lemo_attention_backward_args {
+  uint64_t struct_size;
+  lemo_tensor dout; /* [R, Hq, D], dtype of q */
+  lemo_tensor q, k, v, out;
+  lemo_tensor lse; /* float32 [Hq, capacity] */
+  lemo_tensor cu_seqlens;
+  lemo_tensor rows;        /* optional, as in the forward pass */
+  lemo_tensor key_weights; /* optional float32 [K], by block slot */
+  lemo_tensor row_slots;   /* int32 [capacity], with key_weights: block slot of every packed row */
+  int64_t max_seqlen;
+  float scale;
+  int32_t reserved;
+
+  lemo_tensor dq; /* out: [R, Hq, D] */
+  lemo_tensor dk; /* out: [R, Hk, D] */
+  lemo_tensor dv; /* out: [R, Hk, D] */
+} lemo_attention_backward_args;
+
+/* exec->deterministic = 1: no atomics, bitwise repeatable. */
+LEMO_API lemo_status lemo_attention_backward(const lemo_exec *exec, const lemo_attention_backward_args *args);
+LEMO_API lemo_status lemo_attention_backward_workspace(const lemo_exec *exec, const lemo_attention_backward_args *args,
+                                                       uint64_t *bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,13 @@
+/* lemo: token elimination for long-context fine-tuning. Includes every public header of the C interface. */
+#ifndef LEMO_LEMO_H
+#define LEMO_LEMO_H
+
+#include "lemo/attention.h"
+#include "lemo/loss.h"
+#include "lemo/predict.h"
+#include "lemo/rows.h"
+#include "lemo/scores.h"
+#include "lemo/select.h"
+#include "lemo/types.h"
+
+#endif
