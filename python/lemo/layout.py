@@ -1,0 +1,234 @@
+"""Where tokens lie: the blocks of a packed batch, and the blocks a sub-layer keeps.
+
+All sequences of a batch are packed into T tokens; a block is up to ``block_size`` consecutive tokens of ONE document.
+``Blocks`` describes that cut, ``Kept`` the part of it that takes part in a sub-layer. Both hold small int32 tensors on
+the device of the batch and plain Python sizes, so that allocating by size never waits for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lemo import ops
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The blocks of a packed batch of D documents with T tokens in nb blocks.
+
+    offsets: int32 [nb + 1], first token of every block; documents: int32 [D + 1], first block of every document;
+    block_size: the most tokens a block has; lengths: tokens of every document.
+    """
+
+    offsets: Tensor
+    documents: Tensor
+    block_size: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int], block_size: int, device: torch.device | str = "cpu") -> Blocks:
+        """Cuts documents of the given lengths into blocks. Raises ValueError for an empty list, document or block."""
+        lengths = tuple(int(n) for n in lengths)
+        if block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {block_size}")
+        if not lengths:
+            raise ValueError("lengths: expected at least one document, got none")
+        if min(lengths) < 1:
+            raise ValueError(
+                f"lengths: document {lengths.index(min(lengths))} is empty: expected at least 1 token, got {min(lengths)}"
+            )
+        if sum(lengths) >= 2**31:
+            raise ValueError(f"lengths: expected fewer than 2**31 tokens in all, got {sum(lengths)}")
+        starts: list[int] = []
+        documents = [0]
+        first = 0
+        for n in lengths:
+            starts.extend(range(first, first + n, block_size))
+            first += n
+            documents.append(len(starts))
+        starts.append(first)
+        # One transfer: both lists live in one buffer.
+        both = torch.tensor(starts + documents, dtype=torch.int32).to(device)
+        return cls(both[: len(starts)], both[len(starts) :], block_size, lengths)
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.offsets.device
+
+    @functools.cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [D + 1]: first token of every document, T at the end."""
+        return self.offsets[self.documents.long()]
+
+    @functools.cached_property
+    def blocks_per_document(self) -> tuple[int, ...]:
+        return tuple(-(-n // self.block_size) for n in self.lengths)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """int64 [T]: position of every token within its document."""
+        token = torch.arange(self.num_tokens, device=self.device)
+        starts = self.cu_seqlens.long()
+        return token - starts[torch.bucketize(token, starts[1:], right=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """K kept blocks with M kept tokens of ``source``, in order.
+
+    blocks: int32 [K], kept block ids ascending; slots: int32 [nb], position of a block in ``blocks`` or -1;
+    row_offsets: int32 [K + 1], first packed row of every kept block; cu_seqlens: int32 [D + 1], packed rows of every
+    document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every packed
+    row's block; weights: float32 [K], 1/p of a sampled block, else 1.
+    max_seqlen: the longest document in packed rows, or an upper bound of it.
+    """
+
+    blocks: Tensor
+    slots: Tensor
+    row_offsets: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor
+    row_slots: Tensor
+    weights: Tensor
+    num_blocks: int
+    num_rows: int
+    max_seqlen: int
+    source: Blocks
+    info: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def everything(cls, blocks: Blocks) -> Kept:
+        """Keeps every block: rows are the identity and weights are 1."""
+        device, nb, tokens = blocks.device, blocks.num_blocks, blocks.num_tokens
+        ids = torch.arange(nb, dtype=torch.int32, device=device)
+        sizes = blocks.offsets[1:] - blocks.offsets[:-1]
+        return cls(
+            blocks=ids,
+            slots=ids,
+            row_offsets=blocks.offsets,
+            cu_seqlens=blocks.cu_seqlens,
+            rows=torch.arange(tokens, dtype=torch.int32, device=device),
+            row_slots=torch.repeat_interleave(ids, sizes, output_size=tokens),
+            weights=torch.ones(nb, device=device),
+            num_blocks=nb,
+            num_rows=tokens,
+            max_seqlen=blocks.max_seqlen,
+            source=blocks,
+        )
+
+    @property
+    def is_everything(self) -> bool:
+        return self.num_rows == self.source.num_tokens
+
+    def raise_on_fault(self) -> None:
+        """Reads the device's fault flag (one host synchronisation) and raises FloatingPointError where it is set.
+
+        Only needed after a selection that was made without a synchronisation; see ``select``.
+        """
+        if self.info is not None:
+            _raise_fault(int(self.info[3]))
+
+
+def kept_per_document(blocks: Blocks, keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
+    """Blocks a budget keeps of every document: min(n, max(floor(keep n + 1/2), forced, 1)), as the kernels count."""
+    share = ctypes.c_float(keep).value  # the kernels hold `keep` in single precision
+    return tuple(
+        min(n, max(math.floor(share * n + 0.5), min(n, always_first + always_last), 1))
+        for n in blocks.blocks_per_document
+    )
+
+
+def select(
+    scores: Tensor,
+    blocks: Blocks,
+    *,
+    mode: str,
+    keep: float = 1.0,
+    threshold: float = 0.0,
+    always_first: int = 1,
+    always_last: int = 0,
+    seed: int = 0,
+) -> Kept:
+    """Chooses blocks by score (paper section 4.2) and returns tensors of exact size.
+
+    scores: float32 [nb]; for mode "sample" inclusion probabilities in (0, 1].
+    mode: "threshold" keeps scores >= threshold; "budget" the highest share ``keep`` of each document's blocks;
+    "sample" draws that many by Pareto sampling with ``seed`` and sets weights to 1/p.
+    always_first, always_last: blocks of each document that are kept whatever their score.
+
+    Raises FloatingPointError, naming the block, for a score that is not finite (or no probability), and where nothing is
+    kept. Costs one host synchronisation on a GPU, except where sizes are known beforehand (a budget or sample over
+    documents whose lengths are multiples of the block size): then faults wait until ``Kept.raise_on_fault``.
+    """
+    b = blocks.block_size
+    kept, slots, row_offsets, cu_seqlens, rows, row_slots, weights, info = ops.select_blocks(
+        scores,
+        blocks.offsets,
+        blocks.documents,
+        b,
+        blocks.num_tokens,
+        mode,
+        keep,
+        threshold,
+        always_first,
+        always_last,
+        seed,
+    )
+    pending = None
+    if mode != "threshold" and scores.is_cuda and all(n % b == 0 for n in blocks.lengths):
+        counts = kept_per_document(blocks, keep, always_first, always_last)
+        num_blocks, num_rows, max_seqlen = sum(counts), sum(counts) * b, max(counts) * b
+        pending = info
+    else:
+        num_blocks, num_rows, max_seqlen, fault = info.tolist()
+        _raise_fault(fault)
+    return Kept(
+        blocks=kept[:num_blocks],
+        slots=slots,
+        row_offsets=row_offsets[: num_blocks + 1],
+        cu_seqlens=cu_seqlens,
+        rows=rows[:num_rows],
+        row_slots=row_slots[:num_rows],
+        weights=weights[:num_blocks],
+        num_blocks=num_blocks,
+        num_rows=num_rows,
+        max_seqlen=max_seqlen,
+        source=blocks,
+        info=pending,
+    )
+
+
+def _raise_fault(fault: int) -> None:
+    if fault > 0:
+        raise FloatingPointError(
+            f"scores: block {fault - 1} is not a finite number (sample: not in (0, 1]): expected finite scores; "
+            "nothing was selected"
+        )
+    if fault < 0:
+        raise FloatingPointError(
+            "scores: no block reaches the threshold: expected at least one kept block; lower the "
+            "threshold or force blocks with always_first"
+        )

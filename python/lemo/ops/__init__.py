@@ -1,0 +1,27 @@
+"""Operations of lemo as torch functions; each is also ``torch.ops.lemo.<name>`` with a schema and a fake kernel.
+
+fp32 on the CPU, fp16 and bf16 on CUDA (current stream). Wrong arguments raise ValueError before anything is written, a
+missing kernel NotImplementedError, scores that are no numbers FloatingPointError, the device RuntimeError.
+"""
+
+from lemo.ops.attention import attention, attention_backward, attention_forward
+from lemo.ops.blocks import block_scores, predict, select_blocks
+from lemo.ops.loss import linear_cross_entropy, linear_cross_entropy_loss
+from lemo.ops.rows import gather, gather_norm, gather_norm_backward, gather_norm_backward_, norm, scatter_add_
+
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "block_scores",
+    "gather",
+    "gather_norm",
+    "gather_norm_backward",
+    "gather_norm_backward_",
+    "linear_cross_entropy",
+    "linear_cross_entropy_loss",
+    "norm",
+    "predict",
+    "scatter_add_",
+    "select_blocks",
+]

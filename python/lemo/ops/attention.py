@@ -1,0 +1,237 @@
+"""Causal attention over kept rows, forward and backward, by documents (paper section 5.1; weights: the docs on modes).
+
+M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies at row rows[i] of every tensor (``rows`` int32
+[M], or None: row i), ascending in position within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing Hq; rows
+and heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed rows, or more.
+Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lemo._native import call
+from lemo.ops._schema import define, library, need
+
+
+def _like(x: Tensor, rows: Tensor | None) -> Tensor:
+    # Rows that are not named must read as zero in a result of ours; packed tensors have no such rows.
+    return x.new_empty(x.shape) if rows is None else x.new_zeros(x.shape)
+
+
+def _forward_out(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rows: Tensor | None, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    need("q", q, "R Hq D")
+    capacity = q.shape[0] if rows is None else rows.shape[0]
+    return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rows: Tensor | None, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_out(q, k, v, cu_seqlens, rows, max_seqlen, scale)
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens": cu_seqlens,
+        "rows": rows,
+        "max_seqlen": max_seqlen,
+        "scale": scale,
+        "out": out,
+        "lse": lse,
+    }
+    call("attention_forward", q.device, arguments, workspace=True)
+    return out, lse
+
+
+def _backward_out(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    key_weights: Tensor | None,
+    row_slots: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q, rows), _like(k, rows), _like(v, rows)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    key_weights: Tensor | None,
+    row_slots: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _like(q, rows), _like(k, rows), _like(v, rows)
+    arguments = {
+        "dout": dout,
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "lse": lse,
+        "cu_seqlens": cu_seqlens,
+        "rows": rows,
+        "key_weights": key_weights,
+        "row_slots": row_slots,
+        "max_seqlen": max_seqlen,
+        "scale": scale,
+        "dq": dq,
+        "dk": dk,
+        "dv": dv,
+    }
+    call("attention_backward", q.device, arguments, workspace=True, deterministic=deterministic)
+    return dq, dk, dv
+
+
+define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? rows, SymInt max_seqlen, float scale) "
+    "-> (Tensor out, Tensor lse)",
+    _forward,
+    _forward_out,
+)
+define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+    "Tensor? rows, Tensor? key_weights, Tensor? row_slots, SymInt max_seqlen, float scale, bool deterministic) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward,
+    _backward_out,
+)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rows: Tensor | None, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out_i = sum_j softmax_j(scale q_i . k_j) v_j over j <= i of i's document: (out [R, Hq, D], lse float32 [Hq, M]).
+
+    Rows of out that ``rows`` does not name are zero. Differentiable in q, k and v (through out only).
+    """
+    return torch.ops.lemo.attention_forward(q, k, v, cu_seqlens, rows, max_seqlen, scale)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    key_weights: Tensor | None,
+    row_slots: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) restricted to the given rows, from the output and LSE of the forward pass that made them.
+
+    Where that pass saw more keys than these rows, probabilities P_ij = exp(scale q_i . k_j - lse_i) are still exact:
+    dS_ij = P_ij (dout_i . v_j - dout_i . out_i); dq_i = scale sum_j w_ij dS_ij k_j; dk_j = scale sum_i w_ij dS_ij q_i;
+    dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 where i and j share a
+    slot, or 1 without key_weights. deterministic: bitwise repeatable, also where torch's deterministic algorithms are on.
+    """
+    return torch.ops.lemo.attention_backward(
+        dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    row_slots: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
+
+    With ``out`` and ``lse`` of an earlier forward pass over more keys, that output is returned without computing it, and
+    gradients are those of ``attention_backward`` with the given key weights (mode `backward`).
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if (out is None) != (lse is None):
+        raise ValueError("lse: expected out and lse together, got one of them")
+    if out is None:
+        out, lse = torch.ops.lemo.attention_forward(
+            q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale
+        )
+    return _Attention.apply(
+        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Ties a computed output to the backward pass over the given rows."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic):
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots)
+        ctx.max_seqlen, ctx.scale, ctx.deterministic = max_seqlen, scale, deterministic
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots = ctx.saved_tensors
+        grads = torch.ops.lemo.attention_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens,
+            rows,
+            key_weights,
+            row_slots,
+            ctx.max_seqlen,
+            ctx.scale,
+            ctx.deterministic,
+        )
+        return *grads, None, None, None, None, None, None, None, None, None
+
+
+def _context(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows)
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, dout, dlse):
+    if dout is None:
+        return (None,) * 7
+    *tensors, cu_seqlens, rows = ctx.saved_tensors
+    grads = torch.ops.lemo.attention_backward(
+        dout.contiguous(), *tensors, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False
+    )
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("lemo::attention_forward", _grad, setup_context=_context, lib=library)

@@ -1,0 +1,330 @@
+"""Kept rows of the residual stream: gather, norm, scatter-add and their backward passes (paper section 5.1).
+
+T tokens, M packed rows, d channels. ``rows`` int32 [M] names the row of the residual stream behind each packed row, no
+row twice; -1 is padding (gathers zeros, scatters nothing). fp32 on the CPU, fp16 or bf16 on CUDA.
+Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lemo._native import call
+from lemo.ops._schema import NORMS, choice, define, library, need
+
+
+def _gather_out(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    need("x", x, "T d")
+    need("rows", rows, "M")
+    return x.new_empty(rows.shape[0], x.shape[1])
+
+
+def _gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    out = _gather_out(x, rows)
+    call("gather", x.device, {"x": x, "rows": rows, "weights": weights, "slots": slots, "out": out})
+    return out
+
+
+def _scatter_add(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> None:
+    call("scatter_add", x.device, {"x": x, "rows": rows, "y": y, "base": base})
+
+
+def _norm_out(
+    x: Tensor,
+    rows: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    want_packed: bool,
+) -> tuple[Tensor, Tensor]:
+    need("x", x, "T d")
+    y = x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
+    return y, torch.empty_like(y) if want_packed else x.new_empty(0)
+
+
+def _norm(
+    x: Tensor,
+    rows: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    want_packed: bool,
+) -> tuple[Tensor, Tensor]:
+    y, packed = _norm_out(x, rows, residual, weight, bias, norm, eps, want_packed)
+    arguments = {
+        "x": x,
+        "rows": rows,
+        "residual": residual,
+        "weight": weight,
+        "bias": bias,
+        "norm": choice("norm", norm, NORMS),
+        "eps": eps,
+        "y": y,
+        "packed": packed if want_packed else None,
+        "mean": None,
+        "rstd": None,
+    }
+    call("gather_norm", x.device, arguments)
+    return y, packed
+
+
+def _norm_grads(s: Tensor, want_dweight: bool, want_dbias: bool) -> tuple[Tensor, Tensor]:
+    need("s", s, "M d")
+    d = s.shape[1]
+    return (
+        s.new_empty(d if want_dweight else 0, dtype=torch.float32),
+        s.new_empty(d if want_dbias else 0, dtype=torch.float32),
+    )
+
+
+def _norm_backward_in_place(
+    dx: Tensor,
+    rows: Tensor | None,
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor | None,
+    ds_extra: Tensor | None,
+    norm: str,
+    eps: float,
+    accumulate: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor]:
+    dweight, dbias = _norm_grads(s, want_dweight, want_dbias)
+    arguments = {
+        "dy": dy,
+        "s": s,
+        "weight": weight,
+        "ds_extra": ds_extra,
+        "rows": rows,
+        "norm": choice("norm", norm, NORMS),
+        "eps": eps,
+        "accumulate": accumulate,
+        "dx": dx,
+        "dweight": dweight if want_dweight else None,
+        "dbias": dbias if want_dbias else None,
+    }
+    call("gather_norm_backward", dy.device, arguments, workspace=True)
+    return dweight, dbias
+
+
+def _norm_backward_in_place_out(
+    dx: Tensor,
+    rows: Tensor | None,
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor | None,
+    ds_extra: Tensor | None,
+    norm: str,
+    eps: float,
+    accumulate: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor]:
+    return _norm_grads(s, want_dweight, want_dbias)
+
+
+def _norm_backward(
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor | None,
+    ds_extra: Tensor | None,
+    norm: str,
+    eps: float,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ds = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    grads = _norm_backward_in_place(ds, None, dy, s, weight, ds_extra, norm, eps, False, want_dweight, want_dbias)
+    return ds, *grads
+
+
+def _norm_backward_out(
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor | None,
+    ds_extra: Tensor | None,
+    norm: str,
+    eps: float,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ds = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    return ds, *_norm_grads(s, want_dweight, want_dbias)
+
+
+define("gather(Tensor x, Tensor rows, Tensor? weights=None, Tensor? slots=None) -> Tensor", _gather, _gather_out)
+define(
+    "scatter_add_(Tensor(a!) x, Tensor rows, Tensor y, Tensor? base=None) -> ()",
+    _scatter_add,
+    lambda x, rows, y, base=None: None,
+)
+define(
+    "gather_norm(Tensor x, Tensor? rows, Tensor? residual, Tensor? weight, Tensor? bias, str norm, float eps, "
+    "bool want_packed) -> (Tensor y, Tensor packed)",
+    _norm,
+    _norm_out,
+)
+define(
+    "gather_norm_backward(Tensor dy, Tensor s, Tensor? weight, Tensor? ds_extra, str norm, float eps, "
+    "bool want_dweight, bool want_dbias) -> (Tensor ds, Tensor dweight, Tensor dbias)",
+    _norm_backward,
+    _norm_backward_out,
+)
+define(
+    "gather_norm_backward_(Tensor(a!) dx, Tensor? rows, Tensor dy, Tensor s, Tensor? weight, Tensor? ds_extra, "
+    "str norm, float eps, bool accumulate, bool want_dweight, bool want_dbias) -> (Tensor dweight, Tensor dbias)",
+    _norm_backward_in_place,
+    _norm_backward_in_place_out,
+)
+
+
+def gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    """out[i] = weights[slots[i]] * x[rows[i]], [M, d]. Differentiable in x.
+
+    x [T, d]; weights float32 [K] by block slot, with slots int32 [M].
+    """
+    return torch.ops.lemo.gather(x, rows, weights, slots)
+
+
+def scatter_add_(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
+    """x[rows[i]] += y[i] in place, or x[rows[i]] = base[i] + y[i]. Returns x [T, d]. Sums in fp32, rounds once."""
+    torch.ops.lemo.scatter_add_(x, rows, y, base)
+    return x
+
+
+def gather_norm(
+    x: Tensor,
+    rows: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Norm of gathered rows: s_i = x[rows[i]] + residual[i], y = norm(s) * weight + bias. Returns (y, s), both [M, d].
+
+    rows None: every row. norm: "rms" (s / sqrt(mean(s^2) + eps)) or "layer" ((s - mean) / sqrt(var + eps)).
+    weight, bias [d] in the dtype of x or float32. s is what ``gather_norm_backward`` needs; it is x itself where neither
+    rows nor residual are given.
+    """
+    want_packed = rows is not None or residual is not None
+    y, packed = torch.ops.lemo.gather_norm(x, rows, residual, weight, bias, norm, eps, want_packed)
+    return y, packed if want_packed else x
+
+
+def gather_norm_backward(
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor | None,
+    ds_extra: Tensor | None,
+    norm: str,
+    eps: float,
+    want_dweight: bool = False,
+    want_dbias: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of the norm at s plus ``ds_extra``: (ds [M, d], dweight, dbias float32 [d] or None)."""
+    ds, dweight, dbias = torch.ops.lemo.gather_norm_backward(
+        dy, s, weight, ds_extra, norm, eps, want_dweight, want_dbias
+    )
+    return ds, dweight if want_dweight else None, dbias if want_dbias else None
+
+
+def gather_norm_backward_(
+    dx: Tensor,
+    rows: Tensor | None,
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor | None,
+    ds_extra: Tensor | None,
+    norm: str,
+    eps: float,
+    accumulate: bool = True,
+    want_dweight: bool = False,
+    want_dbias: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """In place: dx[rows[i]] += ds_i (or = ds_i with accumulate False), ds as in ``gather_norm_backward``.
+
+    Other rows of dx [T, d] are not touched. Returns (dweight, dbias), float32 [d] or None.
+    """
+    dweight, dbias = torch.ops.lemo.gather_norm_backward_(
+        dx, rows, dy, s, weight, ds_extra, norm, eps, accumulate, want_dweight, want_dbias
+    )
+    return dweight if want_dweight else None, dbias if want_dbias else None
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    kind: str = "rms",
+    eps: float = 1e-6,
+    rows: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``gather_norm`` as a differentiable function of x, residual, weight and bias. Returns y [M, d]."""
+    return gather_norm(x, rows, residual, weight, bias, kind, eps)[0]
+
+
+def _gather_context(ctx, inputs, output) -> None:
+    x, rows, weights, slots = inputs
+    ctx.save_for_backward(rows, weights, slots)
+    ctx.shape = x.shape
+
+
+def _gather_grad(ctx, grad):
+    rows, weights, slots = ctx.saved_tensors
+    grad = grad.contiguous()
+    if weights is not None:
+        own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        grad = torch.ops.lemo.gather(grad, own, weights, slots)
+    dx = grad.new_zeros(ctx.shape)
+    torch.ops.lemo.scatter_add_(dx, rows, grad)
+    return dx, None, None, None
+
+
+def _norm_context(ctx, inputs, output) -> None:
+    x, rows, residual, weight, _, ctx.norm, ctx.eps, want_packed = inputs
+    ctx.save_for_backward(output[1] if want_packed else x, rows, weight)
+    ctx.shape, ctx.has_residual = x.shape, residual is not None
+    ctx.bias_dtype = None if inputs[4] is None else inputs[4].dtype
+
+
+def _norm_grad(ctx, dy, ds_extra):
+    s, rows, weight = ctx.saved_tensors
+    want_dweight, want_dbias = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    if ds_extra is not None and ds_extra.shape != dy.shape:
+        ds_extra = None  # the placeholder of a forward pass that did not return s
+    ds, dweight, dbias = torch.ops.lemo.gather_norm_backward(
+        dy.contiguous(),
+        s,
+        weight,
+        None if ds_extra is None else ds_extra.contiguous(),
+        ctx.norm,
+        ctx.eps,
+        want_dweight,
+        want_dbias,
+    )
+    dx = ds
+    if rows is not None:
+        dx = ds.new_zeros(ctx.shape)
+        torch.ops.lemo.scatter_add_(dx, rows, ds)
+    return (
+        dx,
+        None,
+        ds if ctx.has_residual else None,
+        dweight.to(weight.dtype) if want_dweight else None,
+        dbias.to(ctx.bias_dtype) if want_dbias else None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("lemo::gather", _gather_grad, setup_context=_gather_context, lib=library)
+torch.library.register_autograd("lemo::gather_norm", _norm_grad, setup_context=_norm_context, lib=library)
