@@ -1,0 +1,321 @@
+"""Calibrated predictors on disk: one folder with ``lemo_config.json`` and ``predictors.safetensors``.
+
+The folder is written under a temporary name beside its target and gets its name by one rename, so that it is either
+complete or absent. The configuration names the format, every layer's sizes, the model the predictors were trained for,
+and the size and digest of the weight file, so that a damaged or exchanged file is noticed when it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.layout import Blocks
+from lemo.predictors.fingerprint import model_fingerprint
+from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights
+
+CONFIG_NAME = "lemo_config.json"
+WEIGHTS_NAME = "predictors.safetensors"
+FORMAT_VERSION = 1
+
+
+class CalibrationError(RuntimeError):
+    """A calibration folder cannot be written or read, or belongs to another model. Nothing was changed."""
+
+
+@dataclass(eq=False)
+class PredictorSet:
+    """The predictors of every layer of one model, with the layers' thresholds and budgets.
+
+    layers: weights per layer; norm, pool, eps, normalize: as in ``lemo.ops.predict``; block_size: tokens per block;
+    thresholds: per layer, keep a block whose predicted score reaches it; keep: per layer, share of blocks as a budget;
+    context: tokens per document in training (thresholds of plain column sums grow with it); fingerprint: the model's;
+    report: what calibration measured (JSON values).
+    """
+
+    layers: Sequence[LayerWeights]
+    norm: str
+    pool: str
+    eps: float
+    normalize: bool
+    thresholds: tuple[float, ...]
+    keep: tuple[float, ...]
+    block_size: int
+    context: int
+    fingerprint: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layers, self.thresholds, self.keep = tuple(self.layers), tuple(self.thresholds), tuple(self.keep)
+        n = len(self.layers)
+        for name in ("thresholds", "keep"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(f"{name}: expected one value for each of {n} layers, got {len(getattr(self, name))}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(layer.num_parameters for layer in self.layers)
+
+    def scores(self, layer: int, x: Tensor, blocks: Blocks) -> Tensor:
+        """Predicted informativeness float32 [nb] of layer ``layer`` from residual rows x [T, d] (the layer's input)."""
+        from lemo import ops
+
+        if blocks.block_size != self.block_size:
+            raise ValueError(
+                f"blocks: the predictors were calibrated for blocks of {self.block_size} tokens, got "
+                f"{blocks.block_size}; calibrate again with that block size"
+            )
+        with torch.no_grad():
+            return ops.predict(
+                x.detach(),
+                *self.layers[layer],
+                blocks.offsets,
+                blocks.documents,
+                blocks.block_size,
+                self.norm,
+                self.pool,
+                self.eps,
+                self.normalize,
+            )[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PredictorSet:
+        """The same predictors on another device or in another type (float32 on the CPU, float16 or bfloat16 on CUDA)."""
+        return PredictorSet(
+            **{**self.__dict__, "layers": tuple(layer.to(device=device, dtype=dtype) for layer in self.layers)}
+        )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises CalibrationError, naming what differs, unless the predictors were calibrated for this model."""
+        _compare(self.fingerprint, model_fingerprint(model))
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the folder completely or not at all.
+
+        An existing folder is an error unless ``overwrite``; then it must be a calibration (or empty), and it stays as it
+        was until the new one is complete. Raises CalibrationError where it cannot be written.
+        """
+        target = Path(folder)
+        old = target.with_name(f".replaced-{target.name}")
+        temporary = target.with_name(f".writing-{target.name}-{os.getpid()}")
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            if not overwrite:
+                raise CalibrationError(f"{target} exists already: choose another folder or allow overwriting it")
+            if not (target / CONFIG_NAME).is_file():
+                raise CalibrationError(f"{target} holds no {CONFIG_NAME}, so it is not a calibration: not overwritten")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            self._write(temporary)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
+                try:
+                    os.replace(temporary, target)
+                except BaseException:
+                    os.replace(old, target)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(temporary, target)
+            _flush(target.parent)
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CalibrationError(f"cannot write {target}: {_reason(error)}; nothing was changed") from error
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"layers.{i}.{name}": weight.float().cpu().contiguous()
+            for i, layer in enumerate(self.layers)
+            for name, weight in zip(WEIGHT_NAMES, layer, strict=True)
+        }
+        path = folder / WEIGHTS_NAME
+        save_file(tensors, path, metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "block_size": self.block_size,
+            "context": self.context,
+            "norm": self.norm,
+            "pool": self.pool,
+            "eps": self.eps,
+            "normalize": self.normalize,
+            "thresholds": list(self.thresholds),
+            "keep": list(self.keep),
+            "sizes": [[list(w.shape) for w in layer] for layer in self.layers],
+            "weights": {"bytes": path.stat().st_size, "sha256": _digest(path)},
+            "model": self.fingerprint,
+            "report": self.report,
+        }
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            _flush(folder / name)
+        _flush(folder)
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        model: nn.Module | None = None,
+    ) -> PredictorSet:
+        """Reads a calibration folder; with ``model``, also checks that it was made for that model.
+
+        dtype: of the weights, default float32 on the CPU and bfloat16 elsewhere. Raises CalibrationError for a missing,
+        damaged or foreign file.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        if model is not None:  # before the weights: sizes of another model would be reported as damage
+            _compare(config["model"], model_fingerprint(model))
+        weights = _read_weights(folder, config)
+        layers = []
+        for i, sizes in enumerate(config["sizes"]):
+            layer = []
+            for name, shape in zip(WEIGHT_NAMES, sizes, strict=True):
+                weight = weights.get(f"layers.{i}.{name}")
+                if weight is None or list(weight.shape) != shape:
+                    got = "nothing" if weight is None else list(weight.shape)
+                    raise CalibrationError(
+                        f"{folder / WEIGHTS_NAME}: layers.{i}.{name}: expected shape {shape}, got {got}; calibrate again"
+                    )
+                layer.append(weight)
+            layers.append(LayerWeights(*layer))
+        predictors = cls(
+            layers=layers,
+            norm=config["norm"],
+            pool=config["pool"],
+            eps=config["eps"],
+            normalize=config["normalize"],
+            thresholds=config["thresholds"],
+            keep=config["keep"],
+            block_size=config["block_size"],
+            context=config["context"],
+            fingerprint=config["model"],
+            report=config.get("report", {}),
+        )
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        return predictors.to(device=device, dtype=dtype)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not folder.is_dir():
+        hint = "run `lemo calibrate` first"
+        if folder.with_name(f".replaced-{folder.name}").is_dir():
+            hint = f"an interrupted overwrite left the previous one at {folder.with_name(f'.replaced-{folder.name}')}"
+        raise CalibrationError(f"calibration folder {folder} does not exist: {hint}")
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CalibrationError(f"{folder}: {CONFIG_NAME} is missing: not a folder of `lemo calibrate`") from None
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path} cannot be read ({error}): calibrate again") from None
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise CalibrationError(
+            f"{path}: written in format version {version}, this lemo reads version {FORMAT_VERSION}: "
+            "calibrate again or use the lemo that wrote it"
+        )
+    number, whole, per_layer = (int, float), int, list
+    expected: dict[str, Any] = {
+        "block_size": whole,
+        "context": whole,
+        "norm": str,
+        "pool": str,
+        "eps": number,
+        "normalize": bool,
+        "thresholds": per_layer,
+        "keep": per_layer,
+        "sizes": per_layer,
+        "weights": dict,
+        "model": dict,
+    }
+    for name, kind in expected.items():
+        if not isinstance(config.get(name), kind):
+            raise CalibrationError(f"{path}: {name} is missing or of the wrong kind: calibrate again")
+    if not len(config["sizes"]) == len(config["thresholds"]) == len(config["keep"]):
+        raise CalibrationError(f"{path}: sizes, thresholds and keep differ in their number of layers: calibrate again")
+    if config["norm"] not in NORMS or config["pool"] not in POOLS:
+        raise CalibrationError(f"{path}: unknown norm {config['norm']!r} or pool {config['pool']!r}: calibrate again")
+    return config
+
+
+def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path, expected = folder / WEIGHTS_NAME, config["weights"]
+    if not path.is_file():
+        raise CalibrationError(f"{folder}: {WEIGHTS_NAME} is missing: calibrate again or copy the whole folder")
+    size = path.stat().st_size
+    if size != expected.get("bytes"):
+        raise CalibrationError(
+            f"{path} is truncated or was exchanged: expected {expected.get('bytes')} bytes, got {size}; calibrate again"
+        )
+    if _digest(path) != expected.get("sha256"):
+        raise CalibrationError(f"{path} is not what was written (its digest differs): calibrate again")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"{path} cannot be read ({error}): calibrate again") from None
+
+
+def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    differences = [
+        f"{name}: calibrated for {ours.get('config', {}).get(name)}, the model has {value}"
+        for name, value in theirs["config"].items()
+        if ours.get("config", {}).get(name) != value
+    ]
+    if not differences:
+        for part in ("embeddings_and_norms", "linear"):  # quantised linear weights have no fingerprint to compare
+            if None not in (ours.get(part), theirs[part]) and ours[part] != theirs[part]:
+                differences.append(f"weights ({part.replace('_', ' ')}) differ")
+    if differences:
+        raise CalibrationError(
+            f"the calibration belongs to another model ({'; '.join(differences)}): run `lemo calibrate` for this one"
+        )
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors reports the operating system's error as text only
+    return f"no space left on the disk ({error})" if full or "os error 28" in str(error) else str(error)
