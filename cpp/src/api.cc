@@ -1,0 +1,116 @@
+// Every entry point: guard, read the structs, validate, check the workspace, hand over to the backend's table.
+#include "src/backend.h"
+#include "src/guard.h"
+#include "src/validate.h"
+
+namespace lemo {
+namespace {
+
+const Backend& backend_of(const lemo_exec& exec) {
+  if (exec.device == LEMO_CPU) return cpu_backend();
+#ifdef LEMO_WITH_CUDA
+  if (!cuda_backend().available()) {
+    throw Error(LEMO_UNSUPPORTED, "exec.device: CUDA is not usable here: no device or no driver was found");
+  }
+  return cuda_backend();
+#else
+  throw Error(LEMO_UNSUPPORTED, "exec.device: this build of lemo has no CUDA backend (build with LEMO_CUDA=ON)");
+#endif
+}
+
+void check_workspace(const lemo_exec& exec, uint64_t needed) {
+  if (needed == 0) return;
+  if (exec.workspace == nullptr || exec.workspace_size < needed) {
+    throw Error(LEMO_WORKSPACE_TOO_SMALL, "exec.workspace: expected at least " + std::to_string(needed) +
+                                              " bytes, got " +
+                                              std::to_string(exec.workspace == nullptr ? 0 : exec.workspace_size));
+  }
+  // Host allocators rarely give more than a cache line.
+  const uint64_t alignment = exec.device == LEMO_CPU ? 64 : 256;
+  if (reinterpret_cast<uintptr_t>(exec.workspace) % alignment != 0) {
+    throw Error(LEMO_INVALID_ARGUMENT,
+                "exec.workspace: expected an address aligned to " + std::to_string(alignment) + " bytes");
+  }
+}
+
+template <class Args>
+using Run = void (*Backend::*)(const lemo_exec&, const Args&);
+template <class Args>
+using Size = uint64_t (*Backend::*)(const lemo_exec&, const Args&);
+
+template <class Args>
+lemo_status run(const char* operation, const lemo_exec* given_exec, const Args* given_args, Run<Args> function,
+                Size<Args> workspace = nullptr) noexcept {
+  return guarded(operation, [&] {
+    const lemo_exec exec = read_struct("exec", given_exec);
+    const Args args = read_struct("args", given_args);
+    validate_exec(exec);
+    const Backend& backend = backend_of(exec);
+    validate(exec, args, Purpose::kRun);
+    if (workspace != nullptr) check_workspace(exec, (backend.*workspace)(exec, args));
+    (backend.*function)(exec, args);
+  });
+}
+
+template <class Args>
+lemo_status size(const char* operation, const lemo_exec* given_exec, const Args* given_args, uint64_t* bytes,
+                 Size<Args> workspace) noexcept {
+  return guarded(operation, [&] {
+    const lemo_exec exec = read_struct("exec", given_exec);
+    const Args args = read_struct("args", given_args);
+    if (bytes == nullptr) throw Error(LEMO_INVALID_ARGUMENT, "bytes: expected a pointer, got NULL");
+    validate_exec(exec);
+    const Backend& backend = backend_of(exec);
+    validate(exec, args, Purpose::kWorkspace);
+    *bytes = (backend.*workspace)(exec, args);
+  });
+}
+
+}  // namespace
+}  // namespace lemo
+
+extern "C" {
+
+#define LEMO_ENTRY(op)                                                         \
+  lemo_status lemo_##op(const lemo_exec* exec, const lemo_##op##_args* args) { \
+    return lemo::run<lemo_##op##_args>(#op, exec, args, &lemo::Backend::op);   \
+  }
+#define LEMO_ENTRY_WITH_WORKSPACE(op)                                                                         \
+  lemo_status lemo_##op(const lemo_exec* exec, const lemo_##op##_args* args) {                                \
+    return lemo::run<lemo_##op##_args>(#op, exec, args, &lemo::Backend::op, &lemo::Backend::op##_workspace);  \
+  }                                                                                                           \
+  lemo_status lemo_##op##_workspace(const lemo_exec* exec, const lemo_##op##_args* args, uint64_t* bytes) {   \
+    return lemo::size<lemo_##op##_args>(#op "_workspace", exec, args, bytes, &lemo::Backend::op##_workspace); \
+  }
+
+LEMO_ENTRY(gather)
+LEMO_ENTRY(scatter_add)
+LEMO_ENTRY(gather_norm)
+LEMO_ENTRY_WITH_WORKSPACE(gather_norm_backward)
+LEMO_ENTRY_WITH_WORKSPACE(select)
+LEMO_ENTRY_WITH_WORKSPACE(scores)
+LEMO_ENTRY_WITH_WORKSPACE(predict)
+LEMO_ENTRY_WITH_WORKSPACE(attention_forward)
+LEMO_ENTRY_WITH_WORKSPACE(attention_backward)
+LEMO_ENTRY_WITH_WORKSPACE(linear_cross_entropy)
+
+int lemo_has_backend(lemo_device device) {
+  if (device == LEMO_CPU) return 1;
+#ifdef LEMO_WITH_CUDA
+  if (device == LEMO_CUDA) {
+    int available = 0;
+    lemo::guarded("has_backend", [&] { available = lemo::cuda_backend().available() ? 1 : 0; });
+    return available;
+  }
+#endif
+  return 0;
+}
+
+double lemo_hash_uniform(uint64_t seed, uint64_t index) {
+  uint64_t z = seed + (index + 1) * UINT64_C(0x9E3779B97F4A7C15);
+  z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+  z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
+  z ^= z >> 31;
+  return (static_cast<double>(z >> 11) + 0.5) * 0x1.0p-53;
+}
+}

@@ -1,0 +1,479 @@
+#include "src/validate.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <initializer_list>
+#include <vector>
+
+namespace lemo {
+namespace {
+
+constexpr int64_t kAny = -1;  // a dimension that may have any size
+constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
+
+const char* dtype_name(int32_t dtype) {
+  constexpr std::array<const char*, 6> names = {"float32", "float16", "bfloat16", "int32", "int64", "uint8"};
+  return dtype >= 0 && dtype < static_cast<int32_t>(names.size()) ? names[static_cast<size_t>(dtype)] : "unknown dtype";
+}
+
+int64_t dtype_size(int32_t dtype) {
+  constexpr std::array<int64_t, 6> sizes = {4, 2, 2, 4, 8, 1};
+  return sizes[static_cast<size_t>(dtype)];
+}
+
+std::string list(const int64_t* values, int32_t count) {
+  std::string text = "[";
+  for (int32_t i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+
+std::string describe(const lemo_tensor& t) {
+  if (t.ndim == 0) return "no tensor";
+  return std::string(dtype_name(t.dtype)) + " " + list(t.shape, std::min(t.ndim, LEMO_MAX_DIMS));
+}
+
+[[noreturn]] void invalid(const std::string& message) { throw Error(LEMO_INVALID_ARGUMENT, message); }
+
+bool present(const lemo_tensor& t) { return t.ndim != 0; }
+
+bool empty(const lemo_tensor& t) {
+  for (int32_t i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] == 0) return true;
+  }
+  return false;
+}
+
+// One dimension of an expected shape: its letter in the header and its size, or kAny.
+struct Dim {
+  const char* letter;
+  int64_t size;
+};
+
+enum class Role { kInput, kOutput };
+
+class Checker {
+ public:
+  Checker(const lemo_exec& exec, Purpose purpose) : exec_(exec), purpose_(purpose) {}
+
+  // A tensor of the computing type: float32 on the CPU, float16 or bfloat16 on CUDA.
+  void data(const char* name, const lemo_tensor& t, std::initializer_list<Dim> dims, Role role = Role::kInput) const {
+    require(name, t, dims);
+    if (t.dtype != LEMO_F32 && t.dtype != LEMO_F16 && t.dtype != LEMO_BF16) {
+      invalid(std::string(name) + ": expected " + (on_cpu() ? "float32" : "float16 or bfloat16") + ", got " +
+              describe(t));
+    }
+    if (on_cpu() != (t.dtype == LEMO_F32)) {
+      throw Error(LEMO_UNSUPPORTED, std::string(name) + ": the " + (on_cpu() ? "CPU" : "CUDA") + " backend expects " +
+                                        (on_cpu() ? "float32" : "float16 or bfloat16") + ", got " + describe(t) +
+                                        "; convert the tensor");
+    }
+    layout(name, t, role);
+  }
+
+  void typed(const char* name, const lemo_tensor& t, int32_t dtype, std::initializer_list<Dim> dims,
+             Role role = Role::kInput) const {
+    require(name, t, dims);
+    if (t.dtype != dtype) {
+      invalid(std::string(name) + ": expected " + dtype_name(dtype) + " " + expected(dims) + ", got " + describe(t));
+    }
+    layout(name, t, role);
+  }
+
+  // The dtype of an already checked tensor.
+  void like(const char* name, const lemo_tensor& t, const char* other_name, const lemo_tensor& other,
+            std::initializer_list<Dim> dims, Role role = Role::kInput) const {
+    require(name, t, dims);
+    if (t.dtype != other.dtype) {
+      invalid(std::string(name) + ": expected " + dtype_name(other.dtype) + " " + expected(dims) + " as " + other_name +
+              ", got " + describe(t));
+    }
+    layout(name, t, role);
+  }
+
+  bool on_cpu() const { return exec_.device == LEMO_CPU; }
+  bool values() const { return on_cpu() && purpose_ == Purpose::kRun; }
+
+ private:
+  static std::string expected(std::initializer_list<Dim> dims) {
+    std::string text = "[";
+    for (const Dim& dim : dims) {
+      if (text.size() > 1) text += ", ";
+      text += dim.letter;
+      if (dim.size != kAny && std::to_string(dim.size) != dim.letter) text += "=" + std::to_string(dim.size);
+    }
+    return text + "]";
+  }
+
+  static void require(const char* name, const lemo_tensor& t, std::initializer_list<Dim> dims) {
+    if (t.ndim < 0 || t.ndim > LEMO_MAX_DIMS) {
+      invalid(std::string(name) + ".ndim: expected 0 to " + std::to_string(LEMO_MAX_DIMS) + ", got " +
+              std::to_string(t.ndim));
+    }
+    bool fits = t.ndim == static_cast<int32_t>(dims.size());
+    for (int32_t i = 0; fits && i < t.ndim; ++i) {
+      const int64_t size = (dims.begin() + i)->size;
+      fits = t.shape[i] >= 0 && (size == kAny || size == t.shape[i]);
+    }
+    if (!fits) invalid(std::string(name) + ": expected shape " + expected(dims) + ", got " + describe(t));
+  }
+
+  void layout(const char* name, const lemo_tensor& t, Role role) const {
+    if (empty(t)) return;
+    const int32_t last = t.ndim - 1;
+    if (t.shape[last] > 1 && t.stride[last] != 1) {
+      invalid(std::string(name) + ": expected the last dimension contiguous, got strides " + list(t.stride, t.ndim) +
+              " for shape " + list(t.shape, t.ndim));
+    }
+    for (int32_t i = 0; i < last; ++i) {
+      if (t.shape[i] > 1 && t.stride[i] < 0) {
+        invalid(std::string(name) + ": expected strides of at least 0, got " + list(t.stride, t.ndim));
+      }
+    }
+    if (role == Role::kOutput) no_overlap(name, t);
+    if (purpose_ == Purpose::kRun) pointer(name, t);
+    if (!on_cpu() && t.ndim > 1) {
+      for (int32_t i = 0; i < last; ++i) {
+        if (t.shape[i] > 1 && t.stride[i] * dtype_size(t.dtype) % 16 != 0 && is_float(t)) {
+          invalid(std::string(name) + ": expected strides that are multiples of 16 bytes on CUDA, got " +
+                  list(t.stride, t.ndim) + " for " + describe(t));
+        }
+      }
+    }
+  }
+
+  static bool is_float(const lemo_tensor& t) {
+    return t.dtype == LEMO_F32 || t.dtype == LEMO_F16 || t.dtype == LEMO_BF16;
+  }
+
+  // Dimensions by ascending stride: each must clear the extent of the ones before it.
+  static void no_overlap(const char* name, const lemo_tensor& t) {
+    std::vector<int32_t> order;
+    for (int32_t i = 0; i < t.ndim; ++i) {
+      if (t.shape[i] > 1) order.push_back(i);
+    }
+    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return t.stride[a] < t.stride[b]; });
+    int64_t extent = 1;
+    for (const int32_t dim : order) {
+      if (t.stride[dim] < extent) {
+        invalid(std::string(name) + ": expected an output without overlapping elements, got strides " +
+                list(t.stride, t.ndim) + " for shape " + list(t.shape, t.ndim));
+      }
+      extent = t.stride[dim] * (t.shape[dim] - 1) + extent;
+    }
+  }
+
+  void pointer(const char* name, const lemo_tensor& t) const {
+    if (t.data == nullptr) invalid(std::string(name) + ": expected a data pointer, got NULL for " + describe(t));
+    const auto alignment = static_cast<uintptr_t>(!on_cpu() && is_float(t) && t.ndim > 1 ? 16 : dtype_size(t.dtype));
+    if (reinterpret_cast<uintptr_t>(t.data) % alignment != 0) {
+      invalid(std::string(name) + ": expected data aligned to " + std::to_string(alignment) +
+              " bytes, got an address that is not");
+    }
+  }
+
+  const lemo_exec& exec_;
+  Purpose purpose_;
+};
+
+void check_range(const char* name, bool ok, const char* expected, double got) {
+  if (ok) return;
+  std::string text = std::to_string(got);
+  if (text.find('.') != std::string::npos) {
+    text.erase(text.find_last_not_of('0') + 1);
+    if (text.back() == '.') text.pop_back();
+  }
+  invalid(std::string(name) + ": expected " + expected + ", got " + text);
+}
+
+void check_flag(const char* name, int32_t value) { check_range(name, value == 0 || value == 1, "0 or 1", value); }
+
+void check_rows_fit(const char* name, int64_t rows) {
+  check_range(name, rows <= kMaxRows, "at most 2^31 - 1 rows (row numbers are int32)", static_cast<double>(rows));
+}
+
+void check_norm(int32_t norm, float eps) {
+  check_range("norm", norm == LEMO_NORM_RMS || norm == LEMO_NORM_LAYER, "LEMO_NORM_RMS (0) or LEMO_NORM_LAYER (1)",
+              norm);
+  check_range("eps", std::isfinite(eps) && eps >= 0, "a finite number of at least 0", eps);
+}
+
+void check_scale(float scale) { check_range("scale", std::isfinite(scale), "a finite number", scale); }
+
+// Returns the number of blocks.
+int64_t check_blocks(const Checker& check, const lemo_blocks& blocks, int64_t num_tokens) {
+  check.typed("offsets", blocks.offsets, LEMO_I32, {{"num_blocks + 1", kAny}});
+  check.typed("documents", blocks.documents, LEMO_I32, {{"D + 1", kAny}});
+  check_range("block_size", blocks.block_size >= 1, "at least 1", blocks.block_size);
+  check_range("offsets", blocks.offsets.shape[0] >= 2, "at least one block, so 2 entries or more",
+              static_cast<double>(blocks.offsets.shape[0]));
+  check_range("documents", blocks.documents.shape[0] >= 2, "at least one document, so 2 entries or more",
+              static_cast<double>(blocks.documents.shape[0]));
+  if (check.values()) check_blocks_values(blocks, num_tokens);
+  return blocks.offsets.shape[0] - 1;
+}
+
+void check_heads(int64_t query_heads, int64_t key_heads) {
+  if (key_heads < 1 || query_heads < 1 || query_heads % key_heads != 0) {
+    invalid("k: expected a number of key heads that divides the " + std::to_string(query_heads) + " query heads, got " +
+            std::to_string(key_heads));
+  }
+}
+
+}  // namespace
+
+void validate_exec(const lemo_exec& exec) {
+  check_range("exec.device", exec.device == LEMO_CPU || exec.device == LEMO_CUDA, "LEMO_CPU (0) or LEMO_CUDA (1)",
+              exec.device);
+  check_range("exec.num_threads", exec.num_threads >= 0, "at least 0 (0 = all cores)", exec.num_threads);
+  check_range("exec.device_index", exec.device == LEMO_CPU || exec.device_index >= 0, "at least 0", exec.device_index);
+  check_flag("exec.deterministic", exec.deterministic);
+}
+
+void validate(const lemo_exec& exec, const lemo_gather_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("x", a.x, {{"T", kAny}, {"d", kAny}});
+  check_rows_fit("x", a.x.shape[0]);
+  const bool identity = !present(a.rows);
+  const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
+  if (!identity) check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+  check.like("out", a.out, "x", a.x, {{"M", m}, {"d", a.x.shape[1]}}, Role::kOutput);
+  if (present(a.weights)) {
+    check.typed("weights", a.weights, LEMO_F32, {{"K", kAny}});
+    check.typed("slots", a.slots, LEMO_I32, {{"M", m}});
+  } else if (present(a.slots)) {
+    invalid("slots: expected weights with it, got no tensor for weights");
+  }
+  if (!check.values()) return;
+  if (!identity) check_rows_values(a.rows, m, a.x.shape[0], true, false);
+  if (present(a.weights)) check_slots_values("slots", a.slots, m, a.weights.shape[0], a.rows);
+}
+
+void validate(const lemo_exec& exec, const lemo_scatter_add_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("x", a.x, {{"T", kAny}, {"d", kAny}}, Role::kOutput);
+  check_rows_fit("x", a.x.shape[0]);
+  const bool identity = !present(a.rows);
+  const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
+  if (!identity) check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+  check.like("y", a.y, "x", a.x, {{"M", m}, {"d", a.x.shape[1]}});
+  if (present(a.base)) check.like("base", a.base, "x", a.x, {{"M", m}, {"d", a.x.shape[1]}});
+  if (check.values() && !identity) check_rows_values(a.rows, m, a.x.shape[0], true, true);
+}
+
+void validate(const lemo_exec& exec, const lemo_gather_norm_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("x", a.x, {{"T", kAny}, {"d", kAny}});
+  check_rows_fit("x", a.x.shape[0]);
+  const bool identity = !present(a.rows);
+  const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
+  const int64_t d = a.x.shape[1];
+  if (!identity) check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+  if (present(a.residual)) check.like("residual", a.residual, "x", a.x, {{"M", m}, {"d", d}});
+  if (present(a.weight)) {
+    if (a.weight.dtype == LEMO_F32) {
+      check.typed("weight", a.weight, LEMO_F32, {{"d", d}});
+    } else {
+      check.like("weight", a.weight, "x (or float32)", a.x, {{"d", d}});
+    }
+  }
+  if (present(a.bias)) {
+    if (!present(a.weight)) invalid("bias: expected a weight with it, got no tensor for weight");
+    check.like("bias", a.bias, "weight", a.weight, {{"d", d}});
+  }
+  check_norm(a.norm, a.eps);
+  check.like("y", a.y, "x", a.x, {{"M", m}, {"d", d}}, Role::kOutput);
+  if (present(a.packed)) check.like("packed", a.packed, "x", a.x, {{"M", m}, {"d", d}}, Role::kOutput);
+  if (present(a.mean)) check.typed("mean", a.mean, LEMO_F32, {{"M", m}}, Role::kOutput);
+  if (present(a.rstd)) check.typed("rstd", a.rstd, LEMO_F32, {{"M", m}}, Role::kOutput);
+  if (check.values() && !identity) check_rows_values(a.rows, m, a.x.shape[0], true, false);
+}
+
+void validate(const lemo_exec& exec, const lemo_gather_norm_backward_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("dy", a.dy, {{"M", kAny}, {"d", kAny}});
+  check_rows_fit("dy", a.dy.shape[0]);
+  const int64_t m = a.dy.shape[0];
+  const int64_t d = a.dy.shape[1];
+  check.like("s", a.s, "dy", a.dy, {{"M", m}, {"d", d}});
+  if (present(a.weight)) {
+    if (a.weight.dtype == LEMO_F32) {
+      check.typed("weight", a.weight, LEMO_F32, {{"d", d}});
+    } else {
+      check.like("weight", a.weight, "dy (or float32)", a.dy, {{"d", d}});
+    }
+  }
+  if (present(a.ds_extra)) check.like("ds_extra", a.ds_extra, "dy", a.dy, {{"M", m}, {"d", d}});
+  check_norm(a.norm, a.eps);
+  check_flag("accumulate", a.accumulate);
+  if (present(a.rows)) {
+    check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+    check.like("dx", a.dx, "dy", a.dy, {{"T", kAny}, {"d", d}}, Role::kOutput);
+    check_rows_fit("dx", a.dx.shape[0]);
+  } else {
+    check.like("dx", a.dx, "dy", a.dy, {{"M", m}, {"d", d}}, Role::kOutput);
+  }
+  if (present(a.dweight)) check.typed("dweight", a.dweight, LEMO_F32, {{"d", d}}, Role::kOutput);
+  if (present(a.dbias)) check.typed("dbias", a.dbias, LEMO_F32, {{"d", d}}, Role::kOutput);
+  if (check.values() && present(a.rows)) check_rows_values(a.rows, m, a.dx.shape[0], true, true);
+}
+
+void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", kAny}});
+  const int64_t tokens = present(a.rows) ? a.rows.shape[0] : kAny;
+  const int64_t n = check_blocks(check, a.blocks, tokens);
+  check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", n}});
+  check_range("mode", a.mode >= LEMO_SELECT_THRESHOLD && a.mode <= LEMO_SELECT_SAMPLE,
+              "LEMO_SELECT_THRESHOLD (0), LEMO_SELECT_BUDGET (1) or LEMO_SELECT_SAMPLE (2)", a.mode);
+  if (a.mode == LEMO_SELECT_THRESHOLD) {
+    check_range("threshold", !std::isnan(a.threshold), "a number", a.threshold);
+  } else {
+    check_range("keep", a.keep > 0 && a.keep <= 1, "a fraction in (0, 1]", a.keep);
+  }
+  check_range("always_first", a.always_first >= 0, "at least 0", a.always_first);
+  check_range("always_last", a.always_last >= 0, "at least 0", a.always_last);
+  check.typed("kept", a.kept, LEMO_I32, {{"num_blocks", n}}, Role::kOutput);
+  check.typed("slots", a.slots, LEMO_I32, {{"num_blocks", n}}, Role::kOutput);
+  check.typed("row_offsets", a.row_offsets, LEMO_I32, {{"num_blocks + 1", n + 1}}, Role::kOutput);
+  check.typed("cu_seqlens", a.cu_seqlens, LEMO_I32, {{"D + 1", a.blocks.documents.shape[0]}}, Role::kOutput);
+  check.typed("rows", a.rows, LEMO_I32, {{"T", kAny}}, Role::kOutput);
+  check.typed("row_slots", a.row_slots, LEMO_I32, {{"T", a.rows.shape[0]}}, Role::kOutput);
+  check.typed("weights", a.weights, LEMO_F32, {{"num_blocks", n}}, Role::kOutput);
+  check.typed("info", a.info, LEMO_I32, {{"4", 4}}, Role::kOutput);
+  check_rows_fit("rows", a.rows.shape[0]);
+}
+
+void validate(const lemo_exec& exec, const lemo_scores_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("q", a.q, {{"T", kAny}, {"Hq", kAny}, {"D", kAny}});
+  const int64_t t = a.q.shape[0];
+  check_rows_fit("q", t);
+  check.like("k", a.k, "q", a.q, {{"T", t}, {"Hk", kAny}, {"D", a.q.shape[2]}});
+  check_heads(a.q.shape[1], a.k.shape[1]);
+  const int64_t n = check_blocks(check, a.blocks, t);
+  check_scale(a.scale);
+  check_flag("normalize", a.normalize);
+  check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", n}}, Role::kOutput);
+  if (present(a.map)) check.typed("map", a.map, LEMO_F32, {{"num_blocks", n}, {"num_blocks", n}}, Role::kOutput);
+}
+
+void validate(const lemo_exec& exec, const lemo_predict_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("x", a.x, {{"T", kAny}, {"d", kAny}});
+  check_rows_fit("x", a.x.shape[0]);
+  check.like("wq1", a.wq1, "x", a.x, {{"rq", kAny}, {"d", a.x.shape[1]}});
+  check.like("wq2", a.wq2, "x", a.x, {{"sq", kAny}, {"rq", a.wq1.shape[0]}});
+  check.like("wq3", a.wq3, "x", a.x, {{"c", kAny}, {"sq", a.wq2.shape[0]}});
+  const int64_t c = a.wq3.shape[0];
+  check.like("wk1", a.wk1, "x", a.x, {{"rk", kAny}, {"d", a.x.shape[1]}});
+  check.like("wk2", a.wk2, "x", a.x, {{"sk", kAny}, {"rk", a.wk1.shape[0]}});
+  check.like("wk3", a.wk3, "x", a.x, {{"c", c}, {"sk", a.wk2.shape[0]}});
+  const int64_t n = check_blocks(check, a.blocks, a.x.shape[0]);
+  check_norm(a.norm, a.eps);
+  check_range("pool", a.pool == LEMO_POOL_MEAN || a.pool == LEMO_POOL_MAX, "LEMO_POOL_MEAN (0) or LEMO_POOL_MAX (1)",
+              a.pool);
+  check_flag("normalize", a.normalize);
+  check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", n}}, Role::kOutput);
+  if (present(a.queries)) check.typed("queries", a.queries, LEMO_F32, {{"num_blocks", n}, {"c", c}}, Role::kOutput);
+  if (present(a.keys)) check.typed("keys", a.keys, LEMO_F32, {{"num_blocks", n}, {"c", c}}, Role::kOutput);
+}
+
+namespace {
+
+// What forward and backward share; returns the capacity (packed rows).
+int64_t check_attention(const Checker& check, const lemo_tensor& q, const lemo_tensor& k, const lemo_tensor& v,
+                        const lemo_tensor& cu_seqlens, const lemo_tensor& rows, int64_t max_seqlen, float scale) {
+  check.data("q", q, {{"R", kAny}, {"Hq", kAny}, {"D", kAny}});
+  check_rows_fit("q", q.shape[0]);
+  const int64_t r = q.shape[0];
+  const int64_t d = q.shape[2];
+  check_range("q", d >= 1, "a head dimension of at least 1", static_cast<double>(d));
+  check.like("k", k, "q", q, {{"R", r}, {"Hk", kAny}, {"D", d}});
+  check.like("v", v, "q", q, {{"R", r}, {"Hk", k.shape[1]}, {"D", d}});
+  check_heads(q.shape[1], k.shape[1]);
+  check.typed("cu_seqlens", cu_seqlens, LEMO_I32, {{"D + 1", kAny}});
+  check_range("cu_seqlens", cu_seqlens.shape[0] >= 2, "at least one document, so 2 entries or more",
+              static_cast<double>(cu_seqlens.shape[0]));
+  if (present(rows)) check.typed("rows", rows, LEMO_I32, {{"capacity", kAny}});
+  check_range("max_seqlen", max_seqlen >= 0, "at least 0", static_cast<double>(max_seqlen));
+  check_scale(scale);
+  const int64_t capacity = present(rows) ? rows.shape[0] : r;
+  if (check.values()) {
+    const int64_t m = check_cu_seqlens_values(cu_seqlens, capacity, max_seqlen);
+    if (present(rows)) check_rows_values(rows, m, r, false, true);
+  }
+  return capacity;
+}
+
+}  // namespace
+
+void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  const int64_t capacity = check_attention(check, a.q, a.k, a.v, a.cu_seqlens, a.rows, a.max_seqlen, a.scale);
+  const Dim r = {"R", a.q.shape[0]};
+  const Dim hq = {"Hq", a.q.shape[1]};
+  check.like("out", a.out, "q", a.q, {r, hq, {"D", a.q.shape[2]}}, Role::kOutput);
+  check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacity}}, Role::kOutput);
+}
+
+void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  const int64_t capacity = check_attention(check, a.q, a.k, a.v, a.cu_seqlens, a.rows, a.max_seqlen, a.scale);
+  const Dim r = {"R", a.q.shape[0]};
+  const Dim hq = {"Hq", a.q.shape[1]};
+  const Dim hk = {"Hk", a.k.shape[1]};
+  const Dim d = {"D", a.q.shape[2]};
+  check.like("dout", a.dout, "q", a.q, {r, hq, d});
+  check.like("out", a.out, "q", a.q, {r, hq, d});
+  check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacity}});
+  if (present(a.key_weights)) {
+    check.typed("key_weights", a.key_weights, LEMO_F32, {{"K", kAny}});
+    check.typed("row_slots", a.row_slots, LEMO_I32, {{"capacity", capacity}});
+    if (check.values()) {
+      const auto* cu_seqlens = static_cast<const int32_t*>(a.cu_seqlens.data);
+      const int64_t m = cu_seqlens[a.cu_seqlens.shape[0] - 1];
+      check_slots_values("row_slots", a.row_slots, m, a.key_weights.shape[0], lemo_tensor{});
+    }
+  }
+  check.like("dq", a.dq, "q", a.q, {r, hq, d}, Role::kOutput);
+  check.like("dk", a.dk, "q", a.q, {r, hk, d}, Role::kOutput);
+  check.like("dv", a.dv, "q", a.q, {r, hk, d}, Role::kOutput);
+}
+
+void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("hidden", a.hidden, {{"N", kAny}, {"d", kAny}});
+  check_rows_fit("hidden", a.hidden.shape[0]);
+  const Dim n = {"N", a.hidden.shape[0]};
+  const Dim d = {"d", a.hidden.shape[1]};
+  check.like("weight", a.weight, "hidden", a.hidden, {{"V", kAny}, d});
+  const Dim v = {"V", a.weight.shape[0]};
+  check_range("weight", v.size >= 1, "at least one class", static_cast<double>(v.size));
+  if (present(a.bias)) check.like("bias", a.bias, "hidden", a.hidden, {v});
+  if (present(a.lora_a)) {
+    check.like("lora_a", a.lora_a, "hidden", a.hidden, {{"r", kAny}, d});
+    check.like("lora_b", a.lora_b, "hidden", a.hidden, {v, {"r", a.lora_a.shape[0]}});
+    check_range("lora_scale", std::isfinite(a.lora_scale), "a finite number", a.lora_scale);
+  } else if (present(a.lora_b)) {
+    invalid("lora_b: expected lora_a with it, got no tensor for lora_a");
+  }
+  check.typed("targets", a.targets, LEMO_I64, {n});
+  check_range("softcap", std::isfinite(a.softcap) && a.softcap >= 0, "a finite number of at least 0", a.softcap);
+  check_range("reduction", a.reduction == LEMO_REDUCE_MEAN || a.reduction == LEMO_REDUCE_SUM,
+              "LEMO_REDUCE_MEAN (0) or LEMO_REDUCE_SUM (1)", a.reduction);
+  check_range("segment_rows", a.segment_rows >= 0, "at least 0 (0 = chosen)", a.segment_rows);
+  check.typed("loss", a.loss, LEMO_F32, {{"1", 1}}, Role::kOutput);
+  check.typed("valid", a.valid, LEMO_I64, {{"1", 1}}, Role::kOutput);
+  if (present(a.dhidden)) check.like("dhidden", a.dhidden, "hidden", a.hidden, {n, d}, Role::kOutput);
+  if (present(a.dweight)) check.typed("dweight", a.dweight, LEMO_F32, {v, d}, Role::kOutput);
+  if (present(a.dbias)) check.typed("dbias", a.dbias, LEMO_F32, {v}, Role::kOutput);
+  if ((present(a.dlora_a) || present(a.dlora_b)) && !present(a.lora_a)) {
+    invalid("dlora_a, dlora_b: expected lora_a and lora_b with them, got no tensor for lora_a");
+  }
+  if (present(a.dlora_a)) check.typed("dlora_a", a.dlora_a, LEMO_F32, {{"r", a.lora_a.shape[0]}, d}, Role::kOutput);
+  if (present(a.dlora_b)) check.typed("dlora_b", a.dlora_b, LEMO_F32, {v, {"r", a.lora_a.shape[0]}}, Role::kOutput);
+  if (check.values()) check_targets_values(a.targets, a.ignore_index, v.size);
+}
+
+}  // namespace lemo

@@ -1,0 +1,119 @@
+// Index lists by value, for data in host memory: an index that is wrong would read or write outside a tensor.
+#include <vector>
+
+#include "src/validate.h"
+
+namespace lemo {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void invalid(const Parts&... parts) {
+  std::string message;
+  auto append = [&](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) {
+      message += std::to_string(part);
+    } else {
+      message += part;
+    }
+  };
+  (append(parts), ...);
+  throw Error(LEMO_INVALID_ARGUMENT, message);
+}
+
+const int32_t* ints(const lemo_tensor& t) { return static_cast<const int32_t*>(t.data); }
+
+}  // namespace
+
+void check_blocks_values(const lemo_blocks& blocks, int64_t num_tokens) {
+  const int32_t* offsets = ints(blocks.offsets);
+  const int32_t* documents = ints(blocks.documents);
+  const int64_t num_blocks = blocks.offsets.shape[0] - 1;
+  const int64_t num_documents = blocks.documents.shape[0] - 1;
+  if (offsets[0] != 0) invalid("offsets: expected to begin with 0, got ", offsets[0]);
+  if (documents[0] != 0) invalid("documents: expected to begin with 0, got ", documents[0]);
+  for (int64_t d = 0; d < num_documents; ++d) {
+    if (documents[d + 1] == documents[d]) {
+      invalid("documents: document ", d, " is empty: expected at least one block, got none");
+    }
+    if (documents[d + 1] < documents[d] || documents[d + 1] > num_blocks) {
+      invalid("documents: expected ascending blocks up to ", num_blocks, ", got ", documents[d + 1], " after ",
+              documents[d]);
+    }
+  }
+  if (documents[num_documents] != num_blocks) {
+    invalid("documents: expected to end with num_blocks = ", num_blocks, ", got ", documents[num_documents]);
+  }
+  int64_t document = 0;
+  for (int64_t n = 0; n < num_blocks; ++n) {
+    const int64_t tokens = int64_t{offsets[n + 1]} - offsets[n];
+    if (tokens == 0) invalid("offsets: block ", n, " is empty: expected 1 to ", blocks.block_size, " tokens, got 0");
+    if (tokens < 0) invalid("offsets: expected ascending tokens, got ", offsets[n + 1], " after ", offsets[n]);
+    if (tokens > blocks.block_size) {
+      invalid("offsets: block ", n, ": expected at most block_size = ", blocks.block_size, " tokens, got ", tokens);
+    }
+    const bool last = documents[document + 1] == n + 1;
+    if (!last && tokens != blocks.block_size) {
+      invalid("offsets: block ", n, ": expected block_size = ", blocks.block_size,
+              " tokens (only the last block of a document may be shorter), got ", tokens);
+    }
+    if (last) ++document;
+  }
+  if (num_tokens >= 0 && offsets[num_blocks] != num_tokens) {
+    invalid("offsets: expected to end with the number of tokens T = ", num_tokens, ", got ", offsets[num_blocks]);
+  }
+}
+
+void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows, bool padding, bool unique) {
+  const int32_t* list = ints(rows);
+  std::vector<bool> seen(unique ? static_cast<size_t>(num_rows) : 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t row = list[i];
+    if (row == -1 && padding) continue;
+    if (row < 0 || row >= num_rows) {
+      invalid("rows: expected rows in [0, ", num_rows, ")", padding ? " or -1" : "", ", got ", row, " at position ", i);
+    }
+    if (!unique) continue;
+    if (seen[static_cast<size_t>(row)]) invalid("rows: expected no row twice, got ", row, " again at position ", i);
+    seen[static_cast<size_t>(row)] = true;
+  }
+}
+
+void check_slots_values(const char* name, const lemo_tensor& slots, int64_t count, int64_t num_slots,
+                        const lemo_tensor& rows) {
+  const int32_t* list = ints(slots);
+  for (int64_t i = 0; i < count; ++i) {
+    if (rows.ndim != 0 && ints(rows)[i] == -1) continue;
+    if (list[i] < 0 || list[i] >= num_slots) {
+      invalid(name, ": expected block slots in [0, ", num_slots, "), got ", list[i], " at position ", i);
+    }
+  }
+}
+
+int64_t check_cu_seqlens_values(const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen) {
+  const int32_t* list = ints(cu_seqlens);
+  const int64_t documents = cu_seqlens.shape[0] - 1;
+  if (list[0] != 0) invalid("cu_seqlens: expected to begin with 0, got ", list[0]);
+  for (int64_t d = 0; d < documents; ++d) {
+    if (list[d + 1] < list[d]) {
+      invalid("cu_seqlens: expected ascending rows, got ", list[d + 1], " after ", list[d]);
+    }
+    if (int64_t{list[d + 1]} - list[d] > max_seqlen) {
+      invalid("max_seqlen: expected at least the longest document, ", list[d + 1] - list[d], " rows, got ", max_seqlen);
+    }
+  }
+  if (list[documents] > capacity) {
+    invalid("cu_seqlens: expected to end with at most ", capacity, " rows, got ", list[documents]);
+  }
+  return list[documents];
+}
+
+void check_targets_values(const lemo_tensor& targets, int64_t ignore_index, int64_t num_classes) {
+  const auto* list = static_cast<const int64_t*>(targets.data);
+  for (int64_t i = 0; i < targets.shape[0]; ++i) {
+    if (list[i] == ignore_index || (list[i] >= 0 && list[i] < num_classes)) continue;
+    invalid("targets: expected classes in [0, ", num_classes, ") or ignore_index = ", ignore_index, ", got ", list[i],
+            " at position ", i);
+  }
+}
+
+}  // namespace lemo
