@@ -1,18 +1,36 @@
 """What every operation means, in double precision and without cleverness: the reference of all operation tests.
 
-Plain torch, differentiable where it makes sense, quadratic memory. Arguments as in ``lemo.ops``; layouts as Python lists:
-``documents`` is a list of documents, each a list of (first, last) token ranges, one per block (see ``ranges``).
+Plain torch, differentiable where it makes sense, quadratic memory. Arguments as in ``lemo.ops``; layouts as Python
+lists: ``documents`` is a list of documents, each a list of (first, last) token ranges, one per block (see ``ranges``).
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-DOUBLE = torch.float64
 MASK = 2**64 - 1
+_precision = torch.float64
+
+
+@contextlib.contextmanager
+def precision(dtype: torch.dtype) -> Iterator[None]:
+    """Computes in another dtype inside: the plain torch computation whose error is the yardstick on CUDA."""
+    global _precision
+    before, _precision = _precision, dtype
+    try:
+        yield
+    finally:
+        _precision = before
+
+
+def up(x: Tensor) -> Tensor:
+    return x.to(_precision)
 
 
 def ranges(lengths: list[int], block_size: int) -> list[list[tuple[int, int]]]:
@@ -24,20 +42,20 @@ def ranges(lengths: list[int], block_size: int) -> list[list[tuple[int, int]]]:
     return documents
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    out = x.to(DOUBLE)[rows.clamp(min=0).long()] * (rows >= 0)[:, None]
-    return out if weights is None else out * weights.to(DOUBLE)[slots.clamp(min=0).long()][:, None]
+    out = up(x)[rows.clamp(min=0).long()] * (rows >= 0)[:, None]
+    return out if weights is None else out * up(weights)[slots.clamp(min=0).long()][:, None]
 
 
 def scatter_add(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
     """The new x."""
-    out = x.to(DOUBLE).clone()
+    out = up(x).clone()
     for i, row in enumerate(rows.tolist()):
         if row >= 0:
-            out[row] = (out[row] if base is None else base[i].to(DOUBLE)) + y[i].to(DOUBLE)
+            out[row] = (out[row] if base is None else up(base[i])) + up(y[i])
     return out
 
 
@@ -51,17 +69,17 @@ def gather_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(y, s)"""
-    s = x.to(DOUBLE) if rows is None else gather(x, rows)
+    s = up(x) if rows is None else gather(x, rows)
     if residual is not None:
-        s = s + residual.to(DOUBLE)
+        s = s + up(residual)
     y = s - s.mean(-1, keepdim=True) if norm == "layer" else s
     y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        y = y * weight.to(DOUBLE)
-    return y if bias is None else y + bias.to(DOUBLE), s
+        y = y * up(weight)
+    return y if bias is None else y + up(bias), s
 
 
-# --- blocks -------------------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------------------------
 
 
 def block_scores(
@@ -69,11 +87,11 @@ def block_scores(
 ) -> tuple[Tensor, Tensor]:
     """(scores, map)"""
     heads = q.shape[1]
-    q, k = q.to(DOUBLE), k.to(DOUBLE).repeat_interleave(heads // k.shape[1], dim=1)
+    q, k = up(q), up(k).repeat_interleave(heads // k.shape[1], dim=1)
     tokens = torch.arange(q.shape[0], device=q.device)
     s = (torch.einsum("ihd,jhd->hij", q, k) * scale).clamp(min=0).mean(0) * (tokens[:, None] >= tokens[None, :])
     blocks = sum(len(document) for document in documents)
-    block_map = torch.zeros(blocks, blocks, dtype=DOUBLE, device=q.device)
+    block_map = torch.zeros(blocks, blocks, dtype=_precision, device=q.device)
     first = 0
     for document in documents:
         for m, (i0, i1) in enumerate(document):
@@ -84,7 +102,7 @@ def block_scores(
 
 
 def _column_sums(block_map: Tensor, documents: list[list[tuple[int, int]]], normalize: bool) -> Tensor:
-    scores = torch.zeros(block_map.shape[0], dtype=DOUBLE, device=block_map.device)
+    scores = torch.zeros(block_map.shape[0], dtype=_precision, device=block_map.device)
     first = 0
     for document in documents:
         last = first + len(document)
@@ -105,14 +123,14 @@ def predict(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scores, yq, yk); queries and keys are the three matrices of each network."""
-    x = x.to(DOUBLE)
+    x = up(x)
     power = x.square().mean(-1, keepdim=True) if norm == "rms" else x.var(-1, keepdim=True, correction=0)
     z = x / torch.sqrt(power + eps)
 
     def network(w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        a = torch.relu(torch.relu(z @ w1.to(DOUBLE).T) @ w2.to(DOUBLE).T)
+        a = torch.relu(torch.relu(z @ up(w1).T) @ up(w2).T)
         pooled = [a[i:j].mean(0) if pool == "mean" else a[i:j].amax(0) for document in documents for i, j in document]
-        return torch.stack(pooled) @ w3.to(DOUBLE).T
+        return torch.stack(pooled) @ up(w3).T
 
     yq, yk = network(*queries), network(*keys)
     return _column_sums(yq @ yk.T, documents, normalize), yq, yk
@@ -185,7 +203,7 @@ def layout_of(kept: list[int], documents: list[list[tuple[int, int]]]) -> dict[s
                 offsets.append(len(rows))
             block += 1
         cu_seqlens.append(len(rows))
-    longest = max(b - a for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+    longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
     return {
         "slots": slots,
         "rows": rows,
@@ -196,13 +214,13 @@ def layout_of(kept: list[int], documents: list[list[tuple[int, int]]]) -> dict[s
     }
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------------------------
 
 
 def visible(cu_seqlens: list[int], device: torch.device | None = None) -> Tensor:
     """bool [M, M]: packed row i sees packed row j."""
     document = torch.zeros(cu_seqlens[-1], dtype=torch.long, device=device)
-    for d, (a, b) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for d, (a, b) in enumerate(itertools.pairwise(cu_seqlens)):
         document[a:b] = d
     i = torch.arange(cu_seqlens[-1], device=device)
     return (i[:, None] >= i[None, :]) & (document[:, None] == document[None, :])
@@ -211,8 +229,8 @@ def visible(cu_seqlens: list[int], device: torch.device | None = None) -> Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> tuple[Tensor, Tensor]:
     """(out [M, Hq, D], lse [Hq, M]) of packed rows."""
     group = q.shape[1] // k.shape[1]
-    q = q.to(DOUBLE)
-    k, v = (t.to(DOUBLE).repeat_interleave(group, dim=1) for t in (k, v))
+    q = up(q)
+    k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
     s = torch.einsum("ihd,jhd->hij", q, k) * scale
     s = s.masked_fill(~visible(cu_seqlens, q.device), -math.inf)
     return torch.einsum("hij,jhd->ihd", torch.softmax(s, -1), v), torch.logsumexp(s, -1)
@@ -233,15 +251,15 @@ def attention_backward(
     """(dq, dk, dv) of packed rows by the header's formulas, with a given output and LSE."""
     hk = k.shape[1]
     group = q.shape[1] // hk
-    dout, q, out, lse = (t.to(DOUBLE) for t in (dout, q, out, lse))
-    k, v = (t.to(DOUBLE).repeat_interleave(group, dim=1) for t in (k, v))
+    dout, q, out, lse = (up(t) for t in (dout, q, out, lse))
+    k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
     p = torch.exp(torch.einsum("ihd,jhd->hij", q, k) * scale - lse[:, :, None])
     p = torch.where(visible(cu_seqlens, q.device), p, 0.0)
     ds = p * (torch.einsum("ihd,jhd->hij", dout, v) - (dout * out).sum(-1).T[:, :, None])
     w = torch.ones_like(p[0])
     if key_weights is not None:
         slots = row_slots.long()
-        w = key_weights.to(DOUBLE)[slots][None, :].expand_as(w)
+        w = up(key_weights)[slots][None, :].expand_as(w)
         w = torch.where(slots[:, None] == slots[None, :], 1.0, w)
     dq = scale * torch.einsum("hij,jhd->ihd", w * ds, k)
     dk = scale * torch.einsum("hij,ihd->jhd", w * ds, q)
@@ -249,7 +267,7 @@ def attention_backward(
     return dq, dk.unflatten(1, (hk, group)).sum(2), dv.unflatten(1, (hk, group)).sum(2)
 
 
-# --- loss ---------------------------------------------------------------------------------------------------------------
+# --- loss -----------------------------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(
@@ -265,12 +283,12 @@ def linear_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     """The loss, a scalar."""
-    hidden = hidden.to(DOUBLE)
-    z = hidden @ weight.to(DOUBLE).T
+    hidden = up(hidden)
+    z = hidden @ up(weight).T
     if lora_a is not None:
-        z = z + lora_scale * (hidden @ lora_a.to(DOUBLE).T) @ lora_b.to(DOUBLE).T
+        z = z + lora_scale * (hidden @ up(lora_a).T) @ up(lora_b).T
     if bias is not None:
-        z = z + bias.to(DOUBLE)
+        z = z + up(bias)
     if softcap > 0:
         z = softcap * torch.tanh(z / softcap)
     valid = targets != ignore_index

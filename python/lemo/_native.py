@@ -63,7 +63,7 @@ def call(
         raise ValueError(f"device: expected cpu or cuda, got {device}")
     module = core()
     values = [_value(key, value, device) for key, value in arguments.items()]
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    deterministic = deterministic or wants_determinism()
     if not workspace:
         getattr(module, name)(_exec(device, 0, 0, deterministic), *values)
         return
@@ -72,6 +72,10 @@ def call(
     buffer = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
     start = buffer.data_ptr() + -buffer.data_ptr() % _ALIGNMENT
     getattr(module, name)(_exec(device, start, size, deterministic), *values)
+
+
+def wants_determinism() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _value(name: str, value: Argument, device: torch.device) -> object:

@@ -41,8 +41,10 @@ class Blocks:
         if not lengths:
             raise ValueError("lengths: expected at least one document, got none")
         if min(lengths) < 1:
+            shortest = min(lengths)
             raise ValueError(
-                f"lengths: document {lengths.index(min(lengths))} is empty: expected at least 1 token, got {min(lengths)}"
+                f"lengths: expected at least 1 token in every document, got {shortest} (empty document) "
+                f"at index {lengths.index(shortest)}"
             )
         if sum(lengths) >= 2**31:
             raise ValueError(f"lengths: expected fewer than 2**31 tokens in all, got {sum(lengths)}")
@@ -101,9 +103,9 @@ class Kept:
 
     blocks: int32 [K], kept block ids ascending; slots: int32 [nb], position of a block in ``blocks`` or -1;
     row_offsets: int32 [K + 1], first packed row of every kept block; cu_seqlens: int32 [D + 1], packed rows of every
-    document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every packed
-    row's block; weights: float32 [K], 1/p of a sampled block, else 1.
-    max_seqlen: the longest document in packed rows, or an upper bound of it.
+    document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every
+    packed row's block; weights: float32 [K], 1/p of a sampled block, else 1. max_seqlen: the longest document in packed
+    rows, or an upper bound of it.
     """
 
     blocks: Tensor
@@ -179,8 +181,8 @@ def select(
     "sample" draws that many by Pareto sampling with ``seed`` and sets weights to 1/p.
     always_first, always_last: blocks of each document that are kept whatever their score.
 
-    Raises FloatingPointError, naming the block, for a score that is not finite (or no probability), and where nothing is
-    kept. Costs one host synchronisation on a GPU, except where sizes are known beforehand (a budget or sample over
+    Raises FloatingPointError, naming the block, for a score that is not finite (or no probability), and where nothing
+    is kept. Costs one host synchronisation on a GPU, except where sizes are known beforehand (a budget or sample over
     documents whose lengths are multiples of the block size): then faults wait until ``Kept.raise_on_fault``.
     """
     b = blocks.block_size

@@ -1,9 +1,9 @@
 """Causal attention over kept rows, forward and backward, by documents (paper section 5.1; weights: the docs on modes).
 
-M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies at row rows[i] of every tensor (``rows`` int32
-[M], or None: row i), ascending in position within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing Hq; rows
-and heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed rows, or more.
-Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies at row rows[i] of every tensor (``rows``
+int32 [M], or None: row i), ascending in position within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing
+Hq; rows and heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed
+rows, or more. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def attention_backward(
     Where that pass saw more keys than these rows, probabilities P_ij = exp(scale q_i . k_j - lse_i) are still exact:
     dS_ij = P_ij (dout_i . v_j - dout_i . out_i); dq_i = scale sum_j w_ij dS_ij k_j; dk_j = scale sum_i w_ij dS_ij q_i;
     dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 where i and j share a
-    slot, or 1 without key_weights. deterministic: bitwise repeatable, also where torch's deterministic algorithms are on.
+    slot, or 1 without key_weights. deterministic: bitwise repeatable, also where torch's deterministic algorithms are
+    on.
     """
     return torch.ops.lemo.attention_backward(
         dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic
@@ -173,8 +174,8 @@ def attention(
 ) -> Tensor:
     """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
 
-    With ``out`` and ``lse`` of an earlier forward pass over more keys, that output is returned without computing it, and
-    gradients are those of ``attention_backward`` with the given key weights (mode `backward`).
+    With ``out`` and ``lse`` of an earlier forward pass over more keys, that output is returned without computing it,
+    and gradients are those of ``attention_backward`` with the given key weights (mode `backward`).
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if (out is None) != (lse is None):

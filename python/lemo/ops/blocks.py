@@ -1,7 +1,7 @@
 """Scores of token blocks, exact and predicted, and the choice among them (paper sections 4.1 and 4.2).
 
-T tokens in nb blocks of D documents: ``block_offsets`` int32 [nb + 1] (first token of every block) and ``documents`` int32
-[D + 1] (first block of every document), as in ``lemo.layout.Blocks``. No operation here is differentiable.
+T tokens in nb blocks of D documents: ``block_offsets`` int32 [nb + 1] (first token of every block) and ``documents``
+int32 [D + 1] (first block of every document), as in ``lemo.layout.Blocks``. No operation here is differentiable.
 Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
 """
 
@@ -226,15 +226,16 @@ def select_blocks(
 ) -> tuple[Tensor, ...]:
     """Chooses blocks; the list stays on the device, in buffers of capacity nb and T. ``lemo.layout.select`` cuts them.
 
-    scores float32 [nb] (mode "sample": probabilities in (0, 1]). mode "threshold" keeps scores >= threshold; "budget" the
-    min(n, max(floor(keep n + 1/2), forced, 1)) highest of the n blocks of each document, ties to the lower block; "sample"
-    as many by Pareto sampling. The first ``always_first`` and last ``always_last`` blocks of a document are forced.
+    scores float32 [nb] (mode "sample": probabilities in (0, 1]). mode "threshold" keeps scores >= threshold; "budget"
+    the min(n, max(floor(keep n + 1/2), forced, 1)) highest of the n blocks of each document, ties to the lower block;
+    "sample" as many by Pareto sampling. The first ``always_first`` and last ``always_last`` blocks of a document are
+    forced.
 
-    Returns, with K kept blocks and M kept tokens: kept int32 [nb] (ascending, -1 from K on), slots int32 [nb] (position in
-    kept or -1), row_offsets int32 [nb + 1] (M from K on), cu_seqlens int32 [D + 1], rows int32 [T] and row_slots int32 [T]
-    (-1 from M on), weights float32 [nb] (1/p or 1, 0 from K on), info int32 [4] = (K, M, longest document in packed rows,
-    fault). A fault (1 + first block whose score is not finite, or -1: nothing kept) is a FloatingPointError on the CPU and
-    only this number, with K = M = 0, on CUDA.
+    Returns, with K kept blocks and M kept tokens: kept int32 [nb] (ascending, -1 from K on), slots int32 [nb] (position
+    in kept or -1), row_offsets int32 [nb + 1] (M from K on), cu_seqlens int32 [D + 1], rows int32 [T] and row_slots
+    int32 [T] (-1 from M on), weights float32 [nb] (1/p or 1, 0 from K on), info int32 [4] = (K, M, longest document in
+    packed rows, fault). A fault (1 + first block whose score is not finite, or -1: nothing kept) is a
+    FloatingPointError on the CPU and only this number, with K = M = 0, on CUDA.
     """
     return torch.ops.lemo.select_blocks(
         scores, block_offsets, documents, block_size, num_tokens, mode, keep, threshold, always_first, always_last, seed
@@ -253,9 +254,9 @@ def block_scores(
 ) -> tuple[Tensor, Tensor | None]:
     """Exact informativeness of blocks (paper eq. 2): (scores float32 [nb], map float32 [nb, nb] or None).
 
-    q [T, Hq, D], k [T, Hk, D] with position embedding. S_ij = mean over heads of max(scale q_i.k_j, 0) for j <= i of the
-    same document; map[m, n] = max of S over queries in m and keys in n; scores[n] = sum over m >= n of map[m, n], divided
-    by the number of such m with ``normalize``. Memory is linear in T unless the map is wanted.
+    q [T, Hq, D], k [T, Hk, D] with position embedding. S_ij = mean over heads of max(scale q_i.k_j, 0) for j <= i of
+    the same document; map[m, n] = max of S over queries in m and keys in n; scores[n] = sum over m >= n of map[m, n],
+    divided by the number of such m with ``normalize``. Memory is linear in T unless the map is wanted.
     """
     scores, block_map = torch.ops.lemo.block_scores(
         q, k, block_offsets, documents, block_size, scale, normalize, want_map
@@ -282,9 +283,9 @@ def predict(
     """Predicted informativeness from the residual stream (paper eq. 3): float32 (scores [nb], queries, keys [nb, c]).
 
     x [T, d]; w*1 [r, d], w*2 [s, r], w*3 [c, s] in the dtype of x (on CUDA r, s and c are multiples of 8).
-    z = x / sqrt(mean(x^2) + eps) ("rms"; "layer": the variance about the mean, the mean is NOT subtracted: fold that into
-    w1); a = relu(w2 relu(w1 z)) per token; pooled over the block ("mean" or "max"); y = w3 pooled. scores[n] = sum over
-    blocks m >= n of the document of queries[m] . keys[n], divided by the number of such m with ``normalize``.
+    z = x / sqrt(mean(x^2) + eps) ("rms"; "layer": the variance about the mean, the mean is NOT subtracted: fold that
+    into w1); a = relu(w2 relu(w1 z)) per token; pooled over the block ("mean" or "max"); y = w3 pooled. scores[n] = sum
+    over blocks m >= n of the document of queries[m] . keys[n], divided by the number of such m with ``normalize``.
     """
     return torch.ops.lemo.predict(
         x, wq1, wq2, wq3, wk1, wk2, wk3, block_offsets, documents, block_size, norm, pool, eps, normalize

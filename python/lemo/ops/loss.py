@@ -1,9 +1,9 @@
 """Output projection and cross-entropy in segments of tokens: logits never exist whole (paper section 5.2).
 
-z = h W^T (+ lora_scale (h A^T) B^T) (+ bias); softcap c > 0: z = c tanh(z / c); loss = mean or sum over tokens whose target
-is not ``ignore_index`` of logsumexp(z_t) - z_t[target_t]. The mean over no valid token is 0 with zero gradients.
-N tokens, d channels, V classes, rank r. A target outside [0, V) is a ValueError on the CPU and makes the loss NaN on CUDA.
-Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+z = h W^T (+ lora_scale (h A^T) B^T) (+ bias); softcap c > 0: z = c tanh(z / c); loss = mean or sum over tokens whose
+target is not ``ignore_index`` of logsumexp(z_t) - z_t[target_t]. The mean over no valid token is 0 with zero gradients.
+N tokens, d channels, V classes, rank r. A target outside [0, V) is a ValueError on the CPU and makes the loss NaN on
+CUDA. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def _run(
 
 
 define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scale, "
-    "Tensor targets, int ignore_index, float softcap, str reduction, int segment_rows, bool want_dhidden, "
-    "bool want_dweight, bool want_dbias, bool want_dlora) -> (Tensor loss, Tensor valid, Tensor dhidden, "
-    "Tensor dweight, Tensor dbias, Tensor dlora_a, Tensor dlora_b)",
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+    "float lora_scale, Tensor targets, int ignore_index, float softcap, str reduction, int segment_rows, "
+    "bool want_dhidden, bool want_dweight, bool want_dbias, bool want_dlora) -> (Tensor loss, Tensor valid, "
+    "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dlora_a, Tensor dlora_b)",
     _run,
     _out,
 )

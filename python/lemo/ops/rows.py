@@ -210,8 +210,8 @@ def gather_norm(
     """Norm of gathered rows: s_i = x[rows[i]] + residual[i], y = norm(s) * weight + bias. Returns (y, s), both [M, d].
 
     rows None: every row. norm: "rms" (s / sqrt(mean(s^2) + eps)) or "layer" ((s - mean) / sqrt(var + eps)).
-    weight, bias [d] in the dtype of x or float32. s is what ``gather_norm_backward`` needs; it is x itself where neither
-    rows nor residual are given.
+    weight, bias [d] in the dtype of x or float32. s is what ``gather_norm_backward`` needs; it is x itself where
+    neither rows nor residual are given.
     """
     want_packed = rows is not None or residual is not None
     y, packed = torch.ops.lemo.gather_norm(x, rows, residual, weight, bias, norm, eps, want_packed)

@@ -1,0 +1,42 @@
+"""How results are judged against the oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import oracle
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference; NaN anywhere is infinite."""
+    difference = (actual.double() - exact.double()).abs()
+    return float("inf") if difference.isnan().any() else difference.max().item() if difference.numel() else 0.0
+
+
+def check_single(case, device: str = "cpu") -> None:
+    """fp32 kernels: the error is a few roundings of the largest value."""
+    tensors = case.inputs(device, torch.float32)
+    before = {name: t.clone() for name, t in tensors.items()}
+    actual, exact = case.run(tensors), case.expect(tensors)
+    assert actual.keys() == exact.keys()
+    for name, result in actual.items():
+        assert result.shape == exact[name].shape, name
+        largest = exact[name].abs().max().item() if result.numel() else 0.0
+        assert error(result, exact[name]) <= 1e-5 * largest + 1e-6, name
+    for name, t in tensors.items():
+        assert torch.equal(t, before[name]), f"the input {name} was changed"
+
+
+def check_half(case, dtype: torch.dtype, device: str = "cuda") -> None:
+    """fp16 and bf16 kernels: at most twice the error of plain torch in that dtype, plus one rounding of the largest."""
+    tensors = case.inputs(device, dtype)
+    actual, exact = case.run(tensors), case.expect(tensors)
+    with oracle.precision(dtype):
+        plain = case.expect(tensors)
+    assert actual.keys() == exact.keys()
+    for name, result in actual.items():
+        assert result.shape == exact[name].shape, name
+        largest = exact[name].abs().max().item() if result.numel() else 0.0
+        allowed = 2 * error(plain[name], exact[name]) + torch.finfo(dtype).eps * largest
+        assert error(result, exact[name]) <= allowed, f"{name}: {error(result, exact[name]):.3g} > {allowed:.3g}"

@@ -1,0 +1,27 @@
+"""Fixtures of the operation tests: no output may pass that was not written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lemo import _native
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New tensors hold NaN or the largest integer: torch does that in its deterministic mode. Kernels are still told
+    what the call itself asks for, so that tests reach both kinds."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    monkeypatch.setattr(_native, "wants_determinism", lambda: False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,0 +1,146 @@
+"""The differentiable operations: gradients that reach the leaves agree with the oracle's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import error
+
+import cases
+import oracle
+from cases import PACKINGS, Attention, Draw, Loss, leaf
+from lemo import ops
+
+
+def close(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    assert actual.shape == exact.shape
+    assert error(actual, exact) <= 1e-5 * exact.abs().max().item() + 1e-6
+
+
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("storage", ["packed", "rows"])
+@pytest.mark.parametrize("function", ["attention", "attention_forward"])
+def test_attention(storage, function) -> None:
+    case = Attention("documents", 4, 2, 80, storage)
+    t = case.inputs("cpu", torch.float32)
+    q, k, v = leaves(t["q"], t["k"], t["v"])
+    if function == "attention":
+        out = ops.attention(q, k, v, t["cu_seqlens"], case.max_seqlen, rows=t.get("rows"))
+    else:
+        out = ops.attention_forward(q, k, v, t["cu_seqlens"], t.get("rows"), case.max_seqlen, case.dim**-0.5)[0]
+    out.backward(t["dout"])
+    exact = case.expect(t)
+    for actual, name in ((out, "out"), (q.grad, "dq"), (k.grad, "dk"), (v.grad, "dv")):
+        close(actual.detach(), exact[name])
+
+
+def test_attention_accepts_a_gradient_of_any_strides() -> None:
+    case = Attention("documents")
+    t = case.inputs("cpu", torch.float32)
+    q, k, v = leaves(t["q"], t["k"], t["v"])
+    ops.attention(q, k, v, t["cu_seqlens"], case.max_seqlen).sum().backward()  # an expanded scalar
+    ones = t | {"dout": torch.ones_like(t["dout"])}
+    close(q.grad, case.expect(ones)["dq"])
+
+
+def test_attention_with_given_output() -> None:
+    case = Attention("documents", given=True)
+    t = case.inputs("cpu", torch.float32)
+    q, k, v = leaves(t["q"], t["k"], t["v"])
+    weights = {"key_weights": t["key_weights"], "row_slots": t["row_slots"]}
+    out = ops.attention(q, k, v, t["cu_seqlens"], case.max_seqlen, out=t["out"], lse=t["lse"], **weights)
+    assert torch.equal(out, t["out"])
+    out.backward(t["dout"])
+    exact = case.expect(t)
+    for actual, name in ((q.grad, "dq"), (k.grad, "dk"), (v.grad, "dv")):
+        close(actual, exact[name])
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_norm(norm, with_rows) -> None:
+    case = cases.Norm("documents", 72, norm, rows=with_rows, residual=with_rows, bias=True)
+    t = case.inputs("cpu", torch.float32)
+    names = [n for n in ("x", "residual", "weight", "bias") if n in t]
+    own = dict(zip(names, leaves(*(t[n] for n in names)), strict=True))
+    y = ops.norm(own["x"], own["weight"], own["bias"], norm, case.eps, rows=t.get("rows"), residual=own.get("residual"))
+    y.backward(t["dy"])
+    ref = {n: leaf(t[n]) for n in names}
+    exact, _ = oracle.gather_norm(
+        ref["x"], t.get("rows"), ref.get("residual"), ref["weight"], ref["bias"], norm, case.eps
+    )
+    exact.backward(t["dy"].double())
+    close(y.detach(), exact.detach())
+    for n in names:
+        close(own[n].grad, ref[n].grad)
+
+
+def test_norm_passes_the_gradient_of_its_packed_rows() -> None:
+    case = cases.Norm("batch", 64)
+    t = case.inputs("cpu", torch.float32)
+    x, ref = *leaves(t["x"]), leaf(t["x"])
+    y, s = ops.gather_norm(x, t["rows"], None, t["weight"], None, "rms", 1e-5)
+    (y.sum() + s.square().sum()).backward()
+    y, s = oracle.gather_norm(ref, t["rows"], None, t["weight"], None, "rms", 1e-5)
+    (y.sum() + s.square().sum()).backward()
+    close(x.grad, ref.grad)
+
+
+def test_gather() -> None:
+    case = cases.Rows("documents", 40, weighted=True, padding=3)
+    t = case.inputs("cpu", torch.float32)
+    x, ref = *leaves(t["x"]), leaf(t["x"])
+    ops.gather(x, t["rows"], t["weights"], t["slots"]).backward(t["y"])
+    oracle.gather(ref, t["rows"], t["weights"], t["slots"]).backward(t["y"].double())
+    close(x.grad, ref.grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_loss(reduction) -> None:
+    case = Loss(70, 96, 520, bias=True, rank=8, softcap=30.0, reduction=reduction, dweight=True)
+    t = case.inputs("cpu", torch.float32)
+    names = ("hidden", "weight", "bias", "lora_a", "lora_b")
+    own = dict(zip(names, leaves(*(t[n] for n in names)), strict=True))
+    options = {"softcap": 30.0, "reduction": reduction, "lora_scale": 0.5}
+    loss = ops.linear_cross_entropy_loss(targets=t["targets"], **own, **options)
+    assert loss.shape == () and loss.dtype == torch.float32
+    (3 * loss).backward()
+    exact = case.expect(t)
+    close(loss.detach(), exact["loss"])
+    for n in names:
+        close(own[n].grad, 3 * exact[f"d{n}"])
+
+
+def test_linear_cross_entropy_loss_of_a_frozen_head_makes_no_weight_gradient() -> None:
+    draw = Draw("cpu", torch.float32)
+    hidden = draw.normal(10, 8).requires_grad_()
+    weight = draw.normal(12, 8)
+    loss = ops.linear_cross_entropy_loss(hidden, weight, draw.integers(12, 10))
+    assert [saved.numel() for saved in loss.grad_fn.saved_tensors] == [hidden.numel(), 0, 0, 0, 0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass, got a second"):
+        loss.backward()
+
+
+def test_evaluation_saves_nothing() -> None:
+    draw = Draw("cpu", torch.float32)
+    loss = ops.linear_cross_entropy_loss(draw.normal(10, 8), draw.normal(12, 8), draw.integers(12, 10))
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("packing", ["keep_all", "documents", "batch"])
+def test_keeping_everything_is_dense(packing) -> None:
+    """Rows that name every token at its own place give what no rows give, bit by bit."""
+    p = PACKINGS[packing]
+    rows = torch.arange(p.tokens, dtype=torch.int32)
+    x = Draw("cpu", torch.float32).normal(p.tokens, 64)
+    with_rows = ops.gather_norm(x, rows, None, None, None, "rms", 1e-5)
+    assert torch.equal(with_rows[0], ops.gather_norm(x, None, None, None, None, "rms", 1e-5)[0])
+    assert torch.equal(with_rows[1], x) and torch.equal(ops.gather(x, rows), x)
+    q = x.view(p.tokens, 2, 32)
+    cu = torch.tensor(p.starts, dtype=torch.int32)
+    a, b = (ops.attention_forward(q, q, q, cu, r, max(p.lengths), 0.2) for r in (None, rows))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])

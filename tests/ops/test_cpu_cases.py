@@ -1,0 +1,139 @@
+"""Every operation on the CPU in fp32 against the oracle, over the table of cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import check_single
+
+import oracle
+from cases import CASES, PACKINGS, SELECT, Attention, name_of
+from lemo import _native, ops
+from lemo.layout import Kept, select
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_against_the_oracle(case) -> None:
+    check_single(case)
+
+
+@pytest.mark.parametrize("case", SELECT, ids=name_of)
+def test_select(case) -> None:
+    check_select(case, "cpu")
+
+
+def check_select(case, device: str) -> None:
+    p = PACKINGS[case.packing]
+    blocks, scores = p.blocks(device), case.inputs(device)
+    kept, weights = oracle.select(
+        scores, p.documents, case.mode, case.keep, case.threshold, case.first, case.last, case.seed
+    )
+    expected = oracle.layout_of(kept, p.documents)
+    layout = (blocks.offsets, blocks.documents, blocks.block_size, blocks.num_tokens)
+    rule = (case.mode, case.keep, case.threshold, case.first, case.last, case.seed)
+    got = ops.select_blocks(scores, *layout, *rule)
+    k, m, nb = len(kept), len(expected["rows"]), blocks.num_blocks
+    assert got[0].tolist() == kept + [-1] * (nb - k)
+    assert got[1].tolist() == expected["slots"]
+    assert got[2].tolist() == expected["row_offsets"] + [m] * (nb - k)
+    assert got[3].tolist() == expected["cu_seqlens"]
+    assert got[4].tolist() == expected["rows"] + [-1] * (p.tokens - m)
+    assert got[5].tolist() == expected["row_slots"] + [-1] * (p.tokens - m)
+    torch.testing.assert_close(got[6].cpu(), torch.tensor(weights + [0.0] * (nb - k)), rtol=1e-6, atol=0)
+    assert got[7].tolist() == [k, m, expected["max_seqlen"][0], 0]
+
+    exact = select(
+        scores,
+        blocks,
+        mode=case.mode,
+        keep=case.keep,
+        threshold=case.threshold,
+        always_first=case.first,
+        always_last=case.last,
+        seed=case.seed,
+    )
+    exact.raise_on_fault()
+    assert (exact.num_blocks, exact.num_rows, exact.max_seqlen) == (k, m, expected["max_seqlen"][0])
+    assert exact.blocks.tolist() == kept and exact.rows.tolist() == expected["rows"]
+    assert exact.row_slots.tolist() == expected["row_slots"]
+    assert exact.row_offsets.tolist() == expected["row_offsets"]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_keeping_everything_is_a_budget_of_one(packing) -> None:
+    blocks = PACKINGS[packing].blocks("cpu")
+    budget = select(torch.zeros(blocks.num_blocks), blocks, mode="budget", keep=1.0)
+    for name in ("blocks", "slots", "row_offsets", "cu_seqlens", "rows", "row_slots", "weights"):
+        assert torch.equal(getattr(budget, name), getattr(Kept.everything(blocks), name)), name
+    assert budget.max_seqlen == Kept.everything(blocks).max_seqlen and budget.is_everything
+
+
+def test_hash_uniform_is_the_oracles() -> None:
+    for seed, index in ((0, 0), (1234567, 2), (2**64 - 1, 2**40)):
+        assert _native.core().hash_uniform(seed, index) == oracle.hash_uniform(seed, index)
+
+
+def test_threads_do_not_change_results() -> None:
+    case = Attention("documents", 6, 2, 80)
+    t = case.inputs("cpu", torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(case.run(t))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def unnamed_rows_stay(device: str, dtype: torch.dtype) -> None:
+    """Rows of a storage that the row list does not name keep their bits: out, dq, dk, dv, x and dx."""
+    case = Attention("documents", storage="rows")
+    p, t = PACKINGS[case.packing], case.inputs(device, dtype)
+    hidden = torch.ones(p.tokens, dtype=torch.bool, device=device)
+    hidden[t["rows"].long()] = False
+    assert hidden.any() and not hidden.all()
+    scale, m = case.dim**-0.5, t["rows"].shape[0]
+    out = torch.full_like(t["q"], 7.0)
+    lse = torch.empty(case.heads, m, device=device)
+    common = {"cu_seqlens": t["cu_seqlens"], "rows": t["rows"]}
+    forward = (
+        {n: t[n] for n in "qkv"} | common | {"max_seqlen": case.max_seqlen, "scale": scale, "out": out, "lse": lse}
+    )
+    _native.call("attention_forward", t["q"].device, forward, workspace=True)
+    gradients = {f"d{n}": torch.full_like(t[n], 7.0) for n in "qkv"}
+    backward = {n: t[n] for n in ("dout", "q", "k", "v")} | {"out": out, "lse": lse} | common
+    backward |= {"key_weights": None, "row_slots": None, "max_seqlen": case.max_seqlen, "scale": scale} | gradients
+    for deterministic in (False, True):
+        _native.call("attention_backward", out.device, backward, workspace=True, deterministic=deterministic)
+    for name, result in (gradients | {"out": out}).items():
+        assert (result[hidden] == 7.0).all(), name
+        assert not (result[~hidden] == 7.0).all(), name
+
+    x = torch.full((p.tokens, 64), 7.0, dtype=dtype, device=device)
+    y = torch.randn(m, 64, device=device).to(dtype)
+    for base in (None, torch.randn_like(y)):
+        assert (ops.scatter_add_(x, t["rows"], y, base)[hidden] == 7.0).all()
+    for accumulate in (False, True):
+        ops.gather_norm_backward_(x, t["rows"], y, y, None, None, "rms", 1e-5, accumulate)
+        assert (x[hidden] == 7.0).all()
+
+
+def test_unnamed_rows_stay() -> None:
+    unnamed_rows_stay("cpu", torch.float32)
+
+
+def test_loss_gradient_may_overwrite_its_input() -> None:
+    """`dhidden` may be `hidden` itself: the promise of the C interface that saves one residual stream."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(40, 32), torch.randn(65, 32), torch.randint(65, (40,))
+    apart = ops.linear_cross_entropy(hidden, weight, None, None, None, 1.0, targets, segment_rows=16)
+    loss, valid = torch.empty(1), torch.empty(1, dtype=torch.int64)
+    names = ("bias", "lora_a", "lora_b")
+    arguments = {"hidden": hidden, "weight": weight} | dict.fromkeys(names) | {"targets": targets, "ignore_index": -100}
+    arguments |= {"lora_scale": 1.0, "softcap": 0.0, "reduction": 0, "segment_rows": 16, "loss": loss, "valid": valid}
+    arguments |= {"dhidden": hidden, "dweight": None, "dbias": None, "dlora_a": None, "dlora_b": None}
+    _native.call("linear_cross_entropy", hidden.device, arguments, workspace=True)
+    assert torch.equal(loss, apart[0]) and torch.equal(hidden, apart[2])

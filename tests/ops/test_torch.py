@@ -1,0 +1,158 @@
+"""Schemas, fake kernels and compilation: what torch expects of a custom operation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cases
+from cases import PACKINGS, name_of
+from lemo import ops
+from lemo.layout import Blocks, Kept
+
+SOME = [
+    cases.Rows("documents", 24, weighted=True, base=True, padding=2),
+    cases.Rows("keep_none", 24),
+    cases.Norm("documents", 24, "layer", residual=True, bias=True, extra=True),
+    cases.Norm("ragged", 24, rows=False),
+    cases.Attention("documents", 4, 2, 16, "strided"),
+    cases.Attention("documents", 2, 1, 16, "rows", given=True),
+    cases.Scores("documents", 4, 2, 16),
+    cases.Predict("documents", 24),
+    cases.Loss(20, 16, 40, bias=True, rank=4, dweight=True, segment=8),
+    cases.Loss(20, 16, 40, softcap=4.0),
+]
+NAMES = {
+    "gather",
+    "scatter_add_",
+    "gather_norm",
+    "gather_norm_backward",
+    "gather_norm_backward_",
+    "attention_forward",
+    "attention_backward",
+    "block_scores",
+    "predict",
+    "linear_cross_entropy",
+    "select_blocks",
+}
+
+
+class Calls(TorchDispatchMode):
+    """Collects the calls of lemo operations with copies of their arguments, views kept as views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lemo":
+            self.found.append((func, tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of(run) -> list[tuple]:
+    with Calls() as calls:
+        run()
+    assert calls.found
+    return calls.found
+
+
+def select_everywhere() -> None:
+    b = PACKINGS["documents"].blocks("cpu")
+    scores = torch.rand(b.num_blocks, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
+    for mode in ("threshold", "budget", "sample"):
+        ops.select_blocks(scores, b.offsets, b.documents, b.block_size, b.num_tokens, mode, 0.5, 0.3, 1, 0, 7)
+
+
+def test_every_operation_is_in_the_table() -> None:
+    found = [calls_of(lambda case=case: case.run(case.inputs("cpu", torch.float32))) for case in SOME]
+    names = {
+        func._schema.name.removeprefix("lemo::") for calls in [*found, calls_of(select_everywhere)] for func, _ in calls
+    }
+    registered = {n.removeprefix("lemo::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("lemo::")}
+    assert names == NAMES == {n.split(".")[0] for n in registered}
+
+
+@pytest.mark.parametrize("case", SOME, ids=name_of)
+def test_opcheck(case) -> None:
+    tensors = case.inputs("cpu", torch.float32)
+    for func, args in calls_of(lambda: case.run(tensors)):
+        torch.library.opcheck(func, args)
+
+
+def test_opcheck_select() -> None:
+    for func, args in calls_of(select_everywhere):
+        torch.library.opcheck(func, args)
+
+
+@pytest.mark.parametrize("op", ["gather", "gather_norm", "attention_forward"])
+def test_opcheck_with_gradients(op) -> None:
+    case = {"gather": SOME[0], "gather_norm": SOME[2], "attention_forward": cases.Attention("documents", 2, 1, 16)}[op]
+    for func, args in calls_of(lambda: case.run(case.inputs("cpu", torch.float32))):
+        if func._schema.name == f"lemo::{op}":
+            args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]
+            torch.library.opcheck(func, tuple(args))
+
+
+def layer(x: torch.Tensor, w: torch.Tensor, kept: Kept, targets: torch.Tensor) -> torch.Tensor:
+    """One small layer and a loss from every differentiable operation."""
+    h = ops.norm(x, w[0], None, "rms", 1e-5, rows=kept.rows)
+    q = (h @ w).view(-1, 2, 8)
+    out = ops.attention(q, q, q, kept.cu_seqlens, kept.max_seqlen)
+    y = ops.gather(x, kept.rows, kept.weights, kept.row_slots) + out.flatten(1)
+    return ops.linear_cross_entropy_loss(y, w, targets)
+
+
+def layer_inputs() -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    blocks = Blocks.from_lengths([20, 9], 8)
+    x, w = torch.randn(29, 16, generator=generator), torch.randn(16, 16, generator=generator) / 4
+    return x, w, Kept.everything(blocks), torch.randint(16, (29,), generator=generator)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_a_layer_and_its_gradient(backend) -> None:
+    x, w, kept, targets = layer_inputs()
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        loss = function(*leaves, kept, targets)
+        loss.backward()
+        results.append([loss.detach(), *(t.grad for t in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def step(x: torch.Tensor, weights: list[torch.Tensor], blocks: Blocks) -> tuple[torch.Tensor, ...]:
+    """Scores, selection and the in-place operations, sizes by capacity: no data-dependent shape."""
+    layout = (blocks.offsets, blocks.documents, blocks.block_size)
+    predicted, _, _ = ops.predict(x, *weights, *layout)
+    q = x.view(-1, 2, 8)
+    exact, _ = ops.block_scores(q, q, *layout, 0.3)
+    rule = ("budget", 0.5, 0.0, 1, 0, 0)
+    _, _, _, _, rows, _, _, info = ops.select_blocks(predicted + exact, *layout, blocks.num_tokens, *rule)
+    y, s = ops.gather_norm(x, rows, None, None, None, "rms", 1e-5)
+    x = ops.scatter_add_(x.clone(), rows, y)
+    dx = torch.zeros_like(x)
+    ops.gather_norm_backward_(dx, rows, y, s, None, None, "rms", 1e-5)
+    return x, dx, info
+
+
+def test_compile_selection_and_in_place_operations() -> None:
+    x, w, kept, _ = layer_inputs()
+    weights = [w[:8], w[:8, :8].contiguous(), w[8:, :8].contiguous()] * 2
+    expected = step(x, weights, kept.source)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for result, exact in zip(compiled(x, weights, kept.source), expected, strict=True):
+        torch.testing.assert_close(result, exact)
+
+
+def test_compile_with_changing_sizes() -> None:
+    def run(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return ops.gather(x, rows) * 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens, kept in ((12, 5), (30, 7), (31, 31)):
+        x, rows = torch.randn(tokens, 8), torch.arange(kept, dtype=torch.int32)
+        assert torch.equal(compiled(x, rows), run(x, rows))
