@@ -1,0 +1,64 @@
+"""The `lemo` command: calibrate, finetune, evaluate, report, info, estimate.
+
+Every subcommand lives in a module of its own with `add(subparsers)` and a `run(args)` that returns an exit code.
+Exit codes: 0 done, 1 a fault of lemo itself or a computation that failed, 2 something to put right in the command,
+the data or the machine, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lemo.cli.common import Formatter, explain
+
+_COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
+
+_EPILOG = """\
+A first run, from text to a measured adapter:
+
+  lemo estimate  --model MODEL --context 16384
+  lemo calibrate --model MODEL --data books/ --context 16384 --out calibration
+  lemo finetune  --model MODEL --data books/ --context 16384 --calibration calibration --out run
+  lemo evaluate  --model MODEL --data dev=dev.txt --context 16384 --adapter run/adapter
+  lemo report    run
+
+MODEL is a folder of a transformers model or its name on the hub. The adapter is a plain PEFT adapter: it loads with
+PEFT alone and is served densely, without lemo.
+Each command explains itself: lemo finetune --help
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lemo",
+        description="Long-context LoRA fine-tuning with token elimination.",
+        epilog=_EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lemo {importlib.import_module('lemo').__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        importlib.import_module(f"lemo.cli.{name}").add(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Errors become one message on stderr unless --debug is given."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        hint = f"; go on with: lemo finetune --out {args.out} --resume" if args.command == "finetune" else ""
+        print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        message, code = explain(error)
+        print(f"lemo {args.command}: {message}", file=sys.stderr)
+        return code

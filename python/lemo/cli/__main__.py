@@ -1,0 +1,5 @@
+import sys
+
+from lemo.cli import main
+
+sys.exit(main())

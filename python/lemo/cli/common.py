@@ -1,0 +1,206 @@
+"""What the subcommands share: arguments, loading models and data, explaining errors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# The commands print their own lines and bars; set before transformers is imported.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the examples' line breaks and shows defaults, except where there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS, []) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def say(line: str) -> None:
+    """A line for the user, on stderr: stdout carries results only."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """(message, exit code) of an error."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of GPU memory. What fits: lemo estimate --model ... --context ...; then a lower --keep, --recompute full, "
+            "--schedule low-memory or a smaller --context",
+            2,
+        )
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename}: no such file or folder", 2
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", 2
+    from lemo.checkpoint import CheckpointError
+    from lemo.predictors import CalibrationError
+
+    expected = (ValueError, OSError, ImportError, NotImplementedError, CheckpointError, CalibrationError)
+    if isinstance(error, expected):
+        return text, 2
+    if isinstance(error, FloatingPointError):
+        return text, 1
+    return f"{type(error).__name__}: {text} (run again with --debug for where it happened)", 1
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=required, help="folder of a transformers causal LM, or its name on the hub")
+    group.add_argument("--tokenizer", help="folder or name of the tokenizer, where it is not the model's own")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    group.add_argument("--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)")
+    group.add_argument(
+        "--interpolate-positions",
+        action="store_true",
+        default=None,
+        help="stretch rotary positions linearly where --context exceeds the model's own; give the same wherever the "
+        "adapter is used",
+    )
+
+
+def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        required=required,
+        metavar="[NAME=]SOURCE",
+        help="text files, folders, globs, *.jsonl, *.bin (uint16 tokens), a data set saved on disk, or hf:NAME[:SPLIT]",
+    )
+    group.add_argument("--text-field", help="field of JSONL records and data sets that holds the text (default: text)")
+    group.add_argument(
+        "--joined",
+        action="store_true",
+        default=None,
+        help="join each source into one stream in which documents see one another (default: documents stay apart)",
+    )
+
+
+def absolute(source: str) -> str:
+    """A path or `NAME=path` made absolute, so that a run can go on from another folder; names on the hub stay."""
+    name, equals, where = source.partition("=")
+    label, path = (f"{name}=", where) if equals and "/" not in name and not Path(source).exists() else ("", source)
+    if path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
+        return source
+    return label + os.path.abspath(os.path.expanduser(path))
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def device_of(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count or (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: this machine shows {count} usable GPUs to torch; use --device cpu")
+    return device
+
+
+def load_tokenizer(where: str, required: bool = False) -> Any:
+    """The tokenizer, or None where the folder has none and it is not required."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if not required:
+            return None
+        raise ValueError(f"--tokenizer {where}: cannot be loaded ({_first_line(error)})") from error
+    return tokenizer
+
+
+def load_config(where: str, context: int | None, interpolate: bool) -> Any:
+    """The model's transformers configuration, its positions stretched to `context` where that is asked for."""
+    from transformers import AutoConfig
+
+    path = Path(where).expanduser()
+    if not path.exists() and (where.startswith((".", "/", "~")) or where.count("/") > 1):
+        raise ValueError(f"--model {where}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {where}: no transformers model can be read from it ({_first_line(error)})") from error
+    longest = getattr(config, "max_position_embeddings", None)
+    if context is None or longest is None or context <= longest:
+        return config
+    rope = getattr(config, "rope_parameters", None)
+    if not interpolate:
+        hint = "; --interpolate-positions stretches them" if rope else " (its position embeddings are learned)"
+        raise ValueError(f"--context {context} exceeds the model's {longest} positions{hint}")
+    if not rope or rope.get("rope_type", "default") != "default":
+        kind = rope.get("rope_type") if rope else "learned position embeddings"
+        raise ValueError(f"--interpolate-positions needs plain rotary positions; this model has {kind}")
+    config.rope_parameters = {**rope, "rope_type": "linear", "factor": context / longest}
+    config.max_position_embeddings = context
+    return config
+
+
+def load_model(args: argparse.Namespace, context: int | None = None) -> Any:
+    """The frozen base model of --model on --device, in --dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = load_config(args.model, context, bool(args.interpolate_positions))
+    device = device_of(args.device)
+    name = args.dtype or "auto"
+    dtype = {"auto": torch.float32 if device.type == "cpu" else torch.bfloat16}.get(name) or getattr(torch, name)
+    if device.type == "cpu" and dtype is not torch.float32:
+        raise ValueError(f"--dtype {name}: the CPU backend computes in float32; leave --dtype out or use a GPU")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:  # transformers, safetensors and json raise their own kinds for a damaged folder
+        raise ValueError(f"--model {args.model}: its weights cannot be loaded ({_first_line(error)})") from error
+    return model.to(device).requires_grad_(False)
+
+
+def load_data(args: argparse.Namespace, vocab_size: int, **options: Any) -> Any:
+    """`lemo.data.Documents` of --data."""
+    from lemo.data import load_documents
+
+    tokenizer = load_tokenizer(args.tokenizer or args.model, required=args.tokenizer is not None)
+    return load_documents(
+        args.data,
+        tokenizer,
+        text_field=args.text_field or "text",
+        vocab_size=vocab_size,
+        joined=bool(args.joined),
+        progress=not args.quiet,
+        report=say,
+        **options,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,163 @@
+"""lemo finetune: train a LoRA adapter with token elimination."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lemo.cli.common import Formatter, absolute, add_common, add_data, add_model, load_data, load_model, say
+from lemo.settings import FinetuneSettings
+
+_EPILOG = """\
+examples:
+  lemo finetune --model MODEL --data books/ --context 16384 --steps 300 --out run
+      half of the blocks skipped for most of the steps, then an exact phase; no calibration needed
+
+  lemo finetune --model MODEL --data books/ --context 16384 --calibration calibration --out run
+      blocks chosen by the predictors that `lemo calibrate` trained
+
+  lemo finetune --model MODEL --data notes.jsonl --context 65536 --keep 0.3 --schedule low-memory --out run
+      nothing ever needs a dense step's memory
+
+  lemo finetune --out run --resume
+      go on where a stopped run left off; its settings are in run/run.json
+
+schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:weighted][@SHARE], separated by commas
+  default      skip most of the steps, then dense: the best result for the time spent
+  low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
+  skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
+  backward     only backward, unbiased gradient: for short adaptations where every step must see the exact model
+  dense        nothing eliminated
+  for instance --schedule skip:0.3@0.7,skip:0.6@0.2,dense@0.1
+policies (--policy, for skip phases): predictors (needs --calibration, then the default), update_norm (otherwise the
+  default), exact (slow: for comparison), random, sampled
+
+The run folder: run.json (settings), log.jsonl (loss, tokens/s, kept ratio per layer, memory), checkpoint-*/ (the last
+few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN makes a table and pictures of it.
+"""
+
+# Options that are settings of the run: unset ones keep the run's value on --resume, and the defaults otherwise.
+_SETTINGS: dict[str, tuple[str, Any, str]] = {
+    "context": ("tokens per window", int, "run"),
+    "steps": ("optimizer steps", int, "run"),
+    "batch": ("windows per forward pass", int, "run"),
+    "accumulate": ("forward passes per step", int, "run"),
+    "seed": ("of the adapter's first weights, the order of the data and every random choice", int, "run"),
+    "held_out": ("fraction of the data kept from training and evaluated densely", float, "run"),
+    "schedule": ("preset or phases, see below", str, "elimination"),
+    "keep": ("fraction of the blocks a layer keeps", float, "elimination"),
+    "policy": ("how blocks are chosen, see below", str, "elimination"),
+    "calibration": ("folder written by lemo calibrate", str, "elimination"),
+    "block_size": ("tokens per block", int, "elimination"),
+    "recompute": ("what is saved for backward: none (all), attention, full (least memory), auto", str, "elimination"),
+    "lr": ("learning rate", float, "optimizer"),
+    "lr_schedule": ("constant, linear or cosine, after the warm-up", str, "optimizer"),
+    "warmup": ("steps over which the learning rate rises", int, "optimizer"),
+    "weight_decay": ("of AdamW", float, "optimizer"),
+    "max_grad_norm": ("gradients are scaled down to this norm, 0 = never", float, "optimizer"),
+    "lora_rank": ("rank of the adapter", int, "LoRA"),
+    "lora_alpha": ("scale of the adapter is alpha / rank", float, "LoRA"),
+    "lora_dropout": ("dropout before the adapter", float, "LoRA"),
+}
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "finetune",
+        help="train a LoRA adapter with token elimination",
+        description="Train a LoRA adapter on long documents, leaving tokens out of layers where they matter least.",
+        epilog=_EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="run folder, new or (with --resume) to go on with")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of RUN")
+    add_model(parser, required=False)
+    add_data(parser, required=False)
+    groups = {name: parser.add_argument_group(name) for name in ("run", "elimination", "optimizer", "LoRA")}
+    defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
+    for name, (text, kind, group) in _SETTINGS.items():
+        shown = "" if defaults[name] is None else f" (default: {defaults[name]})"
+        groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown)
+    groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
+    groups["LoRA"].add_argument(
+        "--lora-targets", nargs="+", metavar="NAME", help="linear layers to adapt, or all-linear (default: q_proj k_proj v_proj o_proj)"
+    )
+    saving = parser.add_argument_group("saving")
+    saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")
+    saving.add_argument("--keep-checkpoints", type=int, default=2, help="complete checkpoints that stay on the disk")
+    saving.add_argument("--log-every", type=int, default=1, help="steps per line of the log")
+    saving.add_argument("--evaluate-every", type=int, default=0, help="steps between held-out evaluations, 0 = at the end")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+# Where the run's inputs come from: kept in run.json so that --resume needs no other argument.
+_INPUTS = ("model", "tokenizer", "data", "text_field", "joined", "interpolate_positions", "dtype")
+
+
+def _settings(args: argparse.Namespace) -> FinetuneSettings:
+    from lemo.checkpoint import compare_settings
+    from lemo.finetune import run_settings
+
+    given = {name: getattr(args, name) for name in [*_SETTINGS, "lora_targets"] if getattr(args, name) is not None}
+    if args.dense:
+        if args.schedule not in (None, "dense"):
+            raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
+        given["schedule"] = "dense"
+    if "lora_targets" in given:
+        given["lora_targets"] = tuple(given["lora_targets"])
+    if "calibration" in given:
+        given["calibration"] = str(Path(given["calibration"]).resolve())
+    if not args.resume:
+        missing = [f"--{n}" for n in ("model", "data") if getattr(args, n) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} needed to start a run (see lemo finetune --help)")
+        return FinetuneSettings(**given)
+    saved = run_settings(args.out)
+    before = FinetuneSettings.from_json(saved["settings"])
+    compare_settings({n: getattr(before, n) for n in given}, given)
+    inputs = saved.get("inputs", {})
+    named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
+    compare_settings({n: inputs.get(n) for n in named}, named)
+    for name in _INPUTS:
+        setattr(args, name, inputs.get(name))
+    return before
+
+
+def run(args: argparse.Namespace) -> int:
+    from lemo.finetune import finetune
+
+    for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("log_every", 1), ("evaluate_every", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    for name in ("model", "tokenizer"):
+        if getattr(args, name) is not None:
+            setattr(args, name, absolute(getattr(args, name)))
+    if args.data is not None:
+        args.data = [absolute(source) for source in args.data]
+    settings = _settings(args)
+    if args.resume is False and (Path(args.out) / "run.json").exists():
+        raise ValueError(f"--out {args.out} holds a run already; continue it with --resume, or choose another folder")
+    if settings.calibration and not Path(settings.calibration).is_dir():
+        raise ValueError(f"--calibration {settings.calibration}: no such folder; make it with lemo calibrate")
+    model = load_model(args, settings.context)
+    documents = load_data(args, model.config.vocab_size)
+    say(f"{documents.num_tokens} tokens in {len(documents)} documents")
+    result = finetune(
+        model,
+        documents,
+        settings,
+        args.out,
+        identity={"inputs": {n: getattr(args, n) for n in _INPUTS}},
+        resume=args.resume,
+        save_every=args.save_every,
+        keep_checkpoints=args.keep_checkpoints,
+        log_every=args.log_every,
+        evaluate_every=args.evaluate_every,
+        progress=not args.quiet,
+        report=say,
+    )
+    print(result.adapter)
+    return 0

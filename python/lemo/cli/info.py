@@ -1,0 +1,169 @@
+"""lemo info: this installation, a calibration folder or a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from lemo.cli.common import Formatter, add_common
+
+_EPILOG = """\
+examples:
+  lemo info                     versions, backends, GPUs
+  lemo info calibration         what a calibration holds: recall, thresholds, parameters
+  lemo info run                 a run's settings, progress and checkpoints
+"""
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "info",
+        help="versions and backends; or what a calibration or run folder holds",
+        description="Show this installation, or what a calibration or run folder holds.",
+        epilog=_EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("folder", nargs="?", help="folder of lemo calibrate or lemo finetune")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.folder is None:
+        values = installation()
+    else:
+        folder = Path(args.folder)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        if (folder / "lemo_config.json").exists():
+            values = calibration(folder)
+        elif (folder / "run.json").exists():
+            values = run_folder(folder)
+        elif (folder / "adapter_config.json").exists():
+            values = adapter(folder)
+        else:
+            raise ValueError(
+                f"{folder}: neither a calibration (lemo_config.json), a run (run.json) nor an adapter (adapter_config.json)"
+            )
+    if args.json:
+        print(json.dumps(values, indent=1))
+    else:
+        print("\n".join(_lines(values)))
+    return 0
+
+
+def _lines(values: dict[str, Any], indent: int = 0) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        pad = " " * indent
+        if isinstance(value, dict) and value:
+            lines += [f"{pad}{key}:", *_lines(value, indent + 2)]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"{pad}{key}:", *_table(value, indent + 2)]
+        else:
+            shown = ", ".join(map(_cell, value)) if isinstance(value, list) else _cell(value)
+            lines.append(f"{pad}{key}: {shown}")
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: list[dict[str, Any]], indent: int) -> list[str]:
+    names = list(rows[0])
+    cells = [names, *([_cell(row.get(n, "")) for n in names] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    return [" " * indent + "  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in cells]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def installation() -> dict[str, Any]:
+    """Versions, backends of the native library and the GPUs torch sees."""
+    import torch
+
+    import lemo
+
+    values: dict[str, Any] = {"lemo": lemo.__version__, "python": platform.python_version()}
+    values.update({p: _version(p) for p in ("torch", "transformers", "peft", "datasets", "tokenizers", "matplotlib")})
+    try:
+        from lemo import _C
+
+        backends = [name for name, index in (("cpu", 0), ("cuda", 1)) if _C.has_backend(index)]
+        values["native library"] = f"{_C.version()}, backends: {', '.join(backends)}"
+    except ImportError as error:
+        values["native library"] = f"cannot be loaded: {error}"
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        gpus.append(f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}")
+    values["GPUs"] = gpus or "none that torch can use"
+    return values
+
+
+def calibration(folder: Path) -> dict[str, Any]:
+    """What a calibration folder holds. Raises CalibrationError for a damaged one."""
+    from lemo.predictors import PredictorSet
+
+    predictors = PredictorSet.load(folder)
+    values: dict[str, Any] = {
+        "calibration": str(folder),
+        "model": predictors.fingerprint.get("config", {}),
+        "block size": predictors.block_size,
+        "context": predictors.context,
+        "parameters": predictors.num_parameters,
+        "norm, pool": f"{predictors.norm}, {predictors.pool}",
+    }
+    report = dict(predictors.report)
+    layers = report.pop("layers", None)
+    values["report"] = report
+    values["layers"] = [
+        {
+            "layer": i,
+            "keep": predictors.keep[i],
+            "threshold": predictors.thresholds[i],
+            "parameters": predictors.layers[i].num_parameters,
+            **(layers[i] if isinstance(layers, list) and i < len(layers) and isinstance(layers[i], dict) else {}),
+        }
+        for i in range(predictors.num_layers)
+    ]
+    return values
+
+
+def run_folder(folder: Path) -> dict[str, Any]:
+    """Settings, progress and checkpoints of a run folder."""
+    from lemo.checkpoint import Checkpoints
+    from lemo.finetune import ADAPTER, LOG_FILE, read_log, run_settings
+    from lemo.plots import steps_of
+
+    saved = run_settings(folder)
+    steps = steps_of(read_log(folder / LOG_FILE))
+    found = Checkpoints(folder).find()
+    values: dict[str, Any] = {
+        "run": str(folder),
+        "state": "complete" if (folder / ADAPTER).is_dir() else "not complete; go on with lemo finetune --out ... --resume",
+        "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings']['steps']}",
+        "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
+    }
+    if found.ignored:
+        values["not used"] = found.ignored
+    values.update({k: saved[k] for k in ("settings", "inputs") if k in saved})
+    return values
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    """The fields of a PEFT adapter that say what it is."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    names = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
+    return {"adapter": str(folder), **{n: config.get(n) for n in names}}
