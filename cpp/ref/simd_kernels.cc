@@ -192,7 +192,7 @@ void softmax_backward(int64_t n, const float* p, const float* dp, float delta, f
 void add_positive(int64_t n, float* y, const float* x, float scale) {
   for (int64_t i = 0; i < n; ++i) {
     const float s = x[i] * scale;
-    y[i] += s > 0 ? s : 0.0f;
+    y[i] += s < 0 ? 0.0f : s;  // a NaN stays one
   }
 }
 
