@@ -46,7 +46,13 @@ struct QueryTile {
 class Forward {
  public:
   explicit Forward(const lemo_attention_forward_args& a)
-      : shape(a), q_(a.q, a.rows), k_(a.k, a.rows), v_(a.v, a.rows), out_(a.out, a.rows), lse_(a.lse), scale_(a.scale) {}
+      : shape(a),
+        q_(a.q, a.rows),
+        k_(a.k, a.rows),
+        v_(a.v, a.rows),
+        out_(a.out, a.rows),
+        lse_(a.lse),
+        scale_(a.scale) {}
 
   void run(const QueryTile& tile, int64_t key_head) const {
     const Simd& f = simd();
@@ -162,16 +168,22 @@ class Backward {
  private:
   struct Scratch {
     Scratch(int64_t n, int64_t padded)
-        : queries(n * padded), douts(n * padded), delta(n), keys(kTile * padded), kt(kTile * padded),
-          vt(kTile * padded), p(kTile * kTile), ds(kTile * kTile) {}
+        : queries(n * padded),
+          douts(n * padded),
+          delta(n),
+          keys(kTile * padded),
+          kt(kTile * padded),
+          vt(kTile * padded),
+          p(kTile * kTile),
+          ds(kTile * kTile) {}
     std::vector<float> queries, douts, delta, keys, kt, vt, p, ds;
     float weights[kTile];
     int32_t slots[kTile];
   };
 
   // One tile of keys against every query that sees it.
-  void key_tile(Scratch& s, int64_t start, int64_t n, int64_t key, int64_t head, int64_t key_head, float* dq,
-                float* dk, float* dv) const {
+  void key_tile(Scratch& s, int64_t start, int64_t n, int64_t key, int64_t head, int64_t key_head, float* dq, float* dk,
+                float* dv) const {
     const Simd& f = simd();
     const int64_t padded = shape.padded, keys = std::min(kTile, n - key);
     const auto key_row = [&](int64_t j) { return k_.at(start + key + j, key_head); };
@@ -220,7 +232,7 @@ class Backward {
 
   Heads dout_, q_, k_, v_, out_, dq_, dk_, dv_;
   const lemo_tensor& lse_;
-  const float* key_weights_;    // by slot, or null
+  const float* key_weights_;  // by slot, or null
   const int32_t* row_slots_;
   float scale_;
 };
@@ -233,12 +245,12 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   std::vector<QueryTile> tiles;
   for (int64_t d = 0; d < shape.documents; ++d) {
     const int64_t start = shape.cu_seqlens[d], end = shape.cu_seqlens[d + 1];
-    for (int64_t first = start; first < end; first += kTile) tiles.push_back({start, first, std::min(kTile, end - first)});
+    for (int64_t first = start; first < end; first += kTile)
+      tiles.push_back({start, first, std::min(kTile, end - first)});
   }
   // The longest tasks first: the last to finish is then a short one.
-  std::stable_sort(tiles.begin(), tiles.end(), [](const QueryTile& x, const QueryTile& y) {
-    return x.first - x.document > y.first - y.document;
-  });
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [](const QueryTile& x, const QueryTile& y) { return x.first - x.document > y.first - y.document; });
   parallel_for(exec, static_cast<int64_t>(tiles.size()) * shape.key_heads, [&](int64_t task) {
     forward.run(tiles[static_cast<size_t>(task / shape.key_heads)], task % shape.key_heads);
   });
