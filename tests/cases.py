@@ -1,7 +1,8 @@
 """The one table of operation cases: shapes, inputs, how to run lemo on them and what the oracle says.
 
 Every case has ``inputs(device, dtype)`` (seeded; rounded to dtype, so that lemo and oracle see the same numbers),
-``run`` (lemo) and ``expect`` (oracle), which return results by name. CPU, CUDA, schema and compile tests all read this table.
+``run`` (lemo) and ``expect`` (oracle), which return results by name. All operation tests
+read this table.
 """
 
 from __future__ import annotations

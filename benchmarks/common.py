@@ -1,0 +1,116 @@
+"""What every benchmark script shares: timing on the device, and result files that say how they were made."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "peft", "liger-kernel")
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's architecture where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+
+
+def short_device_name() -> str:
+    """For file names: "h200", "cpu"."""
+    return device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
+
+
+def commit() -> str:
+    """The commit of the working tree, "-dirty" where tracked files differ, "unknown" outside a checkout."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def header() -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        versions["cudnn"] = torch.backends.cudnn.version()
+    return {
+        "gpu": device_name(),
+        "versions": versions,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def write_results(name: str | Path, rows: Sequence[dict[str, Any]], **more: Any) -> Path:
+    """Writes ``rows`` under the header. name: a path ending in .json, or a name within benchmarks/results."""
+    path = Path(name)
+    if path.suffix != ".json":
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(header() | more | {"rows": list(rows)}, indent=1)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n")
+    part.replace(path)
+    return path
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--out", default=f"{name}-{short_device_name()}", help="result file, or a name in results/")
+
+
+def milliseconds(runs: Sequence[Callable[[], Any]], repeat: int = 20, warm: int = 3) -> float:
+    """Median time of one call on the GPU, by events.
+
+    runs: the same work on different buffers; calls rotate through them, so that no call finds its inputs in the L2
+    cache because the call before left them there.
+    """
+    for i in range(max(warm, len(runs))):
+        runs[i % len(runs)]()
+    torch.cuda.synchronize()
+    pairs = []
+    for i in range(repeat):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        runs[i % len(runs)]()
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def copies(bytes_each: int, at_most: int = 8) -> int:
+    """How many sets of buffers outgrow the L2 cache (counted three times over)."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(at_most, -(-3 * cache // max(bytes_each, 1))))
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as aligned text."""
+
+    def text(value: Any) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+    lines = [list(columns), *([text(row.get(c)) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
