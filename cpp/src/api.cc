@@ -1,6 +1,7 @@
 // Every entry point: guard, read the structs, validate, check the workspace, hand over to the backend's table.
 #include "src/backend.h"
 #include "src/guard.h"
+#include "src/hash.h"
 #include "src/validate.h"
 
 namespace lemo {
@@ -106,11 +107,5 @@ int lemo_has_backend(lemo_device device) {
   return 0;
 }
 
-double lemo_hash_uniform(uint64_t seed, uint64_t index) {
-  uint64_t z = seed + (index + 1) * UINT64_C(0x9E3779B97F4A7C15);
-  z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
-  z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
-  z ^= z >> 31;
-  return (static_cast<double>(z >> 11) + 0.5) * 0x1.0p-53;
-}
+double lemo_hash_uniform(uint64_t seed, uint64_t index) { return lemo::hash_uniform(seed, index); }
 }
