@@ -520,7 +520,7 @@ class Select:
     seed: int = 0
 
     def inputs(self, device: str) -> Tensor:
-        draw = Draw(device, torch.float32, 7 + self.seed)
+        draw = Draw(device, torch.float32, 7 + self.seed % 100)
         n = sum(len(document) for document in PACKINGS[self.packing].documents)
         if self.scores == "probabilities":
             p = draw.uniform(n, low=0.05, high=0.9)

@@ -210,6 +210,8 @@ TABLE = [
     Bad("block_scores", "block_size", value(0), ("at least 1", "got 0")),
     Bad("predict", "pool", value("sum"), ("mean, max", "'sum'")),
     Bad("select_blocks", "mode", value("best"), ("threshold, budget, sample", "'best'")),
+    Bad("select_blocks", "seed", value(-1), ("[0, 2**64)", "got -1")),
+    Bad("select_blocks", "seed", value(2**64), ("got 18446744073709551616",)),
     Bad("select_blocks", "keep", value(0.0), ("(0, 1]", "got 0")),
     Bad("select_blocks", "keep", value(1.5), ("(0, 1]", "got 1.5")),
     Bad("select_blocks", "always_first", value(-1), ("at least 0", "got -1")),
@@ -224,8 +226,8 @@ TABLE = [
         for mode in ("threshold", "budget")
     ),
     *(
-        Bad("select_blocks", "scores", put(3, bad), ("3", "(0, 1]"), FloatingPointError, {"mode": "sample"})
-        for bad in (NAN, 0.0, 1.25, -0.5)
+        Bad("select_blocks", "scores", put(3, bad), ("3", words), FloatingPointError, {"mode": "sample"})
+        for bad, words in ((NAN, "nan"), (0.0, "(0, 1]"), (1.25, "(0, 1]"), (-0.5, "(0, 1]"))
     ),
     Bad("select_blocks", "threshold", value(9.0), ("9",), FloatingPointError, {"mode": "threshold"}),
 ]
@@ -258,7 +260,7 @@ def test_error_names_the_argument_and_nothing_is_written(bad: Bad, monkeypatch: 
         assert bad.argument in message
     for word in bad.words:
         assert word in message, message
-    assert "expected" in message, message
+    assert "expect" in message, message
     for name, tensor, before in seen:
         assert content(tensor) == before, f"{name} was written"
 

@@ -142,11 +142,11 @@ def test_captured_in_a_graph() -> None:
 
 def test_wrong_dtypes_and_devices_are_named() -> None:
     x, rows = torch.ones(8, 16, device="cuda"), torch.arange(8, dtype=torch.int32, device="cuda")
-    with pytest.raises(NotImplementedError, match="x: .*float16 or bfloat16, got float32"):
+    with pytest.raises(NotImplementedError, match=r"x: .*float16 or bfloat16, got float32"):
         ops.gather(x, rows)
     with pytest.raises(ValueError, match="rows: expected a tensor on cuda:0, got one on cpu"):
         ops.gather(x.half(), rows.cpu())
-    with pytest.raises(ValueError, match="x: .*16 bytes"):
+    with pytest.raises(ValueError, match=r"x: .*16 bytes"):
         ops.gather(torch.ones(8, 20, device="cuda", dtype=torch.float16)[:, 1:17], rows)
 
 

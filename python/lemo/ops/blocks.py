@@ -61,8 +61,6 @@ def _select(
     seed: int,
 ) -> tuple[Tensor, ...]:
     number = choice("mode", mode, MODES)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer in [0, 2**64), got {seed}")
     outputs = _select_out(
         scores, block_offsets, documents, block_size, num_tokens, mode, keep, threshold, always_first, always_last, seed
     )
@@ -77,7 +75,7 @@ def _select(
         "threshold": threshold,
         "always_first": always_first,
         "always_last": always_last,
-        "seed": seed,
+        "seed": seed % 2**64,
         **dict(zip(names, outputs, strict=True)),
     }
     call("select", scores.device, arguments, workspace=True)
@@ -237,8 +235,21 @@ def select_blocks(
     packed rows, fault). A fault (1 + first block whose score is not finite, or -1: nothing kept) is a
     FloatingPointError on the CPU and only this number, with K = M = 0, on CUDA.
     """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer in [0, 2**64), got {seed}")
+    signed = seed if seed < 2**63 else seed - 2**64  # a schema's int has 64 bits and a sign
     return torch.ops.lemo.select_blocks(
-        scores, block_offsets, documents, block_size, num_tokens, mode, keep, threshold, always_first, always_last, seed
+        scores,
+        block_offsets,
+        documents,
+        block_size,
+        num_tokens,
+        mode,
+        keep,
+        threshold,
+        always_first,
+        always_last,
+        signed,
     )
 
 

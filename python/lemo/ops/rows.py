@@ -281,7 +281,7 @@ def _gather_grad(ctx, grad):
     rows, weights, slots = ctx.saved_tensors
     grad = grad.contiguous()
     if weights is not None:
-        own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device).where(rows >= 0, -1)
         grad = torch.ops.lemo.gather(grad, own, weights, slots)
     dx = grad.new_zeros(ctx.shape)
     torch.ops.lemo.scatter_add_(dx, rows, grad)

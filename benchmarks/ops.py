@@ -1,0 +1,248 @@
+"""Every operation on the GPU beside the PyTorch composition it replaces, in bf16 at the sizes of a Llama-3-8B layer.
+
+ratio = peer_ms / ms: above 1, lemo is faster. Times are medians of calls that rotate through enough buffers to outgrow
+the L2 cache; both sides run in this process. Attention compares with SDPA on rows that are packed already (row lists of
+everything and packed storage) and, for half of the blocks, with dense attention over all rows and with gathering first.
+
+  python benchmarks/ops.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import peers
+import torch
+from common import add_output, copies, milliseconds, table, write_results
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from lemo import ops
+from lemo.layout import Blocks, Kept, select
+
+BF = torch.bfloat16
+D, HEADS, KV_HEADS, HEAD, VOCAB, BLOCK = 4096, 32, 8, 128, 128256, 64
+EPS = 1e-5
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+Rows = list[dict[str, Any]]
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=BF) * scale
+
+
+def half(tokens: int) -> Kept:
+    blocks = Blocks.from_lengths([tokens], BLOCK, "cuda")
+    return select(torch.rand(blocks.num_blocks, device="cuda"), blocks, mode="budget", keep=0.5)
+
+
+def add(rows: Rows, op: str, case: str, ms: float, peers_ms: dict[str, float], **more: Any) -> None:
+    for peer, peer_ms in peers_ms.items():
+        row = {"op": op, "case": case, "ms": round(ms, 4), "peer": peer, "peer_ms": round(peer_ms, 4)}
+        rows.append(row | {"ratio": round(peer_ms / ms, 3)} | more)
+
+
+def together(
+    make: Callable[[], Any], bytes_each: int, ours: Callable, theirs: dict[str, Callable], **timing: int
+) -> tuple:
+    """Times ``ours`` and each of ``theirs`` on the same rotating inputs."""
+    inputs = [make() for _ in range(copies(bytes_each))]
+
+    def time(run: Callable) -> float:
+        return milliseconds([lambda i=i: run(*i) for i in inputs], **timing)
+
+    return time(ours), {name: time(run) for name, run in theirs.items()}
+
+
+def rows_ops(rows: Rows) -> None:
+    tokens = 65536
+    kept = half(tokens)
+    long, m = kept.rows.long(), kept.num_rows
+    weight = normal(D)
+    moved = m * D * 2
+
+    def forward_inputs() -> tuple:
+        return (normal(tokens, D),)
+
+    ms, other = together(
+        forward_inputs,
+        moved * 2,
+        lambda x: ops.gather_norm(x, kept.rows, None, weight, None, "rms", EPS),
+        {"index_select + rms_norm": lambda x: peers.gather_norm(x, long, weight, EPS)},
+    )
+    # Reads the kept rows, writes them normed and as they are (for backward).
+    add(rows, "gather_norm", "65536 x 4096, half kept, rms", ms, other, gb_per_s=round(3 * moved / ms / 1e6))
+
+    ms, other = together(
+        lambda: (normal(tokens, D), normal(m, D)),
+        moved * 3,
+        lambda x, y: ops.scatter_add_(x, kept.rows, y),
+        {"index_add_": lambda x, y: peers.scatter_add_(x, long, y)},
+    )
+    add(rows, "scatter_add", "65536 x 4096, half kept", ms, other, gb_per_s=round(3 * moved / ms / 1e6))
+
+    ms, other = together(
+        forward_inputs,
+        moved * 2,
+        lambda x: ops.gather(x, kept.rows),
+        {"index_select": lambda x: x.index_select(0, long)},
+    )
+    add(rows, "gather", "65536 x 4096, half kept", ms, other, gb_per_s=round(2 * moved / ms / 1e6))
+
+    def backward_inputs() -> tuple:
+        s = normal(m, D).requires_grad_()
+        return s, normal(m, D), normal(tokens, D), torch.nn.functional.rms_norm(s, (D,), weight, EPS)
+
+    def peer_backward(s: Tensor, dy: Tensor, dx: Tensor, y: Tensor) -> None:
+        (ds,) = torch.autograd.grad(y, s, dy, retain_graph=True)
+        dx.index_add_(0, long, ds)
+
+    ms, other = together(
+        backward_inputs,
+        moved * 4,
+        lambda s, dy, dx, y: ops.gather_norm_backward_(dx, kept.rows, dy, s.detach(), weight, None, "rms", EPS),
+        {"rms_norm backward + index_add_": peer_backward},
+    )
+    # Reads dy, s and dx, writes dx.
+    add(rows, "gather_norm_backward", "65536 x 4096, half kept, rms", ms, other, gb_per_s=round(4 * moved / ms / 1e6))
+
+
+def choice_ops(rows: Rows) -> None:
+    tokens = 65536
+    blocks = Blocks.from_lengths([tokens], BLOCK, "cuda")
+    layout = (blocks.offsets, blocks.documents, BLOCK)
+    rule = ("budget", 0.5, 0.0, 0, 0, 0)
+    ms, other = together(
+        lambda: (torch.rand(blocks.num_blocks, device="cuda"),),
+        blocks.num_blocks * 4,
+        lambda s: ops.select_blocks(s, *layout, tokens, *rule),
+        {"topk + sort": lambda s: peers.select(s, BLOCK, 0.5)},
+    )
+    add(rows, "select", "1024 blocks, budget 0.5", ms, other)
+
+    sizes = ((128, D), (64, 128), (64, 64))
+    networks = [[normal(*s, scale=s[1] ** -0.5) for s in sizes] for _ in range(2)]
+    ms, other = together(
+        lambda: (normal(tokens, D),),
+        tokens * D * 2,
+        lambda x: ops.predict(x, *networks[0], *networks[1], *layout, eps=EPS),
+        {"rms_norm + linear + relu + mean": lambda x: peers.predict(x, networks, BLOCK, EPS)},
+    )
+    add(rows, "predict", "65536 x 4096, ranks 128/64/64", ms, other)
+
+    tokens = 16384
+    blocks = Blocks.from_lengths([tokens], BLOCK, "cuda")
+    layout = (blocks.offsets, blocks.documents, BLOCK)
+    ms, other = together(
+        lambda: (normal(tokens, HEADS, HEAD), normal(tokens, KV_HEADS, HEAD)),
+        tokens * (HEADS + KV_HEADS) * HEAD * 2,
+        lambda q, k: ops.block_scores(q, k, *layout, HEAD**-0.5),
+        {"strips of q k^T": lambda q, k: peers.block_scores(q, k, BLOCK, HEAD**-0.5)},
+        repeat=5,
+        warm=2,
+    )
+    work = 2 * HEADS * HEAD * tokens * tokens / 2
+    add(rows, "scores", "16384, 32/8 heads of 128", ms, other, tflops=round(work / ms / 1e9, 1))
+
+
+def attention_ops(rows: Rows) -> None:
+    for tokens in (4096, 16384):
+        everything = Kept.everything(Blocks.from_lengths([tokens], BLOCK, "cuda"))
+        for case, kept, listed in (
+            ("packed", everything, False),
+            ("row list, all kept", everything, True),
+            ("row list, half kept", half(tokens), True),
+        ):
+            attention(rows, tokens, f"{tokens} tokens, 32/8 heads of 128, {case}", kept, listed)
+
+
+def attention(rows: Rows, tokens: int, case: str, kept: Kept, listed: bool) -> None:
+    q, k, v, dout = (normal(tokens, h, HEAD) for h in (HEADS, KV_HEADS, KV_HEADS, HEADS))
+    row_list = kept.rows if listed else None
+    scale, n = HEAD**-0.5, kept.max_seqlen
+    partly = n < tokens
+    timing = {"repeat": 10, "warm": 3}
+    out, lse = ops.attention_forward(q, k, v, kept.cu_seqlens, row_list, n, scale)
+    forward = milliseconds([lambda: ops.attention_forward(q, k, v, kept.cu_seqlens, row_list, n, scale)], **timing)
+    arguments = (dout, q, k, v, out, lse, kept.cu_seqlens, row_list, None, None, n, scale)
+    backward = milliseconds([lambda: ops.attention_backward(*arguments)], **timing)
+    forward_peers, backward_peers = {}, {}
+    for name, backend in SDPA.items():
+        for gathered in (False, True) if partly else (False,):
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            picked = kept.rows.long() if gathered else None
+            label = f"{name}, {'gathered' if gathered else 'dense'}" if partly else name
+            result = peers.sdpa(backend, *leaves, picked)
+            with torch.no_grad():
+                forward_peers[label] = milliseconds([lambda: peers.sdpa(backend, *leaves, picked)], **timing)
+            direction = dout[: result.shape[0]]
+            backward_peers[label] = milliseconds(
+                [lambda: torch.autograd.grad(result, leaves, direction, retain_graph=True)], **timing
+            )
+    work = 4 * HEADS * HEAD * kept.num_rows**2 / 2
+    add(rows, "attention forward", case, forward, forward_peers, tflops=round(work / forward / 1e9, 1))
+    add(rows, "attention backward", case, backward, backward_peers, tflops=round(2.5 * work / backward / 1e9, 1))
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """MiB above what is allocated before the call."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+def loss_op(rows: Rows) -> None:
+    tokens = 16384
+    hidden, weight = normal(tokens, D), normal(VOCAB, D, scale=D**-0.5)
+    targets = torch.randint(VOCAB, (tokens,), device="cuda")
+    leaf = hidden.detach().requires_grad_()
+
+    def ours() -> object:
+        return ops.linear_cross_entropy(hidden, weight, None, None, None, 1.0, targets)
+
+    theirs = {
+        "linear + cross_entropy": lambda: torch.autograd.grad(peers.cross_entropy(leaf, weight, targets), leaf),
+        "the same in chunks of 2048": lambda: peers.chunked_cross_entropy(hidden, weight, targets),
+    }
+    timing = {"repeat": 5, "warm": 1}
+    ms, mib = milliseconds([ours], **timing), peak(ours)
+    work = 4 * tokens * D * VOCAB  # two products: logits and the gradient of the hidden states
+    for name, run in theirs.items():
+        more = {"peak_mib": mib, "peer_peak_mib": peak(run), "tflops": round(work / ms / 1e9, 1)}
+        add(
+            rows,
+            "linear_cross_entropy",
+            "16384 x 4096, vocab 128256",
+            ms,
+            {name: milliseconds([run], **timing)},
+            **more,
+        )
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=["rows", "choice", "attention", "loss"], help="parts to run")
+    add_output(parser, "ops")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
+    torch.manual_seed(0)
+    parts = {"rows": rows_ops, "choice": choice_ops, "attention": attention_ops, "loss": loss_op}
+    rows: Rows = []
+    for name, run in parts.items():
+        if args.only is None or name in args.only:
+            run(rows)
+            torch.cuda.empty_cache()
+    columns = ["op", "case", "ms", "peer", "peer_ms", "ratio", "tflops", "gb_per_s", "peak_mib", "peer_peak_mib"]
+    print(table(rows, columns))
+    print(f"written: {write_results(args.out, rows)}")
+
+
+if __name__ == "__main__":
+    main()
