@@ -1,0 +1,30 @@
+"""What the engine needs to know about a model family; one module per family."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import Family, NormWeights, UnsupportedModelError
+from .llama import Llama
+from .opt import OPT
+
+FAMILIES: tuple[Family, ...] = (Llama(), OPT())
+
+__all__ = ["FAMILIES", "Family", "NormWeights", "UnsupportedModelError", "find"]
+
+
+def find(model: nn.Module) -> tuple[Family, nn.Module]:
+    """The family and the causal language model inside `model` (itself, or what PEFT wraps).
+
+    Raises UnsupportedModelError naming what is supported.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for family in FAMILIES:
+        if family.matches(inner):
+            family.check(inner)
+            return family, inner
+    supported = ", ".join(family.model_class for family in FAMILIES)
+    raise UnsupportedModelError(
+        f"lemo does not support {type(inner).__name__}: expected {supported} of transformers, or a PeftModel around "
+        "one of them"
+    )

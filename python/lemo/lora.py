@@ -1,0 +1,189 @@
+"""Linear layers of the base model with their adapters: the cheap path, and the module itself where that is not safe.
+
+The cheap path covers frozen `nn.Linear` weights and PEFT's plain LoRA over them: one active adapter, no dropout, no
+variant (DoRA and others). Adapters stay in their own dtype (fp32 over a bf16 base); products run in the dtype of the
+input, adapter gradients accumulate in fp32. Everything else - quantised bases, LoRA dropout, DoRA, other adapter
+kinds, trainable base weights - calls the module: right, with whatever memory the module takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """y = h weight^T + bias + scale (h a^T) b^T. weight [o, d] frozen unless it is a loss head; a [r, d], b [o, r]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that runs in place of PEFT's `modules_to_save` wrapper; any other module itself."""
+    saved = getattr(module, "modules_to_save", None)
+    if saved is None or not hasattr(module, "original_module"):
+        return module
+    active = [name for name in getattr(module, "active_adapters", []) if name in saved]
+    if getattr(module, "disable_adapters", False) or not active:
+        return module.original_module
+    return saved[active[0]]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _plain_lora(module: nn.Module) -> bool:
+    try:
+        from peft.tuners.lora.layer import Linear
+    except ImportError:
+        return False
+    return type(module) is Linear and type(module.base_layer) is nn.Linear
+
+
+def projection(module: nn.Module, *, trainable: bool = False) -> Projection | None:
+    """The weights of a module the cheap path covers, or None. `trainable`: also cover a base weight that trains."""
+    module = unwrap(module)
+    if _hooked(module) or "forward" in module.__dict__:
+        return None
+    if type(module) is nn.Linear:
+        frozen = not any(p.requires_grad for p in module.parameters())
+        return Projection(module.weight, module.bias) if frozen or trainable else None
+    if not _plain_lora(module):
+        return None
+    base: nn.Linear = module.base_layer  # type: ignore[assignment]
+    if _hooked(base) or "forward" in base.__dict__:
+        return None
+    if not trainable and any(p.requires_grad for p in base.parameters()):
+        return None
+    active = [name for name in module.active_adapters if name in module.lora_A]  # type: ignore[union-attr,operator]
+    if module.merged or module.disable_adapters or not active:
+        return Projection(base.weight, base.bias)
+    name = active[0]
+    a, b = module.lora_A[name], module.lora_B[name]  # type: ignore[index]
+    plain = (
+        len(active) == 1
+        and type(a) is nn.Linear
+        and type(b) is nn.Linear
+        and b.bias is None
+        and isinstance(module.lora_dropout[name], nn.Identity)  # type: ignore[index]
+        and name not in module.lora_variant  # type: ignore[operator]
+        and not module.fan_in_fan_out
+        and not (_hooked(a) or _hooked(b))
+    )
+    return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name])) if plain else None  # type: ignore[arg-type,index]
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training (LoRA dropout)."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+
+
+def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y accumulated and returned in fp32, without fp32 copies of the factors where the backend can."""
+    if x.dtype == torch.float32:
+        return x @ y
+    if x.is_cuda:
+        try:
+            return torch.mm(x, y, out_dtype=torch.float32)
+        except (TypeError, RuntimeError):  # a torch before 2.8
+            pass
+    return (x @ y).float()
+
+
+class LinearGroup(Function):
+    """Several projections of the same rows. h [M, d] -> one [M, o_i] per projection.
+
+    Arguments: h, scales, want_output, then weight, bias, a, b of every projection. Saves h once, if any projection
+    has an adapter that trains, and the [M, r] products h a^T; frozen weights get no gradient. With want_output False
+    the outputs are zeros without memory of their own: recomputation needs the graph, not always the last product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, scales: tuple[float, ...], want_output: bool, *parts: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        dtype, outputs, inner = h.dtype, [], []
+        adapters = False
+        for i, scale in enumerate(scales):
+            weight, bias, a, b = parts[4 * i : 4 * i + 4]
+            assert weight is not None
+            if want_output:
+                y = F.linear(h, weight.to(dtype), None if bias is None else bias.to(dtype))
+            else:
+                y = h.new_zeros(1, 1).expand(h.shape[0], weight.shape[0])
+            t = None
+            if a is not None and b is not None:
+                t = h @ a.to(dtype).t()
+                if want_output:
+                    y.addmm_(t, b.to(dtype).t(), alpha=scale)
+                adapters = adapters or ctx.needs_input_grad[3 + 4 * i + 2]
+            outputs.append(y)
+            inner.append(t if t is not None and ctx.needs_input_grad[3 + 4 * i + 3] else None)
+        ctx.scales = scales
+        ctx.save_for_backward(h if adapters else None, *inner, *parts)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        n = len(ctx.scales)
+        h, *rest = ctx.saved_tensors
+        inner, parts = rest[:n], rest[n:]
+        dh, grads = None, []
+        want_dh = ctx.needs_input_grad[0]
+        for i, (scale, dy) in enumerate(zip(ctx.scales, dys, strict=True)):
+            weight, _, a, b = parts[4 * i : 4 * i + 4]
+            want_a, want_b = ctx.needs_input_grad[3 + 4 * i + 2], ctx.needs_input_grad[3 + 4 * i + 3]
+            dtype = dy.dtype
+            if want_dh:
+                w = weight.to(dtype)
+                dh = dy @ w if dh is None else dh.addmm_(dy, w)
+            da = db = None
+            if a is not None:
+                dt = None
+                if want_dh or want_a:
+                    dt = (dy @ b.to(dtype)).mul_(scale)
+                if want_dh:
+                    dh.addmm_(dt, a.to(dtype))
+                if want_a:
+                    da = _product_fp32(dt.t(), h).to(a.dtype)
+                if want_b:
+                    db = _product_fp32(dy.t(), inner[i]).mul_(scale).to(b.dtype)
+            grads += [None, None, da, db]
+        return dh, None, None, *grads
+
+
+def linear_group(modules: Sequence[nn.Module], h: Tensor, want_output: bool = True) -> tuple[Tensor, ...]:
+    """Outputs of several linear modules that read the same rows h [M, d], in h's dtype.
+
+    want_output False: values are not needed, only the graph behind them; the cheap path then skips the product.
+    """
+    outputs: list[Tensor | None] = [None] * len(modules)
+    fast: list[int] = []
+    parts: list[Tensor | None] = []
+    scales: list[float] = []
+    for i, module in enumerate(modules):
+        spec = projection(module)
+        if spec is None:
+            outputs[i] = module(h).to(h.dtype)
+        else:
+            fast.append(i)
+            parts += [spec.weight, spec.bias, spec.a, spec.b]
+            scales.append(spec.scale)
+    if fast:
+        for i, y in zip(fast, LinearGroup.apply(h, tuple(scales), want_output, *parts), strict=True):
+            outputs[i] = y
+    return tuple(y for y in outputs if y is not None)
