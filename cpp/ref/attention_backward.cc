@@ -1,0 +1,194 @@
+// Attention backward in tiles. Each task owns one query head of one document and walks its tiles in a fixed order;
+// the key and value gradients of the query heads that share a key head are added up afterwards, in order.
+#include "ref/attention_tiles.h"
+#include "ref/ops.h"
+
+namespace lemo::ref {
+namespace {
+
+struct Sizes {
+  explicit Sizes(const lemo_attention_backward_args& a)
+      : d(a.q.shape[2]),
+        width(round_up(d, kLane)),
+        query_heads(a.q.shape[1]),
+        key_heads(a.k.shape[1]),
+        capacity(present(a.rows) ? a.rows.shape[0] : a.q.shape[0]),
+        tiles(max_key_tiles(capacity, a.cu_seqlens.shape[0] - 1)) {}
+  int64_t d;
+  int64_t width;
+  int64_t query_heads;
+  int64_t key_heads;
+  int64_t capacity;
+  int64_t tiles;
+
+  int64_t key_floats() const { return key_heads * tiles * kKeys * width; }
+  int64_t query_floats() const { return query_heads * capacity * width; }
+  int64_t gradient_floats() const { return query_heads * tiles * kKeys * width; }
+};
+
+struct Buffers {
+  Buffers(float* workspace, const Sizes& s)
+      : keys(workspace),
+        keys_transposed(keys + s.key_floats()),
+        values_transposed(keys_transposed + s.key_floats()),
+        queries(values_transposed + s.key_floats()),
+        dout(queries + s.query_floats()),
+        dq(dout + s.query_floats()),
+        dk(dq + s.query_floats()),
+        dv(dk + s.gradient_floats()),
+        delta(dv + s.gradient_floats()) {}
+  static int64_t total_floats(const Sizes& s) {
+    return 3 * s.key_floats() + 3 * s.query_floats() + 2 * s.gradient_floats() + s.query_heads * s.capacity;
+  }
+  float* keys;               // [Hk, tiles, kKeys, width]
+  float* keys_transposed;    // [Hk, tiles, D, kKeys]
+  float* values_transposed;  // [Hk, tiles, D, kKeys]
+  float* queries;            // [Hq, capacity, width], scaled
+  float* dout;               // [Hq, capacity, width]
+  float* dq;                 // [Hq, capacity, width], without the factor `scale`
+  float* dk;                 // [Hq, tiles, kKeys, width]
+  float* dv;                 // [Hq, tiles, kKeys, width]
+  float* delta;              // [Hq, capacity]: D_i
+};
+
+// p and ds of one pair of tiles times w_ij: the weight of the key's block unless the query lies in that block.
+void apply_key_weights(const float* key_weights, const int32_t* query_slots, const int32_t* key_slots, int64_t queries,
+                       int64_t keys, float* p, float* ds) {
+  float weights[kKeys];
+  for (int64_t j = 0; j < keys; ++j) weights[j] = key_weights[key_slots[j]];
+  for (int64_t i = 0; i < queries; ++i) {
+    for (int64_t j = 0; j < keys; ++j) {
+      const float w = key_slots[j] == query_slots[i] ? 1.0f : weights[j];
+      p[i * kKeys + j] *= w;
+      ds[i * kKeys + j] *= w;
+    }
+  }
+}
+
+void collect(const lemo_exec& exec, const lemo_attention_backward_args& a, const Tiling& tiling, const Sizes& sizes,
+             const Buffers& b) {
+  const int32_t* rows = ints(a.rows);
+  const int64_t tile_size = kKeys * sizes.width;
+  const auto num_tiles = static_cast<int64_t>(tiling.keys.size());
+  parallel_for(exec, sizes.key_heads * num_tiles, [&](int64_t task) {
+    const int64_t head = task / num_tiles;
+    const Tile& tile = tiling.keys[static_cast<size_t>(task % num_tiles)];
+    const Document& document = tiling.documents[static_cast<size_t>(tile.document)];
+    const int64_t at = (head * sizes.tiles + task % num_tiles) * tile_size;
+    collect_tile(a.k, rows, head, document, tile.index, sizes.width, b.keys + at);
+    collect_transposed(a.k, rows, head, document, tile.index, b.keys_transposed + at);
+    collect_transposed(a.v, rows, head, document, tile.index, b.values_transposed + at);
+  });
+  const auto num_query_tiles = static_cast<int64_t>(tiling.queries.size());
+  parallel_for(exec, sizes.query_heads * num_query_tiles, [&](int64_t task) {
+    const int64_t head = task / num_query_tiles;
+    const Tile& tile = tiling.queries[static_cast<size_t>(task % num_query_tiles)];
+    const Document& document = tiling.documents[static_cast<size_t>(tile.document)];
+    const int64_t first = document.start + tile.index * kQueries;
+    const int64_t count = std::min(kQueries, document.length - tile.index * kQueries);
+    const int64_t at = (head * sizes.capacity + first) * sizes.width;
+    collect_rows(a.q, rows, head, first, count, a.scale, sizes.width, b.queries + at);
+    collect_rows(a.dout, rows, head, first, count, 1.0f, sizes.width, b.dout + at);
+    std::fill_n(b.dq + at, count * sizes.width, 0.0f);
+    for (int64_t i = first; i < first + count; ++i) {
+      const int64_t from = rows == nullptr ? i : rows[i];
+      b.delta[head * sizes.capacity + i] = simd().dot(sizes.d, row(a.dout, from, head), row(a.out, from, head));
+    }
+  });
+}
+
+// All tiles of one query head of one document.
+void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, const Buffers& b,
+                   const Document& document, int64_t head) {
+  const Simd& f = simd();
+  const int64_t width = sizes.width;
+  const int64_t tile_size = kKeys * width;
+  const int64_t key_base = (head / (sizes.query_heads / sizes.key_heads) * sizes.tiles + document.first_tile) * tile_size;
+  const int64_t gradient_base = (head * sizes.tiles + document.first_tile) * tile_size;
+  std::vector<float> scratch(static_cast<size_t>(2 * kQueries * kKeys));
+  float* p = scratch.data();
+  float* ds = p + kQueries * kKeys;
+  for (int64_t j = 0; j * kKeys < document.length; ++j) {
+    const int64_t keys = std::min(kKeys, document.length - j * kKeys);
+    const float* k = b.keys + key_base + j * tile_size;
+    const float* k_transposed = b.keys_transposed + key_base + j * tile_size;
+    const float* v_transposed = b.values_transposed + key_base + j * tile_size;
+    float* dk = b.dk + gradient_base + j * tile_size;
+    float* dv = b.dv + gradient_base + j * tile_size;
+    std::fill_n(dk, tile_size, 0.0f);
+    std::fill_n(dv, tile_size, 0.0f);
+    for (int64_t tile = j * kKeys / kQueries; tile * kQueries < document.length; ++tile) {
+      const int64_t first = tile * kQueries;
+      const int64_t count = std::min(kQueries, document.length - first);
+      const int64_t at = head * sizes.capacity + document.start + first;
+      const float* q = b.queries + at * width;
+      const float* dout = b.dout + at * width;
+      f.matmul(count, kKeys, sizes.d, q, width, 1, k_transposed, kKeys, p, kKeys, false);
+      f.matmul(count, kKeys, sizes.d, dout, width, 1, v_transposed, kKeys, ds, kKeys, false);
+      const float* lse = floats(a.lse) + head * a.lse.stride[0] + document.start + first;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = std::clamp<int64_t>(first + i - j * kKeys + 1, 0, keys);
+        float* p_row = p + i * kKeys;
+        float* ds_row = ds + i * kKeys;
+        f.exp(n, p_row, 1.0f, lse[i]);
+        f.softmax_backward(n, p_row, ds_row, b.delta[at + i], ds_row);
+        std::fill(p_row + n, p_row + kKeys, 0.0f);
+        std::fill(ds_row + n, ds_row + kKeys, 0.0f);
+      }
+      if (present(a.key_weights)) {
+        const int32_t* slots = ints(a.row_slots) + document.start;
+        apply_key_weights(floats(a.key_weights), slots + first, slots + j * kKeys, count, keys, p, ds);
+      }
+      f.matmul(kKeys, width, count, p, 1, kKeys, dout, width, dv, width, true);
+      f.matmul(kKeys, width, count, ds, 1, kKeys, q, width, dk, width, true);
+      f.matmul(count, width, keys, ds, kKeys, 1, k, width, b.dq + at * width, width, true);
+    }
+  }
+}
+
+}  // namespace
+
+void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& a) {
+  const Sizes sizes(a);
+  const Tiling tiling(a.cu_seqlens);
+  const Buffers b(static_cast<float*>(exec.workspace), sizes);
+  collect(exec, a, tiling, sizes, b);
+  const auto num_documents = static_cast<int64_t>(tiling.documents.size());
+  parallel_for(exec, num_documents * sizes.query_heads, [&](int64_t task) {
+    backward_head(a, sizes, b, tiling.documents[static_cast<size_t>(task / sizes.query_heads)],
+                  task % sizes.query_heads);
+  });
+
+  const int32_t* rows = ints(a.rows);
+  const int64_t group = sizes.query_heads / sizes.key_heads;
+  for (const Document& document : tiling.documents) {
+    parallel_ranges(exec, document.length, kKeys, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t packed = document.start + i;
+        const int64_t to = rows == nullptr ? packed : rows[packed];
+        for (int64_t head = 0; head < sizes.query_heads; ++head) {
+          const float* from = b.dq + (head * sizes.capacity + packed) * sizes.width;
+          float* dq = row(a.dq, to, head);
+          for (int64_t c = 0; c < sizes.d; ++c) dq[c] = a.scale * from[c];
+        }
+        for (int64_t head = 0; head < sizes.key_heads; ++head) {
+          float* dk = row(a.dk, to, head);
+          float* dv = row(a.dv, to, head);
+          std::fill_n(dk, sizes.d, 0.0f);
+          std::fill_n(dv, sizes.d, 0.0f);
+          for (int64_t member = head * group; member < (head + 1) * group; ++member) {
+            const int64_t from = ((member * sizes.tiles + document.first_tile) * kKeys + i) * sizes.width;
+            simd().add(sizes.d, dk, b.dk + from, 1.0f);  // the factor `scale` is in the queries
+            simd().add(sizes.d, dv, b.dv + from, 1.0f);
+          }
+        }
+      }
+    });
+  }
+}
+
+uint64_t attention_backward_workspace(const lemo_exec&, const lemo_attention_backward_args& a) {
+  return static_cast<uint64_t>(Buffers::total_floats(Sizes(a))) * sizeof(float);
+}
+
+}  // namespace lemo::ref

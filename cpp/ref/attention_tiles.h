@@ -1,0 +1,90 @@
+// Keys and values of attention as dense tiles: rows are collected from their offsets once and padded with zeros, so
+// that the inner loops are plain matrix products.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "ref/parallel.h"
+#include "ref/simd.h"
+#include "ref/view.h"
+
+namespace lemo::ref {
+
+constexpr int64_t kKeys = 64;     // key rows of a tile
+constexpr int64_t kQueries = 96;  // query rows of a tile: a multiple of every Simd::tile_rows
+
+struct Document {
+  int64_t start;       // first packed row
+  int64_t length;      // packed rows
+  int64_t first_tile;  // its tiles of kKeys rows
+};
+
+struct Tile {
+  int64_t document;
+  int64_t index;  // within the document
+};
+
+struct Tiling {
+  std::vector<Document> documents;
+  std::vector<Tile> keys;     // by kKeys rows; position = first_tile + index
+  std::vector<Tile> queries;  // by kQueries rows
+  int64_t num_rows = 0;       // M
+
+  explicit Tiling(const lemo_tensor& cu_seqlens) {
+    const int32_t* list = ints(cu_seqlens);
+    for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
+      const int64_t length = list[d + 1] - list[d];
+      documents.push_back({list[d], length, static_cast<int64_t>(keys.size())});
+      for (int64_t i = 0; i * kKeys < length; ++i) keys.push_back({d, i});
+      for (int64_t i = 0; i * kQueries < length; ++i) queries.push_back({d, i});
+    }
+    num_rows = list[cu_seqlens.shape[0] - 1];
+  }
+};
+
+// The most key tiles that `capacity` rows in `documents` documents can make.
+inline int64_t max_key_tiles(int64_t capacity, int64_t documents) { return capacity / kKeys + documents; }
+
+// out[i, :] = scale * row i, out[i, d..width) = 0, for packed rows [first, first + count) of one head.
+inline void collect_rows(const lemo_tensor& x, const int32_t* rows, int64_t head, int64_t first, int64_t count,
+                         float scale, int64_t width, float* out) {
+  const int64_t d = x.shape[2];
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from = row(x, rows == nullptr ? first + i : rows[first + i], head);
+    float* to = out + i * width;
+    if (scale == 1.0f) {
+      std::memcpy(to, from, static_cast<size_t>(d) * sizeof(float));
+    } else {
+      for (int64_t j = 0; j < d; ++j) to[j] = scale * from[j];
+    }
+    std::fill(to + d, to + width, 0.0f);
+  }
+}
+
+// The same for one tile of keys, short tiles padded with zero rows: out is [kKeys, width].
+inline void collect_tile(const lemo_tensor& x, const int32_t* rows, int64_t head, const Document& document,
+                         int64_t tile, int64_t width, float* out) {
+  const int64_t count = std::min(kKeys, document.length - tile * kKeys);
+  collect_rows(x, rows, head, document.start + tile * kKeys, count, 1.0f, width, out);
+  std::fill(out + count * width, out + kKeys * width, 0.0f);
+}
+
+// One tile of keys with rows and columns exchanged: out is [D, kKeys].
+inline void collect_transposed(const lemo_tensor& x, const int32_t* rows, int64_t head, const Document& document,
+                               int64_t tile, float* out) {
+  const int64_t d = x.shape[2];
+  const int64_t first = document.start + tile * kKeys;
+  const int64_t count = std::min(kKeys, document.length - tile * kKeys);
+  for (int64_t i = 0; i < kKeys; ++i) {
+    if (i >= count) {
+      for (int64_t j = 0; j < d; ++j) out[j * kKeys + i] = 0.0f;
+      continue;
+    }
+    const float* from = row(x, rows == nullptr ? first + i : rows[first + i], head);
+    for (int64_t j = 0; j < d; ++j) out[j * kKeys + i] = from[j];
+  }
+}
+
+}  // namespace lemo::ref
