@@ -1,0 +1,103 @@
+# make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 4 minutes on 2 cores)
+# make test    everything the project checks: lint, types, CUDA compilation, build, tests
+# Both set up what they need in .venv; only Python 3.11+ and a C++ compiler have to be there.
+#
+# Variables: PYTHON  interpreter that makes .venv (one that has torch already shares it)
+#            TORCH   what pip installs where torch is missing, for instance
+#                    make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#            LEMO_CUDA  AUTO, ON or OFF (default: AUTO where a GPU is present)
+#            JOBS    compilers at a time
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+
+BIN := $(VENV)/bin
+BUILD := build
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SHELL := /bin/bash
+
+# nvcc is not always on PATH; a GPU's own architecture is enough where there is one.
+ifeq ($(shell command -v nvcc 2>/dev/null),)
+ifneq ($(wildcard /usr/local/cuda/bin/nvcc),)
+export PATH := /usr/local/cuda/bin:$(PATH)
+endif
+endif
+NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+LEMO_CUDA ?= $(if $(GPU),AUTO,OFF)
+export LEMO_CUDA
+ifneq ($(GPU),)
+export LEMO_CUDA_ARCHITECTURES ?= $(if $(filter 9.0,$(GPU)),90a,80)
+endif
+export LEMO_BUILD_DIR := $(abspath $(BUILD)/lib)
+export MAX_JOBS := $(JOBS)
+# Objects are kept in build/, and pip must not bring a second copy of CMake that the next build would not find.
+INSTALL := $(PIP) --no-build-isolation
+
+SOURCES := $(shell find python cpp cuda cmake -type f -not -name '*.so' -not -path '*/__pycache__/*' -not -path '*/include/lemo/*' 2>/dev/null) \
+           $(wildcard cpp/include/lemo/*) CMakeLists.txt setup.py pyproject.toml
+NATIVE = $(shell find cpp cuda tests -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test setup lint format build check cuda-compile cuda-full clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python demo/run.py --out runs/demo
+
+# Every part runs even if one before it failed (make -k); the tests come last and end with pytest's summary.
+test: lint cuda-compile check
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer needed: make PYTHON=..."; exit 1; }
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then share=--system-site-packages; fi; \
+	  echo "making $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv $$share $(VENV)
+
+# torch first: what depends on it must not choose another build. CUTLASS is headers only.
+$(VENV)/.tools: $(BIN)/python
+	@echo "installing torch and build tools into $(VENV)"
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	@$(PIP) "setuptools>=77" wheel "cmake>=3.24" ninja "pybind11>=2.13"
+	@if [ -n "$(NVCC)" ]; then $(PIP) --no-deps "nvidia-cutlass>=4.2,<4.3"; fi
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.tools $(SOURCES)
+	@echo "building and installing lemo (CUDA: $(LEMO_CUDA))"
+	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) ".[plots]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.tools $(SOURCES)
+	@echo "building and installing lemo with its development tools (CUDA: $(LEMO_CUDA))"
+	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) ".[dev,plots,datasets]"
+	@touch $@ $(VENV)/.demo
+
+setup build: $(VENV)/.dev
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+check: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+# Compiles the CUDA kernels without a GPU and fails if one spills registers. The default is the tuned set (bf16,
+# head_dim 64 and 128); cuda-full is every kernel of the library.
+cuda-compile: $(VENV)/.tools
+	@if [ -z "$(NVCC)" ]; then echo "no nvcc: CUDA kernels not compiled"; else \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/cuda_compile.py --build $(BUILD)/cuda --jobs $(JOBS); fi
+
+cuda-full: $(VENV)/.tools
+	@[ -n "$(NVCC)" ] || { echo "cuda-full needs nvcc"; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/cuda_compile.py --build $(BUILD)/cuda --jobs $(JOBS) --full
+
+clean:
+	rm -rf $(BUILD) $(VENV) dist runs/demo *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
