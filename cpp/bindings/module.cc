@@ -129,8 +129,8 @@ void fields(V& f, lemo_attention_forward_args& a) {
 template <class V>
 void fields(V& f, lemo_attention_backward_args& a) {
   F(dout)
-  F(q) F(k) F(v) F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq) F(dk)
-      F(dv)
+  F(q)
+  F(k) F(v) F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq) F(dk) F(dv)
 }
 template <class V>
 void fields(V& f, lemo_linear_cross_entropy_args& a){

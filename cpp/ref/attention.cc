@@ -58,7 +58,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   const auto num_query_tiles = static_cast<int64_t>(tiling.queries.size());
 
   const int64_t tile_size = kKeys * width;
-  auto* keys = static_cast<float*>(exec.workspace);  // [Hk, tiles, D, kKeys] in steps of tile_size
+  auto* keys = static_cast<float*>(exec.workspace);          // [Hk, tiles, D, kKeys] in steps of tile_size
   float* values = keys + key_heads * num_tiles * tile_size;  // [Hk, tiles, kKeys, width]
   parallel_for(exec, key_heads * num_tiles, [&](int64_t task) {
     const int64_t head = task / num_tiles;

@@ -103,7 +103,8 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
   const Simd& f = simd();
   const int64_t width = sizes.width;
   const int64_t tile_size = kKeys * width;
-  const int64_t key_base = (head / (sizes.query_heads / sizes.key_heads) * sizes.tiles + document.first_tile) * tile_size;
+  const int64_t key_base =
+      (head / (sizes.query_heads / sizes.key_heads) * sizes.tiles + document.first_tile) * tile_size;
   const int64_t gradient_base = (head * sizes.tiles + document.first_tile) * tile_size;
   std::vector<float> scratch(static_cast<size_t>(2 * kQueries * kKeys));
   float* p = scratch.data();

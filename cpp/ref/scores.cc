@@ -1,84 +1,76 @@
-// Exact block informativeness on the CPU: one task per key block, which walks the query blocks of its document.
-#include <algorithm>
+// Exact informativeness of key blocks. A task owns one key block and walks the query blocks that see it, so every
+// column sum is made by one thread in one order and no block map is needed.
+#include <limits>
 #include <vector>
 
+#include "ref/attention_tiles.h"
 #include "ref/ops.h"
-#include "ref/parallel.h"
-#include "ref/simd.h"
-#include "ref/tiles.h"
-#include "ref/view.h"
 
 namespace lemo::ref {
 namespace {
 
-// std::max would drop a NaN, and selection must get to see it.
-float max_or_nan(float a, float b) { return a >= b || a != a ? a : b; }
-
-class Column {
- public:
-  explicit Column(const lemo_scores_args& a)
-      : a_(a), heads_(a.q.shape[1]), key_heads_(a.k.shape[1]), dim_(a.q.shape[2]), offsets_(ints(a.blocks.offsets)) {}
-
-  // I(m, block) for m = block .. last - 1, and their sum.
-  void run(int64_t block, int64_t last) const {
-    std::vector<float> kt(static_cast<size_t>(key_heads_ * dim_ * kTile)), queries(static_cast<size_t>(kTile * dim_));
-    std::vector<float> product(kTile * kTile), sum(kTile * kTile), top(static_cast<size_t>(last - block));
-    for (int64_t key = offsets_[block]; key < offsets_[block + 1]; key += kTile) {
-      const int64_t keys = std::min<int64_t>(kTile, offsets_[block + 1] - key);
-      for (int64_t h = 0; h < key_heads_; ++h) {
-        pack_transposed(kt.data() + h * dim_ * kTile, keys, dim_, [&](int64_t j) { return row(a_.k, key + j, h); });
-      }
-      for (int64_t m = block; m < last; ++m) {
-        for (int64_t query = std::max<int64_t>(offsets_[m], key); query < offsets_[m + 1]; query += kTile) {
-          const int64_t rows = std::min<int64_t>(kTile, offsets_[m + 1] - query);
-          head_sum(query, rows, kt.data(), queries.data(), product.data(), sum.data());
-          for (int64_t i = 0; i < rows; ++i) {
-            const int64_t visible = std::min(keys, query + i - key + 1);
-            top[m - block] = max_or_nan(top[m - block], simd().max(visible, sum.data() + i * kTile));
-          }
-        }
-      }
-    }
-    float total = 0.0f;
-    for (int64_t m = block; m < last; ++m) {
-      const float score = top[m - block] / static_cast<float>(heads_);
-      total += score;
-      if (present(a_.map)) row(a_.map, m)[block] = score;
-    }
-    floats(a_.scores)[block] = a_.normalize ? total / static_cast<float>(last - block) : total;
-  }
-
- private:
-  // sum [rows, kTile] = sum over the heads of max(scale * q k, 0)
-  void head_sum(int64_t query, int64_t rows, const float* kt, float* queries, float* product, float* sum) const {
-    std::fill(sum, sum + rows * kTile, 0.0f);
-    for (int64_t h = 0; h < heads_; ++h) {
-      pack_rows(queries, dim_, rows, dim_, [&](int64_t i) { return row(a_.q, query + i, h); });
-      const float* keys = kt + h / (heads_ / key_heads_) * dim_ * kTile;
-      simd().matmul(rows, kTile, dim_, queries, dim_, 1, keys, kTile, product, kTile, false);
-      simd().add_positive(rows * kTile, sum, product, a_.scale);
-    }
-  }
-
-  const lemo_scores_args& a_;
-  int64_t heads_, key_heads_, dim_;
-  const int32_t* offsets_;
+struct Task {
+  int64_t block;
+  int64_t last;  // one past the document's last block
 };
 
 }  // namespace
 
 void scores(const lemo_exec& exec, const lemo_scores_args& a) {
-  const int64_t num_blocks = a.blocks.offsets.shape[0] - 1, documents = a.blocks.documents.shape[0] - 1;
+  const int64_t d = a.q.shape[2];
+  const int64_t query_heads = a.q.shape[1];
+  const int64_t key_heads = a.k.shape[1];
+  const int32_t* offsets = ints(a.blocks.offsets);
+  const int32_t* documents = ints(a.blocks.documents);
+  const int64_t num_blocks = a.blocks.offsets.shape[0] - 1;
+  const int64_t size = a.blocks.block_size;
+  const int64_t width = round_up(size, kLane);
+  std::vector<Task> tasks;
+  for (int64_t doc = 0; doc + 1 < a.blocks.documents.shape[0]; ++doc) {
+    for (int64_t n = documents[doc]; n < documents[doc + 1]; ++n) tasks.push_back({n, documents[doc + 1]});
+  }
   if (present(a.map)) {
-    for (int64_t m = 0; m < num_blocks; ++m) std::fill(row(a.map, m), row(a.map, m) + num_blocks, 0.0f);
+    for (int64_t m = 0; m < num_blocks; ++m) std::fill_n(row(a.map, m), num_blocks, 0.0f);
   }
-  std::vector<int64_t> last(static_cast<size_t>(num_blocks));
-  for (int64_t d = 0; d < documents; ++d) {
-    const int32_t* first = ints(a.blocks.documents) + d;
-    std::fill(last.begin() + first[0], last.begin() + first[1], first[1]);
-  }
-  const Column column(a);
-  parallel_for(exec, num_blocks, [&](int64_t block) { column.run(block, last[static_cast<size_t>(block)]); });
+
+  parallel_for(exec, num_blocks, [&](int64_t index) {
+    const Simd& f = simd();
+    const auto [n, last] = tasks[static_cast<size_t>(index)];
+    const int64_t keys = offsets[n + 1] - offsets[n];
+    std::vector<float> buffer(static_cast<size_t>(key_heads * d * width + size * (d + 2 * width)));
+    float* keys_transposed = buffer.data();  // [Hk, D, width]
+    float* queries = keys_transposed + key_heads * d * width;
+    float* products = queries + size * d;
+    float* mean = products + size * width;
+    for (int64_t head = 0; head < key_heads; ++head) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const float* k = row(a.k, offsets[n] + j, head);
+        for (int64_t c = 0; c < d; ++c) keys_transposed[(head * d + c) * width + j] = k[c];
+      }
+    }
+    double total = 0;
+    for (int64_t m = n; m < last; ++m) {
+      const int64_t count = offsets[m + 1] - offsets[m];
+      std::fill_n(mean, count * width, 0.0f);
+      for (int64_t head = 0; head < query_heads; ++head) {
+        collect_rows(a.q, nullptr, head, offsets[m], count, 1.0f, d, queries);
+        f.matmul(count, width, d, queries, d, 1, keys_transposed + head / (query_heads / key_heads) * d * width, width,
+                 products, width, false);
+        f.add_positive(count * width, mean, products, a.scale);
+      }
+      float highest = 0.0f;  // S is at least 0 everywhere
+      for (int64_t i = 0; i < count; ++i) {
+        const float found = f.max(m == n ? std::min(keys, i + 1) : keys, mean + i * width);
+        if (found > highest || found != found) highest = found;
+        if (found != found) break;
+      }
+      const float value = highest / static_cast<float>(query_heads);
+      if (present(a.map)) row(a.map, m)[n] = value;
+      total += value;
+    }
+    if (a.normalize != 0) total /= static_cast<double>(last - n);
+    floats(a.scores)[n] = static_cast<float>(total);
+  });
 }
 
 uint64_t scores_workspace(const lemo_exec&, const lemo_scores_args&) { return 0; }

@@ -33,7 +33,7 @@ void check_scores(const lemo_select_args& a, const float* scores, int64_t num_bl
 }
 
 // Marks the kept blocks of one document [first, last).
-void choose(const lemo_select_args& a, const float* scores, int64_t first, int64_t last, std::vector<char>& keep) {
+void choose(const lemo_select_args& a, const float* scores, int64_t first, int64_t last, std::vector<uint8_t>& keep) {
   const int64_t n = last - first;
   const auto forced = [&](int64_t block) { return block - first < a.always_first || last - block <= a.always_last; };
   int64_t count = 0;
@@ -73,7 +73,7 @@ void select(const lemo_exec&, const lemo_select_args& a) {
   const int32_t* offsets = ints(a.blocks.offsets);
   const int32_t* documents = ints(a.blocks.documents);
   check_scores(a, scores, num_blocks);
-  std::vector<char> keep(static_cast<size_t>(num_blocks));
+  std::vector<uint8_t> keep(static_cast<size_t>(num_blocks));
   for (int64_t d = 0; d < num_documents; ++d) choose(a, scores, documents[d], documents[d + 1], keep);
   if (std::find(keep.begin(), keep.end(), 1) == keep.end()) {
     throw Error(LEMO_NUMERICAL, "threshold: expected a threshold that keeps at least one block, got " +

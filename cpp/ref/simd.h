@@ -34,7 +34,7 @@ struct Simd {
   void (*add)(int64_t n, float* y, const float* x, float scale);
   // ds[i] = p[i] * (dp[i] - delta)
   void (*softmax_backward)(int64_t n, const float* p, const float* dp, float delta, float* ds);
-  // y[i] += max(x[i] * scale, 0)
+  // y[i] += max(x[i] * scale, 0); NaN stays NaN
   void (*add_positive)(int64_t n, float* y, const float* x, float scale);
 };
 
