@@ -86,9 +86,7 @@ def write_folder(
         write(temporary)
         files = _files(temporary)
         if manifest:
-            entries = {
-                str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files
-            }
+            entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
             content = {"format": _FORMAT, "files": entries, **(extra or {})}
             (temporary / MANIFEST).write_text(json.dumps(content, indent=1))
             files.append(temporary / MANIFEST)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,9 @@ class Scores:
     def ratio_to(self, other: Scores, level: float = 0.95) -> Interval:
         """Perplexity here divided by `other`'s, paired over the same units."""
         if not np.array_equal(self.tokens, other.tokens) or not np.array_equal(self.documents, other.documents):
-            raise ValueError("the two measurements were made on different text; evaluate both on the same data and context")
+            raise ValueError(
+                "the two measurements were made on different text; evaluate both on the same data and context"
+            )
         _, nll, tokens = self.units()
         _, reference, _ = other.units()
         return _exp(ratio_interval(nll - reference, tokens, level))
@@ -151,7 +154,9 @@ def _piece_losses(model: torch.nn.Module, ids: torch.Tensor, lengths: torch.Tens
         logits = head(hidden[part]).float()
         if cap:
             logits = cap * torch.tanh(logits / cap)
-        losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], ignore_index=-100, reduction="none").double()
+        losses[part] = torch.nn.functional.cross_entropy(
+            logits, targets[part], ignore_index=-100, reduction="none"
+        ).double()
     return losses.view(ids.shape[0], -1).sum(1)
 
 
@@ -170,7 +175,9 @@ def score(
     """
     pieces = evaluation_pieces(documents, context, max_tokens)
     if not pieces:
-        raise ValueError(f"no document of {', '.join(documents.names) or 'the data'} has two tokens; nothing to evaluate")
+        raise ValueError(
+            f"no document of {', '.join(documents.names) or 'the data'} has two tokens; nothing to evaluate"
+        )
     device = next(model.parameters()).device
     nll = np.zeros(len(pieces))
     was_training = model.training
@@ -186,7 +193,9 @@ def score(
     finally:
         model.train(was_training)
     if not np.isfinite(nll).all():
-        raise FloatingPointError("the model's loss is not finite on this text; check the weights, the dtype and the context")
+        raise FloatingPointError(
+            "the model's loss is not finite on this text; check the weights, the dtype and the context"
+        )
     tokens = np.array([len(p) - 1 for _, p in pieces], float)
     return Scores(nll, tokens, np.array([d for d, _ in pieces]))
 
@@ -256,7 +265,9 @@ class Comparison:
             low, high = (_show(row[k]) for k in ("low", "high"))
             change = ""
             if "ratio" in row:
-                change = f"{100 * (row['ratio'] - 1):+.2f} % [{_percent(row['ratio_low'])}, {_percent(row['ratio_high'])}]"
+                change = (
+                    f"{100 * (row['ratio'] - 1):+.2f} % [{_percent(row['ratio_low'])}, {_percent(row['ratio_high'])}]"
+                )
             lines.append(
                 f"{row['domain']:{dwidth}}  {row['model']:{width}}  {row['perplexity']:10.3f}  "
                 f"{'[' + low + ', ' + high + ']':>19}  {change}".rstrip()
@@ -303,10 +314,14 @@ def compare(
     Raises ValueError for a folder that is no adapter of this model.
     """
     result = Comparison(context, level)
-    named = [_adapter_name(a) for a in adapters]
-    labels = [label for label, _ in named]
-    if len(set(labels)) < len(labels) or "base" in labels:
-        raise ValueError(f"adapters need names of their own, got {labels}; write NAME=FOLDER ('base' is taken)")
+    labels = model_labels(adapters, include_base)
+    named = (
+        [(label, _adapter_name(a)[1]) for label, a in zip(labels[-len(adapters) :], adapters, strict=True)]
+        if adapters
+        else []
+    )
+    for _, folder in named:
+        _check_adapter(folder)
 
     def measure(label: str, m: torch.nn.Module, context_manager: AbstractContextManager[Any]) -> None:
         with context_manager:
@@ -325,9 +340,15 @@ def compare(
     return result
 
 
-def _adapter_name(adapter: str) -> tuple[str, str]:
-    from pathlib import Path
+def model_labels(adapters: Sequence[str], include_base: bool = True) -> list[str]:
+    """Names of what `compare` measures, in its order. Raises ValueError where two are the same."""
+    labels = [_adapter_name(a)[0] for a in adapters]
+    if len(set(labels)) < len(labels) or "base" in labels:
+        raise ValueError(f"adapters need names of their own, got {labels}; write NAME=FOLDER ('base' is taken)")
+    return ["base", *labels] if include_base or not adapters else labels
 
+
+def _adapter_name(adapter: str) -> tuple[str, str]:
     name, equals, folder = adapter.partition("=")
     if equals and name and "/" not in name and not Path(adapter).exists():
         return name, folder
@@ -336,16 +357,17 @@ def _adapter_name(adapter: str) -> tuple[str, str]:
     return (path.parent.name if path.name == "adapter" else path.name), adapter
 
 
-def _load_adapter(model: Any, folder: str, label: str) -> Any:
-    """The model with this adapter active, wrapped by PEFT. Raises ValueError."""
-    from pathlib import Path
-
-    from peft import PeftModel
-
+def _check_adapter(folder: str) -> None:
     if not (Path(folder) / "adapter_config.json").is_file():
         nested = Path(folder) / "adapter"
         hint = f"; did you mean {nested}?" if (nested / "adapter_config.json").is_file() else ""
         raise ValueError(f"{folder}: no adapter_config.json, so this is no PEFT adapter{hint}")
+
+
+def _load_adapter(model: Any, folder: str, label: str) -> Any:
+    """The model with this adapter active, wrapped by PEFT. Raises ValueError."""
+    from peft import PeftModel
+
     name = label.replace(".", "_")  # adapter names become module names
     try:
         if isinstance(model, PeftModel):
@@ -355,4 +377,6 @@ def _load_adapter(model: Any, folder: str, label: str) -> Any:
         return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: the adapter does not fit this model ({first}); was it trained on another?") from error
+        raise ValueError(
+            f"{folder}: the adapter does not fit this model ({first}); was it trained on another?"
+        ) from error

@@ -14,6 +14,7 @@ scheduler, random states, the place in the data and the place in the schedule of
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -83,12 +84,32 @@ def peak_memory(device: torch.device) -> int:
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
 
 
+def learning_rate_factor(settings: FinetuneSettings, steps: int, step: int) -> float:
+    """Factor on the learning rate in `step` (from 0): a linear rise over `warmup` steps, then the schedule.
+
+    The first step already moves (1 / warmup); linear and cosine end just above 0 in the last step.
+    """
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    left = (steps - step) / max(1, steps - settings.warmup)
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[settings.lr_schedule]
+
+
 class _Trainer(Trainer):
     """Trainer that reads its windows in order (they are shuffled already) and publishes checkpoints atomically."""
 
-    def __init__(self, *args: Any, checkpoints: Checkpoints, settings: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, checkpoints: Checkpoints, settings: FinetuneSettings, identity: dict[str, Any], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpoints, self._settings = checkpoints, settings
+        self._checkpoints, self._finetune, self._identity = checkpoints, settings, identity
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            rate = functools.partial(learning_rate_factor, self._finetune, num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -108,7 +129,7 @@ class _Trainer(Trainer):
                 path.rename(folder / path.name)
             inner.rmdir()
 
-        self._checkpoints.save(self.state.global_step, write, self._settings)
+        self._checkpoints.save(self.state.global_step, write, self._identity)
 
 
 class _Report(TrainerCallback):
@@ -189,8 +210,14 @@ class _Run:
 
     def elimination(self) -> dict[str, Any]:
         """The phase of the step just done and the kept ratio of every layer in it."""
-        phase = self.controller.report()["phase"]
-        return {"phase": phase, "kept": [round(float(r), 4) for r in self.controller.kept_ratios]}
+        report = self.controller.report()
+        record = {
+            "phase": {"index": report["phase"], **{k: report[k] for k in ("mode", "keep", "policy")}},
+            "kept": [round(r, 4) for r in report["kept"]],
+        }
+        if report["mlp_kept"] != report["kept"]:
+            record["mlp_kept"] = [round(r, 4) for r in report["mlp_kept"]]
+        return record
 
     def evaluate(self, step: int) -> None:
         if self.held is None:
@@ -224,8 +251,9 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         ) from None
 
 
-def _prepare_folder(out: Path, identity: dict[str, Any], resume: bool, checkpoints: Checkpoints,
-                    report: Callable[[str], None]) -> Checkpoint | None:
+def _prepare_folder(
+    out: Path, identity: dict[str, Any], resume: bool, checkpoints: Checkpoints, report: Callable[[str], None]
+) -> Checkpoint | None:
     """Create or check the run folder; the checkpoint to go on from, or None for a fresh start."""
     if not (out / RUN_FILE).exists():
         if resume:
@@ -260,8 +288,6 @@ def _training_arguments(settings: FinetuneSettings, out: Path, device: torch.dev
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.lr_schedule, settings.lr_schedule),
-        warmup_steps=min(settings.warmup, settings.steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
@@ -317,7 +343,6 @@ def finetune(
     """
     from peft import LoraConfig, get_peft_model
 
-    import lemo
     from lemo.predictors import model_fingerprint
 
     out = Path(out)
@@ -358,14 +383,18 @@ def finetune(
     # Everything that can be wrong with the settings shows before the run folder is made.
     with _applied(wrapped, settings.lemo_config()) as controller, locked(out):
         if resume and (out / ADAPTER).is_dir():
-            compare_settings(_flat(run_settings(out), full_identity), _flat(json.loads(json.dumps(full_identity)), full_identity))
+            compare_settings(
+                _flat(run_settings(out), full_identity), _flat(json.loads(json.dumps(full_identity)), full_identity)
+            )
             report(f"{out} is complete already: {settings.steps} steps")
             return FinetuneResult(out / ADAPTER, 0, settings.steps)
         start = _prepare_folder(out, full_identity, resume, checkpoints, report)
         log = RunLog(out / LOG_FILE)
         if resume:
             log.cut(start.step if start else 0)
-            report(f"going on from step {start.step}" if start else "no complete checkpoint: starting again from step 0")
+            report(
+                f"going on from step {start.step}" if start else "no complete checkpoint: starting again from step 0"
+            )
         log.write(
             event="resume" if start else "start",
             step=start.step if start else 0,
@@ -379,9 +408,10 @@ def finetune(
             model=wrapped,
             args=_training_arguments(settings, out, device, save_every, log_every),
             train_dataset=windows,
-            callbacks=[lemo.LemoCallback(controller), _Report(run)],
+            callbacks=[controller.callback(), _Report(run)],
             checkpoints=checkpoints,
-            settings=full_identity,
+            settings=settings,
+            identity=full_identity,
         )
         from transformers import PrinterCallback
 

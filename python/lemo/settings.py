@@ -83,7 +83,11 @@ class FinetuneSettings:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> FinetuneSettings:
-        return FinetuneSettings(**{**values, "lora_targets": tuple(values["lora_targets"])})
+        """The inverse of `to_json`. Raises ValueError for names this version does not know."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FinetuneSettings)})
+        if unknown:
+            raise ValueError(f"settings {', '.join(unknown)} are not known to this version of lemo")
+        return FinetuneSettings(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
 
 
 # Skipping is cheap but trains for a model that is not served; an exact phase mends that (docs/method-notes.md).

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = "the block of tokens keeps its own place while every other layer may leave it out and come back later".split()
+WORDS = ["the", "block", "of", "tokens", "keeps", "its", "own", "place", "while", "every", "other", "layer", "may", "leave", "it", "out", "and", "come", "back", "later"]
 
 
 def make_text(seed: int, words: int) -> str:

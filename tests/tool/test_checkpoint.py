@@ -11,7 +11,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
 from lemo.checkpoint import (
     MANIFEST,
     CheckpointError,

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from lemo.data import load_documents
 from lemo.evaluate import Scores, compare, ratio_interval, score, student_quantile
 
@@ -101,7 +100,8 @@ def make_adapter(model_folder: Path, folder: Path, scale: float) -> Path:
 
     torch.manual_seed(4)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     )
     for name, p in model.named_parameters():
         if "lora_B" in name:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from lemo.cli.common import Formatter, explain
@@ -49,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors become one message on stderr unless --debug is given."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        with warnings.catch_warnings():
+            if not args.debug:
+                # Other libraries' notices to their own developers; ours are printed as lines.
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+            return args.run(args)
     except KeyboardInterrupt:
         hint = f"; go on with: lemo finetune --out {args.out} --resume" if args.command == "finetune" else ""
         print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)

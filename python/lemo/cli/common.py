@@ -70,7 +70,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument("--model", required=required, help="folder of a transformers causal LM, or its name on the hub")
     group.add_argument("--tokenizer", help="folder or name of the tokenizer, where it is not the model's own")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)"
+    )
     group.add_argument(
         "--interpolate-positions",
         action="store_true",
@@ -149,7 +151,9 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {where}: no transformers model can be read from it ({_first_line(error)})") from error
+        raise ValueError(
+            f"--model {where}: no transformers model can be read from it ({_first_line(error)})"
+        ) from error
     longest = getattr(config, "max_position_embeddings", None)
     if context is None or longest is None or context <= longest:
         return config
@@ -169,8 +173,11 @@ def load_model(args: argparse.Namespace, context: int | None = None) -> Any:
     """The frozen base model of --model on --device, in --dtype."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if args.quiet:
+        transformers_logging.disable_progress_bar()
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
     name = args.dtype or "auto"
@@ -180,7 +187,10 @@ def load_model(args: argparse.Namespace, context: int | None = None) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # transformers, safetensors and json raise their own kinds for a damaged folder
-        raise ValueError(f"--model {args.model}: its weights cannot be loaded ({_first_line(error)})") from error
+        reason = _first_line(error)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "they do not have the shapes that its config.json says"
+        raise ValueError(f"--model {args.model}: its weights cannot be loaded ({reason})") from error
     return model.to(device).requires_grad_(False)
 
 

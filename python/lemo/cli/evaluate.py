@@ -40,12 +40,16 @@ def add(subparsers: Any) -> None:
     add_data(parser)
     parser.add_argument("--context", type=int, default=4096, help="tokens a piece of text has at most")
     parser.add_argument("--adapter", nargs="+", default=[], metavar="[NAME=]FOLDER", help="PEFT adapters to measure")
-    parser.add_argument("--reference", help="what changes are measured against (default: the base, or the first adapter)")
+    parser.add_argument(
+        "--reference", help="what changes are measured against (default: the base, or the first adapter)"
+    )
     parser.add_argument("--no-base", action="store_true", help="leave the model without adapter out")
     parser.add_argument("--per-file", action="store_true", help="a row for every file instead of every source")
     parser.add_argument("--max-tokens", type=int, help="use at most this many tokens of every domain")
     parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there as JSON too ('-': on stdout, in place of the table)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the rows there as JSON too ('-': on stdout, in place of the table)"
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lemo.data import evaluation_pieces
-    from lemo.evaluate import compare
+    from lemo.evaluate import compare, model_labels
 
     if args.context < 2:
         raise ValueError(f"--context {args.context}: expected at least 2 tokens")
@@ -62,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
     if args.no_base and not args.adapter:
         raise ValueError("--no-base without --adapter leaves nothing to evaluate")
+    labels = model_labels(args.adapter, not args.no_base)
+    reference = args.reference or labels[0]
+    if reference not in labels:
+        raise ValueError(f"--reference {reference}: not among {', '.join(labels)}")
     model = load_model(args, args.context)
     documents = load_data(args, model.config.vocab_size, per_file=args.per_file)
     domains = documents.by_name()
@@ -80,9 +88,6 @@ def run(args: argparse.Namespace) -> int:
             level=args.confidence,
             tick=bar.update,
         )
-    reference = args.reference or result.models[0]
-    if reference not in result.models:
-        raise ValueError(f"--reference {reference}: not among {', '.join(result.models)}")
     rows = {"context": args.context, "confidence": args.confidence, "model": args.model, "rows": result.rows(reference)}
     if args.json == "-":
         print(json.dumps(rows, indent=1))

@@ -82,13 +82,18 @@ def add(subparsers: Any) -> None:
         groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown)
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
     groups["LoRA"].add_argument(
-        "--lora-targets", nargs="+", metavar="NAME", help="linear layers to adapt, or all-linear (default: q_proj k_proj v_proj o_proj)"
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help="linear layers to adapt, or all-linear (default: q_proj k_proj v_proj o_proj)",
     )
     saving = parser.add_argument_group("saving")
     saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")
     saving.add_argument("--keep-checkpoints", type=int, default=2, help="complete checkpoints that stay on the disk")
     saving.add_argument("--log-every", type=int, default=1, help="steps per line of the log")
-    saving.add_argument("--evaluate-every", type=int, default=0, help="steps between held-out evaluations, 0 = at the end")
+    saving.add_argument(
+        "--evaluate-every", type=int, default=0, help="steps between held-out evaluations, 0 = at the end"
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 

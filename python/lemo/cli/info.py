@@ -152,7 +152,9 @@ def run_folder(folder: Path) -> dict[str, Any]:
     found = Checkpoints(folder).find()
     values: dict[str, Any] = {
         "run": str(folder),
-        "state": "complete" if (folder / ADAPTER).is_dir() else "not complete; go on with lemo finetune --out ... --resume",
+        "state": "complete"
+        if (folder / ADAPTER).is_dir()
+        else "not complete; go on with lemo finetune --out ... --resume",
         "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings']['steps']}",
         "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
     }

@@ -1,0 +1,82 @@
+"""lemo calibrate: train the predictors that choose blocks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, say
+
+_EPILOG = """\
+examples:
+  lemo calibrate --model MODEL --data books/ --context 16384 --out calibration
+      predictors for keeping half of the blocks of 64 tokens
+
+  lemo calibrate --model MODEL --data hf:my/corpus:train --context 8192 --keep 0.3 --steps 400 --out calibration
+
+Text like what will be fine-tuned on is best; a few million tokens are plenty. The model stays frozen: two small networks
+per layer learn to say, from a layer's input, which blocks its attention will find informative. The folder holds
+lemo_config.json and predictors.safetensors, and is only accepted for this model. `lemo info calibration` shows recall
+(the share of truly informative blocks that the predictors keep) layer by layer.
+"""
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="train the predictors that choose which blocks stay",
+        description="Train, on your text and the frozen model, the predictors that choose which blocks stay in a layer.",
+        epilog=_EPILOG,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the calibration goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a calibration that is there already")
+    add_model(parser)
+    add_data(parser)
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--context", type=int, default=4096, help="tokens per window")
+    group.add_argument("--block-size", type=int, default=64, help="tokens per block")
+    group.add_argument("--keep", type=float, default=0.5, help="fraction of the blocks kept")
+    group.add_argument("--steps", type=int, default=300, help="training steps of the predictors")
+    group.add_argument("--seed", type=int, default=1, help="of the order of the data")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from lemo.data import PackedWindows
+    from lemo.predictors import CalibrationError
+
+    if args.block_size < 1 or args.context < 2 * args.block_size:
+        raise ValueError(
+            f"--context {args.context}: expected at least two blocks of {args.block_size} tokens, or there is no choice"
+        )
+    if not 0 < args.keep <= 1:
+        raise ValueError(f"--keep {args.keep}: expected a fraction in (0, 1]")
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: expected at least 1")
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()) and not args.overwrite:
+        raise CalibrationError(f"{out} exists already: choose another --out or add --overwrite")
+    model = load_model(args, args.context)
+    documents = load_data(args, model.config.vocab_size)
+    say(f"{documents.num_tokens} tokens in {len(documents)} documents")
+    windows = PackedWindows(documents, args.context, seed=args.seed, length=1 << 62)
+    device = next(model.parameters()).device
+
+    def batches() -> Iterator[Any]:
+        i = 0
+        while True:
+            yield windows[i]["input_ids"][None].to(device)
+            i += 1
+
+    from lemo.predictors import calibrate
+
+    predictors = calibrate(
+        model, batches(), block_size=args.block_size, keep=args.keep, steps=args.steps, progress=not args.quiet
+    )
+    predictors.save(out, overwrite=args.overwrite)
+    print(out)
+    return 0

@@ -1,0 +1,97 @@
+"""Every command end to end on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lemo.cli import main
+
+COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text and text.count(f"lemo {command}") >= 3
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    import subprocess
+    import sys
+
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import lemo.cli as c; c.build_parser()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.fixture(scope="module")
+def calibration(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("calibration") / "c"
+    command = ["calibrate", "--model", str(model_folder), "--data", str(text_folder), "--context", "64"]
+    assert main([*command, "--block-size", "8", "--steps", "20", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_calibrate_then_finetune_evaluate_report_info(
+    calibration: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sorted(p.name for p in calibration.iterdir()) == ["lemo_config.json", "predictors.safetensors"]
+    assert main(["info", str(calibration)]) == 0
+    shown = capsys.readouterr().out
+    assert "block size: 8" in shown and "threshold" in shown
+    run = tmp_path / "run"
+    common = ["--model", str(model_folder), "--data", str(text_folder), "--context", "64", "--quiet"]
+    options = ["--block-size", "8", "--steps", "6", "--calibration", str(calibration), "--schedule", "skip@2,dense@1"]
+    assert main(["finetune", *common, *options, "--out", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "adapter")
+    table = tmp_path / "table.json"
+    assert main(["evaluate", *common, "--adapter", str(run / "adapter"), "--json", str(table)]) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown and "run" in shown and "base" in shown
+    rows = json.loads(table.read_text())["rows"]
+    assert [r["model"] for r in rows] == ["base", "run"]
+    for row in rows:
+        assert row["low"] < row["perplexity"] < row["high"]
+    assert rows[1]["ratio_low"] <= rows[1]["ratio"] <= rows[1]["ratio_high"]
+    assert (
+        main(["evaluate", *common, "--per-file", "--no-base", "--adapter", f"x={run / 'adapter'}", "--json", "-"]) == 0
+    )
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 24
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "1-4" in shown and "5-6" in shown
+    assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["info", str(run)]) == 0
+    assert "complete" in capsys.readouterr().out
+    assert main(["info", str(run / "adapter"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peft_type"] == "LORA"
+
+
+def test_info_shows_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert "cpu" in values["native library"] and values["torch"] and "GPUs" in values
+
+
+def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = {}
+    for schedule in ("dense", "skip:0.25", "backward:0.25"):
+        assert (
+            main(["estimate", "--model", str(model_folder), "--context", "256", "--schedule", schedule, "--json"]) == 0
+        )
+        peaks[schedule] = json.loads(capsys.readouterr().out)
+    assert main(["estimate", "--model", str(model_folder), "--context", "256"]) == 0
+    assert "dense" in capsys.readouterr().out
+
+
+def test_interpolated_positions(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    command = ["--model", str(model_folder), "--data", str(text_folder), "--joined", "--context", "512", "--quiet"]
+    assert main(["evaluate", *command, "--interpolate-positions"]) == 0
+    assert main(["evaluate", *command]) == 2

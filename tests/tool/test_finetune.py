@@ -1,0 +1,232 @@
+"""Fine-tuning from the command line: the log, the adapter, checkpoints, exact resumption."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from lemo.cli import main
+from lemo.finetune import learning_rate_factor
+from lemo.settings import FinetuneSettings, parse_schedule
+from safetensors.torch import load_file
+
+SCHEDULE = "skip:0.5:update_norm@0.5,backward:0.5:weighted@0.25,dense@0.25"
+OPTIONS = ["--context", "64", "--block-size", "8", "--steps", "8", "--batch", "2", "--warmup", "2", "--lr", "1e-2", "--save-every", "3", "--quiet"]
+
+
+def finetune(model: Path, data: Path, out: Path, *options: str) -> int:
+    return main(["finetune", "--model", str(model), "--data", str(data), "--out", str(out), *OPTIONS, *options])
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(a: Path, b: Path) -> None:
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert finetune(model_folder, text_folder, out, "--schedule", SCHEDULE, "--held-out", "0.1") == 0
+    return out
+
+
+def test_the_run_folder(finished: Path) -> None:
+    # The last two: every third step, and the last one.
+    assert sorted(p.name for p in finished.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    log = records(finished)
+    steps = [r for r in log if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    for r in steps:
+        assert r["tokens_per_second"] > 0 and r["peak_memory_bytes"] > 0 and r["lr"] is not None
+        assert len(r["kept"]) == 2
+    assert all(0 < k < 0.9 for k in steps[0]["kept"])
+    assert steps[-1]["kept"] == [1.0, 1.0]
+    assert len({json.dumps(r["phase"]) for r in steps}) == 3
+    assert [r["event"] for r in log if "event" in r] == ["start", "held-out", "end"]
+    assert log[-2]["perplexity"] > 1
+
+
+def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    options = ["--steps", "40", "--lr", "3e-2", "--save-every", "0", "--lora-targets", "all-linear"]
+    for name in ("skip", "dense"):
+        assert finetune(model_folder, text_folder, tmp_path / name, "--schedule", name, *options) == 0
+        losses = [r["loss"] for r in records(tmp_path / name) if "loss" in r]
+        assert sum(losses[-5:]) / 5 < losses[0] - 0.2
+    assert not list((tmp_path / "skip").glob("checkpoint-*"))
+
+
+def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import sys
+        sys.modules["lemo"] = None  # any import of it fails
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+        ids = torch.arange(2, 18)[None]
+        base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        with torch.no_grad():
+            before = base(input_ids=ids).logits
+            after = PeftModel.from_pretrained(base, sys.argv[2])(input_ids=ids).logits
+        assert not torch.equal(before, after)
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(model_folder), str(finished / "adapter")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [p.name for p in (finished / "adapter").iterdir() if "lemo" in p.name or p.name == "training_args.bin"]
+
+
+def test_the_same_settings_give_the_same_adapter(
+    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    assert finetune(model_folder, text_folder, tmp_path / "again", "--schedule", SCHEDULE, "--held-out", "0.1") == 0
+    assert_same_adapter(finished, tmp_path / "again")
+
+
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    import lemo.checkpoint as c
+    from lemo.cli import main
+    step, moment = sys.argv[1], sys.argv[2]
+    die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+    real = c.write_folder
+    def write_folder(target, write, *args, **kwargs):
+        if target.name == "checkpoint-" + step:
+            if moment == "half-written":
+                def write(folder, whole=write):
+                    whole(folder)
+                    os.truncate(folder / "optimizer.pt", 100)
+                    die()
+            else:
+                os.rename = die
+        return real(target, write, *args, **kwargs)
+    c.write_folder = write_folder
+    main(sys.argv[3:])
+    """
+)
+
+
+@pytest.mark.parametrize(("step", "moment", "last"), [("6", "half-written", 3), ("3", "before-rename", 0)])
+def test_killed_while_saving_resumes_bit_for_bit(
+    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys, step: str, moment: str, last: int
+) -> None:
+    out = tmp_path / "killed"
+    command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--out", str(out), *OPTIONS]
+    command += ["--schedule", SCHEDULE, "--held-out", "0.1"]
+    done = subprocess.run([sys.executable, "-c", KILLED, step, moment, *command], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
+    assert not (out / "adapter").exists()
+    # Nothing but the folder is needed to go on.
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--save-every", "3"]) == 0
+    said = capsys.readouterr().err
+    assert "not used" in said and "stopped while writing" in said
+    assert (f"going on from step {last}" if last else "starting again from step 0") in said
+    assert_same_adapter(finished, out)
+    assert not list(out.glob(".writing-*"))
+    log = records(out)
+    assert [r["step"] for r in log if "loss" in r] == list(range(1, 9))
+    for a, b in zip(log, records(finished), strict=False):
+        if "loss" in a and "loss" in b:
+            assert (a["loss"], a["kept"], a["lr"]) == (b["loss"], b["kept"], b["lr"])
+
+
+def test_resuming_with_accumulation_and_a_decaying_rate(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    """Stopped by an error in the middle of a pass over the data, with every part of the state in play."""
+    options = ["--accumulate", "2", "--lr-schedule", "cosine", "--lora-dropout", "0.0", "--schedule", "skip:random"]
+    assert finetune(model_folder, text_folder, tmp_path / "whole", *options) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        from lemo.finetune import RunLog
+
+        real = RunLog.write
+
+        def write(self, **record):
+            if record.get("step") == 7 and "loss" in record:
+                raise OSError(28, "No space left on device")
+            real(self, **record)
+
+        patch.setattr(RunLog, "write", write)
+        assert finetune(model_folder, text_folder, tmp_path / "parts", *options) == 2
+    assert main(["finetune", "--out", str(tmp_path / "parts"), "--resume", "--quiet"]) == 0
+    assert_same_adapter(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_full_disk_while_saving(model_folder: Path, text_folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "full"
+    real = torch.save
+
+    def save(obj, path, *args, **kwargs):
+        if "checkpoint-6" in str(path) and str(path).endswith("optimizer.pt"):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        return real(obj, path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        assert finetune(model_folder, text_folder, out, "--dense") == 2
+    said = capsys.readouterr().err
+    assert "no space left" in said and "--resume" in said and "Traceback" not in said
+    assert [p.name for p in sorted(out.glob("*check*"))] == ["checkpoint-3"] and not list(out.glob(".writing*"))
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
+    assert finetune(model_folder, text_folder, tmp_path / "whole", "--dense") == 0
+    assert_same_adapter(out, tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_does_nothing(finished: Path, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name != ".lock"}
+    assert main(["finetune", "--out", str(finished), "--resume", "--quiet"]) == 0
+    assert "complete already" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_learning_rates(kind: str) -> None:
+    factors = [learning_rate_factor(FinetuneSettings(lr_schedule=kind, warmup=4), 12, s) for s in range(12)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0 and all(a >= b > 0 for a, b in itertools.pairwise(factors[4:]))
+    assert (factors[-1] == 1.0) == (kind == "constant")
+
+
+def test_schedules() -> None:
+    phases = parse_schedule("skip:0.3:exact@0.7, backward:weighted@0.2,dense@.1", keep=0.5)
+    assert [(p.mode, p.keep, p.policy, p.weighted, p.share) for p in phases] == [
+        ("skip", 0.3, "exact", False, 0.7),
+        ("backward", 0.5, None, True, 0.2),
+        ("dense", 1.0, None, False, 0.1),
+    ]
+    assert [p.mode for p in parse_schedule("default")] == ["skip", "dense"]
+    assert [p.mode for p in parse_schedule("low-memory")] == ["skip", "backward"]
+    for text in ("skipp", "skip@x", "skip:2", "skip:telepathy", "dense:0.5"):
+        with pytest.raises(ValueError, match="phase"):
+            parse_schedule(text)
+    settings = FinetuneSettings(lora_targets=("q_proj",))
+    assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+def test_keyboard_interrupt_says_how_to_go_on(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lemo.finetune.PackedWindows.__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert finetune(model_folder, text_folder, tmp_path / "run", "--dense") == 130
+    assert "--resume" in capsys.readouterr().err
