@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peers
 import torch
 from common import add_output, copies, milliseconds, table, write_results
-from torch import Tensor
-from torch.nn.attention import SDPBackend
-
 from lemo import ops
 from lemo.layout import Blocks, Kept, select
+from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 BF = torch.bfloat16
 D, HEADS, KV_HEADS, HEAD, VOCAB, BLOCK = 4096, 32, 8, 128, 128256, 64
@@ -176,10 +176,9 @@ def attention(rows: Rows, tokens: int, case: str, kept: Kept, listed: bool) -> N
             label = f"{name}, {'gathered' if gathered else 'dense'}" if partly else name
             result = peers.sdpa(backend, *leaves, picked)
             with torch.no_grad():
-                forward_peers[label] = milliseconds([lambda: peers.sdpa(backend, *leaves, picked)], **timing)
-            direction = dout[: result.shape[0]]
+                forward_peers[label] = milliseconds([partial(peers.sdpa, backend, *leaves, picked)], **timing)
             backward_peers[label] = milliseconds(
-                [lambda: torch.autograd.grad(result, leaves, direction, retain_graph=True)], **timing
+                [partial(torch.autograd.grad, result, leaves, dout[: result.shape[0]], retain_graph=True)], **timing
             )
     work = 4 * HEADS * HEAD * kept.num_rows**2 / 2
     add(rows, "attention forward", case, forward, forward_peers, tflops=round(work / forward / 1e9, 1))
@@ -212,12 +211,13 @@ def loss_op(rows: Rows) -> None:
     timing = {"repeat": 5, "warm": 1}
     ms, mib = milliseconds([ours], **timing), peak(ours)
     work = 4 * tokens * D * VOCAB  # two products: logits and the gradient of the hidden states
+    case = "16384 x 4096, vocab 128256"
     for name, run in theirs.items():
         more = {"peak_mib": mib, "peer_peak_mib": peak(run), "tflops": round(work / ms / 1e9, 1)}
         add(
             rows,
             "linear_cross_entropy",
-            "16384 x 4096, vocab 128256",
+            case,
             ms,
             {name: milliseconds([run], **timing)},
             **more,

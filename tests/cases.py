@@ -13,12 +13,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 import oracle
+import torch
 from lemo import ops
 from lemo.layout import Blocks
+from torch import Tensor
 
 Inputs = dict[str, Tensor]
 Results = dict[str, Tensor]

@@ -53,9 +53,9 @@ def gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor
 def scatter_add(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
     """The new x."""
     out = up(x).clone()
-    for i, row in enumerate(rows.tolist()):
-        if row >= 0:
-            out[row] = (out[row] if base is None else up(base[i])) + up(y[i])
+    named = rows >= 0
+    rows = rows[named].long()
+    out[rows] = (out[rows] if base is None else up(base[named])) + up(y[named])
     return out
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
 from torch import Tensor
-
-Argument = Tensor | int | float | bool | None
 
 # lemo_dtype and lemo_device of cpp/include/lemo/types.h
 _DTYPES = {
@@ -48,7 +47,7 @@ def has_backend(device: str) -> bool:
 def call(
     name: str,
     device: torch.device,
-    arguments: dict[str, Argument],
+    arguments: Mapping[str, object],
     *,
     workspace: bool = False,
     deterministic: bool = False,
@@ -78,7 +77,7 @@ def wants_determinism() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
-def _value(name: str, value: Argument, device: torch.device) -> object:
+def _value(name: str, value: object, device: torch.device) -> object:
     if not isinstance(value, Tensor):
         return int(value) if isinstance(value, bool) else value
     if value.device != device:

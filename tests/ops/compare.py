@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import oracle
 import torch
 from torch import Tensor
-
-import oracle
 
 
 def error(actual: Tensor, exact: Tensor) -> float:

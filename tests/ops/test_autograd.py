@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-from compare import error
-
 import cases
 import oracle
+import pytest
+import torch
 from cases import PACKINGS, Attention, Draw, Loss, leaf
+from compare import error
 from lemo import ops
 
 

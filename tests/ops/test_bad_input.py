@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import PACKINGS, Attention, Draw
 from lemo import _native, ops
 from lemo.layout import Blocks, Kept, select
+from torch import Tensor
 
 INT = torch.int32
 P = PACKINGS["documents"]
@@ -250,7 +249,7 @@ def test_error_names_the_argument_and_nothing_is_written(bad: Bad, monkeypatch: 
     assert seen
     seen.clear()
 
-    arguments[bad.argument] = bad.make(arguments[bad.argument])
+    arguments[bad.argument] = bad.make(arguments.get(bad.argument))
     for name, other in bad.others.items():
         arguments[name] = bad.make(arguments[name]) if isinstance(other, tuple) else other
     with pytest.raises(bad.error) as caught:

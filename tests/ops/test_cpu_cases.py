@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
-from compare import check_single
-
-import oracle
 from cases import CASES, PACKINGS, SELECT, Attention, name_of
+from compare import check_single
 from lemo import _native, ops
 from lemo.layout import Kept, select
 

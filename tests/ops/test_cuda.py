@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 
+import oracle
 import pytest
 import torch
-from compare import check_half
-from test_cpu_cases import check_select, unnamed_rows_stay
-
-import oracle
 from cases import CASES, PACKINGS, SELECT, Attention, Loss, Norm, Select, name_of
+from compare import check_half
 from lemo import _native, ops
 from lemo.layout import Blocks, select
+from test_cpu_cases import check_select, unnamed_rows_stay
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 HALVES = [torch.bfloat16, torch.float16]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from cases import PACKINGS
 from lemo.layout import Blocks, Kept, kept_per_document, select
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-
-import oracle
 from cases import ATTENTION, LOSS, NORMS, PACKINGS, PREDICT, SCORES, leaf, name_of
 
 

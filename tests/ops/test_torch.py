@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import cases
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import cases
 from cases import PACKINGS, name_of
 from lemo import ops
 from lemo.layout import Blocks, Kept
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SOME = [
     cases.Rows("documents", 24, weighted=True, base=True, padding=2),
@@ -98,8 +97,8 @@ def test_opcheck_with_gradients(op) -> None:
 def layer(x: torch.Tensor, w: torch.Tensor, kept: Kept, targets: torch.Tensor) -> torch.Tensor:
     """One small layer and a loss from every differentiable operation."""
     h = ops.norm(x, w[0], None, "rms", 1e-5, rows=kept.rows)
-    q = (h @ w).view(-1, 2, 8)
-    out = ops.attention(q, q, q, kept.cu_seqlens, kept.max_seqlen)
+    q, k, v = ((h @ (w + i)).view(-1, 2, 8) for i in range(3))
+    out = ops.attention(q, k, v, kept.cu_seqlens, kept.max_seqlen)
     y = ops.gather(x, kept.rows, kept.weights, kept.row_slots) + out.flatten(1)
     return ops.linear_cross_entropy_loss(y, w, targets)
 
@@ -111,11 +110,10 @@ def layer_inputs() -> tuple:
     return x, w, Kept.everything(blocks), torch.randint(16, (29,), generator=generator)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_a_layer_and_its_gradient(backend) -> None:
+def test_compile_a_layer_and_its_gradient() -> None:
     x, w, kept, targets = layer_inputs()
     results = []
-    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         leaves = [t.clone().requires_grad_() for t in (x, w)]
         loss = function(*leaves, kept, targets)
         loss.backward()
@@ -146,6 +144,16 @@ def test_compile_selection_and_in_place_operations() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for result, exact in zip(compiled(x, weights, kept.source), expected, strict=True):
         torch.testing.assert_close(result, exact)
+
+
+def test_compile_to_native_code() -> None:
+    """Inductor keeps the strides that the kernels were promised."""
+
+    def run(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return ops.gather(x.transpose(0, 1).contiguous() * 2, rows)
+
+    x, rows = torch.randn(8, 12), torch.arange(0, 12, 2, dtype=torch.int32)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(x, rows), run(x, rows))
 
 
 def test_compile_with_changing_sizes() -> None:

@@ -9,6 +9,7 @@ rows, or more. Errors: ValueError naming the argument, what was expected and wha
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None, None, None
 
 
-def _context(ctx, inputs, output) -> None:
+def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows)
     ctx.set_materialize_grads(False)

@@ -7,6 +7,8 @@ Errors: ValueError naming the argument, what was expected and what was given; no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -271,7 +273,7 @@ def norm(
     return gather_norm(x, rows, residual, weight, bias, kind, eps)[0]
 
 
-def _gather_context(ctx, inputs, output) -> None:
+def _gather_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, rows, weights, slots = inputs
     ctx.save_for_backward(rows, weights, slots)
     ctx.shape = x.shape
@@ -288,7 +290,7 @@ def _gather_grad(ctx, grad):
     return dx, None, None, None
 
 
-def _norm_context(ctx, inputs, output) -> None:
+def _norm_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, rows, residual, weight, _, ctx.norm, ctx.eps, want_packed = inputs
     ctx.save_for_backward(output[1] if want_packed else x, rows, weight)
     ctx.shape, ctx.has_residual = x.shape, residual is not None
