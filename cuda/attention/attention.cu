@@ -1,0 +1,136 @@
+// The attention entries of the backend table: arguments to kernel parameters, workspace, choice of the kernel.
+#include <cmath>
+#include <type_traits>
+
+#include "cuda/common/check.h"
+#include "cuda/kernels.h"
+#include "params.h"
+
+namespace lemo::cuda {
+namespace {
+
+using attention::BackwardParams;
+using attention::Documents;
+using attention::ForwardParams;
+using attention::Rows;
+
+Rows rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
+
+Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& rows, const lemo_tensor& lse) {
+  return {static_cast<const int32_t*>(cu_seqlens.data), data<const int32_t>(rows),
+          static_cast<int32_t>(cu_seqlens.shape[0] - 1), lse.shape[1]};
+}
+
+[[noreturn]] void unsupported_head_dim(const char* operation, int64_t head_dim) {
+  throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": q: expected head_dim " +
+#ifdef LEMO_CUDA_ALL_KERNELS
+                                    "64, 80, 96 or 128" +
+#else
+                                    "64 or 128 (80 and 96 need a build with every kernel)" +
+#endif
+                                    ", got " + std::to_string(head_dim));
+}
+
+void check_scale(const char* operation, float scale) {
+  // The running maximum is kept in units of q.k, which a negative scale would turn into a minimum.
+  if (std::isfinite(scale) && scale >= 0.0f) return;
+  throw Error(LEMO_UNSUPPORTED,
+              std::string(operation) + ": scale: expected a finite value >= 0, got " + std::to_string(scale));
+}
+
+// Calls run(std::integral_constant<int, head_dim>).
+template <typename Run>
+void with_head_dim(const char* operation, int64_t head_dim, Run run) {
+  switch (head_dim) {
+    case 64:
+      return run(std::integral_constant<int, 64>{});
+    case 128:
+      return run(std::integral_constant<int, 128>{});
+#ifdef LEMO_CUDA_ALL_KERNELS
+    case 80:
+      return run(std::integral_constant<int, 80>{});
+    case 96:
+      return run(std::integral_constant<int, 96>{});
+#endif
+    default:
+      unsupported_head_dim(operation, head_dim);
+  }
+}
+
+struct BackwardWorkspace {
+  float* delta;
+  float* dq_float;
+  uint64_t bytes;
+};
+
+BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args, void* base) {
+  const int64_t heads = args.q.shape[1], capacity = args.lse.shape[1];
+  Arena arena(base);
+  BackwardWorkspace workspace{};
+  workspace.delta = arena.take<float>(heads * capacity);
+  if (!exec.deterministic) workspace.dq_float = arena.take<float>(capacity * heads * args.q.shape[2]);
+  workspace.bytes = arena.size();
+  return workspace;
+}
+
+}  // namespace
+
+void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args& args) {
+  constexpr const char* kName = "attention_forward";
+  check_scale(kName, args.scale);
+  ForwardParams params{};
+  params.q = rows_of(args.q);
+  params.k = rows_of(args.k);
+  params.v = rows_of(args.v);
+  params.out = rows_of(args.out);
+  params.lse = static_cast<float*>(args.lse.data);
+  params.lse_stride = args.lse.stride[0];
+  params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
+  params.heads = static_cast<int32_t>(args.q.shape[1]);
+  params.group = static_cast<int32_t>(args.q.shape[1] / args.k.shape[1]);
+  params.scale = args.scale;
+  if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
+  DeviceGuard guard(exec.device_index);
+  with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
+    attention::launch_forward<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+  });
+}
+
+uint64_t attention_forward_workspace(const lemo_exec&, const lemo_attention_forward_args&) { return 0; }
+
+void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& args) {
+  constexpr const char* kName = "attention_backward";
+  check_scale(kName, args.scale);
+  BackwardParams params{};
+  params.dout = rows_of(args.dout);
+  params.q = rows_of(args.q);
+  params.k = rows_of(args.k);
+  params.v = rows_of(args.v);
+  params.out = rows_of(args.out);
+  params.dq = rows_of(args.dq);
+  params.dk = rows_of(args.dk);
+  params.dv = rows_of(args.dv);
+  params.lse = static_cast<const float*>(args.lse.data);
+  params.lse_stride = args.lse.stride[0];
+  params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
+  params.key_weights = data<const float>(args.key_weights);
+  if (params.key_weights != nullptr) params.row_slots = data<const int32_t>(args.row_slots);
+  params.heads = static_cast<int32_t>(args.q.shape[1]);
+  params.key_heads = static_cast<int32_t>(args.k.shape[1]);
+  params.group = params.heads / params.key_heads;
+  params.scale = args.scale;
+  if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
+  const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
+  params.delta = workspace.delta;
+  params.dq_float = workspace.dq_float;
+  DeviceGuard guard(exec.device_index);
+  with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
+    attention::launch_backward<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+  });
+}
+
+uint64_t attention_backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args) {
+  return backward_workspace(exec, args, nullptr).bytes;
+}
+
+}  // namespace lemo::cuda

@@ -1,0 +1,31 @@
+// The kernels of one backward pass, in order.
+#pragma once
+
+#include "key_gradient.cuh"
+#include "query_gradient.cuh"
+#include "rows_backward.cuh"
+
+namespace lemo::cuda::attention {
+
+template <typename T, int kHeadDim>
+void run_backward(const BackwardParams& params, cudaStream_t stream) {
+  const Documents& documents = params.documents;
+  const dim3 row_grid(static_cast<unsigned>((documents.capacity * params.heads + kRowPassItems - 1) / kRowPassItems));
+  launch(delta_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
+
+  using KeyConfig = KeyGradientConfig<kHeadDim>;
+  const dim3 key_grid(static_cast<unsigned>(tile_slots(documents, KeyConfig::kKeys)), params.key_heads);
+  launch(key_gradient_kernel<T, kHeadDim>, key_grid, KeyConfig::kWarps * 32, KeyGradientLayout<kHeadDim>::kBytes,
+         stream, params);
+
+  if (params.dq_float != nullptr) {
+    launch(convert_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
+  } else {
+    using QueryConfig = QueryGradientConfig<kHeadDim>;
+    const dim3 query_grid(static_cast<unsigned>(tile_slots(documents, QueryConfig::kQueries)), params.heads);
+    launch(query_gradient_kernel<T, kHeadDim>, query_grid, QueryConfig::kWarps * 32,
+           QueryGradientLayout<kHeadDim>::kBytes, stream, params);
+  }
+}
+
+}  // namespace lemo::cuda::attention

@@ -1,0 +1,14 @@
+# The tuned set holds bf16 at head_dim 64 and 128. The full set adds the other files, and fp16 to every file through
+# LEMO_CUDA_ALL_KERNELS, which must then be defined for all of them.
+set(LEMO_ATTENTION_TUNED_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/attention.cu
+    ${CMAKE_CURRENT_LIST_DIR}/forward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/forward_hd128.cu
+    ${CMAKE_CURRENT_LIST_DIR}/backward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/backward_hd128.cu)
+set(LEMO_ATTENTION_FULL_SOURCES
+    ${LEMO_ATTENTION_TUNED_SOURCES}
+    ${CMAKE_CURRENT_LIST_DIR}/forward_hd80.cu
+    ${CMAKE_CURRENT_LIST_DIR}/forward_hd96.cu
+    ${CMAKE_CURRENT_LIST_DIR}/backward_hd80.cu
+    ${CMAKE_CURRENT_LIST_DIR}/backward_hd96.cu)

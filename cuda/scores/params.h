@@ -1,0 +1,51 @@
+// What the scores kernels are told.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/attention/params.h"
+
+namespace lemo::cuda::scoring {
+
+struct Params {
+  attention::Rows q, k;
+  const int32_t* offsets;    // [blocks + 1] first token of every block
+  const int32_t* documents;  // [document_count + 1] first block of every document
+  int32_t block_count;
+  int32_t document_count;
+  int32_t block_size;
+  int32_t heads;
+  int32_t group;  // query heads per key head
+  float scale;
+  int32_t normalize;
+  float* scores;
+  float* map;  // or null
+  int64_t map_stride;
+  float* partial;  // workspace [splits, blocks]
+  int32_t splits;
+};
+
+// A key unit is as many whole blocks as fit 64 tokens, or one larger block; a query unit likewise with 128.
+constexpr int kKeyTokens = 64;
+constexpr int kQueryTokens = 128;
+constexpr int kMaxBlock = 256;
+
+// Key units of all documents in one grid dimension: document d begins at floor(documents[d] / blocks per unit) + d.
+inline int64_t key_unit_slots(int64_t blocks, int64_t documents, int block_size) {
+  const int per_unit = block_size < kKeyTokens ? kKeyTokens / block_size : 1;
+  return blocks / per_unit + documents;
+}
+
+// Thread blocks that share one key unit's queries. From shapes alone, so that results repeat on every device.
+inline int split_count(int64_t slots) {
+  constexpr int64_t kWanted = 4096, kMost = 64;
+  const int64_t splits = (kWanted + slots - 1) / slots;
+  return static_cast<int>(splits < kMost ? splits : kMost);
+}
+
+template <int kHeadDim>
+void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);
+
+}  // namespace lemo::cuda::scoring

@@ -1,0 +1,9 @@
+# As cuda/attention/sources.cmake.
+set(LEMO_SCORES_TUNED_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/scores.cu
+    ${CMAKE_CURRENT_LIST_DIR}/scores_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/scores_hd128.cu)
+set(LEMO_SCORES_FULL_SOURCES
+    ${LEMO_SCORES_TUNED_SOURCES}
+    ${CMAKE_CURRENT_LIST_DIR}/scores_hd80.cu
+    ${CMAKE_CURRENT_LIST_DIR}/scores_hd96.cu)
