@@ -72,8 +72,8 @@ def write_folder(
 ) -> None:
     """Create `target`, filled by `write(folder)`, completely or not at all.
 
-    extra: kept in the manifest. manifest: False leaves the folder as `write` made it. Raises CheckpointError where `target` exists already or cannot be written; what was
-    half-written is removed and everything else is as before.
+    extra: kept in the manifest. manifest: False leaves the folder as `write` made it. Raises CheckpointError where
+    `target` exists already or cannot be written; what was half-written is removed and everything else is as before.
     """
     target = Path(target)
     if target.exists():

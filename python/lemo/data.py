@@ -140,7 +140,8 @@ def _read_text(path: Path, named: bool) -> str | None:
     except UnicodeDecodeError as error:
         if named:
             raise DataError(
-                f"{path}: not a UTF-8 text file ({error.reason}); convert it (iconv -t utf-8), or name token files *.bin"
+                f"{path}: not a UTF-8 text file ({error.reason}); "
+                "convert it (iconv -t utf-8); token files are named *.bin"
             ) from None
         return None
 

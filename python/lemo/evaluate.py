@@ -135,13 +135,13 @@ def _batches(pieces: Sequence[tuple[int, np.ndarray]], tokens_per_batch: int) ->
 
 
 @torch.no_grad()
-def _piece_losses(model: torch.nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def _piece_losses(model: Any, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Summed negative log-likelihood of each row. ids: int64 [B, T], right-padded; lengths: int64 [B]. float64 [B].
 
     Attention is causal and padding stands at the right, so no mask is needed. The output head runs over slices of
     tokens: logits of the whole window never exist.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     hidden = base.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     head = base.get_output_embeddings()
@@ -275,8 +275,8 @@ class Comparison:
         if len(self.domains) > 1:
             for model in self.models:
                 if model != reference:
-                    change = 100 * (self.mean_ratio(model, reference) - 1)
-                    lines.append(f"{'mean':{dwidth}}  {model:{width}}  {'':10}  {'':19}  {change:+.2f} %")
+                    mean = 100 * (self.mean_ratio(model, reference) - 1)
+                    lines.append(f"{'mean':{dwidth}}  {model:{width}}  {'':10}  {'':19}  {mean:+.2f} %")
         units = {(r["domain"], r["unit"], r["units"]) for r in self.rows(reference)}
         notes = ", ".join(f"{d}: {n} {u}s" for d, u, n in sorted(units))
         lines.append(f"dense evaluation, context {self.context}; intervals over {notes}")

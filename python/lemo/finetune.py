@@ -105,11 +105,12 @@ class _Trainer(Trainer):
         self._checkpoints, self._finetune, self._identity = checkpoints, settings, identity
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
+        scheduler: Any = getattr(self, "lr_scheduler", None)
+        if scheduler is None:
             rate = functools.partial(learning_rate_factor, self._finetune, num_training_steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
+            self.lr_scheduler, self._created_lr_scheduler = scheduler, True
+        return scheduler
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -233,7 +234,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """adapter: folder of the PEFT adapter.  steps: done in this call.  resumed_from: step, or None for a fresh start."""
+    """adapter: folder of the PEFT adapter. steps: done in this call. resumed_from: a step, or None (fresh start)."""
 
     adapter: Path
     steps: int
@@ -281,7 +282,9 @@ def _flat(values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     return {**flat, **values.get("settings", {})}
 
 
-def _training_arguments(settings: FinetuneSettings, out: Path, device: torch.device, save_every: int, log_every: int):
+def _training_arguments(
+    settings: FinetuneSettings, out: Path, device: torch.device, save_every: int, log_every: int
+) -> TrainingArguments:
     args = TrainingArguments(
         output_dir=str(out),
         max_steps=settings.steps,

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run, and the notation for schedules of phases. Imports neither torch nor transformers."""
+"""The settings of a fine-tuning run, and the notation for schedules. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FinetuneSettings:
 
     schedule: see `parse_schedule`.  batch x accumulate windows of `context` tokens make one step.
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
-    lora_targets: module names, or "all-linear".  dtype: of the frozen base; the adapter is always float32.
+    lora_targets: module names (those the model lacks are skipped), or "all-linear". The adapter is always float32.
     """
 
     context: int = 4096
@@ -37,7 +37,7 @@ class FinetuneSettings:
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
     held_out: float = 0.0
     seed: int = 1
 

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = ["the", "block", "of", "tokens", "keeps", "its", "own", "place", "while", "every", "other", "layer", "may", "leave", "it", "out", "and", "come", "back", "later"]
+SENTENCE = "the block of tokens keeps its own place while every other layer may leave it out and come back later"
+WORDS = SENTENCE.split(" ")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The models here are far too small for two threads to help, and waiting for each other costs most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_text(seed: int, words: int) -> str:

@@ -170,7 +170,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="never overwritten"):
         write_folder(tmp_path / "a", filler("b"))
     assert (tmp_path / "a" / "weights").read_text() == "a"
-    with pytest.raises(CheckpointError, match="cannot write.*boom"):
+    with pytest.raises(CheckpointError, match=r"cannot write.*boom"):
         write_folder(tmp_path / "b", lambda folder: (_ for _ in ()).throw(RuntimeError("boom")))
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 

@@ -84,7 +84,7 @@ CASES: list[Case] = [
     ("empty folder", lambda w: w.finetune(data=(w.folder / "e").mkdir() or str(w.folder / "e")), ("holds no files",)),
     ("binary file", lambda w: w.finetune(data=w.file("x.txt", b"\xff\xfe\x00a")), ("x.txt", "UTF-8")),
     ("broken JSONL", lambda w: w.finetune(data=w.file("x.jsonl", '{"text": "a"}\n{"text')), ("line 2", "not JSON")),
-    ("other JSONL field", lambda w: w.finetune(data=w.file("x.jsonl", '{"body": "a"}')), ("'text'", "body", "--text-field")),
+    ("other JSONL field", lambda w: w.finetune(data=w.file("x.jsonl", '{"body": "a"}')), ("'text'", "body", "--text")),
     ("JSONL text no string", lambda w: w.finetune(data=w.file("x.jsonl", '{"text": 3}')), ("line 1", "int", "string")),
     ("odd token file", lambda w: w.finetune(data=w.file("x.bin", b"abc")), ("x.bin", "3 bytes", "uint16")),
     (
@@ -92,7 +92,7 @@ CASES: list[Case] = [
         lambda w: w.finetune(data=w.file("x.bin", np.array([1, 60000], np.uint16).tobytes())),
         ("60000", "position 1", "vocabulary of 48"),
     ),
-    ("too little data", lambda w: w.finetune(data=w.file("x.txt", "the block of")), ("tokens", "one context", "--context")),
+    ("too little data", lambda w: w.finetune(data=w.file("x.txt", "the block of")), ("tokens", "one context")),
     ("held-out too small", lambda w: w.finetune("--held-out", "0.1", data=w.file("x.txt", "the")), ("empty",)),
     # ---- settings
     ("context below a block", lambda w: w.finetune("--block-size", "128"), ("context 64", "block of 128")),
@@ -105,11 +105,11 @@ CASES: list[Case] = [
     ("unknown policy", lambda w: w.finetune("--policy", "magic"), ("magic", "predictors", "random")),
     ("dense and a schedule", lambda w: w.finetune("--dense", "--schedule", "skip"), ("--dense", "--schedule")),
     ("unknown lora target", lambda w: w.finetune("--lora-targets", "nothing_proj"), ("nothing_proj", "lora_targets")),
-    ("predictors without calibration", lambda w: w.finetune("--policy", "predictors"), ("calibration", "lemo calibrate")),
+    ("predictors without calibration", lambda w: w.finetune("--policy", "predictors"), ("lemo calibrate",)),
     ("missing calibration", lambda w: w.finetune("--calibration", "nowhere"), ("nowhere", "lemo calibrate")),
     ("no GPU", lambda w: w.finetune("--device", "cuda:99"), ("cuda:99", "--device cpu")),
     ("unknown device", lambda w: w.finetune("--device", "abacus"), ("abacus",)),
-    ("half precision on the CPU", lambda w: w.finetune("--device", "cpu", "--dtype", "float16"), ("float16", "float32")),
+    ("float16 on the CPU", lambda w: w.finetune("--device", "cpu", "--dtype", "float16"), ("float16", "float32")),
     # ---- models
     ("missing model", lambda w: w.finetune(model="/nowhere/model"), ("/nowhere/model", "no such folder")),
     ("empty model folder", lambda w: w.finetune(model=str(w.folder)), ("no transformers model",)),
@@ -143,7 +143,7 @@ CASES: list[Case] = [
         ("weights cannot be loaded", "shapes", "config.json"),
     ),
     # ---- run folders
-    ("folder in use for something else", lambda w: w.file("out/notes", "mine") and w.finetune(), ("not empty", "notes")),
+    ("folder in other use", lambda w: w.file("out/notes", "mine") and w.finetune(), ("not empty", "notes")),
     ("run there already", lambda w: w.run_folder() and w.finetune(), ("a run already", "--resume")),
     ("resume without a run", lambda w: ["finetune", "--out", str(w.folder / "none"), "--resume"], ("run.json",)),
     (
@@ -176,7 +176,7 @@ CASES: list[Case] = [
     ("calibration there already", lambda w: w.file("out/x", "x") and w.calibrate(), ("--overwrite",)),
     ("info on nothing", lambda w: ["info", str(w.folder / "none")], ("no such folder",)),
     ("info on a strange folder", lambda w: ["info", str(w.text)], ("neither a calibration",)),
-    ("damaged calibration", lambda w: w.file("c/lemo_config.json", "{") and ["info", str(w.folder / "c")], ("calibrate again",)),
+    ("bad calibration", lambda w: w.file("c/lemo_config.json", "{") and ["info", f"{w.folder}/c"], ("calibrate again",)),
     ("report on no run", lambda w: ["report", str(w.folder)], ("run.json",)),
     ("estimate of nothing", lambda w: ["estimate", "--model", "/nowhere/x", "--context", "64"], ("/nowhere/x",)),
 ]  # fmt: skip

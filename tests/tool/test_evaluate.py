@@ -140,7 +140,7 @@ def test_adapters_that_do_not_fit(model_folder: Path, new_model, text_folder: Pa
     def base():
         return AutoModelForCausalLM.from_pretrained(model_folder)
 
-    with pytest.raises(ValueError, match="no adapter_config.json"):
+    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
         compare(base(), [str(tmp_path)], documents, 64)
     adapter = make_adapter(model_folder, tmp_path / "run" / "adapter", 0.0)
     with pytest.raises(ValueError, match="did you mean"):

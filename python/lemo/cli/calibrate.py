@@ -16,10 +16,10 @@ examples:
 
   lemo calibrate --model MODEL --data hf:my/corpus:train --context 8192 --keep 0.3 --steps 400 --out calibration
 
-Text like what will be fine-tuned on is best; a few million tokens are plenty. The model stays frozen: two small networks
-per layer learn to say, from a layer's input, which blocks its attention will find informative. The folder holds
-lemo_config.json and predictors.safetensors, and is only accepted for this model. `lemo info calibration` shows recall
-(the share of truly informative blocks that the predictors keep) layer by layer.
+Text like what will be fine-tuned on is best; a few million tokens are plenty. The model stays frozen: two small
+networks per layer learn to say, from a layer's input, which blocks its attention will find informative. The folder
+holds lemo_config.json and predictors.safetensors, and is only accepted for this model. `lemo info calibration` shows
+recall (the share of truly informative blocks that the predictors keep) layer by layer.
 """
 
 
@@ -27,7 +27,7 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "calibrate",
         help="train the predictors that choose which blocks stay",
-        description="Train, on your text and the frozen model, the predictors that choose which blocks stay in a layer.",
+        description="Train, on your text and the frozen model, the predictors that choose which blocks stay.",
         epilog=_EPILOG,
         formatter_class=Formatter,
     )

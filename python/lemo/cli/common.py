@@ -36,8 +36,8 @@ def explain(error: BaseException) -> tuple[str, int]:
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "out of GPU memory. What fits: lemo estimate --model ... --context ...; then a lower --keep, --recompute full, "
-            "--schedule low-memory or a smaller --context",
+            "out of GPU memory. What fits: lemo estimate --model ... --context ...; then a lower --keep, "
+            "--recompute full, --schedule low-memory or a smaller --context",
             2,
         )
     text = str(error).strip() or type(error).__name__

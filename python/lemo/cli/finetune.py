@@ -85,7 +85,7 @@ def add(subparsers: Any) -> None:
         "--lora-targets",
         nargs="+",
         metavar="NAME",
-        help="linear layers to adapt, or all-linear (default: q_proj k_proj v_proj o_proj)",
+        help="linear layers to adapt, or all-linear (default: those of attention)",
     )
     saving = parser.add_argument_group("saving")
     saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
             values = adapter(folder)
         else:
             raise ValueError(
-                f"{folder}: neither a calibration (lemo_config.json), a run (run.json) nor an adapter (adapter_config.json)"
+                f"{folder}: neither a calibration (lemo_config.json), a run (run.json) nor an adapter "
+                "(adapter_config.json)"
             )
     if args.json:
         print(json.dumps(values, indent=1))
