@@ -48,9 +48,9 @@ def is_table(path: Path) -> bool:
 def source_files(root: Path) -> Iterator[Path]:
     """The .py files below `root`, in path order: neighbours come from the same package."""
     for path in sorted(root.rglob("*.py")):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not is_table(path):
-            if 0 < path.stat().st_size <= LARGEST_FILE:
-                yield path
+        readable = SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not is_table(path)
+        if readable and 0 < path.stat().st_size <= LARGEST_FILE:
+            yield path
 
 
 def library_documents(roots: list[Path]) -> Iterator[Document]:

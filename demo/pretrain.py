@@ -3,7 +3,7 @@
   python demo/pretrain.py prepare --out tokens [--stdlib /usr/lib/python3.11 ...]   tokenizer, train.bin, held.bin
   python demo/pretrain.py train --tokens tokens --out demo/model                    GPU (a few steps run anywhere)
 
-Mostly at 1024 tokens, then at 4096 (the native context) while the learning rate decays to zero. Matrices are trained
+Every step reads 32 windows of 4096 tokens, the native context. Matrices are trained
 with Muon (momentum orthogonalised by Newton-Schulz iterations), embeddings and norms with AdamW. Documents follow one
 another in path order, so a long window holds files of one package and longer context helps. The corpus is small for
 the model: dropout and few epochs matter (a run of 53 epochs without dropout learned it by heart and was worthless
@@ -13,6 +13,7 @@ elsewhere). Seeded; training.json keeps the steps, the machine, and the loss by 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -48,8 +49,7 @@ CONFIG = {
     "initializer_range": 0.02,
     "dtype": "bfloat16",
 }
-SHORT, LONG = 1024, 4096
-LONG_SHARE = 0.3  # of the steps
+LENGTH = 4096
 DROPOUT = 0.1  # of the embeddings and of what every sub-layer adds
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WARMUP_STEPS = 100
@@ -84,7 +84,7 @@ def prepare(out: Path, roots: list[Path]) -> None:
                 "eos_token": "<|endoftext|>",
                 "unk_token": "<|endoftext|>",
                 "pad_token": "<|pad|>",
-                "model_max_length": LONG,
+                "model_max_length": LENGTH,
                 "clean_up_tokenization_spaces": False,
             },
             indent=1,
@@ -185,7 +185,7 @@ class LanguageModel(nn.Module):
         frequencies = 1.0 / CONFIG["rope_parameters"]["rope_theta"] ** (
             torch.arange(0, CONFIG["head_dim"], 2) / CONFIG["head_dim"]
         )
-        angles = torch.arange(LONG)[:, None] * torch.cat((frequencies, frequencies))[None]
+        angles = torch.arange(LENGTH)[:, None] * torch.cat((frequencies, frequencies))[None]
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, p in self.named_parameters():
@@ -257,18 +257,18 @@ def rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def loss_by_position(model: LanguageModel, tokens: Tensor, windows: int = 256) -> dict[str, float]:
-    """Held-out loss (nats per token) by position in windows of LONG tokens: it falls if context is used."""
-    count = min(windows, (len(tokens) - 1) // LONG)
+    """Held-out loss (nats per token) by position in windows of LENGTH tokens: it falls if context is used."""
+    count = min(windows, (len(tokens) - 1) // LENGTH)
     losses = []
     model.eval()
     for i in range(0, count, 8):
-        batch = torch.stack([tokens[j * LONG : (j + 1) * LONG + 1] for j in range(i, min(count, i + 8))]).long()
+        batch = torch.stack([tokens[j * LENGTH : (j + 1) * LENGTH + 1] for j in range(i, min(count, i + 8))]).long()
         with torch.autocast(batch.device.type, torch.bfloat16):
             losses.append(model.token_losses(batch))
     model.train()
     mean = torch.cat(losses).double().mean(0)
     edges = [0, 128, 256, 512, 1024, 2048, 3072, 4096]
-    result = {f"{a}-{b}": round(mean[a:b].mean().item(), 4) for a, b in zip(edges, edges[1:], strict=False)}
+    result = {f"{a}-{b}": round(mean[a:b].mean().item(), 4) for a, b in itertools.pairwise(edges)}
     return result | {"all": round(mean.mean().item(), 4)}
 
 
@@ -297,11 +297,11 @@ def train(tokens: Path, out: Path, steps: int, batch_tokens: int, seed: int) -> 
     compiled = torch.compile(mean_loss, dynamic=False) if device.type == "cuda" else mean_loss
     generator = torch.Generator(device=device).manual_seed(seed)
 
-    def step_at(length: int, scale: float) -> Tensor:
-        starts = torch.randint(
-            len(train_ids) - length - 1, (max(1, batch_tokens // length), 1), generator=generator, device=device
-        )
-        ids = train_ids[starts + torch.arange(length + 1, device=device)].long()
+    windows = max(1, batch_tokens // LENGTH)
+
+    def train_step(scale: float) -> Tensor:
+        starts = torch.randint(len(train_ids) - LENGTH - 1, (windows, 1), generator=generator, device=device)
+        ids = train_ids[starts + torch.arange(LENGTH + 1, device=device)].long()
         with torch.autocast(device.type, torch.bfloat16):
             loss = compiled(ids)
         loss.backward()
@@ -312,17 +312,13 @@ def train(tokens: Path, out: Path, steps: int, batch_tokens: int, seed: int) -> 
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    for length in (SHORT, LONG):  # compile both shapes before the clock starts; a zero rate changes no weight
-        step_at(length, 0.0)
+    train_step(0.0)  # compiles before the clock starts; a zero rate changes no weight
     begin = time.monotonic()
-    seen = 0
     for step in range(steps):
-        length = SHORT if step < (1 - LONG_SHARE) * steps else LONG
-        loss = step_at(length, rate(step, steps))
-        seen += max(1, batch_tokens // length) * length
-        if (step + 1) % max(1, steps // 8) == 0:
-            value, held = loss.item(), loss_by_position(model, held_ids, 32)["all"]
-            print(f"step {step + 1} tokens {seen / 1e6:.1f}M loss {value:.4f} held out {held:.4f}", flush=True)
+        loss = train_step(rate(step, steps))
+        if (step + 1) % max(1, steps // 5) == 0:
+            value, held = loss.item(), loss_by_position(model, held_ids, 16)["all"]
+            print(f"step {step + 1} loss {value:.4f} held out {held:.4f}", flush=True)
             if not math.isfinite(value):
                 raise RuntimeError(f"loss is {value} at step {step + 1}: lower the learning rates")
     seconds = time.monotonic() - begin
@@ -332,7 +328,7 @@ def train(tokens: Path, out: Path, steps: int, batch_tokens: int, seed: int) -> 
     report = {
         "parameters": parameters,
         "steps": steps,
-        "tokens_seen": seen,
+        "tokens_seen": steps * windows * LENGTH,
         "tokens_in_corpus": len(train_ids),
         "seconds": round(seconds, 1),
         "seed": seed,
@@ -367,7 +363,7 @@ def main() -> None:
     p = commands.add_parser("train", help="pretrain the model")
     p.add_argument("--tokens", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--steps", type=int, default=1600)
+    p.add_argument("--steps", type=int, default=1200)
     p.add_argument("--batch-tokens", type=int, default=131072)
     p.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
