@@ -33,7 +33,7 @@ void check_scores(const lemo_select_args& a, const float* scores, int64_t num_bl
 }
 
 // Marks the kept blocks of one document [first, last).
-void choose(const lemo_select_args& a, const float* scores, int64_t first, int64_t last, std::vector<uint8_t>& keep) {
+void choose(const lemo_select_args& a, const float* scores, int64_t first, int64_t last, std::vector<bool>& keep) {
   const int64_t n = last - first;
   const auto forced = [&](int64_t block) { return block - first < a.always_first || last - block <= a.always_last; };
   int64_t count = 0;
@@ -43,7 +43,7 @@ void choose(const lemo_select_args& a, const float* scores, int64_t first, int64
   }
   if (a.mode == LEMO_SELECT_THRESHOLD) {
     for (int64_t block = first; block < last; ++block) {
-      if (scores[block] >= a.threshold) keep[static_cast<size_t>(block)] = 1;
+      if (scores[block] >= a.threshold) keep[static_cast<size_t>(block)] = true;
     }
     return;
   }
@@ -61,7 +61,7 @@ void choose(const lemo_select_args& a, const float* scores, int64_t first, int64
   std::stable_sort(order.begin(), order.end(), [&](int64_t left, int64_t right) {
     return rank[static_cast<size_t>(left - first)] < rank[static_cast<size_t>(right - first)];
   });
-  for (int64_t i = 0; i < k - count; ++i) keep[static_cast<size_t>(order[static_cast<size_t>(i)])] = 1;
+  for (int64_t i = 0; i < k - count; ++i) keep[static_cast<size_t>(order[static_cast<size_t>(i)])] = true;
 }
 
 }  // namespace
@@ -73,9 +73,9 @@ void select(const lemo_exec&, const lemo_select_args& a) {
   const int32_t* offsets = ints(a.blocks.offsets);
   const int32_t* documents = ints(a.blocks.documents);
   check_scores(a, scores, num_blocks);
-  std::vector<uint8_t> keep(static_cast<size_t>(num_blocks));
+  std::vector<bool> keep(static_cast<size_t>(num_blocks));
   for (int64_t d = 0; d < num_documents; ++d) choose(a, scores, documents[d], documents[d + 1], keep);
-  if (std::find(keep.begin(), keep.end(), 1) == keep.end()) {
+  if (std::find(keep.begin(), keep.end(), true) == keep.end()) {
     throw Error(LEMO_NUMERICAL, "threshold: expected a threshold that keeps at least one block, got " +
                                     std::to_string(a.threshold) + " above every score (highest " +
                                     std::to_string(*std::max_element(scores, scores + num_blocks)) + ")");
@@ -87,7 +87,7 @@ void select(const lemo_exec&, const lemo_select_args& a) {
   for (int64_t d = 0; d < num_documents; ++d) {
     ints(a.cu_seqlens)[d] = packed;
     for (int32_t block = documents[d]; block < documents[d + 1]; ++block) {
-      const bool kept = keep[static_cast<size_t>(block)] != 0;
+      const bool kept = keep[static_cast<size_t>(block)];
       ints(a.slots)[block] = kept ? slot : -1;
       if (!kept) continue;
       const bool forced = block - documents[d] < a.always_first || documents[d + 1] - block <= a.always_last;

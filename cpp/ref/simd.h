@@ -20,7 +20,7 @@ struct Simd {
   void (*matmul)(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
                  int64_t ldb, float* c, int64_t ldc, bool accumulate);
 
-  // The functions below take any n. Sums: 16 partial sums, element i in partial i % 16, then a fixed tree.
+  // The functions below take any n. Sums: 16 partial sums added in a fixed tree.
   float (*dot)(int64_t n, const float* a, const float* b);
   float (*sum)(int64_t n, const float* a);
   float (*max)(int64_t n, const float* a);  // -inf for n = 0; NaN if any element is NaN

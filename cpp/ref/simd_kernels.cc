@@ -20,34 +20,32 @@ constexpr int kWidth = 8, kRows = 6, kVectors = 2;
 constexpr int kWidth = 4, kRows = 4, kVectors = 2;
 #endif
 
+// Sums keep 16 partial sums whatever the machine: this many vectors.
+constexpr int kParts = 16 / kWidth;
+
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
-// 16 lanes whatever the machine: the fixed order of sums.
-typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
-inline Lanes load16(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
-inline void store16(float* p, const Lanes& v) { *reinterpret_cast<Lanes*>(p) = v; }
 
-// The last n < 16 elements, the others set to `fill`.
-inline Lanes load_tail(const float* p, int64_t n, float fill) {
-  Lanes v;
-  for (int64_t i = 0; i < 16; ++i) v[i] = i < n ? p[i] : fill;
-  return v;
-}
-inline void store_tail(float* p, int64_t n, const Lanes& v) {
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-}
-
-inline float reduce(const Lanes& v) {
+// Adds up 16 partial sums in a fixed tree.
+inline float reduce(const Vector (&v)[kParts]) {
   float s[16];
-  for (int i = 0; i < 16; ++i) s[i] = v[i];
+  for (int part = 0; part < kParts; ++part) store(s + part * kWidth, v[part]);
   for (int half = 8; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) s[i] += s[i + half];
   }
   return s[0];
 }
+
+// The last n < 16 elements with the others set to `fill`.
+struct Tail {
+  Tail(const float* p, int64_t n, float fill) {
+    for (int64_t i = 0; i < 16; ++i) values[i] = i < n ? p[i] : fill;
+  }
+  float values[16];
+};
 
 template <int R, int N>
 inline void micro(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
@@ -102,33 +100,48 @@ void matmul(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int6
 }
 
 float dot(int64_t n, const float* a, const float* b) {
-  Lanes sum = {};
+  Vector total[kParts] = {};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) sum += load16(a + i) * load16(b + i);
-  if (i < n) sum += load_tail(a + i, n - i, 0) * load_tail(b + i, n - i, 0);
-  return reduce(sum);
+  for (; i + 16 <= n; i += 16) {
+    for (int part = 0; part < kParts; ++part) total[part] += load(a + i + part * kWidth) * load(b + i + part * kWidth);
+  }
+  if (i < n) {
+    const Tail x(a + i, n - i, 0), y(b + i, n - i, 0);
+    for (int part = 0; part < kParts; ++part)
+      total[part] += load(x.values + part * kWidth) * load(y.values + part * kWidth);
+  }
+  return reduce(total);
 }
 
 float sum(int64_t n, const float* a) {
-  Lanes total = {};
+  Vector total[kParts] = {};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) total += load16(a + i);
-  if (i < n) total += load_tail(a + i, n - i, 0);
+  for (; i + 16 <= n; i += 16) {
+    for (int part = 0; part < kParts; ++part) total[part] += load(a + i + part * kWidth);
+  }
+  if (i < n) {
+    const Tail x(a + i, n - i, 0);
+    for (int part = 0; part < kParts; ++part) total[part] += load(x.values + part * kWidth);
+  }
   return reduce(total);
 }
 
 float max(int64_t n, const float* a) {
   const float lowest = -__builtin_inff();
-  Lanes best = lowest - Lanes{};
-  Lanes poison = {};  // NaN where an element was NaN: comparisons alone would lose it
+  Vector best = lowest - Vector{};
+  Vector poison = {};  // NaN where an element was NaN: comparisons alone would lose it
   int64_t i = 0;
-  for (; i < n; i += 16) {
-    const Lanes v = i + 16 <= n ? load16(a + i) : load_tail(a + i, n - i, lowest);
+  for (; i + kWidth <= n; i += kWidth) {
+    const Vector v = load(a + i);
     best = v > best ? v : best;
     poison = v != v ? v : poison;
   }
   float result = lowest;
-  for (int lane = 0; lane < 16; ++lane) {
+  for (; i < n; ++i) {
+    if (a[i] != a[i]) return a[i];
+    result = a[i] > result ? a[i] : result;
+  }
+  for (int lane = 0; lane < kWidth; ++lane) {
     if (poison[lane] != 0) return poison[lane];
     result = best[lane] > result ? best[lane] : result;
   }
@@ -136,15 +149,16 @@ float max(int64_t n, const float* a) {
 }
 
 // exp by 2^n * e^r with |r| <= ln2 / 2 and the Taylor series to r^7 (error 5e-9, below half a unit in the last place).
-inline Lanes exponential(Lanes x) {
-  const Lanes too_low = x < -87.0f ? Lanes{} : Lanes{} + 1.0f;
-  const Lanes nan = x != x ? x : Lanes{};
-  x = x < -87.0f ? Lanes{} - 87.0f : x;
-  x = x > 88.0f ? Lanes{} + 88.0f : x;
+inline Vector exponential(Vector x) {
+  const Vector zero = {};
+  const Vector too_low = x < -87.0f ? zero : zero + 1.0f;
+  const Vector nan = x != x ? x : zero;
+  x = x < -87.0f ? zero - 87.0f : x;
+  x = x > 88.0f ? zero + 88.0f : x;
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Lanes n = (x * 1.44269504088896341f + round) - round;
-  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Lanes y = r * (1.0f / 5040) + (1.0f / 720);
+  const Vector n = (x * 1.44269504088896341f + round) - round;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector y = r * (1.0f / 5040) + (1.0f / 720);
   y = y * r + (1.0f / 120);
   y = y * r + (1.0f / 24);
   y = y * r + (1.0f / 6);
@@ -152,29 +166,42 @@ inline Lanes exponential(Lanes x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   const Bits power = (__builtin_convertvector(n, Bits) + 127) << 23;
-  return y * (Lanes)power * too_low + nan;
+  return y * (Vector)power * too_low + nan;
 }
 
 float exp_sum(int64_t n, float* a, float scale, float shift) {
-  Lanes total = {};
+  Vector total[kParts] = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    const Lanes y = exponential(load16(a + i) * scale - shift);
-    store16(a + i, y);
-    total += y;
+    for (int part = 0; part < kParts; ++part) {
+      const Vector y = exponential(load(a + i + part * kWidth) * scale - shift);
+      store(a + i + part * kWidth, y);
+      total[part] += y;
+    }
   }
+  float rest = 0;
   if (i < n) {
-    const Lanes y = exponential(load_tail(a + i, n - i, 0) * scale - shift);
-    store_tail(a + i, n - i, y);
-    for (int64_t lane = 0; lane < n - i; ++lane) total[lane] += y[lane];
+    Tail x(a + i, n - i, 0);
+    for (int part = 0; part < kParts; ++part) {
+      store(x.values + part * kWidth, exponential(load(x.values + part * kWidth) * scale - shift));
+    }
+    for (int64_t lane = 0; lane < n - i; ++lane) {
+      a[i + lane] = x.values[lane];
+      rest += x.values[lane];
+    }
   }
-  return reduce(total);
+  return reduce(total) + rest;
 }
 
 void exp(int64_t n, float* a, float scale, float shift) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store16(a + i, exponential(load16(a + i) * scale - shift));
-  if (i < n) store_tail(a + i, n - i, exponential(load_tail(a + i, n - i, 0) * scale - shift));
+  for (; i + kWidth <= n; i += kWidth) store(a + i, exponential(load(a + i) * scale - shift));
+  if (i == n) return;
+  Tail x(a + i, n - i, 0);
+  for (int part = 0; part < kParts; ++part) {
+    store(x.values + part * kWidth, exponential(load(x.values + part * kWidth) * scale - shift));
+  }
+  for (int64_t lane = 0; lane < n - i; ++lane) a[i + lane] = x.values[lane];
 }
 
 void multiply(int64_t n, float* y, float scale) {
