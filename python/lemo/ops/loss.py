@@ -9,6 +9,7 @@ CUDA. Errors: ValueError naming the argument, what was expected and what was giv
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lemo._native import call
@@ -87,6 +88,12 @@ def _run(
         want_dlora,
     )
     loss, valid, dhidden, dweight, dbias, dlora_a, dlora_b = outputs
+    # The matrix kernels of CUDA want ranks in steps of 8: zero rows and columns change nothing.
+    missing = -lora_a.shape[0] % 8 if lora_a is not None and lora_b is not None and lora_a.is_cuda else 0
+    if missing:
+        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
+        if want_dlora:
+            dlora_a, dlora_b = (p.new_empty(p.shape, dtype=torch.float32) for p in (lora_a, lora_b))
     arguments = {
         "hidden": hidden,
         "weight": weight,
@@ -108,6 +115,9 @@ def _run(
         "dlora_b": dlora_b if want_dlora else None,
     }
     call("linear_cross_entropy", hidden.device, arguments, workspace=True)
+    if missing and want_dlora:
+        outputs[5].copy_(dlora_a[:-missing])
+        outputs[6].copy_(dlora_b[:, :-missing])
     return outputs
 
 
