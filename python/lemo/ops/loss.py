@@ -89,8 +89,9 @@ def _run(
     )
     loss, valid, dhidden, dweight, dbias, dlora_a, dlora_b = outputs
     # The matrix kernels of CUDA want ranks in steps of 8: zero rows and columns change nothing.
-    missing = -lora_a.shape[0] % 8 if lora_a is not None and lora_b is not None and lora_a.is_cuda else 0
-    if missing:
+    missing = 0
+    if lora_a is not None and lora_b is not None and hidden.is_cuda and lora_a.shape[0] % 8:
+        missing = -lora_a.shape[0] % 8
         lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
         if want_dlora:
             dlora_a, dlora_b = (p.new_empty(p.shape, dtype=torch.float32) for p in (lora_a, lora_b))
