@@ -87,6 +87,17 @@ def jsonl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def calibration_folder(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `lemo calibrate` makes for the tiny model with blocks of 8."""
+    from lemo.cli import main
+
+    out = tmp_path_factory.mktemp("calibration") / "c"
+    command = ["calibrate", "--model", str(model_folder), "--data", str(text_folder), "--context", "64"]
+    assert main([*command, "--block-size", "8", "--steps", "20", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
 def new_model():
     """new_model(folder, layers=, hidden=, positions=) writes another tiny model and returns its folder."""
     return make_model

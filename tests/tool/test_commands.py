@@ -30,17 +30,10 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.fixture(scope="module")
-def calibration(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("calibration") / "c"
-    command = ["calibrate", "--model", str(model_folder), "--data", str(text_folder), "--context", "64"]
-    assert main([*command, "--block-size", "8", "--steps", "20", "--out", str(out), "--quiet"]) == 0
-    return out
-
-
 def test_calibrate_then_finetune_evaluate_report_info(
-    calibration: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calibration_folder: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    calibration = calibration_folder
     assert sorted(p.name for p in calibration.iterdir()) == ["lemo_config.json", "predictors.safetensors"]
     assert main(["info", str(calibration)]) == 0
     shown = capsys.readouterr().out

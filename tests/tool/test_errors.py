@@ -21,6 +21,7 @@ class World:
     folder: Path
     model: Path
     text: Path
+    good_calibration: Path
 
     def file(self, name: str, content: str | bytes) -> str:
         path = self.folder / name
@@ -52,6 +53,15 @@ class World:
         self.file("out/run.json", json.dumps({"settings": values, "inputs": inputs} | more))
         return str(self.folder / "out")
 
+    def another_model(self, kind: str = "llama") -> str:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = AutoConfig.for_model(kind, vocab_size=48, num_key_value_heads=2, eos_token_id=0, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(self.folder / kind)
+        AutoTokenizer.from_pretrained(self.model).save_pretrained(self.folder / kind)
+        return str(self.folder / kind)
+
     def large_tokenizer(self) -> str:
         from transformers import AutoTokenizer
 
@@ -66,12 +76,22 @@ class World:
         change(folder)
         return str(folder)
 
+    def calibration(self, change: Callable[[Path], object]) -> str:
+        folder = self.folder / "calibration"
+        shutil.copytree(self.good_calibration, folder)
+        change(folder)
+        return str(folder)
+
     def config_with(self, **values: object) -> str:
         def change(folder: Path) -> None:
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | values))
 
         return self.broken_model("changed", change)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
 
 
 Case = tuple[str, Callable[[World], list[str]], tuple[str, ...]]
@@ -107,6 +127,32 @@ CASES: list[Case] = [
     ("unknown lora target", lambda w: w.finetune("--lora-targets", "nothing_proj"), ("nothing_proj", "lora_targets")),
     ("predictors without calibration", lambda w: w.finetune("--policy", "predictors"), ("lemo calibrate",)),
     ("missing calibration", lambda w: w.finetune("--calibration", "nowhere"), ("nowhere", "lemo calibrate")),
+    (
+        "predictors missing",
+        lambda w: w.finetune("--calibration", w.calibration(lambda f: (f / "predictors.safetensors").unlink())),
+        ("predictors.safetensors", "missing", "calibrate"),
+    ),
+    (
+        "predictors truncated",
+        lambda w: w.finetune("--calibration", w.calibration(lambda f: truncate(f / "predictors.safetensors"))),
+        ("predictors.safetensors", "truncated", "bytes"),
+    ),
+    (
+        "calibration's settings missing",
+        lambda w: w.finetune("--calibration", w.calibration(lambda f: (f / "lemo_config.json").unlink())),
+        ("lemo_config.json", "missing"),
+    ),
+    (
+        "another block size than calibrated",
+        lambda w: w.finetune("--calibration", str(w.good_calibration), "--block-size", "16"),
+        ("block_size is 16", "8"),
+    ),
+    (
+        "calibration of another model",
+        lambda w: w.finetune("--calibration", str(w.good_calibration), model=w.another_model()),
+        ("another model", "num_hidden_layers"),
+    ),
+    ("unsupported family", lambda w: w.finetune(model=w.another_model("mistral")), ("Mistral", "Llama", "OPT")),
     ("no GPU", lambda w: w.finetune("--device", "cuda:99"), ("cuda:99", "--device cpu")),
     ("unknown device", lambda w: w.finetune("--device", "abacus"), ("abacus",)),
     ("float16 on the CPU", lambda w: w.finetune("--device", "cpu", "--dtype", "float16"), ("float16", "float32")),
@@ -176,7 +222,7 @@ CASES: list[Case] = [
     ("calibration there already", lambda w: w.file("out/x", "x") and w.calibrate(), ("--overwrite",)),
     ("info on nothing", lambda w: ["info", str(w.folder / "none")], ("no such folder",)),
     ("info on a strange folder", lambda w: ["info", str(w.text)], ("neither a calibration",)),
-    ("bad calibration", lambda w: w.file("c/lemo_config.json", "{") and ["info", f"{w.folder}/c"], ("calibrate again",)),
+    ("bad calibration", lambda w: w.file("c/lemo_config.json", "{") and ["info", f"{w.folder}/c"], ("again",)),
     ("report on no run", lambda w: ["report", str(w.folder)], ("run.json",)),
     ("estimate of nothing", lambda w: ["estimate", "--model", "/nowhere/x", "--context", "64"], ("/nowhere/x",)),
 ]  # fmt: skip
@@ -188,10 +234,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("make", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_error(
-    make: Callable[[World], list[str]], words: tuple[str, ...], model_folder: Path, text_folder: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    make: Callable[[World], list[str]], words: tuple[str, ...], model_folder: Path, text_folder: Path,
+    calibration_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    command = make(World(tmp_path, model_folder, text_folder))
+    command = make(World(tmp_path, model_folder, text_folder, calibration_folder))
     before = {**tree(tmp_path), **tree(model_folder), **tree(text_folder)}
     capsys.readouterr()
     code = main([*command, "--quiet"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, say
+
+# Documents of a whole context that the frozen model reads.
+_DOCUMENTS = 128
 
 _EPILOG = """\
 examples:
@@ -40,13 +42,19 @@ def add(subparsers: Any) -> None:
     group.add_argument("--block-size", type=int, default=64, help="tokens per block")
     group.add_argument("--keep", type=float, default=0.5, help="fraction of the blocks kept")
     group.add_argument("--steps", type=int, default=300, help="training steps of the predictors")
-    group.add_argument("--seed", type=int, default=1, help="of the order of the data")
+    group.add_argument("--rank", type=int, default=64, help="hidden units of the networks before pruning")
+    group.add_argument(
+        "--normalize", action="store_true", help="divide a block's score by the number of blocks that can see it"
+    )
+    group.add_argument("--seed", type=int, default=1, help="of the order of the data and of the networks")
     add_common(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from lemo.data import PackedWindows
+    import torch
+
+    from lemo.data import evaluation_pieces, permutation
     from lemo.predictors import CalibrationError
 
     if args.block_size < 1 or args.context < 2 * args.block_size:
@@ -63,20 +71,31 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, args.context)
     documents = load_data(args, model.config.vocab_size)
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
-    windows = PackedWindows(documents, args.context, seed=args.seed, length=1 << 62)
-    device = next(model.parameters()).device
-
-    def batches() -> Iterator[Any]:
-        i = 0
-        while True:
-            yield windows[i]["input_ids"][None].to(device)
-            i += 1
-
-    from lemo.predictors import calibrate
+    pieces = [p for _, p in evaluation_pieces(documents, args.context) if len(p) > args.block_size]
+    if len(pieces) < 2:
+        raise ValueError(
+            f"the data hold {len(pieces)} documents longer than a block of {args.block_size} tokens, two are needed; "
+            "give longer documents, a smaller --block-size, or --joined"
+        )
+    order = permutation(args.seed, 0, len(pieces))
+    # As many tokens of short documents as of long ones.
+    count = min(len(pieces), _DOCUMENTS * args.context // (sum(map(len, pieces)) // len(pieces)))
+    from lemo.predictors import calibrate, format_report
 
     predictors = calibrate(
-        model, batches(), block_size=args.block_size, keep=args.keep, steps=args.steps, progress=not args.quiet
+        model,
+        (torch.from_numpy(pieces[i].astype("int64")) for i in order),
+        block_size=args.block_size,
+        keep=args.keep,
+        steps=args.steps,
+        context=args.context,
+        rank=args.rank,
+        normalize=args.normalize,
+        max_documents=max(2, count),
+        seed=args.seed,
+        progress=not args.quiet,
     )
     predictors.save(out, overwrite=args.overwrite)
-    print(out)
+    print(format_report(predictors.report))
+    say(f"wrote {out}")
     return 0
