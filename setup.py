@@ -48,4 +48,7 @@ class CMakeBuild(build_ext):
         return [*super().get_outputs(), str(package / "liblemo.so")]
 
 
-setup(ext_modules=[Extension("lemo._C", sources=["CMakeLists.txt"])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("lemo._C", sources=["CMakeLists.txt"])],
+    cmdclass={"build_ext": CMakeBuild},
+)

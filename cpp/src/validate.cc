@@ -134,7 +134,7 @@ class Checker {
     if (purpose_ == Purpose::kRun) pointer(name, t);
     if (!on_cpu() && t.ndim > 1) {
       for (int32_t i = 0; i < last; ++i) {
-        if (t.shape[i] > 1 && t.stride[i] * dtype_size(t.dtype) % 16 != 0 && is_float(t)) {
+        if (t.shape[i] > 1 && t.stride[i] * dtype_size(t.dtype) % 16 != 0 && is_half(t)) {
           invalid(std::string(name) + ": expected strides that are multiples of 16 bytes on CUDA, got " +
                   list(t.stride, t.ndim) + " for " + describe(t));
         }
@@ -142,9 +142,8 @@ class Checker {
     }
   }
 
-  static bool is_float(const lemo_tensor& t) {
-    return t.dtype == LEMO_F32 || t.dtype == LEMO_F16 || t.dtype == LEMO_BF16;
-  }
+  // CUDA kernels move these 16 bytes at a time.
+  static bool is_half(const lemo_tensor& t) { return t.dtype == LEMO_F16 || t.dtype == LEMO_BF16; }
 
   // Dimensions by ascending stride: each must clear the extent of the ones before it.
   static void no_overlap(const char* name, const lemo_tensor& t) {
@@ -165,7 +164,7 @@ class Checker {
 
   void pointer(const char* name, const lemo_tensor& t) const {
     if (t.data == nullptr) invalid(std::string(name) + ": expected a data pointer, got NULL for " + describe(t));
-    const auto alignment = static_cast<uintptr_t>(!on_cpu() && is_float(t) && t.ndim > 1 ? 16 : dtype_size(t.dtype));
+    const auto alignment = static_cast<uintptr_t>(!on_cpu() && is_half(t) && t.ndim > 1 ? 16 : dtype_size(t.dtype));
     if (reinterpret_cast<uintptr_t>(t.data) % alignment != 0) {
       invalid(std::string(name) + ": expected data aligned to " + std::to_string(alignment) +
               " bytes, got an address that is not");
