@@ -198,6 +198,34 @@ def test_a_full_disk_while_saving(model_folder: Path, text_folder: Path, tmp_pat
     assert_same_adapter(out, tmp_path / "whole")
 
 
+def test_a_full_disk_at_the_very_end(finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    """All steps are done and the adapter cannot be written: the last checkpoint still holds everything."""
+    from peft import PeftModel
+
+    out, real = tmp_path / "run", PeftModel.save_pretrained
+
+    def save(self, folder, *args, **kwargs):
+        if ".writing-adapter" in str(folder):
+            raise OSError(28, "No space left on device", str(folder))
+        return real(self, folder, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", save)
+        assert finetune(model_folder, text_folder, out, "--schedule", SCHEDULE, "--held-out", "0.1") == 2
+    assert not (out / "adapter").exists()
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
+    assert_same_adapter(finished, out)
+
+
+def test_accumulation_is_the_same_as_a_larger_batch(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    """Windows hold different numbers of labels, so this fails unless every label of a step weighs the same."""
+    assert finetune(model_folder, text_folder, tmp_path / "one", "--dense", "--batch", "4") == 0
+    assert finetune(model_folder, text_folder, tmp_path / "two", "--dense", "--accumulate", "2") == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_resuming_a_finished_run_does_nothing(finished: Path, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name != ".lock"}
     assert main(["finetune", "--out", str(finished), "--resume", "--quiet"]) == 0
