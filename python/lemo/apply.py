@@ -41,7 +41,7 @@ class Controller:
     blocks, by layer.
     """
 
-    def __init__(self, family: Family, model: nn.Module, config: LemoConfig, predictors: Any) -> None:
+    def __init__(self, family: Family, model: Any, config: LemoConfig, predictors: Any) -> None:
         self.family, self.model, self.config, self.predictors = family, model, config, predictors
         self.schedule = Schedule(config.phases or ())
         self.total_steps: int | None = None
@@ -103,7 +103,7 @@ class Controller:
         x = x.to(self._compute_dtype(x))
         index = self.schedule.index(self.step_index, self.total_steps)
         phase, policy = self.schedule.phases[index], self._policies[index]
-        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]  # type: ignore[union-attr]
+        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         tables = family.tables(decoder, x.detach(), packed.positions)
         random = family.dropout(self.model) > 0 or any(has_dropout(layer) for layer in layers)
         if random and phase.mode == "backward":
@@ -193,8 +193,8 @@ class Controller:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(
-                f"lemo computes in float16 or bfloat16 on CUDA; the model's embeddings are {dtype}: load the model with "
-                "dtype=torch.bfloat16 or train under torch.autocast"
+                f"lemo computes in float16 or bfloat16 on CUDA; the model's embeddings are {dtype}: load the model "
+                "with dtype=torch.bfloat16 or train under torch.autocast"
             )
         return dtype
 
@@ -243,7 +243,9 @@ def _packed(controller: Controller, named: dict[str, Any]) -> tuple[Packed, Tens
     return packed, None if ids is None else packed.take(ids), None if embeddings is None else packed.take(embeddings)
 
 
-def _decoder_forward(controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _decoder_forward(
+    controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     named = _arguments(module, args, kwargs)
@@ -265,7 +267,7 @@ def _causal_lm_forward(
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     labels, shifted = named.get("labels"), named.get("shift_labels")
-    head = projection(module.lm_head, trainable=True)  # type: ignore[arg-type]
+    head = projection(module.lm_head, trainable=True)
     keep = named.get("logits_to_keep", 0)
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
     if labels is None or head is None or not ordinary:
@@ -377,7 +379,7 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     return controller
 
 
-def remove(model: nn.Module) -> None:
+def remove(model: Any) -> None:
     """Gives `model` its own forward methods back. Raises ValueError if lemo is not applied to it."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     controller = inner.__dict__.get("_lemo")

@@ -58,7 +58,11 @@ class Phase:
         _fraction("Phase.keep", self.keep)
         if self.mode == "dense" and self.keep != 1.0:
             raise ValueError(f'Phase.keep must be 1 (or left out) where mode is "dense"; got {self.keep}')
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share < float("inf"):
+        if (
+            isinstance(self.share, bool)
+            or not isinstance(self.share, (int, float))
+            or not 0 < self.share < float("inf")
+        ):
             raise ValueError(f"Phase.share must be a positive number; got {self.share!r}")
         if self.policy is not None:
             _choice("Phase.policy", self.policy, POLICIES)
@@ -140,7 +144,9 @@ class LemoConfig:
         for phase in phases:
             policy = self.policy(phase)
             if phase.select == "threshold" and policy != "predictors":
-                raise ValueError('Phase.select "threshold" needs LemoConfig.calibration: the folder with the thresholds')
+                raise ValueError(
+                    'Phase.select "threshold" needs LemoConfig.calibration: the folder with the thresholds'
+                )
             if policy == "predictors" and self.calibration is None:
                 raise ValueError(
                     'policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`; got None'

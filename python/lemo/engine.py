@@ -138,7 +138,7 @@ class Segment:
 
     def backward(self, dy: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
         """dh, and the gradients of params (None where the graph does not reach one). Frees the graph."""
-        grads = torch.autograd.grad((self.leave,), (self.enter, *params), (dy,), allow_unused=True)
+        grads = torch.autograd.grad((self.leave,), [self.enter, *params], (dy,), allow_unused=True)  # type: ignore[arg-type]
         return grads[0], grads[1:]
 
 
@@ -266,9 +266,7 @@ def forward(step: Step, x: Tensor) -> list[Record]:
     return records
 
 
-def _attention_forward(
-    step: Step, layer: nn.Module, record: Record, h: Tensor, keep_graph: bool
-) -> Tensor:
+def _attention_forward(step: Step, layer: nn.Module, record: Record, h: Tensor, keep_graph: bool) -> Tensor:
     """a [M, d]; fills the record's graph, or output and log-sum-exp."""
     rows = record.rows
     if keep_graph:
@@ -389,7 +387,14 @@ def _norm_backward(dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, 
 
 
 def _norm_backward_into(
-    dx: Tensor, rows: Tensor, dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, accumulate: bool, grads: _Params
+    dx: Tensor,
+    rows: Tensor,
+    dy: Tensor,
+    s: Tensor,
+    n: NormWeights,
+    extra: Tensor | None,
+    accumulate: bool,
+    grads: _Params,
 ) -> None:
     dw, db = ops.gather_norm_backward_(
         dx, rows, dy, s, n.weight, extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)

@@ -30,7 +30,7 @@ class Projection:
     scale: float = 1.0
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: Any) -> Any:
     """The module that runs in place of PEFT's `modules_to_save` wrapper; any other module itself."""
     saved = getattr(module, "modules_to_save", None)
     if saved is None or not hasattr(module, "original_module"):
@@ -45,7 +45,7 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _plain_lora(module: nn.Module) -> bool:
+def _plain_lora(module: Any) -> bool:
     try:
         from peft.tuners.lora.layer import Linear
     except ImportError:
@@ -53,7 +53,7 @@ def _plain_lora(module: nn.Module) -> bool:
     return type(module) is Linear and type(module.base_layer) is nn.Linear
 
 
-def projection(module: nn.Module, *, trainable: bool = False) -> Projection | None:
+def projection(module: Any, *, trainable: bool = False) -> Projection | None:
     """The weights of a module the cheap path covers, or None. `trainable`: also cover a base weight that trains."""
     module = unwrap(module)
     if _hooked(module) or "forward" in module.__dict__:
@@ -63,27 +63,27 @@ def projection(module: nn.Module, *, trainable: bool = False) -> Projection | No
         return Projection(module.weight, module.bias) if frozen or trainable else None
     if not _plain_lora(module):
         return None
-    base: nn.Linear = module.base_layer  # type: ignore[assignment]
+    base: nn.Linear = module.base_layer
     if _hooked(base) or "forward" in base.__dict__:
         return None
     if not trainable and any(p.requires_grad for p in base.parameters()):
         return None
-    active = [name for name in module.active_adapters if name in module.lora_A]  # type: ignore[union-attr,operator]
+    active = [name for name in module.active_adapters if name in module.lora_A]
     if module.merged or module.disable_adapters or not active:
         return Projection(base.weight, base.bias)
     name = active[0]
-    a, b = module.lora_A[name], module.lora_B[name]  # type: ignore[index]
+    a, b = module.lora_A[name], module.lora_B[name]
     plain = (
         len(active) == 1
         and type(a) is nn.Linear
         and type(b) is nn.Linear
         and b.bias is None
-        and isinstance(module.lora_dropout[name], nn.Identity)  # type: ignore[index]
-        and name not in module.lora_variant  # type: ignore[operator]
+        and isinstance(module.lora_dropout[name], nn.Identity)
+        and name not in module.lora_variant
         and not module.fan_in_fan_out
         and not (_hooked(a) or _hooked(b))
     )
-    return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name])) if plain else None  # type: ignore[arg-type,index]
+    return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name])) if plain else None
 
 
 def has_dropout(module: nn.Module) -> bool:
@@ -142,7 +142,8 @@ class LinearGroup(Function):
         n = len(ctx.scales)
         h, *rest = ctx.saved_tensors
         inner, parts = rest[:n], rest[n:]
-        dh, grads = None, []
+        dh: Any = None
+        grads: list[Tensor | None] = []
         want_dh = ctx.needs_input_grad[0]
         for i, (scale, dy) in enumerate(zip(ctx.scales, dys, strict=True)):
             weight, _, a, b = parts[4 * i : 4 * i + 4]
@@ -153,7 +154,7 @@ class LinearGroup(Function):
                 dh = dy @ w if dh is None else dh.addmm_(dy, w)
             da = db = None
             if a is not None:
-                dt = None
+                dt: Any = None
                 if want_dh or want_a:
                     dt = (dy @ b.to(dtype)).mul_(scale)
                 if want_dh:

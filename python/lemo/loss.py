@@ -47,7 +47,10 @@ class _NormHeadLoss(Function):
             hidden, _ = ops.gather_norm(x, None, None, norm_weight, norm_bias, *norm)
         loss, _, dhidden, dweight, dbias, da, db = ops.linear_cross_entropy(
             hidden,
-            *(None if p is None else p.detach().to(x.dtype) for p in (weight, bias, lora_a, lora_b)),  # type: ignore[arg-type]
+            weight.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+            None if lora_a is None else lora_a.to(x.dtype),
+            None if lora_b is None else lora_b.to(x.dtype),
             lora_scale,
             targets,
             ignore_index,

@@ -6,6 +6,7 @@ A document is a row of the batch without its padding, or a stretch of it where p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def _explicit_lengths(kwargs: dict[str, Any]) -> list[int] | None:
     if offsets is None:
         return None
     values = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
-    return [int(b) - int(a) for a, b in zip(values, values[1:], strict=False)]
+    return [int(b) - int(a) for a, b in itertools.pairwise(values)]
 
 
 def _check_lengths(lengths: Sequence[int], tokens: int) -> None:

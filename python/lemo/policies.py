@@ -69,6 +69,7 @@ class Policy(ABC):
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
         """norms: float32 [M], length of what the layer added to every kept row."""
+        return None
 
     def seed(self, layer: int) -> int:
         return mix_seed(self.context.seed, layer)
@@ -86,14 +87,14 @@ class Policy(ABC):
         phase = self.context.phase
         if phase.select == "threshold":
             scores = self.scores(layer, x)
-            shared = self._select(layer, scores, "threshold", 1.0, self.threshold(layer))
-            return shared, shared if phase.mlp_keep is None else self._budget(layer, scores, phase.mlp_keep)
+            passed = self._select(layer, scores, "threshold", 1.0, self.threshold(layer))
+            return passed, passed if phase.mlp_keep is None else self._budget(layer, scores, phase.mlp_keep)
         keep = self.keep(layer)
-        scores = None
+        known: Tensor | None = None
         if keep not in (0.0, 1.0) or phase.mlp_keep not in (None, 0.0, 1.0):
-            scores = self.scores(layer, x)
-        shared = self._budget(layer, scores, keep)
-        return shared, shared if phase.mlp_keep is None else self._budget(layer, scores, phase.mlp_keep)
+            known = self.scores(layer, x)
+        shared = self._budget(layer, known, keep)
+        return shared, shared if phase.mlp_keep is None else self._budget(layer, known, phase.mlp_keep)
 
     def _budget(self, layer: int, scores: Tensor | None, keep: float) -> Kept | None:
         if keep == 0.0:
@@ -126,7 +127,8 @@ class Predictors(Policy):
     def __init__(self, predictors: Any, *, per_layer: bool = False) -> None:
         if predictors is None:
             raise ValueError('policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`')
-        self.predictors, self.per_layer, self._placed = predictors, per_layer, None
+        self.predictors, self.per_layer = predictors, per_layer
+        self._placed: tuple[torch.device, torch.dtype] | None = None
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
         where = (x.device, x.dtype)
@@ -263,7 +265,9 @@ def probabilities(scores: Tensor, context: StepContext, keep: float, *, floor: f
     """
     blocks = context.blocks
     counts = (blocks.documents[1:] - blocks.documents[:-1]).long()
-    document = torch.repeat_interleave(torch.arange(counts.shape[0], device=scores.device), counts, output_size=scores.shape[0])
+    document = torch.repeat_interleave(
+        torch.arange(counts.shape[0], device=scores.device), counts, output_size=scores.shape[0]
+    )
     place = torch.arange(scores.shape[0], device=scores.device) - blocks.documents[:-1].long()[document]
     size = counts[document]
     forced = (place < context.always_first) | (place >= size - context.always_last)

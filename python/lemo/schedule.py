@@ -51,10 +51,10 @@ class Schedule:
 try:
     from transformers import TrainerCallback as _TrainerCallback
 except ImportError:  # the operators are usable without transformers
-    _TrainerCallback = object  # type: ignore[assignment,misc]
+    _TrainerCallback = object
 
 
-class LemoCallback(_TrainerCallback):  # type: ignore[valid-type,misc]
+class LemoCallback(_TrainerCallback):
     """Moves a controller along with a transformers Trainer, also after a resume, and adds to its logs."""
 
     def __init__(self, controller: Controller) -> None:

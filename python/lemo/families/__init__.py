@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .base import Family, NormWeights, UnsupportedModelError
@@ -13,7 +15,7 @@ FAMILIES: tuple[Family, ...] = (Llama(), OPT())
 __all__ = ["FAMILIES", "Family", "NormWeights", "UnsupportedModelError", "find"]
 
 
-def find(model: nn.Module) -> tuple[Family, nn.Module]:
+def find(model: Any) -> tuple[Family, nn.Module]:
     """The family and the causal language model inside `model` (itself, or what PEFT wraps).
 
     Raises UnsupportedModelError naming what is supported.
