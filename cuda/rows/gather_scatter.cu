@@ -1,0 +1,132 @@
+// gather and scatter_add: rows copied from, and added to, their original offsets.
+#include "cuda/kernels.h"
+#include "cuda/rows/rows.cuh"
+
+namespace lemo::cuda {
+namespace {
+
+// A warp per row and chunk of kChunk vectors per lane: enough loads in flight for narrow and wide rows alike.
+constexpr int kChunk = 4;
+constexpr int kLanes = 32;
+
+struct Place {
+  int64_t row;
+  int64_t first;  // vector
+};
+
+__device__ __forceinline__ Place place(int64_t chunks) {
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kRowBlock + threadIdx.x) / kLanes;
+  const int64_t row = warp / chunks;
+  return {row, (warp - row * chunks) * (kChunk * kLanes) + threadIdx.x % kLanes};
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowBlock)
+    gather_kernel(const T* x, int64_t x_stride, const int32_t* rows, const float* weights, const int32_t* slots, T* out,
+                  int64_t out_stride, int64_t m, int64_t vectors, int64_t chunks) {
+  const Place at = place(chunks);
+  if (at.row >= m) return;
+  const int64_t source = rows == nullptr ? at.row : rows[at.row];
+  T* to = out + at.row * out_stride;
+  const T* from = x + source * x_stride;
+  uint4 raw[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t v = at.first + i * kLanes;
+    raw[i] = source >= 0 && v < vectors ? load_raw(from, v) : uint4{0, 0, 0, 0};
+  }
+  const float weight = weights != nullptr && source >= 0 ? weights[slots[at.row]] : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t v = at.first + i * kLanes;
+    if (v >= vectors) continue;
+    if (weights != nullptr) {
+      float values[kVector];
+      to_float<T>(raw[i], values);
+#pragma unroll
+      for (float& value : values) value *= weight;
+      raw[i] = from_float<T>(values);
+    }
+    store_raw(to, v, raw[i]);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowBlock)
+    scatter_add_kernel(T* x, int64_t x_stride, const int32_t* rows, const T* y, int64_t y_stride, const T* base,
+                       int64_t base_stride, int64_t m, int64_t vectors, int64_t chunks) {
+  const Place at = place(chunks);
+  if (at.row >= m) return;
+  const int64_t target = rows == nullptr ? at.row : rows[at.row];
+  if (target < 0) return;
+  T* to = x + target * x_stride;
+  const T* from = base != nullptr ? base + at.row * base_stride : to;
+  const T* add = y + at.row * y_stride;
+  uint4 a[kChunk], b[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t v = at.first + i * kLanes;
+    if (v >= vectors) continue;
+    a[i] = load_raw(from, v);
+    b[i] = load_raw(add, v);
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t v = at.first + i * kLanes;
+    if (v >= vectors) continue;
+    float sum[kVector], other[kVector];
+    to_float<T>(a[i], sum);
+    to_float<T>(b[i], other);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum[j] += other[j];
+    store_raw(to, v, from_float<T>(sum));
+  }
+}
+
+struct Grid {
+  int64_t vectors, chunks;
+  unsigned blocks;
+};
+
+Grid grid_for(const char* name, int64_t m, int64_t d) {
+  check_width(name, d);
+  const int64_t vectors = d / kVector;
+  const int64_t chunks = ceil_div(vectors, kChunk * kLanes);
+  const int64_t blocks = ceil_div(m * chunks, kRowBlock / kLanes);
+  if (blocks >= int64_t{1} << 31) {
+    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": too many elements for one launch on CUDA");
+  }
+  return {vectors, chunks, static_cast<unsigned>(blocks)};
+}
+
+}  // namespace
+
+void gather(const lemo_exec& exec, const lemo_gather_args& a) {
+  const int64_t m = a.out.shape[0];
+  const Grid grid = grid_for("x", m, a.x.shape[1]);
+  if (grid.blocks == 0) return;
+  const DeviceGuard guard(exec.device_index);
+  dispatch_dtype(a.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    gather_kernel<T><<<grid.blocks, kRowBlock, 0, stream_of(exec)>>>(
+        data<T>(a.x), row_stride(a.x), data<int32_t>(a.rows), data<float>(a.weights), data<int32_t>(a.slots),
+        data<T>(a.out), row_stride(a.out), m, grid.vectors, grid.chunks);
+  });
+  check_launch("gather");
+}
+
+void scatter_add(const lemo_exec& exec, const lemo_scatter_add_args& a) {
+  const int64_t m = a.y.shape[0];
+  const Grid grid = grid_for("x", m, a.x.shape[1]);
+  if (grid.blocks == 0) return;
+  const DeviceGuard guard(exec.device_index);
+  dispatch_dtype(a.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    scatter_add_kernel<T><<<grid.blocks, kRowBlock, 0, stream_of(exec)>>>(
+        data<T>(a.x), row_stride(a.x), data<int32_t>(a.rows), data<T>(a.y), row_stride(a.y), data<T>(a.base),
+        present(a.base) ? row_stride(a.base) : 0, m, grid.vectors, grid.chunks);
+  });
+  check_launch("scatter_add");
+}
+
+}  // namespace lemo::cuda

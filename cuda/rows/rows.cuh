@@ -1,0 +1,50 @@
+// How rows are spread over threads, shared by the kernels on rows.
+#pragma once
+
+#include <string>
+#include <type_traits>
+
+#include "cuda/common/check.h"
+#include "cuda/common/vector.cuh"
+
+namespace lemo::cuda {
+
+constexpr int kRowBlock = 128;  // threads of a block whose rows take one warp each
+
+inline void check_width(const char* name, int64_t d) {
+  if (d % kVector != 0) {
+    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": expected d to be a multiple of 8 on CUDA, got " +
+                                      std::to_string(d) + "; pad the rows");
+  }
+}
+
+inline void check_parameter(const char* name, const lemo_tensor& t) {
+  if (present(t) && reinterpret_cast<uintptr_t>(t.data) % 16 != 0) {
+    throw Error(LEMO_INVALID_ARGUMENT, std::string(name) + ": expected data aligned to 16 bytes on CUDA");
+  }
+}
+
+// A row is held in registers: kVectors vectors of each of kThreads threads.
+template <int kThreadsPerRow, int kVectorsPerThread>
+struct RowShape {
+  static constexpr int kThreads = kThreadsPerRow;
+  static constexpr int kVectors = kVectorsPerThread;
+  static constexpr int kBlock = kThreads > 32 ? kThreads : kRowBlock;
+  static constexpr int kRowsPerBlock = kBlock / kThreads;
+};
+
+// Calls f with the smallest RowShape that holds d elements.
+template <class Function>
+void dispatch_width(const char* name, int64_t d, Function&& f) {
+  check_width(name, d);
+  if (d <= 256) return f(RowShape<32, 1>{});
+  if (d <= 512) return f(RowShape<32, 2>{});
+  if (d <= 1024) return f(RowShape<32, 4>{});
+  if (d <= 2048) return f(RowShape<128, 2>{});
+  if (d <= 4096) return f(RowShape<128, 4>{});
+  if (d <= 8192) return f(RowShape<256, 4>{});
+  if (d <= 16384) return f(RowShape<512, 4>{});
+  throw Error(LEMO_UNSUPPORTED, std::string(name) + ": expected d of at most 16384 on CUDA, got " + std::to_string(d));
+}
+
+}  // namespace lemo::cuda
