@@ -2,6 +2,18 @@
 
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.network import LayerWeights, PredictorNetwork
+from lemo.predictors.report import evaluate_recall, format_report, plot_report
 from lemo.predictors.store import CalibrationError, PredictorSet
+from lemo.predictors.train import calibrate
 
-__all__ = ["CalibrationError", "LayerWeights", "PredictorNetwork", "PredictorSet", "model_fingerprint"]
+__all__ = [
+    "CalibrationError",
+    "LayerWeights",
+    "PredictorNetwork",
+    "PredictorSet",
+    "calibrate",
+    "evaluate_recall",
+    "format_report",
+    "model_fingerprint",
+    "plot_report",
+]

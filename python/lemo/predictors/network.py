@@ -105,10 +105,12 @@ class PredictorNetwork(nn.Module):
     def forward(self, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Query and key vectors [nb, c] float32 of every block, from residual rows x [T, d]."""
         z = self.normalise(x)
-        queries, keys = (
-            F.linear(_pool(self.hidden(z, side)[1], blocks, self.pool), self.weights(side)[2]) for side in "qk"
-        )
+        queries, keys = (self.pooled(self.hidden(z, side)[1], blocks, side) for side in "qk")
         return queries, keys
+
+    def pooled(self, second: Tensor, blocks: Blocks, side: str) -> Tensor:
+        """Block vectors y [nb, c] from the second hidden activation [T, s]."""
+        return F.linear(_pool(second, blocks, self.pool), self.weights(side)[2])
 
     def scores(self, x: Tensor, blocks: Blocks) -> Tensor:
         """Predicted informativeness [nb] float32 of every block."""
