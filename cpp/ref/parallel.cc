@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -14,6 +15,8 @@
 
 namespace lemo::ref {
 namespace {
+
+constexpr int kMaxThreads = 1024;
 
 int available_cores() {
 #if defined(__linux__)
@@ -51,8 +54,12 @@ class Pool {
     if (!alone.owns_lock()) return false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; size_ < workers; ++size_) std::thread([this] { loop(); }).detach();
-      job.workers = workers;
+      try {
+        for (; size_ < workers; ++size_) std::thread([this] { loop(); }).detach();
+      } catch (const std::system_error&) {
+        // The system gives no more threads: work with those there are.
+      }
+      job.workers = std::min(workers, size_);
       job_ = &job;
     }
     wake_.notify_all();
@@ -110,7 +117,8 @@ thread_local bool inside_task = false;
 
 void parallel_for(const lemo_exec& exec, int64_t count, const std::function<void(int64_t)>& task) {
   static const int cores = available_cores();
-  const int threads = static_cast<int>(std::min<int64_t>(exec.num_threads > 0 ? exec.num_threads : cores, count));
+  const int wanted = exec.num_threads > 0 ? std::min(exec.num_threads, kMaxThreads) : cores;
+  const int threads = static_cast<int>(std::min<int64_t>(wanted, count));
   if (threads <= 1 || inside_task) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
