@@ -1,7 +1,7 @@
 """Recall of predictor-chosen blocks against the exact scores of the frozen model, on text not trained on.
 
 Trains predictors on --train and measures them on the --dev files (raw uint16 tokens): per layer and per file, at the
-calibrated budget and a tighter one. `position_recall` is what keeping the earliest blocks reaches without any predictor.
+calibrated budget and a tighter one. `position_recall` is what keeping the earliest blocks reaches without a predictor.
 
   python benchmarks/recall.py --model MODEL --train train.bin --dev dev_*.bin
 """

@@ -9,6 +9,7 @@ to unit root mean square (RMS) or unit deviation (LAYER), per token t and block 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ _ALIGNMENT = 8  # the CUDA kernels want every hidden and output size to be a mul
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """The six matrices of one layer: wq1 [rq, d], wq2 [sq, rq], wq3 [c, sq] and wk1 [rk, d], wk2 [sk, rk], wk3 [c, sk]."""
+    """The matrices of one layer: wq1 [rq, d], wq2 [sq, rq], wq3 [c, sq] and wk1 [rk, d], wk2 [sk, rk], wk3 [c, sk]."""
 
     wq1: Tensor
     wq2: Tensor
@@ -34,7 +35,7 @@ class LayerWeights:
     wk2: Tensor
     wk3: Tensor
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tensor]:
         return iter((self.wq1, self.wq2, self.wq3, self.wk1, self.wk2, self.wk3))
 
     @property
@@ -49,7 +50,8 @@ class PredictorNetwork(nn.Module):
     """Trainable predictor of one layer.
 
     hidden_size: width d of the residual stream; rank: hidden units r of both hidden layers before pruning; features:
-    length c of the block vectors; norm "rms" or "layer", pool "mean" or "max", eps, normalize: as in ``lemo.ops.predict``.
+    length c of the block vectors; norm ("rms", "layer"), pool ("mean", "max"), eps, normalize: as for
+    ``lemo.ops.predict``.
     generator: source of the initial weights (CPU), so that a run can be repeated.
     """
 
@@ -69,9 +71,9 @@ class PredictorNetwork(nn.Module):
         for name, value in (("hidden_size", hidden_size), ("rank", rank), ("features", features)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        for name, value, known in (("norm", norm, NORMS), ("pool", pool, POOLS)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name, choice, known in (("norm", norm, NORMS), ("pool", pool, POOLS)):
+            if choice not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {choice!r}")
         self.norm, self.pool, self.eps, self.normalize = norm, pool, eps, normalize
 
         def weight(rows: int, columns: int, variance: float) -> nn.Parameter:
@@ -156,7 +158,7 @@ def visible_queries(blocks: Blocks) -> Tensor:
 
 
 def informativeness(queries: Tensor, keys: Tensor, blocks: Blocks, normalize: bool) -> Tensor:
-    """Column sums [nb] of the predicted block map, through a suffix sum of ``queries`` per document: no map is formed."""
+    """Column sums [nb] of the predicted block map by a suffix sum of ``queries`` per document: no map is formed."""
     count = visible_queries(blocks)
     suffix = queries.flip(0).cumsum(0).flip(0)
     after = F.pad(suffix, (0, 0, 0, 1))[torch.arange(blocks.num_blocks, device=blocks.device) + count.long()]

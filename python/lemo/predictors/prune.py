@@ -62,7 +62,7 @@ def choose_units(activities: Sequence[Activity], remove: float) -> list[dict[tup
 
 @torch.no_grad()
 def prune(network: PredictorNetwork, optimizer: torch.optim.Optimizer, kept: dict[tuple[str, int], Tensor]) -> None:
-    """Keeps the given hidden units, in place. The optimizer's state of what stays goes on as if nothing had happened."""
+    """Keeps the given hidden units, in place. The optimizer's state of what stays is carried along."""
     for side in "qk":
         first, second = kept[side, 1], kept[side, 2]
         cuts = {f"w{side}1": (first, None), f"w{side}2": (second, first), f"w{side}3": (None, second)}

@@ -26,18 +26,24 @@ def top(scores: Tensor, count: int, first: int = 1) -> Tensor:
 
 
 def compare(
-    predicted: Tensor, exact: Tensor, blocks: Blocks, keep: float, threshold: float | None = None
+    predicted: Tensor,
+    exact: Tensor,
+    blocks: Blocks,
+    keep: float,
+    threshold: float | None = None,
+    normalize: bool = False,
 ) -> dict[str, float]:
     """One document. Sums over its blocks, from which recall and precision follow.
 
     The truth is what the exact scores keep of a budget ``keep``; "position" is what a rule that knows no content keeps
-    (the blocks that most later blocks can see): plain column sums favour early blocks, and a predictor has to be
-    measured against that. The document's first block, which is always kept, does not count.
+    (the earliest blocks, or for normalised scores the latest): plain column sums favour early blocks, normalised ones
+    late ones, and a predictor has to be measured against that. The document's first block, always kept, does not count.
     """
     count = kept_per_document(blocks, keep)[0]
     truth = top(exact, count)
     ours = top(predicted, count)
-    rule = top(visible_queries(blocks), count)
+    place = visible_queries(blocks)
+    rule = top(-place if normalize else place, count)
     reach = ours if threshold is None else (predicted >= threshold) | top(predicted, 1)
 
     def hits(kept: Tensor) -> float:
@@ -73,7 +79,7 @@ class Tally:
         if not self.counts or min(self.counts) == 0:
             raise ValueError("batches: expected at least one document of two blocks, got none")
         layers = []
-        for row, count in zip(self.rows, self.counts, strict=True):
+        for row in self.rows:
             true = max(row["true"], 1.0)
             layers.append(
                 {
@@ -138,7 +144,7 @@ def evaluate_budgets(
     def consume(layer: int, x: Tensor, exact: Tensor, blocks: Blocks) -> None:
         predicted = placed.scores(layer, x.to(dtype), blocks)
         for keep, tally in zip(keeps, tallies, strict=True):
-            tally.add(layer, compare(predicted, exact, blocks, keep, placed.thresholds[layer]))
+            tally.add(layer, compare(predicted, exact, blocks, keep, placed.thresholds[layer], normalize))
 
     for ids in pieces:
         teacher.read(ids, consume)

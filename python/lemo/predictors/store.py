@@ -79,10 +79,16 @@ class PredictorSet:
                 f"blocks: the predictors were calibrated for blocks of {self.block_size} tokens, got "
                 f"{blocks.block_size}; calibrate again with that block size"
             )
+        weights = self.layers[layer]
         with torch.no_grad():
             return ops.predict(
                 x.detach(),
-                *self.layers[layer],
+                weights.wq1,
+                weights.wq2,
+                weights.wq3,
+                weights.wk1,
+                weights.wk2,
+                weights.wk3,
                 blocks.offsets,
                 blocks.documents,
                 blocks.block_size,
@@ -93,7 +99,7 @@ class PredictorSet:
             )[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PredictorSet:
-        """The same predictors on another device or in another type (float32 on the CPU, float16 or bfloat16 on CUDA)."""
+        """The same predictors on another device or in another type (float32 on CPU, float16 or bfloat16 on CUDA)."""
         return PredictorSet(
             **{**self.__dict__, "layers": tuple(layer.to(device=device, dtype=dtype) for layer in self.layers)}
         )
@@ -107,8 +113,8 @@ class PredictorSet:
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the folder completely or not at all.
 
-        An existing folder is an error unless ``overwrite``; then it must be a calibration (or empty), and it stays as it
-        was until the new one is complete. Raises CalibrationError where it cannot be written.
+        An existing folder is an error unless ``overwrite``; then it must be a calibration (or empty), and it stays as
+        it was until the new one is complete. Raises CalibrationError where it cannot be written.
         """
         target = Path(folder)
         old = target.with_name(f".replaced-{target.name}")
@@ -197,8 +203,9 @@ class PredictorSet:
                 weight = weights.get(f"layers.{i}.{name}")
                 if weight is None or list(weight.shape) != shape:
                     got = "nothing" if weight is None else list(weight.shape)
+                    path = folder / WEIGHTS_NAME
                     raise CalibrationError(
-                        f"{folder / WEIGHTS_NAME}: layers.{i}.{name}: expected shape {shape}, got {got}; calibrate again"
+                        f"{path}: layers.{i}.{name}: expected shape {shape}, got {got}: calibrate again"
                     )
                 layer.append(weight)
             layers.append(LayerWeights(*layer))

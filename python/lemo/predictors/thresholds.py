@@ -34,9 +34,9 @@ def search_thresholds(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Thresholds of all layers that keep the share ``keep`` of blocks on average, and the share each layer keeps.
 
-    predicted, exact: per layer, scores float [N] of the same N blocks of held-out text; forced: per layer, bool [N], the
-    blocks kept whatever they score. eps, eta: in deviations of the layer's predicted scores, as thresholds move on that
-    scale; rate: of the price.
+    predicted, exact: per layer, scores float [N] of the same N blocks of held-out text; forced: per layer, bool [N],
+    the blocks kept whatever they score. eps, eta: in deviations of the layer's predicted scores, as thresholds move
+    on that scale; rate: of the price.
     """
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep}")

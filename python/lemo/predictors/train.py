@@ -47,7 +47,7 @@ class _Sample:
 
 
 def score_loss(predicted: Tensor, exact: Tensor, blocks: Blocks) -> Tensor:
-    """Mean over documents of 2 (1 - correlation) + a regression term. predicted, exact: [nb]; exact scaled to mean 1."""
+    """Mean over documents of 2 (1 - correlation) + a regression term. predicted, exact (scaled to mean 1): [nb]."""
     counts = (blocks.documents[1:] - blocks.documents[:-1]).long()
     document = torch.repeat_interleave(torch.arange(counts.shape[0], device=exact.device), counts)
 
@@ -87,12 +87,12 @@ class _Trainer:
                 group["lr"] = lr
             z = torch.cat([s.rows[i] for s in samples]).float()
             exact = torch.cat([s.exact[i] for s in samples]) / self.scale[i]
-            vectors = []
+            vectors: list[Tensor] = []
             for side in "qk":
                 first, second = network.hidden(z, side)
                 self.activities[i].observe(side, first, second)
                 vectors.append(network.pooled(second, blocks, side))
-            loss = score_loss(informativeness(*vectors, blocks, network.normalize), exact, blocks)
+            loss = score_loss(informativeness(vectors[0], vectors[1], blocks, network.normalize), exact, blocks)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -133,6 +133,7 @@ class _Collector:
             self.held_out.append(ids)
             return self.read()
         sample = _Sample([], [])
+        picked: list[Tensor] = []  # the same rows in every layer
 
         def consume(layer: int, x: Tensor, exact: Tensor, blocks: Blocks) -> None:
             if layer == 0:
@@ -141,8 +142,8 @@ class _Collector:
                 order = torch.rand(blocks.num_blocks, blocks.block_size, generator=self.generator).to(x.device)
                 order = order.masked_fill(torch.arange(blocks.block_size, device=x.device) >= sizes[:, None], 2.0)
                 pick = order.argsort(1)[:, : self.tokens] % sizes[:, None]
-                self.rows = (blocks.offsets[:-1, None] + pick).flatten().long()
-            z = self.network.normalise(x[self.rows])
+                picked.append((blocks.offsets[:-1, None] + pick).flatten().long())
+            z = self.network.normalise(x[picked[0]])
             sample.rows.append(z.bfloat16())
             sample.exact.append(exact.float().clone())
 
@@ -205,7 +206,7 @@ def calibrate(
         raise ValueError(f"max_documents: expected at least 2 (one is held out), got {max_documents}")
     teacher = Teacher(model, block_size, normalize)
     norm = teacher.norm
-    width = model.config.hidden_size
+    width = int(teacher.decoder.config.hidden_size)
     tokens = min(block_size, tokens_per_block or block_size)
     generator = torch.Generator().manual_seed(seed)
     networks = [
@@ -294,7 +295,7 @@ def _finish(predictors: PredictorSet, teacher: Teacher, held_out: list[Tensor], 
     tally = Tally(n)
     for i, rows in enumerate(seen):
         for predicted, exact, blocks in rows:
-            tally.add(i, compare(predicted, exact, blocks, keep, predictors.thresholds[i]))
+            tally.add(i, compare(predicted, exact, blocks, keep, predictors.thresholds[i], teacher.normalize))
     predictors.report |= tally.report(keep)
 
 
