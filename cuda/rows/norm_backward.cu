@@ -5,9 +5,12 @@
 namespace lemo::cuda {
 namespace {
 
-// Row groups whose partial sums of dweight and dbias lie in the workspace. Fixed, so that the order of summation
-// depends on shapes alone.
-constexpr int64_t kPartials = 512;
+// Row groups whose partial sums of dweight and dbias lie in the workspace: enough to fill a large device (a row takes a
+// warp up to d = 1024, a block beyond), and a function of shapes alone, so that the order of summation is fixed.
+int64_t partial_groups(int64_t m, int64_t d) {
+  const int64_t most = d <= 1024 ? 2112 : 528;
+  return m < most ? m : most;
+}
 
 template <class T>
 struct NormBackwardParams {
@@ -150,14 +153,18 @@ __global__ void __launch_bounds__(Shape::kBlock) norm_backward_kernel(const Norm
   }
 }
 
-// Sums the partials of 32 columns: 8 rows of threads take every eighth group, then add up in a fixed order.
-__global__ void __launch_bounds__(256) sum_partials_kernel(const float* dweight, const float* dbias, int64_t groups,
-                                                           int64_t d, float* dweight_out, float* dbias_out) {
-  __shared__ float2 shared[8][32];
+constexpr int kSumRows = 32;
+
+// Sums the partials of 32 columns: kSumRows rows of threads take every so many groups, then add up in a fixed order.
+__global__ void __launch_bounds__(32 * kSumRows)
+    sum_partials_kernel(const float* dweight, const float* dbias, int64_t groups, int64_t d, float* dweight_out,
+                        float* dbias_out) {
+  __shared__ float2 shared[kSumRows][32];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   float2 sum = {0.0f, 0.0f};
   if (column < d) {
-    for (int64_t group = threadIdx.y; group < groups; group += 8) {
+#pragma unroll 4
+    for (int64_t group = threadIdx.y; group < groups; group += kSumRows) {
       sum.x += dweight[group * d + column];
       sum.y += dbias[group * d + column];
     }
@@ -165,7 +172,7 @@ __global__ void __launch_bounds__(256) sum_partials_kernel(const float* dweight,
   shared[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y != 0 || column >= d) return;
-  for (int i = 1; i < 8; ++i) {
+  for (int i = 1; i < kSumRows; ++i) {
     sum.x += shared[i][threadIdx.x].x;
     sum.y += shared[i][threadIdx.x].y;
   }
@@ -181,7 +188,7 @@ struct Workspace {
 
 Workspace layout(const lemo_gather_norm_backward_args& a, void* base) {
   if (!present(a.dweight) && !present(a.dbias)) return {};
-  const int64_t size = (a.dy.shape[0] < kPartials ? a.dy.shape[0] : kPartials) * a.dy.shape[1];
+  const int64_t size = partial_groups(a.dy.shape[0], a.dy.shape[1]) * a.dy.shape[1];
   Arena arena(base);
   Workspace w = {};
   w.dweight = arena.take<float>(size);
@@ -203,7 +210,7 @@ void gather_norm_backward(const lemo_exec& exec, const lemo_gather_norm_backward
   const bool parameters = present(a.dweight) || present(a.dbias);
   const Workspace workspace = layout(a, exec.workspace);
   if (d == 0 || (m == 0 && !parameters)) return;
-  const int64_t groups = parameters && m > kPartials ? kPartials : m;
+  const int64_t groups = parameters ? partial_groups(m, d) : m;
   dispatch_dtype(a.dy.dtype, [&](auto type) {
     using T = decltype(type);
     NormBackwardParams<T> p = {};
@@ -229,7 +236,7 @@ void gather_norm_backward(const lemo_exec& exec, const lemo_gather_norm_backward
         check_launch("gather_norm_backward");
       }
       if (parameters) {
-        sum_partials_kernel<<<static_cast<unsigned>(ceil_div(d, 32)), dim3(32, 8), 0, stream_of(exec)>>>(
+        sum_partials_kernel<<<static_cast<unsigned>(ceil_div(d, 32)), dim3(32, kSumRows), 0, stream_of(exec)>>>(
             workspace.dweight, workspace.dbias, groups, d, data<float>(a.dweight), data<float>(a.dbias));
         check_launch("gather_norm_backward: dweight, dbias");
       }
