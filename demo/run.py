@@ -1,0 +1,265 @@
+"""The main job, small: calibrate, fine-tune at 4096 tokens densely and with elimination at equal cost, evaluate.
+
+  python demo/run.py --out runs/demo [--seconds 50]        (`make demo` does this after its set-up)
+
+The model is demo/model (5.2 M parameters, pretrained on Python's standard library only); the text is the source code
+of torch, transformers and peft. EQUAL COST means: both runs take the same wall-clock time of training steps on this
+machine. The seconds of a step of each kind are measured first; dense training gets as many steps as fit --seconds, and
+elimination spends the same seconds on skipping (70 %) and then on exact steps (30 %). A 5 M-parameter model saves less
+per step than a large one, so the table also shows what the same two runs would cost at the scale of the design's cost
+model. Both adapters, and the model without one, are evaluated densely on files neither run has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from text import source_files, write_jsonl
+
+MODEL = Path(__file__).resolve().parent / "model"
+CONTEXT, BLOCK, KEEP = 4096, 64, 0.5
+RATE, WARMUP, SEED = 2e-3, 5, 1
+CALIBRATION_FILES = 24
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+SKIP_SHARE_OF_COST = 0.7
+# A skipped step relative to a dense one, Llama-3-8B at 64K tokens with recomputation (docs: cost of a step).
+LARGE_MODEL_SKIP_COST = 0.36
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of the two runs, and what they cost in seconds of steps on this machine."""
+
+    dense_steps: int
+    skip_steps: int
+    exact_steps: int
+    dense_seconds: float
+    skip_seconds: float
+
+    @property
+    def steps(self) -> int:
+        return self.skip_steps + self.exact_steps
+
+    @property
+    def dense_cost(self) -> float:
+        return self.dense_steps * self.dense_seconds
+
+    @property
+    def eliminated_cost(self) -> float:
+        return self.skip_steps * self.skip_seconds + self.exact_steps * self.dense_seconds
+
+    def large_model_cost(self) -> float:
+        """Cost of the run with elimination in dense steps of the large setting."""
+        return self.skip_steps * LARGE_MODEL_SKIP_COST + self.exact_steps
+
+    def schedule(self) -> str:
+        return f"skip:{KEEP:g}@{self.skip_steps},dense@{self.exact_steps}"
+
+
+def equal_cost(seconds: float, dense_seconds: float, skip_seconds: float) -> Plan:
+    """Steps that spend `seconds` densely, and the same on skipped steps followed by exact ones.
+
+    The rounding is such that elimination never gets more than the dense run. At least two steps of every kind.
+    """
+    if not (dense_seconds > 0 and skip_seconds > 0):
+        raise ValueError(f"step times must be positive, got {dense_seconds} (dense) and {skip_seconds} (skip)")
+    dense = max(6, round(seconds / dense_seconds))
+    total = dense * dense_seconds
+    exact = max(2, round((1 - SKIP_SHARE_OF_COST) * dense))
+    skip = max(2, int((total - exact * dense_seconds) / skip_seconds + 1e-9))
+    return Plan(dense, skip, exact, dense_seconds, skip_seconds)
+
+
+def lemo(*arguments: object) -> str:
+    """Run the command line as a user would, in this process: loading torch takes longer than some commands."""
+    from lemo.cli import main
+
+    words = [str(a) for a in arguments]
+    print("\n$ lemo " + " ".join(os.path.relpath(w) if os.path.isabs(w) else w for w in words), flush=True)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = main(words)
+    if code:
+        raise SystemExit(code)
+    return output.getvalue()
+
+
+def load(device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).to(device)
+
+
+def median_seconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
+    """Median wall-clock seconds of `step`, the first call left out."""
+    times = []
+    for i in range(repeats + 1):
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if i:
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def step_times(device: torch.device, calibration: Path, repeats: int = 3) -> dict[str, float]:
+    """Seconds of a LoRA step at CONTEXT tokens: `dense`, `skip`, and `plain` (transformers and PEFT without lemo)."""
+    import lemo as library
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(SEED)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    model = get_peft_model(load(device), config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids = torch.randint(2, model.config.vocab_size, (1, CONTEXT), device=device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    seconds = {"plain": median_seconds(step, device, repeats)}
+    phases = {"dense": library.Phase("dense"), "skip": library.Phase("skip", keep=KEEP)}
+    for name, phase in phases.items():
+        settings = library.LemoConfig(block_size=BLOCK, phases=[phase], recompute="none", calibration=calibration)
+        library.apply(model, settings)
+        seconds[name] = median_seconds(step, device, repeats)
+        library.remove(model)
+    return seconds
+
+
+@contextlib.contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - begin
+
+
+def report(plan: Plan, seconds: dict[str, float], rows: list[dict[str, Any]], times: dict[str, float]) -> str:
+    """The result as text."""
+    by_model = {row["model"]: row for row in rows}
+    lines = [
+        f"step of {CONTEXT} tokens: transformers + PEFT {seconds['plain']:.3f} s, lemo with everything kept "
+        f"{seconds['dense']:.3f} s, keeping {KEEP:g} of the blocks {seconds['skip']:.3f} s "
+        f"({seconds['skip'] / seconds['dense']:.2f} x)",
+        "",
+        f"{'':22}{'steps':>14}{'cost here':>11}{'cost at 64K, 8B':>17}{'perplexity':>12}  "
+        f"{'95 % interval':18}{'change':>9}",
+    ]
+    table = (
+        ("base", "no fine-tuning", "-", "-", "-"),
+        ("dense", "dense", f"{plan.dense_steps}", f"{plan.dense_cost:.1f} s", f"{plan.dense_steps:.0f} steps"),
+        (
+            "eliminated",
+            "skip, then exact",
+            f"{plan.skip_steps} + {plan.exact_steps}",
+            f"{plan.eliminated_cost:.1f} s",
+            f"{plan.large_model_cost():.0f} steps",
+        ),
+    )
+    for name, label, steps, cost, large in table:
+        row = by_model[name]
+        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        change = f"{100 * (row['ratio'] - 1):+.2f} %" if "ratio" in row else ""
+        lines.append(f"{label:22}{steps:>14}{cost:>11}{large:>17}{row['perplexity']:12.3f}  {interval:18}{change:>9}")
+    row = by_model["base"]
+    lines += [
+        "",
+        f"Dense perplexity on {row['tokens']} tokens of {row['units']} files that neither run has read; change:",
+        "against dense training, over the same files. 95 % intervals of the change: "
+        + ", ".join(
+            f"{r['model']} [{100 * (r['ratio_low'] - 1):+.2f}, {100 * (r['ratio_high'] - 1):+.2f}] %"
+            for r in rows
+            if "ratio" in r
+        ),
+        "Cost here: measured seconds of a step x steps, equal by construction. Cost at 64K, 8B: the same steps in",
+        f"dense steps of Llama-3-8B at 64K tokens, a skipped one being {LARGE_MODEL_SKIP_COST} of it (cost model).",
+        "One seed. Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in times.items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results; replaced")
+    parser.add_argument("--seconds", type=float, default=40.0, help="seconds of training steps per run")
+    parser.add_argument("--held-out-files", type=int, default=40)
+    parser.add_argument("--calibration-steps", type=int, default=40)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = args.out.resolve()
+    if out.exists() and not (out / "train.jsonl").exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} is not empty and is no earlier demo; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    begin, times = time.perf_counter(), {}
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
+
+    files = source_files()
+    train, held = ([f for f in files if f.held_out == side] for side in (False, True))
+    count = write_jsonl(train, out / "train.jsonl", characters=1_600_000)
+    write_jsonl(train[-CALIBRATION_FILES:], out / "calibration.jsonl", characters=10**9, characters_each=12_000)
+    held_count = write_jsonl(held[: args.held_out_files], out / "held.jsonl", characters=10**9, characters_each=12_000)
+    print(f"text: {count} source files to train on, the beginnings of {held_count} others held out")
+
+    common = ("--model", MODEL, "--context", CONTEXT, "--quiet")
+    calibration = out / "calibration"
+    with timed(times, "calibration"):
+        data = ("--data", out / "calibration.jsonl", "--block-size", BLOCK, "--keep", KEEP)
+        lemo("calibrate", *common, *data, "--steps", args.calibration_steps, "--out", calibration)
+        (out / "calibration.txt").write_text(lemo("info", calibration))
+    with timed(times, "step times"):
+        seconds = step_times(device, calibration)
+    plan = equal_cost(args.seconds, seconds["dense"], seconds["skip"])
+
+    training = ("--data", out / "train.jsonl", "--lr", RATE, "--warmup", WARMUP, "--seed", SEED, "--recompute", "none")
+    training += ("--save-every", 0, "--block-size", BLOCK, "--lora-targets", *TARGETS)
+    with timed(times, "dense"):
+        lemo("finetune", *common, *training, "--steps", plan.dense_steps, "--dense", "--out", out / "dense")
+    with timed(times, "eliminated"):
+        eliminated = ("--steps", plan.steps, "--schedule", plan.schedule(), "--calibration", calibration)
+        lemo("finetune", *common, *training, *eliminated, "--out", out / "eliminated")
+    with timed(times, "evaluation"):
+        adapters = (f"dense={out / 'dense/adapter'}", f"eliminated={out / 'eliminated/adapter'}")
+        held_out = ("--data", f"held-out={out / 'held.jsonl'}", "--adapter", *adapters, "--reference", "dense")
+        lemo("evaluate", *common, *held_out, "--json", out / "evaluation.json")
+    rows = json.loads((out / "evaluation.json").read_text())["rows"]
+    for run in ("dense", "eliminated"):
+        (out / f"{run}.txt").write_text(lemo("report", out / run))
+
+    times["all"] = time.perf_counter() - begin
+    text = report(plan, seconds, rows, times)
+    (out / "report.txt").write_text(text + "\n")
+    result = {
+        "device": device.type,
+        "torch": torch.__version__,
+        "step_seconds": seconds,
+        "plan": {**vars(plan), "dense_cost": plan.dense_cost, "eliminated_cost": plan.eliminated_cost},
+        "rows": rows,
+        "seconds": times,
+    }
+    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{text}\n\nresults, logs and pictures: {os.path.relpath(out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
