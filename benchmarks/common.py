@@ -6,6 +6,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ def short_device_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, "-dirty" where tracked files differ, "unknown" outside a checkout."""
+    """The commit of the working tree, "-dirty" where tracked files differ; outside a checkout $LEMO_COMMIT."""
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -40,7 +41,7 @@ def commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LEMO_COMMIT", "unknown")
     return run.stdout.strip()
 
 
