@@ -30,9 +30,9 @@ typedef struct lemo_attention_forward_args {
   lemo_tensor lse; /* out: float32 [Hq, capacity], by packed row. capacity = len(rows), or R without rows */
 } lemo_attention_forward_args;
 
-LEMO_API lemo_status lemo_attention_forward(const lemo_exec *exec, const lemo_attention_forward_args *args);
-LEMO_API lemo_status lemo_attention_forward_workspace(const lemo_exec *exec, const lemo_attention_forward_args *args,
-                                                      uint64_t *bytes);
+LEMO_API lemo_status lemo_attention_forward(const lemo_exec* exec, const lemo_attention_forward_args* args);
+LEMO_API lemo_status lemo_attention_forward_workspace(const lemo_exec* exec, const lemo_attention_forward_args* args,
+                                                      uint64_t* bytes);
 
 /* Backward pass restricted to the given rows, with the output and log-sum-exp of whatever forward pass made them:
  * where that pass saw more keys than these, P_ij is still the exact probability.
@@ -58,9 +58,9 @@ typedef struct lemo_attention_backward_args {
 } lemo_attention_backward_args;
 
 /* exec->deterministic = 1: no atomics, bitwise repeatable. */
-LEMO_API lemo_status lemo_attention_backward(const lemo_exec *exec, const lemo_attention_backward_args *args);
-LEMO_API lemo_status lemo_attention_backward_workspace(const lemo_exec *exec, const lemo_attention_backward_args *args,
-                                                       uint64_t *bytes);
+LEMO_API lemo_status lemo_attention_backward(const lemo_exec* exec, const lemo_attention_backward_args* args);
+LEMO_API lemo_status lemo_attention_backward_workspace(const lemo_exec* exec, const lemo_attention_backward_args* args,
+                                                       uint64_t* bytes);
 
 #ifdef __cplusplus
 }

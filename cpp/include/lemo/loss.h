@@ -38,10 +38,11 @@ typedef struct lemo_linear_cross_entropy_args {
   lemo_tensor dlora_b; /* optional out: float32 [V, r] */
 } lemo_linear_cross_entropy_args;
 
-/* A target outside [0, V) that is not ignore_index is LEMO_INVALID_ARGUMENT on the CPU; on CUDA it makes the loss NaN. */
-LEMO_API lemo_status lemo_linear_cross_entropy(const lemo_exec *exec, const lemo_linear_cross_entropy_args *args);
-LEMO_API lemo_status lemo_linear_cross_entropy_workspace(const lemo_exec *exec,
-                                                         const lemo_linear_cross_entropy_args *args, uint64_t *bytes);
+/* A target outside [0, V) that is not ignore_index is LEMO_INVALID_ARGUMENT on the CPU; on CUDA it makes the loss NaN.
+ */
+LEMO_API lemo_status lemo_linear_cross_entropy(const lemo_exec* exec, const lemo_linear_cross_entropy_args* args);
+LEMO_API lemo_status lemo_linear_cross_entropy_workspace(const lemo_exec* exec,
+                                                         const lemo_linear_cross_entropy_args* args, uint64_t* bytes);
 
 #ifdef __cplusplus
 }

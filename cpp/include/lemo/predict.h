@@ -41,8 +41,8 @@ typedef struct lemo_predict_args {
   lemo_tensor keys;    /* optional out: float32 [num_blocks, c]: yk */
 } lemo_predict_args;
 
-LEMO_API lemo_status lemo_predict(const lemo_exec *exec, const lemo_predict_args *args);
-LEMO_API lemo_status lemo_predict_workspace(const lemo_exec *exec, const lemo_predict_args *args, uint64_t *bytes);
+LEMO_API lemo_status lemo_predict(const lemo_exec* exec, const lemo_predict_args* args);
+LEMO_API lemo_status lemo_predict_workspace(const lemo_exec* exec, const lemo_predict_args* args, uint64_t* bytes);
 
 #ifdef __cplusplus
 }

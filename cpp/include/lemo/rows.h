@@ -21,7 +21,7 @@ typedef struct lemo_gather_args {
   lemo_tensor slots;   /* int32 [M], with `weights`: block slot of every packed row */
   lemo_tensor out;     /* out: [M, d], dtype of x */
 } lemo_gather_args;
-LEMO_API lemo_status lemo_gather(const lemo_exec *exec, const lemo_gather_args *args);
+LEMO_API lemo_status lemo_gather(const lemo_exec* exec, const lemo_gather_args* args);
 
 /* In place: x[rows[i]] += y[i]; with `base`: x[rows[i]] = base[i] + y[i]. Sums in fp32, one rounding. */
 typedef struct lemo_scatter_add_args {
@@ -31,7 +31,7 @@ typedef struct lemo_scatter_add_args {
   lemo_tensor y;    /* [M, d], dtype of x */
   lemo_tensor base; /* optional [M, d], dtype of x */
 } lemo_scatter_add_args;
-LEMO_API lemo_status lemo_scatter_add(const lemo_exec *exec, const lemo_scatter_add_args *args);
+LEMO_API lemo_status lemo_scatter_add(const lemo_exec* exec, const lemo_scatter_add_args* args);
 
 /* s_i = x[rows[i]] + residual[i] (residual optional, rounded to the dtype of x);  y = norm(s) * weight + bias.
  * RMS: s * rstd, rstd = 1/sqrt(mean(s^2) + eps);  LAYER: (s - mean) * rstd, rstd = 1/sqrt(var(s) + eps). */
@@ -50,7 +50,7 @@ typedef struct lemo_gather_norm_args {
   lemo_tensor mean;   /* optional out: float32 [M] (LAYER) */
   lemo_tensor rstd;   /* optional out: float32 [M] */
 } lemo_gather_norm_args;
-LEMO_API lemo_status lemo_gather_norm(const lemo_exec *exec, const lemo_gather_norm_args *args);
+LEMO_API lemo_status lemo_gather_norm(const lemo_exec* exec, const lemo_gather_norm_args* args);
 
 /* ds = gradient of the norm at s;  dx[rows[i]] = or += ds_i (+ dresidual[i]).  Statistics are recomputed from s. */
 typedef struct lemo_gather_norm_backward_args {
@@ -69,9 +69,9 @@ typedef struct lemo_gather_norm_backward_args {
   lemo_tensor dweight; /* optional out: float32 [d] */
   lemo_tensor dbias;   /* optional out: float32 [d] */
 } lemo_gather_norm_backward_args;
-LEMO_API lemo_status lemo_gather_norm_backward(const lemo_exec *exec, const lemo_gather_norm_backward_args *args);
-LEMO_API lemo_status lemo_gather_norm_backward_workspace(const lemo_exec *exec,
-                                                         const lemo_gather_norm_backward_args *args, uint64_t *bytes);
+LEMO_API lemo_status lemo_gather_norm_backward(const lemo_exec* exec, const lemo_gather_norm_backward_args* args);
+LEMO_API lemo_status lemo_gather_norm_backward_workspace(const lemo_exec* exec,
+                                                         const lemo_gather_norm_backward_args* args, uint64_t* bytes);
 
 #ifdef __cplusplus
 }

@@ -27,8 +27,8 @@ typedef struct lemo_scores_args {
                          documents differ */
 } lemo_scores_args;
 
-LEMO_API lemo_status lemo_scores(const lemo_exec *exec, const lemo_scores_args *args);
-LEMO_API lemo_status lemo_scores_workspace(const lemo_exec *exec, const lemo_scores_args *args, uint64_t *bytes);
+LEMO_API lemo_status lemo_scores(const lemo_exec* exec, const lemo_scores_args* args);
+LEMO_API lemo_status lemo_scores_workspace(const lemo_exec* exec, const lemo_scores_args* args, uint64_t* bytes);
 
 #ifdef __cplusplus
 }

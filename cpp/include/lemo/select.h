@@ -47,8 +47,8 @@ typedef struct lemo_select_args {
 } lemo_select_args;
 
 /* LEMO_NUMERICAL (CPU only, nothing written) in place of a fault; on CUDA the fault is in `info`. */
-LEMO_API lemo_status lemo_select(const lemo_exec *exec, const lemo_select_args *args);
-LEMO_API lemo_status lemo_select_workspace(const lemo_exec *exec, const lemo_select_args *args, uint64_t *bytes);
+LEMO_API lemo_status lemo_select(const lemo_exec* exec, const lemo_select_args* args);
+LEMO_API lemo_status lemo_select_workspace(const lemo_exec* exec, const lemo_select_args* args, uint64_t* bytes);
 
 /* splitmix64 of (seed, index) mapped to (0, 1): ((z >> 11) + 0.5) * 2^-53, z = mix(seed + (index + 1) * golden). */
 LEMO_API double lemo_hash_uniform(uint64_t seed, uint64_t index);

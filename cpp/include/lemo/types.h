@@ -55,7 +55,7 @@ typedef enum lemo_device { LEMO_CPU = 0, LEMO_CUDA = 1 } lemo_device;
 
 /* A view of memory the caller owns. An absent optional tensor has ndim == 0. */
 typedef struct lemo_tensor {
-  void *data;
+  void* data;
   int32_t dtype; /* lemo_dtype */
   int32_t ndim;  /* 1..LEMO_MAX_DIMS; 0 = absent */
   int64_t shape[LEMO_MAX_DIMS];
@@ -67,8 +67,8 @@ typedef struct lemo_exec {
   uint64_t struct_size;
   int32_t device;          /* lemo_device */
   int32_t device_index;    /* CUDA ordinal; ignored on the CPU */
-  void *stream;            /* cudaStream_t, NULL = default stream; ignored on the CPU */
-  void *workspace;         /* at least lemo_X_workspace() bytes, 256-byte aligned, on `device` */
+  void* stream;            /* cudaStream_t, NULL = default stream; ignored on the CPU */
+  void* workspace;         /* at least lemo_X_workspace() bytes, 256-byte aligned, on `device` */
   uint64_t workspace_size; /* bytes */
   int32_t deterministic;   /* 1: bitwise repeatable results, slower where it says so */
   int32_t num_threads;     /* CPU threads, 0 = all cores; ignored on CUDA. Results do not depend on it. */
@@ -85,11 +85,11 @@ typedef struct lemo_blocks {
 
 /* The message of the last failed call of this thread, "" if none. Valid until the thread's next lemo call.
  * It names the argument, what was expected and what was given. */
-LEMO_API const char *lemo_last_error(void);
-LEMO_API const char *lemo_status_string(lemo_status status);
+LEMO_API const char* lemo_last_error(void);
+LEMO_API const char* lemo_status_string(lemo_status status);
 
 /* "0.1.0" */
-LEMO_API const char *lemo_version(void);
+LEMO_API const char* lemo_version(void);
 
 /* 1 if this build has the backend; for LEMO_CUDA also a usable device must be present. */
 LEMO_API int lemo_has_backend(lemo_device device);

@@ -52,7 +52,7 @@ int main(void) {
     return 1;
   }
 
-  /* A caller built before `weights` existed: the shorter struct is a plain gather. */
+  /* A struct that ends before `weights`: the fields it lacks are absent, and `out` is required. */
   args.struct_size = (uint64_t)((char*)&args.weights - (char*)&args);
   if (lemo_gather(&exec, &args) != LEMO_INVALID_ARGUMENT || strstr(lemo_last_error(), "out") == NULL) {
     fprintf(stderr, "a struct without `out`: unexpected answer '%s'\n", lemo_last_error());
