@@ -34,7 +34,9 @@ def lora(model, targets: list[str], **options: Any):
     torch.manual_seed(1)
     return get_peft_model(
         model,
-        LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options),
+        LoraConfig(
+            r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options
+        ),
     )
 
 

@@ -1,10 +1,9 @@
 """Everything kept is the dense model, whatever the batch looks like and whatever is saved."""
 
+import lemo
 import pytest
 import torch
 from models import LINEARS, assert_close, base, batch, gradients, lora, tuned
-
-import lemo
 
 
 def config(mode="dense", recompute="none", block_size=8, **options):
