@@ -1,0 +1,200 @@
+"""Modes against their definition in plain torch; identity, replay, repeatability, accumulation."""
+
+import pytest
+import reference
+import torch
+from models import LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
+
+import lemo
+import lemo.policies
+from lemo.layout import Kept
+
+BLOCK = 8
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Every kept list as it was chosen."""
+    lists = []
+    original = lemo.policies.select
+
+    def record(*args, **kwargs):
+        lists.append(original(*args, **kwargs))
+        return lists[-1]
+
+    monkeypatch.setattr(lemo.policies, "select", record)
+    return lists
+
+
+def packed(family, inputs):
+    """Packed ids, shifted targets and the reference model's documents and positions."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    document = torch.arange(mask.shape[0])[:, None].expand(mask.shape)[mask]
+    if "position_ids" in inputs:
+        positions = inputs["position_ids"][mask]
+        document = document + (positions == 0).cumsum(0)
+    elif family == "opt":
+        positions = (mask.long().cumsum(1) * mask - 1)[mask]
+    else:
+        positions = torch.arange(mask.shape[1]).expand(mask.shape)[mask]
+    return inputs["input_ids"][mask], targets[mask], positions, document
+
+
+def config(recompute="none", **phase):
+    options = {"mode": "skip", "keep": 0.5, "policy": "random", **phase}
+    return lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[lemo.Phase(**options)], seed=3)
+
+
+def reference_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def blocks_of(kept: Kept) -> torch.Tensor:
+    """Block of every token."""
+    sizes = kept.source.offsets[1:] - kept.source.offsets[:-1]
+    return torch.repeat_interleave(torch.arange(kept.source.num_blocks), sizes.long())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+def test_skip(family, recompute, kind, chosen):
+    model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
+    plain = clone(model)
+    lemo.apply(model, config(recompute))
+    loss, got = gradients(model, inputs)
+    assert len(chosen) == 3  # once per layer, whatever is recomputed
+    assert all(0 < k.num_rows < k.source.num_tokens for k in chosen)
+    ids, targets, positions, document = packed(family, inputs)
+    m = reference.Model(plain, positions, document)
+    expected_loss = reference.skip(m, ids, targets, [(k.rows.long(), k.rows.long()) for k in chosen])
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-5, atol=0)
+    assert_close(got, reference_gradients(plain, expected_loss))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize("keeps", [(0.5, 0.25), (0.5, 1.0), (0.5, 0.0), (0.0, 0.5)])
+def test_skip_with_a_list_for_the_mlp(family, recompute, keeps, chosen):
+    model, inputs = lora(base(family), LINEARS[family]).train(), batch("right")
+    plain = clone(model)
+    lemo.apply(model, config(recompute, keep=keeps[0], mlp_keep=keeps[1]))
+    loss, got = gradients(model, inputs)
+    ids, targets, positions, document = packed(family, inputs)
+    lists, drawn = [], iter(chosen)
+    for _ in range(3):
+        pair = [
+            None if keep == 0 else torch.arange(len(ids)) if keep == 1 else next(drawn).rows.long() for keep in keeps
+        ]
+        lists.append(tuple(pair))
+    expected_loss = reference.skip(reference.Model(plain, positions, document), ids, targets, lists)
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-5, atol=0)
+    assert_close(got, reference_gradients(plain, expected_loss))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("policy", ["random", "sampled"])
+@pytest.mark.parametrize("kind", ["right", "packed"])
+def test_backward(family, weighted, policy, kind, chosen):
+    model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
+    plain = clone(model)
+    dense = plain(**inputs).loss.detach() if kind == "right" else None
+    lemo.apply(model, config(mode="backward", policy=policy, weighted=weighted))
+    loss, got = gradients(model, inputs)
+    ids, targets, positions, document = packed(family, inputs)
+    if dense is not None:
+        torch.testing.assert_close(loss, dense, rtol=1e-5, atol=0)
+    weights = [k.weights[k.row_slots.long()] for k in chosen] if weighted else None
+    if weighted:
+        assert max(w.max() for w in weights) > 1.2
+    m = reference.Model(plain, positions, document)
+    rows = [k.rows.long() for k in chosen]
+    expected_loss = reference.backward(m, ids, targets, rows, weights, blocks_of(chosen[0]))
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-5, atol=0)
+    assert_close(got, reference_gradients(plain, expected_loss))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_nothing_kept_is_the_identity(family):
+    model, inputs = tuned(family), batch("right")
+    controller = lemo.apply(model, config(keep=0.0))
+    loss, got = gradients(model, inputs)
+    ids, targets, positions, document = packed(family, inputs)
+    m = reference.Model(model, positions, document)
+    expected = reference.skip(m, ids, targets, [(None, None)] * 3)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    assert not got
+    assert controller.kept_ratios == [0.0] * 3
+
+
+def test_layers_that_do_not_eliminate(chosen):
+    model = tuned("llama")
+    settings = config()
+    settings.layers = [1]
+    controller = lemo.apply(model, settings)
+    gradients(model, batch("plain"))
+    assert len(chosen) == 1
+    assert controller.kept_ratios[0] == controller.kept_ratios[2] == 1.0
+    assert 0.3 < controller.kept_ratios[1] < 0.8
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize("mode", ["skip", "backward"])
+def test_a_seeded_run_is_bitwise_repeatable(recompute, mode):
+    runs = []
+    for _ in range(2):
+        model = tuned("llama")
+        controller = lemo.apply(model, config(recompute, mode=mode))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            gradients(model, batch("right"))
+            optimizer.step()
+            controller.step()
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_gradient_accumulation(chosen):
+    """One selection per micro-batch; gradients add up."""
+    model, inputs = tuned("llama"), batch("plain")
+    controller = lemo.apply(model, config())
+    model.zero_grad()
+    for _ in range(2):
+        model(**inputs).loss.backward()
+    total = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    first, second = [k.rows.tolist() for k in chosen[:3]], [k.rows.tolist() for k in chosen[3:]]
+    assert first != second
+    controller.seek(0)
+    _, one = gradients(model, inputs)
+    _, two = gradients(model, inputs)
+    assert_close(total, {n: one[n] + two[n] for n in one})
+    assert [k.rows.tolist() for k in chosen[6:9]] == first
+
+
+def test_autograd_grad_and_hooks():
+    """Trained parameters are inputs of the function, so autograd sees them like any others."""
+    model, inputs = tuned("llama"), batch("plain")
+    lemo.apply(model, config())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    seen = []
+    trained[0].register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm()))
+    _, expected = gradients(model, inputs, scale=2.0)
+    assert len(seen) == 1
+    lemo.remove(model)
+    lemo.apply(model, config())
+    grads = torch.autograd.grad(model(**inputs).loss, trained)
+    for g, e in zip(grads, expected.values(), strict=True):
+        torch.testing.assert_close(2 * g, e)
+
+
+def test_second_backward_is_an_error():
+    model = tuned("llama")
+    lemo.apply(model, config())
+    loss = model(**batch("plain")).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
