@@ -14,17 +14,15 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   launch(delta_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
 
   using KeyConfig = KeyGradientConfig<kHeadDim>;
-  const dim3 key_grid(static_cast<unsigned>(tile_slots(documents, KeyConfig::kKeys)), params.key_heads);
-  launch(key_gradient_kernel<T, kHeadDim>, key_grid, KeyConfig::kWarps * 32, KeyGradientLayout<kHeadDim>::kBytes,
-         stream, params);
+  launch(key_gradient_kernel<T, kHeadDim>, tile_grid(documents, KeyConfig::kKeys, params.key_heads),
+         KeyConfig::kWarps * 32, KeyGradientLayout<kHeadDim>::kBytes, stream, params);
 
   if (params.dq_float != nullptr) {
     launch(convert_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
   } else {
     using QueryConfig = QueryGradientConfig<kHeadDim>;
-    const dim3 query_grid(static_cast<unsigned>(tile_slots(documents, QueryConfig::kQueries)), params.heads);
-    launch(query_gradient_kernel<T, kHeadDim>, query_grid, QueryConfig::kWarps * 32,
-           QueryGradientLayout<kHeadDim>::kBytes, stream, params);
+    launch(query_gradient_kernel<T, kHeadDim>, tile_grid(documents, QueryConfig::kQueries, params.heads),
+           QueryConfig::kWarps * 32, QueryGradientLayout<kHeadDim>::kBytes, stream, params);
   }
 }
 

@@ -17,6 +17,14 @@ struct ForwardConfig {
   static constexpr bool kQueriesInRegisters = kHeadDim <= 64;
 };
 
+// Steps of the q.k product that are unrolled where queries come from shared memory: all of them on sm_90; on sm_80 the
+// compiler would hoist so many loads that head_dim 128 spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kScoreUnroll = 4;
+#else
+constexpr int kScoreUnroll = 16;
+#endif
+
 // Gradients of keys and values: a warp owns 16 keys and holds their two gradients in registers.
 // kDqRowWarps x kDqColumnWarps warps share the product for dq.
 template <int kHeadDim>

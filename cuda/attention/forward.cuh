@@ -21,11 +21,11 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
   constexpr int kPitch = KeyLoader::kPitch;
 
-  Tile tile = locate_tile(params.documents, kQueries, blockIdx.x);
+  const Tile tile = locate_tile(params.documents, kQueries, blockIdx.x / params.heads);
   if (tile.index >= tile.count) return;
   // The tiles with the most keys start first.
   const int query_start = (tile.count - 1 - tile.index) * kQueries;
-  const int head = blockIdx.y;
+  const int head = blockIdx.x % params.heads;
   const int key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_start = query_start + warp * kWarpRows;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) clear(s[i]);
     if (active) {
-#pragma unroll
+#pragma unroll(Config::kQueriesInRegisters ? kHeadDim : kScoreUnroll)
       for (int k = 0; k < kHeadDim / 16; ++k) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
@@ -106,7 +106,6 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
         }
       }
       if (key_start + kKeys - 1 > warp_start) {
-        const int lane = thread_index() % 32;
         // Keys beyond the document come after every query of it, so that causality masks them too.
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
@@ -170,8 +169,8 @@ template <typename T, int kHeadDim>
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
   constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
-  const dim3 grid(static_cast<unsigned>(tile_slots(params.documents, Config::kQueries)), params.heads);
-  launch(forward_kernel<T, kHeadDim>, grid, Config::kWarps * 32, kBytes, stream, params);
+  launch(forward_kernel<T, kHeadDim>, tile_grid(params.documents, Config::kQueries, params.heads), Config::kWarps * 32,
+         kBytes, stream, params);
 }
 
 }  // namespace lemo::cuda::attention

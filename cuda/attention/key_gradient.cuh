@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
 
-  const Tile tile = locate_tile(params.documents, kKeys, blockIdx.x);
+  const Tile tile = locate_tile(params.documents, kKeys, blockIdx.x / params.key_heads);
   if (tile.index >= tile.count) return;
-  const int key_head = blockIdx.y;
+  const int key_head = blockIdx.x % params.key_heads;
   const int key_start = tile.index * kKeys;  // the first tile has the most queries and starts first
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -99,16 +99,6 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
 
   // This thread's keys: `key` and key + 8.
   const int key = key_start + warp * 16 + lane / 4;
-  float weights[2] = {1.0f, 1.0f};
-  int slots[2] = {0, 0};
-  if (params.key_weights != nullptr) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (key + half * 8 >= tile.length) continue;
-      slots[half] = params.row_slots[tile.start + key + half * 8];
-      weights[half] = params.key_weights[slots[half]];
-    }
-  }
 
   float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
   clear(dk);
@@ -150,6 +140,15 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
         }
       }
       if (params.key_weights != nullptr) {
+        // Read anew for every tile: this mode pays with four cached loads rather than all modes with four registers.
+        float weights[2] = {1.0f, 1.0f};
+        int slots[2] = {0, 0};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (key + half * 8 >= tile.length) continue;
+          slots[half] = params.row_slots[tile.start + key + half * 8];
+          weights[half] = params.key_weights[slots[half]];
+        }
 #pragma unroll
         for (int n = 0; n < kQueries / 8; ++n) {
           const int2 slot = *reinterpret_cast<const int2*>(row_values + 2 * kQueries + n * 8 + lane % 4 * 2);
@@ -159,8 +158,6 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
           }
         }
       }
-      multiply_fragments<T, kHeadDim, kQueries, kPitch>(dv, p, douts + by_row_bytes);
-
       float ds[kQueries / 8][4];
       clear(ds);
       multiply_rows<T, kQueries, kHeadDim, kPitch>(ds, value_lane, douts + by_column_bytes);
@@ -179,6 +176,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
           *reinterpret_cast<uint32_t*>(scores + 8 * Layout::kScorePitch * 2 + n * 16) = pack<T>(ds[n][2], ds[n][3]);
         }
       }
+      multiply_fragments<T, kHeadDim, kQueries, kPitch>(dv, p, douts + by_row_bytes);
       multiply_fragments<T, kHeadDim, kQueries, kPitch>(dk, ds, queries + by_row_bytes);
 
       if (params.dq_float != nullptr) {

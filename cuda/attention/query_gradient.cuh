@@ -27,10 +27,10 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kQueries == Config::kWarps * 16);
 
-  const Tile tile = locate_tile(params.documents, kQueries, blockIdx.x);
+  const Tile tile = locate_tile(params.documents, kQueries, blockIdx.x / params.heads);
   if (tile.index >= tile.count) return;
   const int query_start = (tile.count - 1 - tile.index) * kQueries;
-  const int head = blockIdx.y, key_head = head / params.group;
+  const int head = blockIdx.x % params.heads, key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   extern __shared__ __align__(16) unsigned char shared[];

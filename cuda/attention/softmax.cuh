@@ -48,24 +48,28 @@ class OnlineSoftmax {
       unchanged = unchanged && maximum == maximum_[r];
       correction[r] = exp2_fast((maximum_[r] - maximum) * scale_log2);
       maximum_[r] = maximum;
-      const float offset = maximum * scale_log2;
-      float sum = 0.0f;
+    }
+    // The maximum settles after a few tiles; from then on the whole warp leaves out the rescaling.
+    if (!__all_sync(0xffffffffu, unchanged)) {
+#pragma unroll
+      for (int r = 0; r < 2 * kRowTiles; ++r) {
+        sum_[r] *= correction[r];
+#pragma unroll
+        for (int n = 0; n < kOutTiles; ++n) {
+          out[r / 2][n][(r % 2) * 2] *= correction[r];
+          out[r / 2][n][(r % 2) * 2 + 1] *= correction[r];
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      const int i = r / 2, c = (r % 2) * 2;
+      const float offset = maximum_[r] * scale_log2;
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
         s[i][n][c] = exp2_fast(fmaf(s[i][n][c], scale_log2, -offset));
         s[i][n][c + 1] = exp2_fast(fmaf(s[i][n][c + 1], scale_log2, -offset));
-        sum += s[i][n][c] + s[i][n][c + 1];
-      }
-      sum_[r] = sum_[r] * correction[r] + sum;
-    }
-    // The maximum settles after a few tiles; from then on the rescaling is skipped by the whole warp.
-    if (__all_sync(0xffffffffu, unchanged)) return;
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) {
-#pragma unroll
-      for (int n = 0; n < kOutTiles; ++n) {
-        out[r / 2][n][(r % 2) * 2] *= correction[r];
-        out[r / 2][n][(r % 2) * 2 + 1] *= correction[r];
+        sum_[r] += s[i][n][c] + s[i][n][c + 1];
       }
     }
   }

@@ -32,8 +32,11 @@ __device__ __forceinline__ Tile locate_tile(const Documents& documents, int size
   return {start, length, slot - (start / size + low), (length + size - 1) / size};
 }
 
-// Slots locate_tile needs for any division of at most `capacity` rows into documents no longer than `max_seqlen`.
-inline int64_t tile_slots(const Documents& documents, int size) { return documents.capacity / size + documents.count; }
+// The grid for tiles of every head: slots for any division of at most `capacity` rows into documents, heads fastest.
+// All heads' heaviest tiles then start first, which evens out the end of the launch.
+inline unsigned tile_grid(const Documents& documents, int size, int heads) {
+  return static_cast<unsigned>((documents.capacity / size + documents.count) * heads);
+}
 
 template <typename T>
 __device__ __forceinline__ T* head_pointer(const Rows& tensor, int head) {
