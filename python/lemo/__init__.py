@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 from .config import LemoConfig, Phase
 
 if TYPE_CHECKING:
-    from .apply import Controller, apply, remove
-    from .estimate import estimate
+    from .attach import Controller, apply, remove
+    from .memory import estimate
     from .schedule import LemoCallback, Schedule
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Controller": "apply",
-    "apply": "apply",
-    "remove": "apply",
-    "estimate": "estimate",
+    "Controller": "attach",
+    "apply": "attach",
+    "remove": "attach",
+    "estimate": "memory",
     "LemoCallback": "schedule",
     "Schedule": "schedule",
 }
@@ -36,7 +36,6 @@ __all__ = ["Controller", "LemoCallback", "LemoConfig", "Phase", "Schedule", "app
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-        # The import binds the submodule of the same name (lemo.apply): the function takes its place.
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ What a layer saves ("recompute"): "none": xk, x2 and what the local autograd gra
 "attention": xk, the attention output and its log-sum-exp; "full": xk. The kept list is saved with it and replayed.
 Mode "backward" runs the layer on all rows without saving and keeps xk, output and log-sum-exp of the kept rows:
 backward is then the recomputation of "attention" on kept rows, with the weights 1/p where asked for.
-`lemo.estimate.saved_bytes` is the exact formula.
+`lemo.memory.saved_bytes` is the exact formula.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .config import Phase
 
 if TYPE_CHECKING:
-    from .apply import Controller
+    from .attach import Controller
 
 
 class Schedule:
@@ -70,5 +70,7 @@ class LemoCallback(_TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.controller.kept_ratios:
             ratios = self.controller.kept_ratios
-            logs["lemo_phase"] = self.controller.report()["phase"]
-            logs["lemo_kept"] = sum(ratios) / len(ratios)
+            ours = {"lemo_phase": self.controller.report()["phase"], "lemo_kept": sum(ratios) / len(ratios)}
+            logs.update(ours)  # what later callbacks print
+            if state.log_history:
+                state.log_history[-1].update(ours)  # the Trainer stored its own copy before
