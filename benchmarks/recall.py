@@ -46,10 +46,9 @@ def main() -> None:
     parser.add_argument("--save", help="keep the predictors in this folder")
     args = parser.parse_args()
 
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from lemo.predictors import calibrate
     from lemo.predictors.report import evaluate_budgets, format_report
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     cuda = torch.cuda.is_available()
     config = AutoConfig.from_pretrained(args.model)

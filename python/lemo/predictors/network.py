@@ -21,7 +21,7 @@ from lemo.layout import Blocks
 WEIGHT_NAMES = ("wq1", "wq2", "wq3", "wk1", "wk2", "wk3")
 NORMS = ("rms", "layer")
 POOLS = ("mean", "max")
-_ALIGNMENT = 8  # the CUDA kernels want every hidden and output size to be a multiple of this
+ALIGNMENT = 8  # the CUDA kernels want every hidden and output size to be a multiple of this
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +125,8 @@ class PredictorNetwork(nn.Module):
         padded = []
         for side in "qk":
             for i, w in enumerate(self.weights(side)):
-                columns = w.shape[1] if i == 0 else -(-w.shape[1] // _ALIGNMENT) * _ALIGNMENT
-                rows = -(-w.shape[0] // _ALIGNMENT) * _ALIGNMENT
+                columns = w.shape[1] if i == 0 else -(-w.shape[1] // ALIGNMENT) * ALIGNMENT
+                rows = -(-w.shape[0] // ALIGNMENT) * ALIGNMENT
                 full = torch.zeros(rows, columns)
                 full[: w.shape[0], : w.shape[1]] = w
                 padded.append(full)

@@ -37,11 +37,14 @@ class Activity:
         return self.sums[side, layer] / max(self.count, 1)
 
 
-def choose_units(activities: Sequence[Activity], remove: float) -> list[dict[tuple[str, int], Tensor]]:
+def choose_units(
+    activities: Sequence[Activity], remove: float, multiple: int = 1
+) -> list[dict[tuple[str, int], Tensor]]:
     """Units that stay in every network when the share ``remove`` of all networks' units that fire least goes.
 
     One ranking over all layers of the model: a layer that needs few units ends smaller. Every hidden layer keeps at
-    least 8 units, and a multiple of 8 where it loses any. Returns sorted unit indices by (side, hidden layer).
+    least 8 units; multiple: the numbers of units are rounded to multiples of it (the last pruning, before export pads
+    them up). Returns sorted unit indices by (side, hidden layer).
     """
     if not 0.0 <= remove < 1.0:
         raise ValueError(f"remove: expected a share in [0, 1), got {remove}")
@@ -54,7 +57,7 @@ def choose_units(activities: Sequence[Activity], remove: float) -> list[dict[tup
         for key in a.sums:
             share = a.share(*key)
             units = int((share > bound).sum())
-            units = min(share.numel(), max(-(-units // _MIN_UNITS) * _MIN_UNITS, _MIN_UNITS))
+            units = min(share.numel(), max(round(units / multiple) * multiple, _MIN_UNITS))
             kept[key] = share.argsort(descending=True, stable=True)[:units].sort().values
         chosen.append(kept)
     return chosen

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lemo.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
-from lemo.predictors.network import PredictorNetwork, informativeness
+from lemo.predictors.network import ALIGNMENT, PredictorNetwork, informativeness
 from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.report import Tally, compare
 from lemo.predictors.store import PredictorSet
@@ -101,10 +101,9 @@ class _Trainer:
             raise FloatingPointError(f"calibration step {index}: the loss is not finite; lower the learning rate")
         return total / len(self.networks)
 
-    def prune(self, remove: float) -> None:
-        for network, optimizer, kept in zip(
-            self.networks, self.optimizers, choose_units(self.activities, remove), strict=True
-        ):
+    def prune(self, remove: float, multiple: int) -> None:
+        chosen = choose_units(self.activities, remove, multiple)
+        for network, optimizer, kept in zip(self.networks, self.optimizers, chosen, strict=True):
             prune(network, optimizer, kept)
         for activity in self.activities:
             activity.reset()
@@ -241,7 +240,7 @@ def calibrate(
         samples = draw.choices(collector.train, k=batch_size)
         losses.append(trainer.step(step, samples))
         if step in prune_steps:
-            trainer.prune(each)
+            trainer.prune(each, ALIGNMENT if step == max(prune_steps) else 1)
         bar(1, losses[-1])
     bar(0, None)
 

@@ -1,0 +1,191 @@
+"""The calibration folder: complete or absent, and only accepted for the model it was made for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BLOCK, HIDDEN, LAYERS, build
+from lemo.layout import Blocks
+from lemo.predictors import CalibrationError, PredictorNetwork, PredictorSet, model_fingerprint
+from lemo.predictors import store as store_module
+
+
+@pytest.fixture
+def predictors(model) -> PredictorSet:
+    g = torch.Generator().manual_seed(0)
+    return PredictorSet(
+        layers=[PredictorNetwork(HIDDEN, 16, 8, generator=g).export() for _ in range(LAYERS)],
+        norm="rms",
+        pool="mean",
+        eps=1e-5,
+        normalize=False,
+        thresholds=(0.25, -1.5),
+        keep=(0.4, 0.6),
+        block_size=BLOCK,
+        context=128,
+        fingerprint=model_fingerprint(model),
+        report={"keep": 0.5},
+    )
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_round_trip(tmp_path, model, predictors):
+    predictors.save(tmp_path / "a" / "calibration")
+    assert sorted(os.listdir(tmp_path / "a" / "calibration")) == ["lemo_config.json", "predictors.safetensors"]
+    assert os.listdir(tmp_path / "a") == ["calibration"]
+    loaded = PredictorSet.load(tmp_path / "a" / "calibration", model=model)
+    names = ("norm", "pool", "eps", "normalize", "thresholds", "keep", "block_size", "context", "fingerprint")
+    for name in (*names, "report"):
+        assert getattr(loaded, name) == getattr(predictors, name), name
+    blocks = Blocks.from_lengths([20], BLOCK)
+    x = torch.randn(20, HIDDEN)
+    for i in range(LAYERS):
+        assert torch.equal(loaded.scores(i, x, blocks), predictors.scores(i, x, blocks))
+    assert PredictorSet.load(tmp_path / "a" / "calibration", dtype=torch.bfloat16).layers[0].wq1.dtype == torch.bfloat16
+
+
+def test_scores_refuse_another_block_size(predictors):
+    with pytest.raises(ValueError, match="calibrated for blocks of 8 tokens, got 4"):
+        predictors.scores(0, torch.randn(20, HIDDEN), Blocks.from_lengths([20], 4))
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "lemo_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def truncate(folder: Path, size: int) -> None:
+    path = folder / "predictors.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def flip(folder: Path) -> None:
+    path = folder / "predictors.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = [
+    ("no config", lambda f: (f / "lemo_config.json").unlink(), "lemo_config.json is missing"),
+    ("no weights", lambda f: (f / "predictors.safetensors").unlink(), "predictors.safetensors is missing"),
+    ("truncated", lambda f: truncate(f, 100), "truncated"),
+    ("empty", lambda f: truncate(f, 0), "truncated"),
+    ("flipped", flip, "digest"),
+    ("no JSON", lambda f: (f / "lemo_config.json").write_text("{"), "cannot be read"),
+    ("a list", lambda f: (f / "lemo_config.json").write_text("[]"), "version None"),
+    ("other version", lambda f: change_config(f, format_version=99), "version 99, this lemo reads version 1"),
+    ("no block size", lambda f: change_config(f, block_size=None), "block_size is missing"),
+    ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
+    ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),
+    ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * LAYERS), "layers.0.wq1: expected shape"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), [d[1:] for d in DAMAGE], ids=[d[0] for d in DAMAGE])
+def test_damaged_folder(tmp_path, predictors, damage, words):
+    predictors.save(tmp_path / "c")
+    damage(tmp_path / "c")
+    before = tree(tmp_path)
+    with pytest.raises(CalibrationError, match=words):
+        PredictorSet.load(tmp_path / "c")
+    assert tree(tmp_path) == before
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(CalibrationError, match=r"does not exist.*lemo calibrate"):
+        PredictorSet.load(tmp_path / "none")
+
+
+def test_another_model(tmp_path, predictors):
+    predictors.save(tmp_path / "c")
+    with pytest.raises(CalibrationError, match=r"another model.*weights"):
+        PredictorSet.load(tmp_path / "c", model=build(seed=7))
+    with pytest.raises(CalibrationError, match="model_type: calibrated for llama, the model has opt"):
+        predictors.check_model(build(family="opt"))
+
+
+def test_overwriting_needs_permission_and_a_calibration(tmp_path, predictors):
+    predictors.save(tmp_path / "c")
+    with pytest.raises(CalibrationError, match="exists already"):
+        predictors.save(tmp_path / "c")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CalibrationError, match="not a calibration"):
+        predictors.save(tmp_path / "d", overwrite=True)
+    predictors.thresholds = (3.0, 4.0)
+    predictors.save(tmp_path / "c", overwrite=True)
+    assert PredictorSet.load(tmp_path / "c").thresholds == (3.0, 4.0)
+    assert sorted(os.listdir(tmp_path)) == ["c", "d"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("failing", ["write", "rename", "second rename"])
+def test_failing_save_changes_nothing(tmp_path, predictors, monkeypatch, exists, failing):
+    if exists:
+        predictors.save(tmp_path / "c")
+    before = tree(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    if failing == "write":
+        monkeypatch.setattr(store_module, "_flush", lambda path: (_ for _ in ()).throw(full))
+    else:
+        replace, calls = os.replace, []
+
+        def fail(source, target):
+            calls.append(source)
+            if len(calls) == (2 if failing == "second rename" and exists else 1):
+                raise full
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CalibrationError, match=r"no space left.*nothing was changed"):
+        predictors.save(tmp_path / "c", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_killed_between_the_renames_says_where_the_old_one_is(tmp_path, predictors):
+    predictors.save(tmp_path / "c")
+    os.replace(tmp_path / "c", tmp_path / ".replaced-c")  # what a kill at the worst moment leaves
+    with pytest.raises(CalibrationError, match="interrupted overwrite"):
+        PredictorSet.load(tmp_path / "c")
+    predictors.save(tmp_path / "c", overwrite=True)
+    PredictorSet.load(tmp_path / "c")
+
+
+def test_fingerprint_follows_weights_not_adapters_or_types():
+    from peft import LoraConfig, get_peft_model
+
+    model = build().bfloat16().float()
+    plain = model_fingerprint(model)
+    assert model_fingerprint(build().bfloat16()) == plain
+    adapters = LoraConfig(r=2, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    wrapped = get_peft_model(build().bfloat16().float(), adapters)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p.normal_()
+    assert model_fingerprint(wrapped) == plain
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    changed = model_fingerprint(model)
+    assert changed["linear"] != plain["linear"]
+    assert changed["embeddings_and_norms"] == plain["embeddings_and_norms"]
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    assert model_fingerprint(model)["embeddings_and_norms"] != plain["embeddings_and_norms"]
+
+
+def test_modules_to_save_count_as_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    plain = model_fingerprint(build())
+    wrapped = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert model_fingerprint(wrapped) == plain
