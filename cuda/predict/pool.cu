@@ -111,7 +111,7 @@ __global__ void copy_rows_kernel(const float* in, int64_t rows, int64_t columns,
 }
 
 constexpr int kSuffixThreads = 64;
-constexpr int kAhead = 8;  // loads in flight
+constexpr int kAhead = 32;  // loads in flight
 
 // A thread per column walks its document from the last block to the first.
 __global__ void __launch_bounds__(kSuffixThreads)
