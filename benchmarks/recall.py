@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--documents", type=int, default=64, help="windows of training text the model reads")
     parser.add_argument("--dev-windows", type=int, default=4, help="windows of each dev file, evenly spaced")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--pool", choices=("mean", "max"), default="max")
     parser.add_argument("--normalize", action="store_true", help="exact scores per visible query block")
     parser.add_argument("--rope-factor", type=float, default=1.0, help="position interpolation for longer contexts")

@@ -35,6 +35,7 @@ from lemo.predictors.thresholds import search_thresholds
 
 _HELD_OUT = 8  # one document in this many is never trained on: thresholds and the report come from these
 _SCALE_WEIGHT = 0.1
+_STEP_ROWS = 8192
 _PRUNE_AT = (0.4, 0.55, 0.7)  # shares of the steps: late enough to know which units fire, early enough to recover
 
 
@@ -168,7 +169,7 @@ def calibrate(
     pool: str = "max",
     normalize: bool = False,
     learning_rate: float = 3e-3,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     max_documents: int = 64,
     tokens_per_block: int | None = None,
     remove: float = 0.35,
@@ -183,7 +184,8 @@ def calibrate(
     block_size: tokens per block; keep: share of blocks that thresholds and budgets shall keep, on average over layers;
     steps: optimizer steps; context: documents are cut to it; rank, features: sizes of the networks before pruning;
     pool: "mean" or "max" over a block's tokens; normalize: learn the exact scores divided by the number of query
-    blocks; batch_size: documents per step; max_documents: documents the model reads, one in eight held out;
+    blocks; batch_size: documents per step (default: as many as hold 8192 rows, at
+    most 4); max_documents: documents the model reads, one in eight held out;
     tokens_per_block: rows drawn from each block in training (default all; with pool "mean" a sample of them trains
     nearly as well for its share of the cost); remove: share of hidden units to prune;
     buffer_bytes: bound of the training buffer, beyond which the oldest documents are replaced.
@@ -192,7 +194,11 @@ def calibrate(
     and parameters before and after pruning. The same arguments and seed give the same predictors on the same machine.
     Raises ValueError for arguments out of range or too little text.
     """
-    for name, value in (("block_size", block_size), ("steps", steps), ("batch_size", batch_size)):
+    for name, value in (
+        ("block_size", block_size),
+        ("steps", steps),
+        ("batch_size", 1 if batch_size is None else batch_size),
+    ):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if not 0.0 < keep <= 1.0:
@@ -220,12 +226,12 @@ def calibrate(
     bar = _progress(progress, steps)
     losses: list[float] = []
     draw = random.Random(seed)
-    more = True
+    more, per_step = True, 1
     prune_steps = {int(share * steps) for share in _PRUNE_AT} if remove > 0 else set()
     each = 1 - (1 - remove) ** (1 / max(len(prune_steps), 1))
     for step in range(steps):
         # Documents arrive evenly over the first half of the steps; the first ones before training starts.
-        due = min(max_documents, max(2 * batch_size, math.ceil(2 * max_documents * (step + 1) / steps)))
+        due = min(max_documents, max(2 * (batch_size or 4), math.ceil(2 * max_documents * (step + 1) / steps)))
         while more and collector.count < due:
             more = collector.read()
         if step == 0:
@@ -237,7 +243,9 @@ def calibrate(
             trainer.scale = [
                 max(float(torch.cat([s.exact[i] for s in collector.train]).mean()), 1e-12) for i in range(len(networks))
             ]
-        samples = draw.choices(collector.train, k=batch_size)
+            longest = max(s.rows[0].shape[0] for s in collector.train)
+            per_step = batch_size or max(1, min(4, _STEP_ROWS // longest))
+        samples = draw.choices(collector.train, k=per_step)
         losses.append(trainer.step(step, samples))
         if step in prune_steps:
             trainer.prune(each, ALIGNMENT if step == max(prune_steps) else 1)
