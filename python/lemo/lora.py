@@ -72,16 +72,15 @@ def projection(module: Any, *, trainable: bool = False) -> Projection | None:
     if module.merged or module.disable_adapters or not active:
         return Projection(base.weight, base.bias)
     name = active[0]
-    a, b = module.lora_A[name], module.lora_B[name]
+    a: Any = module.lora_A[name]
+    b: Any = module.lora_B[name]
     plain = (
         len(active) == 1
-        and type(a) is nn.Linear
-        and type(b) is nn.Linear
+        and all(type(m) is nn.Linear and not _hooked(m) for m in (a, b))
         and b.bias is None
         and isinstance(module.lora_dropout[name], nn.Identity)
         and name not in module.lora_variant
         and not module.fan_in_fan_out
-        and not (_hooked(a) or _hooked(b))
     )
     return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name])) if plain else None
 

@@ -1,13 +1,12 @@
 """Modes against their definition in plain torch; identity, replay, repeatability, accumulation."""
 
+import lemo
+import lemo.policies
 import pytest
 import reference
 import torch
-from models import LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
-
-import lemo
-import lemo.policies
 from lemo.layout import Kept
+from models import LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
 
 BLOCK = 8
 

@@ -1,0 +1,296 @@
+"""Applying and removing, what stays untouched, the Trainer, and errors that say what to do."""
+
+import lemo
+import pytest
+import torch
+import transformers
+from lemo.policies import make_policy, mix_seed
+from models import ATTENTION, VOCAB, assert_close, base, batch, gradients, lora, tuned
+
+ONE = [lemo.Phase("skip", keep=0.5, policy="random")]
+
+
+def settings(**options):
+    return lemo.LemoConfig(**{"block_size": 8, "phases": ONE, **options})
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_remove_restores(family):
+    model, inputs = tuned(family), batch("right")
+    inner = model.get_base_model()
+    decoder = inner.model if family == "llama" else inner.model.decoder
+    before = [dict(m.__dict__) for m in (inner, decoder)]
+    loss, expected = gradients(model, inputs)
+    lemo.apply(model, settings())
+    assert not torch.equal(gradients(model, inputs)[0], loss)
+    lemo.remove(model)
+    for module, attributes in zip((inner, decoder), before, strict=True):
+        assert module.__dict__.keys() == attributes.keys()
+    again, got = gradients(model, inputs)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(got[name], g) for name, g in expected.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_evaluation_and_generation_are_untouched(family):
+    model, inputs = tuned(family).eval(), batch("plain")
+    expected = model(**inputs)
+    ids = inputs["input_ids"][:1, :5]
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+    lemo.apply(model, settings())
+    got = model(**inputs)
+    assert torch.equal(got.loss, expected.loss)
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected.logits)
+    assert model(**inputs).logits is None
+
+
+def test_before_and_after_peft():
+    wrapped = lora(base("llama"), ATTENTION["llama"]).train()
+    lemo.apply(wrapped, settings())
+    plain = base("llama")
+    lemo.apply(plain, settings())
+    late = lora(plain, ATTENTION["llama"]).train()
+    inputs = batch("right")
+    (loss, expected), (other, got) = gradients(wrapped, inputs), gradients(late, inputs)
+    assert torch.equal(loss, other)
+    assert_close(got, expected, 1e-7)
+    lemo.remove(late)
+    assert "_lemo" not in plain.__dict__
+
+
+def test_disabled_adapters_and_merging():
+    model, inputs = tuned("llama"), batch("plain")
+    with model.disable_adapter():
+        expected = model(**inputs).loss.detach()
+    lemo.apply(model, lemo.LemoConfig(block_size=8, phases=[lemo.Phase("dense")]))
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**inputs).loss.detach(), expected, rtol=1e-5, atol=0)
+
+
+def test_gradient_checkpointing_means_full_recomputation():
+    model, inputs = tuned("llama"), batch("plain")
+    controller = lemo.apply(model, settings())
+    assert controller._recompute() == "none"
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    assert controller._recompute() == "full"
+    gradients(model, inputs)
+
+
+def test_schedule():
+    schedule = lemo.Schedule(
+        [lemo.Phase("skip", share=3), lemo.Phase("backward", share=1), lemo.Phase("dense", share=1)]
+    )
+    modes = [schedule.phase(step, 10).mode for step in range(12)]
+    assert modes == ["skip"] * 6 + ["backward"] * 2 + ["dense"] * 4
+    assert lemo.LemoConfig().phases[-1].mode == "dense"
+    with pytest.raises(RuntimeError, match=r"callback.*total_steps"):
+        schedule.phase(0, None)
+
+
+def test_bare_loop_follows_the_schedule():
+    model = tuned("llama")
+    phases = [*ONE, lemo.Phase("dense")]
+    controller = lemo.apply(model, settings(phases=phases))
+    controller.total_steps = 4
+    kept = []
+    for _ in range(4):
+        gradients(model, batch("plain"))
+        kept.append(controller.kept_ratios)
+        controller.step()
+    assert all(max(k) < 1 for k in kept[:2])
+    assert kept[2:] == [[1.0] * 3] * 2
+    assert controller.report()["mode"] == "dense"
+
+
+def test_trainer(tmp_path):
+    model = tuned("llama")
+    controller = lemo.apply(model, settings(phases=[*ONE, lemo.Phase("dense")]))
+    torch.manual_seed(0)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (16, 24)).tolist()]
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((controller.report()["mode"], controller.micro_batch))
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data[:2],
+        callbacks=[controller.callback(), Watch()],
+    )
+    trainer.train()
+    assert seen == [("skip", 2)] * 2 + [("dense", 2)] * 2
+    logs = [entry for entry in trainer.state.log_history if "lemo_kept" in entry]
+    assert [entry["lemo_phase"] for entry in logs] == [0, 0, 1, 1]
+    loss = trainer.evaluate()["eval_loss"]
+    lemo.remove(model)
+    assert trainer.evaluate()["eval_loss"] == loss
+
+
+@pytest.mark.parametrize("options", [{}, {"carry": True}, {"dense_layers": 1}, {"dense_layers": 1, "carry": True}])
+def test_update_norm(options):
+    model = tuned("llama", layers=4)
+    phase = lemo.Phase("skip", keep=0.5, policy="update_norm", policy_options=options)
+    controller = lemo.apply(model, settings(phases=[phase]))
+    policy = controller._policies[0]
+    chosen = []
+    original = policy.choose
+    policy.choose = lambda i, x: chosen.append(original(i, x)) or chosen[-1]
+    gradients(model, batch("plain"))
+    lists = [attention.blocks.tolist() for attention, _ in chosen]
+    first = options.get("dense_layers", 0)
+    assert controller.kept_ratios[:first] == [1.0] * first
+    assert max(controller.kept_ratios[first:]) < 1
+    if not options.get("carry"):  # who is out stays out
+        assert all(later == lists[first] for later in lists[first:])
+
+
+@pytest.mark.parametrize("policy", ["random", "sampled", "exact", "update_norm"])
+def test_policies_draw_from_the_seed(policy):
+    def kept(seed):
+        model = tuned("llama")
+        phase = lemo.Phase("skip", keep=0.5, policy=policy)
+        controller = lemo.apply(model, settings(phases=[phase], seed=seed, always_first=0))
+        return gradients(model, batch("plain"))[0], controller.kept_ratios
+
+    assert kept(1) == kept(1)
+    assert (kept(1)[0] == kept(2)[0]) == (policy == "exact")
+    assert kept(1)[1] == [pytest.approx(9 / 15)] * 3  # floor(0.5 * 5 + 0.5) of 5 blocks in each of 3 rows
+
+
+def test_random_shared_is_one_draw_for_all_layers():
+    policy = make_policy("random", {"shared": True})
+    policy.context = type("C", (), {"seed": 9})
+    assert policy.seed(0) == policy.seed(5)
+    assert make_policy("random", {}).__class__ is policy.__class__
+    assert len({mix_seed(0, step, layer) for step in range(50) for layer in range(50)}) == 2500
+
+
+def bad_model(kind):
+    if kind == "family":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11))
+    if kind == "head":
+        return transformers.LlamaModel(base("llama").config)
+    options = {"post_norm": {"do_layer_norm_before": False}, "layerdrop": {"layerdrop": 0.1}}
+    if kind in options:
+        return base("opt", **options[kind])
+    if kind == "projected":
+        return base("opt", word_embed_proj_dim=16)
+    return base("llama" if kind == "attention_dropout" else "opt", attention_dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("family", ["GPT2LMHeadModel", "LlamaForCausalLM", "OPTForCausalLM"]),
+        ("head", ["LlamaModel", "LlamaForCausalLM"]),
+        ("post_norm", ["do_layer_norm_before", "350m"]),
+        ("projected", ["word_embed_proj_dim"]),
+        ("layerdrop", ["LayerDrop", "0"]),
+        ("attention_dropout", ["attention_dropout=0.1", "0"]),
+    ],
+)
+def test_unsupported_models(kind, words):
+    model = bad_model(kind)
+    before = model.__dict__.keys()
+    with pytest.raises(ValueError) as error:
+        lemo.apply(model, settings())
+    assert all(word in str(error.value) for word in words)
+    assert model.__dict__.keys() == before
+
+
+def test_unsupported_transformers(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.30.1")
+    with pytest.raises(ValueError, match=r"transformers from 5.*4\.30\.1"):
+        lemo.apply(base("llama"), settings())
+
+
+def test_twice_and_not_at_all():
+    model = base("llama")
+    with pytest.raises(ValueError, match="not applied"):
+        lemo.remove(model)
+    lemo.apply(model, settings())
+    with pytest.raises(ValueError, match="already applied"):
+        lemo.apply(model, settings())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: lemo.Phase("sparse"), ["Phase.mode", "skip, backward, dense"]),
+        (lambda: lemo.Phase(keep=1.5), ["Phase.keep", "1.5"]),
+        (lambda: lemo.Phase("dense", keep=0.5), ["Phase.keep", "dense"]),
+        (lambda: lemo.Phase(share=0), ["Phase.share"]),
+        (lambda: lemo.Phase(policy="best"), ["Phase.policy", "update_norm"]),
+        (lambda: lemo.Phase(weighted=True), ["Phase.weighted", "backward"]),
+        (lambda: lemo.Phase("backward", mlp_keep=0.5), ["Phase.mlp_keep", "skip"]),
+        (lambda: lemo.Phase(select="threshold", policy="random"), ["threshold", "predictors"]),
+        (lambda: settings(block_size=0), ["block_size", "0"]),
+        (lambda: settings(recompute="some"), ["recompute", "attention"]),
+        (lambda: settings(phases=[]), ["phases", "empty"]),
+        (lambda: settings(phases=["skip"]), ["phases", "str"]),
+        (lambda: settings(phases=[lemo.Phase(policy="predictors")]), ["calibration", "lemo calibrate"]),
+        (lambda: settings(phases=[lemo.Phase(select="threshold")]), ["calibration"]),
+        (lambda: lemo.LemoConfig.from_dict({"blocksize": 3}), ["blocksize", "block_size"]),
+        (lambda: lemo.apply(base("llama"), {"keep": 1}), ["LemoConfig", "dict"]),
+        (lambda: lemo.apply(base("llama"), settings(layers=[7])), ["layers", "7"]),
+        (lambda: make_policy("random", {"extra": 1}), ["random", "extra"]),
+        (lambda: make_policy("sampled", {"floor": 0.0}), ["floor"]),
+    ],
+)  # fmt: skip
+def test_bad_settings(make, words):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention_mask": torch.ones(3, 1, 37, 37)}, ["attention_mask", "[3, 37]"]),
+        ({"attention_mask": torch.tensor([[1] * 37, [0] * 37, [1] * 37])}, ["row 1", "empty"]),
+        ({"cu_seq_lens_q": torch.tensor([0, 5, 5, 111])}, ["at least one token"]),
+        ({"seq_lens": [10, 20]}, ["111", "30"]),
+        ({"position_ids": torch.arange(5)[None]}, ["position_ids", "[3, 37]"]),
+        ({"labels": torch.ones(3, 5, dtype=torch.long)}, ["labels", "[3, 37]"]),
+        ({"output_hidden_states": True}, ["output_hidden_states", "eval"]),
+        ({"inputs_embeds": torch.ones(3, 37, 32)}, ["exactly one"]),
+    ],
+)
+def test_bad_batches(change, words):
+    model = tuned("llama")
+    lemo.apply(model, settings())
+    with pytest.raises(ValueError) as error:
+        model.get_base_model()(**{**batch("plain"), **change})
+    assert all(word in str(error.value) for word in words)
+
+
+def test_wrong_precision_and_dropout_in_backward_mode():
+    model = base("llama").bfloat16().train()
+    lemo.apply(model, settings())
+    with pytest.raises(ValueError, match=r"float32 on the CPU.*bfloat16"):
+        model(**batch("plain"))
+    model = tuned("opt", dropout=0.1)
+    lemo.apply(model, settings(phases=[lemo.Phase("backward", keep=0.5)]))
+    with pytest.raises(ValueError, match="dropout"):
+        model(**batch("plain"))
+
+
+def test_config_survives_json():
+    import json
+
+    config = settings(phases=[lemo.Phase("backward", policy="random", weighted=True, policy_options={"shared": True})])
+    again = lemo.LemoConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.phases[0].policy_options == {"shared": True}

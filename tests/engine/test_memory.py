@@ -1,0 +1,107 @@
+"""What a step saves for its backward pass, counted, against the documented formula."""
+
+import lemo
+import lemo.engine
+import pytest
+import torch
+from lemo.memory import layer_shape, saved_bytes
+from models import ATTENTION, LINEARS, base, lora
+
+BLOCK, CONTEXT, LAYERS = 8, 128, 3
+
+
+def tensors_of(value, seen):
+    """Tensors reachable from records, without looking into the model."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors_of(v, seen)
+    elif isinstance(value, (lemo.engine.Record, lemo.engine.Rows)) and id(value) not in seen:
+        seen.add(id(value))
+        for v in vars(value).values():
+            yield from tensors_of(v, seen)
+
+
+def count(model, settings, monkeypatch):
+    """Bytes of unique storages that the layers hold after a forward pass: graphs' saved tensors and the records'.
+
+    Storages that died in the forward pass are not saved; parameters and what belongs to the step are not the layers'.
+    """
+    packs, records = [], []
+    original = lemo.engine.forward
+
+    def spy(step, x):
+        def pack(t):
+            packs.append(t.detach())
+            return len(packs) - 1
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: packs[i]):
+            result = original(step, x)
+        shared.extend([x, *(step.tables or ())])
+        records.extend(result)
+        return result
+
+    shared = list(model.parameters())
+    monkeypatch.setattr(lemo.engine, "forward", spy)
+    controller = lemo.apply(model, settings)
+    ids = torch.randint(3, 80, (2, CONTEXT // 2))
+    model(input_ids=ids, labels=ids)
+    everything = all(r == 1.0 for r in controller.kept_ratios)
+    held = [*packs, *tensors_of(records, set())]
+    if everything:  # the lists are the step's then
+        shared.extend(t for r in records for t in (r.rows.rows, r.rows.cu_seqlens))
+    owned = {t.untyped_storage().data_ptr() for t in shared}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t.numel()}
+    rows = [r.rows.count for r in records]
+    return sum(n for p, n in storages.items() if p not in owned), rows, everything
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("where", ["attention", "all"])
+def test_skip(family, recompute, keep, where, monkeypatch):
+    targets = ATTENTION[family] if where == "attention" else LINEARS[family]
+    model = lora(base(family, layers=LAYERS), targets).train()
+    phase = lemo.Phase("skip", keep=keep, policy="random")
+    got, rows, everything = count(
+        model, lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[phase]), monkeypatch
+    )
+    assert rows == [keep * CONTEXT] * LAYERS
+    shape = layer_shape(model.config, element=4, lora_rank=4, lora_targets=targets)
+    expected = [saved_bytes(shape, m, recompute=recompute, documents=2, everything=everything) for m in rows]
+    assert got == sum(expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("keep", [0.5, 0.25])
+def test_backward(weighted, keep, monkeypatch):
+    model = lora(base("llama", layers=LAYERS), ATTENTION["llama"]).train()
+    phase = lemo.Phase("backward", keep=keep, policy="random", weighted=weighted)
+    got, rows, _ = count(model, lemo.LemoConfig(block_size=BLOCK, phases=[phase]), monkeypatch)
+    shape = layer_shape(model.config, element=4, lora_rank=4, lora_targets=ATTENTION["llama"])
+    expected = [
+        saved_bytes(shape, m, recompute="none", mode="backward", blocks=m // BLOCK, documents=2, weighted=weighted)
+        for m in rows
+    ]
+    assert got == sum(expected)
+
+
+def test_estimate_of_a_real_shape():
+    """Llama-3-8B at 64K: full recomputation saves 8 KiB per kept token and layer (and its row)."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256,
+    )  # fmt: skip
+    tokens = 65536
+    phases = [lemo.Phase("skip", keep=0.5), lemo.Phase("backward", keep=0.5)]
+    result = lemo.estimate(config, lemo.LemoConfig(phases=phases, recompute="full"), tokens)
+    skip, backward = result["phases"]
+    assert skip["saved"] == 32 * (tokens // 2 * (8192 + 4) + 8)
+    assert backward["saved"] > 1.9 * skip["saved"]
+    assert 14.5e9 < skip["weights"] < 17e9
+    assert result["peak"] == max(skip["peak"], backward["peak"])
+    assert "largest phase" in str(result)
