@@ -7,6 +7,7 @@ unless the module trains and gradients are on, so evaluation and `generate` run 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 import logging
 import types
@@ -329,13 +330,10 @@ def _unpatch(module: nn.Module) -> None:
 
 
 def _check_version() -> None:
-    import transformers
-
-    major = int(transformers.__version__.split(".")[0])
-    if not _TRANSFORMERS[0] <= major < _TRANSFORMERS[1]:
+    version = importlib.metadata.version("transformers")
+    if not _TRANSFORMERS[0] <= int(version.split(".")[0]) < _TRANSFORMERS[1]:
         raise UnsupportedModelError(
-            f"lemo supports transformers from {_TRANSFORMERS[0]}.0 and below {_TRANSFORMERS[1]}.0; installed is "
-            f"{transformers.__version__}"
+            f"lemo supports transformers from {_TRANSFORMERS[0]}.0 and below {_TRANSFORMERS[1]}.0; installed is {version}"
         )
 
 

@@ -211,9 +211,10 @@ def test_unsupported_models(kind, words):
 
 
 def test_unsupported_transformers(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.30.1")
+    model = base("llama")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "4.30.1")
     with pytest.raises(ValueError, match=r"transformers from 5.*4\.30\.1"):
-        lemo.apply(base("llama"), settings())
+        lemo.apply(model, settings())
 
 
 def test_twice_and_not_at_all():
