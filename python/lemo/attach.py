@@ -333,7 +333,8 @@ def _check_version() -> None:
     version = importlib.metadata.version("transformers")
     if not _TRANSFORMERS[0] <= int(version.split(".")[0]) < _TRANSFORMERS[1]:
         raise UnsupportedModelError(
-            f"lemo supports transformers from {_TRANSFORMERS[0]}.0 and below {_TRANSFORMERS[1]}.0; installed is {version}"
+            f"lemo supports transformers from {_TRANSFORMERS[0]}.0 and below {_TRANSFORMERS[1]}.0; installed is "
+            f"{version}"
         )
 
 
