@@ -112,7 +112,11 @@ class PredictorNetwork(nn.Module):
 
     def pooled(self, second: Tensor, blocks: Blocks, side: str) -> Tensor:
         """Block vectors y [nb, c] from the second hidden activation [T, s]."""
-        return F.linear(_pool(second, blocks, self.pool), self.weights(side)[2])
+        return F.linear(self.pool_block(second, blocks), self.weights(side)[2])
+
+    def pool_block(self, second: Tensor, blocks: Blocks) -> Tensor:
+        """p [nb, s] from the second hidden activation [T, s]."""
+        return _pool(second, blocks, self.pool)
 
     def scores(self, x: Tensor, blocks: Blocks) -> Tensor:
         """Predicted informativeness [nb] float32 of every block."""

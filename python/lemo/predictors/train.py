@@ -7,7 +7,8 @@ a document that was read once trains them several times.
 
 Training minimises, per layer and document, twice one minus the correlation of predicted and exact block scores (what
 ranking blocks needs) plus a weak regression onto the exact scores in units of the layer's mean score (which gives
-predicted scores one scale in all documents, so that one threshold serves them). Predictions are always plain column
+predicted scores one scale in all documents, so that one threshold serves them). It starts from a closed form: see
+``init``. Predictions are always plain column
 sums, also where the exact scores are normalised: the residual stream says little about position, and the number of
 query blocks behind a block is how a predictor knows it.
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from lemo.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
+from lemo.predictors.init import fit_outputs, refit_outputs
 from lemo.predictors.network import ALIGNMENT, PredictorNetwork, informativeness
 from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.report import Tally, compare
@@ -36,6 +38,7 @@ from lemo.predictors.thresholds import search_thresholds
 _HELD_OUT = 8  # one document in this many is never trained on: thresholds and the report come from these
 _SCALE_WEIGHT = 0.1
 _STEP_ROWS = 8192
+_START_DOCUMENTS = 24  # what the closed-form start and pruning are solved from
 _PRUNE_AT = (0.4, 0.55, 0.7)  # shares of the steps: late enough to know which units fire, early enough to recover
 
 
@@ -80,8 +83,7 @@ class _Trainer:
             * min(1.0, (index + 1) / min(20, self.steps))
             * (0.52 + 0.48 * math.cos(math.pi * index / self.steps))
         )
-        device = samples[0].rows[0].device
-        blocks = Blocks.from_lengths([s.rows[0].shape[0] for s in samples], self.tokens, device)
+        blocks = self.blocks(samples)
         total = 0.0
         for i, (network, optimizer) in enumerate(zip(self.networks, self.optimizers, strict=True)):
             for group in optimizer.param_groups:
@@ -102,10 +104,38 @@ class _Trainer:
             raise FloatingPointError(f"calibration step {index}: the loss is not finite; lower the learning rate")
         return total / len(self.networks)
 
-    def prune(self, remove: float, multiple: int) -> None:
+    @torch.no_grad()
+    def pooled(self, layer: int, samples: list[_Sample]) -> dict[str, Tensor]:
+        """By side, p [nb, s] of all samples."""
+        network = self.networks[layer]
+        parts: dict[str, list[Tensor]] = {"q": [], "k": []}
+        for sample in samples:
+            rows = sample.rows[layer]
+            blocks = Blocks.from_lengths([rows.shape[0]], self.tokens, rows.device)
+            for side, pooled in parts.items():
+                pooled.append(network.pool_block(network.hidden(rows.float(), side)[1], blocks))
+        return {side: torch.cat(p) for side, p in parts.items()}
+
+    def blocks(self, samples: list[_Sample]) -> Blocks:
+        rows = [s.rows[0] for s in samples]
+        return Blocks.from_lengths([r.shape[0] for r in rows], self.tokens, rows[0].device)
+
+    def start(self, samples: list[_Sample]) -> None:
+        """Scales of the exact scores, and the closed-form start of every layer, from the first documents."""
+        blocks = self.blocks(samples)
+        for i, network in enumerate(self.networks):
+            exact = torch.cat([s.exact[i] for s in samples])
+            self.scale[i] = max(float(exact.mean()), 1e-12)
+            fit_outputs(network, self.pooled(i, samples), exact / self.scale[i], blocks)
+
+    def prune(self, remove: float, multiple: int, samples: list[_Sample]) -> None:
+        blocks = self.blocks(samples)
         chosen = choose_units(self.activities, remove, multiple)
-        for network, optimizer, kept in zip(self.networks, self.optimizers, chosen, strict=True):
+        for i, (network, optimizer, kept) in enumerate(zip(self.networks, self.optimizers, chosen, strict=True)):
+            before = self.pooled(i, samples)
+            vectors = {side: p @ getattr(network, f"w{side}3").detach().T for side, p in before.items()}
             prune(network, optimizer, kept)
+            refit_outputs(network, self.pooled(i, samples), vectors, blocks)
         for activity in self.activities:
             activity.reset()
 
@@ -168,7 +198,7 @@ def calibrate(
     features: int = 32,
     pool: str = "max",
     normalize: bool = False,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 3e-4,
     batch_size: int | None = None,
     max_documents: int = 64,
     tokens_per_block: int | None = None,
@@ -231,7 +261,7 @@ def calibrate(
     each = 1 - (1 - remove) ** (1 / max(len(prune_steps), 1))
     for step in range(steps):
         # Documents arrive evenly over the first half of the steps; the first ones before training starts.
-        due = min(max_documents, max(2 * (batch_size or 4), math.ceil(2 * max_documents * (step + 1) / steps)))
+        due = min(max_documents, max(_START_DOCUMENTS, math.ceil(2 * max_documents * (step + 1) / steps)))
         while more and collector.count < due:
             more = collector.read()
         if step == 0:
@@ -240,15 +270,14 @@ def calibrate(
                     f"batches: expected at least 2 documents longer than a block of {block_size} tokens, "
                     f"got {collector.count}; give more text or a smaller block size"
                 )
-            trainer.scale = [
-                max(float(torch.cat([s.exact[i] for s in collector.train]).mean()), 1e-12) for i in range(len(networks))
-            ]
+            trainer.start(collector.train)
             longest = max(s.rows[0].shape[0] for s in collector.train)
             per_step = batch_size or max(1, min(4, _STEP_ROWS // longest))
         samples = draw.choices(collector.train, k=per_step)
         losses.append(trainer.step(step, samples))
         if step in prune_steps:
-            trainer.prune(each, ALIGNMENT if step == max(prune_steps) else 1)
+            recent = collector.train[-_START_DOCUMENTS:]
+            trainer.prune(each, ALIGNMENT if step == max(prune_steps) else 1, recent)
         bar(1, losses[-1])
     bar(0, None)
 
