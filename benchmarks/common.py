@@ -59,8 +59,19 @@ def header() -> dict[str, Any]:
         "versions": versions,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv),
     }
+
+
+def command(arguments: Sequence[str]) -> str:
+    """How to run it again: no result path, and files by name, wherever this machine had them."""
+    words = []
+    skip = False
+    for word in arguments:
+        if not skip and word != "--out":
+            words.append(Path(word).name if Path(word).is_absolute() else word)
+        skip = word == "--out"
+    return " ".join(["python", *words])
 
 
 def write_results(name: str | Path, rows: Sequence[dict[str, Any]], **more: Any) -> Path:

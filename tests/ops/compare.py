@@ -6,6 +6,8 @@ import oracle
 import torch
 from torch import Tensor
 
+FP32_ROUNDINGS = 16 * torch.finfo(torch.float32).eps
+
 
 def error(actual: Tensor, exact: Tensor) -> float:
     """The largest absolute difference; NaN anywhere is infinite."""
@@ -28,7 +30,11 @@ def check_single(case, device: str = "cpu") -> None:
 
 
 def check_half(case, dtype: torch.dtype, device: str = "cuda") -> None:
-    """fp16 and bf16 kernels: at most twice the error of plain torch in that dtype, plus one rounding of the largest."""
+    """fp16 and bf16 kernels: at most twice the error of plain torch in that dtype, plus one rounding of the largest.
+
+    Where the exact result is zero because two fp32 sums cancel, as for the query of a document of one token, neither
+    of these leaves room for the order of those sums: a few fp32 roundings of numbers near 1 do.
+    """
     tensors = case.inputs(device, dtype)
     actual, exact = case.run(tensors), case.expect(tensors)
     with oracle.precision(dtype):
@@ -37,5 +43,5 @@ def check_half(case, dtype: torch.dtype, device: str = "cuda") -> None:
     for name, result in actual.items():
         assert result.shape == exact[name].shape, name
         largest = exact[name].abs().max().item() if result.numel() else 0.0
-        allowed = 2 * error(plain[name], exact[name]) + torch.finfo(dtype).eps * largest
+        allowed = 2 * error(plain[name], exact[name]) + torch.finfo(dtype).eps * largest + FP32_ROUNDINGS
         assert error(result, exact[name]) <= allowed, f"{name}: {error(result, exact[name]):.3g} > {allowed:.3g}"
