@@ -1,0 +1,159 @@
+"""Writes the measured figures of benchmarks/results/ into README.md and docs/performance.md, between their markers.
+
+No figure in those pages is typed by hand, and a test fails where a page and the result files differ.
+
+  python benchmarks/summary.py            # rewrite the pages
+  python benchmarks/summary.py --check    # exit 1 where a page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
+
+
+def source(name: str, result: dict[str, Any]) -> str:
+    gpu, versions = result["gpu"], result["versions"]
+    return (
+        f"`benchmarks/results/{name}.json`: {gpu}, torch {versions['torch']}, commit {result['commit']}, "
+        f"{result['date'][:10]}; `{result['command']}`"
+    )
+
+
+def activation() -> list[str]:
+    name = "activation-h200"
+    if (result := load(name)) is None:
+        return []
+    lines = ["**One LoRA step, Llama-3-8B shape, no recomputation** (both in one call)", ""]
+    rows = [
+        [
+            row["method"] + (f", skip, keep {row['keep']:g}" if "keep" in row else ""),
+            f"{row['context']:,}",
+            f"{row['step_ms']:.0f} ms",
+            f"{row['time_ratio']:.2f} x",
+            f"{row['activation_mib']:,} MiB",
+            f"{row['activation_ratio']:.2f} x",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["", "tokens", "step", "time", "activations (peak - weights)", "ratio"]
+    return [*lines, *markdown(header, rows), "", source(name, result), ""]
+
+
+def equivalence() -> list[str]:
+    lines = []
+    for name in ("equivalence-cpu", "equivalence-h200"):
+        if (result := load(name)) is None:
+            continue
+        worst = max(row["error"] / row["limit"] for row in result["rows"])
+        kinds = sorted({f"{row['family']} {row['dtype']}" for row in result["rows"]})
+        passed = sum(row["ok"] for row in result["rows"])
+        lines.append(
+            f"- {', '.join(kinds)}: {passed} of {len(result['rows'])} within the limit, worst at {worst:.2f} of it "
+            f"({source(name, result)})"
+        )
+    if not lines:
+        return []
+    title = "**Everything kept = the dense model** (logits and LoRA gradients; limits: 1e-5 in fp32, twice the dense "
+    return [title + "model's own error in bf16)", "", *lines, ""]
+
+
+def quality() -> list[str]:
+    lines = []
+    titles = {"A": "context extension 2048 -> 8192", "B": "domain adaptation to unseen code"}
+    for setting, title in titles.items():
+        name = f"quality-{setting}"
+        if (result := load(name)) is None:
+            continue
+        rows = [
+            [row["name"], str(row["steps"]), f"{row['cost']:g}", f"{row['gap_percent']:+.1f} %"]
+            for row in result["rows"]
+            if "gap_percent" in row
+        ]
+        lines += [f"**Adapter quality, a 46M-parameter Llama, {title}** (evaluated densely; perplexity against dense "]
+        lines[-1] += "LoRA, mean over nine domains; one seed, noise about 0.25 %)"
+        lines += ["", *markdown(["training", "steps", "cost in dense steps", "perplexity"], rows), ""]
+        lines += [source(name, result) + (f". {result['note']}" if "note" in result else ""), ""]
+    return lines
+
+
+def recall() -> list[str]:
+    name = "recall-lm46"
+    if (result := load(name)) is None:
+        return []
+    rows = [
+        [f"{row['keep']:g}", f"{100 * row['recall']:.1f} %", f"{100 * row['position_recall']:.1f} %"]
+        for row in result["mean"]
+    ]
+    header = ["keep", "recall", "recall of the earliest blocks, no predictor"]
+    title = "**Predictors, recall of the blocks that exact scores keep** (dev text, mean over layers)"
+    return [title, "", *markdown(header, rows), "", source(name, result), ""]
+
+
+def operations() -> list[str]:
+    name = "ops-h200"
+    if (result := load(name)) is None:
+        return []
+    rows = [
+        [
+            row["op"],
+            row["case"],
+            f"{row['ms']:.3f}",
+            row["peer"],
+            f"{row['peer_ms']:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['tflops']:.0f}" if row.get("tflops") else "",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["op", "case", "ms", "peer", "peer ms", "ratio", "TFLOP/s"]
+    return [*markdown(header, rows), "", "Ratio above 1: ours is faster. " + source(name, result), ""]
+
+
+def blocks() -> dict[Path, list[str]]:
+    return {
+        ROOT / "README.md": [*activation(), *quality(), *recall(), *equivalence()],
+        ROOT / "docs" / "performance.md": operations(),
+    }
+
+
+def rewritten(page: Path, lines: list[str]) -> str:
+    begin, end = "<!-- measured: benchmarks/summary.py -->", "<!-- end of measured -->"
+    head, rest = page.read_text().split(begin)
+    tail = rest.split(end)[1]
+    return head + begin + "\n" + "\n".join(lines) + end + tail
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = []
+    for page, lines in blocks().items():
+        text = rewritten(page, lines)
+        if text != page.read_text():
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(text)
+    if stale:
+        print(("out of date: " if args.check else "rewritten: ") + ", ".join(stale))
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
