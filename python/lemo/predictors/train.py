@@ -72,7 +72,7 @@ class _Trainer:
 
     def __init__(self, networks: list[PredictorNetwork], lr: float, steps: int, tokens: int) -> None:
         self.networks, self.lr, self.steps, self.tokens = networks, lr, steps, tokens
-        self.optimizers = [torch.optim.Adam(n.parameters(), lr=lr, betas=(0.9, 0.99)) for n in networks]
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.activities = [Activity() for _ in networks]
         self.scale = [0.0] * len(networks)
 
@@ -87,7 +87,7 @@ class _Trainer:
         total = 0.0
         for i, (network, optimizer) in enumerate(zip(self.networks, self.optimizers, strict=True)):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["base"]
             z = torch.cat([s.rows[i] for s in samples]).float()
             exact = torch.cat([s.exact[i] for s in samples]) / self.scale[i]
             vectors: list[Tensor] = []
@@ -127,6 +127,12 @@ class _Trainer:
             exact = torch.cat([s.exact[i] for s in samples])
             self.scale[i] = max(float(exact.mean()), 1e-12)
             fit_outputs(network, self.pooled(i, samples), exact / self.scale[i], blocks)
+            # Adam's steps have one size for all weights of a matrix; the matrices' own sizes differ a hundredfold.
+            groups = [
+                {"params": [p], "base": float(p.detach().square().mean().sqrt()), "lr": 0.0}
+                for p in network.parameters()
+            ]
+            self.optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99)))
 
     def prune(self, remove: float, multiple: int, samples: list[_Sample]) -> None:
         blocks = self.blocks(samples)
@@ -198,7 +204,7 @@ def calibrate(
     features: int = 32,
     pool: str = "max",
     normalize: bool = False,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 2e-2,
     batch_size: int | None = None,
     max_documents: int = 64,
     tokens_per_block: int | None = None,
@@ -214,7 +220,8 @@ def calibrate(
     block_size: tokens per block; keep: share of blocks that thresholds and budgets shall keep, on average over layers;
     steps: optimizer steps; context: documents are cut to it; rank, features: sizes of the networks before pruning;
     pool: "mean" or "max" over a block's tokens; normalize: learn the exact scores divided by the number of query
-    blocks; batch_size: documents per step (default: as many as hold 8192 rows, at
+    blocks; learning_rate: of Adam, in root mean squares of each matrix at the start; batch_size: documents per step
+    (default: as many as hold 8192 rows, at
     most 4); max_documents: documents the model reads, one in eight held out;
     tokens_per_block: rows drawn from each block in training (default all; with pool "mean" a sample of them trains
     nearly as well for its share of the cost); remove: share of hidden units to prune;
