@@ -82,7 +82,7 @@ def test_equal_cost(seconds, dense, skip):
     assert plan.dense_cost - plan.eliminated_cost < skip + 1e-9  # less than one more step of the cheap kind
     share = plan.skip_steps * skip / plan.eliminated_cost
     assert abs(share - 0.7) < 0.1
-    assert plan.schedule() == f"skip:0.5@{plan.skip_steps},dense@{plan.exact_steps}"
+    assert plan.schedule("random") == f"skip:0.5:random@{plan.skip_steps},dense@{plan.exact_steps}"
 
 
 def test_equal_cost_rejects_times_that_cannot_be():
@@ -95,7 +95,7 @@ def test_schedule_gives_the_planned_steps():
     from lemo.settings import parse_schedule
 
     plan = load("run").equal_cost(60, 1.5, 0.6)
-    schedule = Schedule(parse_schedule(plan.schedule()))
+    schedule = Schedule(parse_schedule(plan.schedule("update_norm")))
     modes = [schedule.phase(step, plan.steps).mode for step in range(plan.steps)]
     assert modes == ["skip"] * plan.skip_steps + ["dense"] * plan.exact_steps
 
