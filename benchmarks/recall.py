@@ -9,6 +9,7 @@ calibrated budget and a tighter one. `position_recall` is what keeping the earli
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import table, write_results
+
+# "dense": layers see what the frozen model shows them; "with elimination": what they see in training, where blocks that
+# the exact scores did not choose were left out of the layers before.
+READINGS = ("dense", "with elimination")
 
 
 def windows(path: str, context: int) -> np.ndarray:
@@ -88,20 +93,21 @@ def main() -> None:
         held = windows(path, args.context)
         picked = held[np.linspace(0, len(held) - 1, min(len(held), args.dev_windows)).astype(int)]
         pieces = [torch.from_numpy(w.astype(np.int64)) for w in picked]
-        for report in evaluate_budgets(model, predictors, pieces, args.keep):
-            for layer, row in enumerate(report["layers"]):
-                rows.append({"file": Path(path).stem, "keep": report["keep"], "layer": layer, **row})
+        for reading in READINGS:
+            eliminating = reading == "with elimination"
+            for report in evaluate_budgets(model, predictors, pieces, args.keep, eliminating=eliminating):
+                place = {"file": Path(path).stem, "reading": reading, "keep": report["keep"]}
+                rows += [{**place, "layer": layer, **row} for layer, row in enumerate(report["layers"])]
     summary = []
-    for keep in args.keep:
-        per_keep = [r for r in rows if r["keep"] == keep]
-        layers = sorted({r["layer"] for r in per_keep})
+    for reading, keep in itertools.product(READINGS, args.keep):
+        chosen = [r for r in rows if r["keep"] == keep and r["reading"] == reading]
+        place = {"reading": reading, "keep": keep}
         by_layer = [
-            {"keep": keep, "layer": i}
-            | {c: float(np.mean([r[c] for r in per_keep if r["layer"] == i])) for c in columns}
-            for i in layers
+            {**place, "layer": i} | {c: float(np.mean([r[c] for r in chosen if r["layer"] == i])) for c in columns}
+            for i in sorted({r["layer"] for r in chosen})
         ]
-        summary.append({"keep": keep, "layer": "mean"} | {c: float(np.mean([r[c] for r in by_layer])) for c in columns})
-        print(table([*by_layer, summary[-1]], ("keep", "layer", *columns)))
+        summary.append({**place, "layer": "mean"} | {c: float(np.mean([r[c] for r in by_layer])) for c in columns})
+        print(table([*by_layer, summary[-1]], ("reading", "keep", "layer", *columns)))
     print(format_report(predictors.report))
     parameters = predictors.report["parameters"]
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "train", "dev", "out", "save")}
@@ -109,6 +115,8 @@ def main() -> None:
         args.out,
         rows,
         model=Path(args.model).name,
+        # Where the files lie on this machine is nobody's concern.
+        command=" ".join(["python", "benchmarks/recall.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
         settings=settings,
         mean=summary,
         parameters={k: sum(v) for k, v in parameters.items()},

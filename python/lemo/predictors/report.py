@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lemo.layout import Blocks, kept_per_document
 from lemo.predictors.network import visible_queries
 from lemo.predictors.store import PredictorSet
-from lemo.predictors.teacher import Teacher, documents
+from lemo.predictors.teacher import Consumer, Teacher, documents
 
 
 def top(scores: Tensor, count: int, first: int = 1) -> Tensor:
@@ -106,11 +106,13 @@ def evaluate_recall(
     context: int | None = None,
     max_documents: int | None = None,
     normalize: bool | None = None,
+    eliminating: bool = False,
 ) -> dict[str, Any]:
     """Recall and precision per layer of the blocks that predictors keep, against exact scores, on the given text.
 
     batches: as in ``calibrate``; context: documents are cut to it; normalize: exact scores divided by the number of
-    query blocks (default: as in calibration). Runs the operators that training with elimination runs.
+    query blocks (default: as in calibration); eliminating: the model reads with elimination by the exact choice, so
+    that layers see what they see in mode "skip" (default: densely). Runs the operators that training runs.
 
     Returns {"keep", "documents", "layers": [per layer], "mean": average over layers}; each row has recall and precision
     at the budget, position_recall (what a rule without content reaches), threshold_recall, threshold_precision and
@@ -118,7 +120,7 @@ def evaluate_recall(
     choice would hold.
     """
     pieces = islice(documents(batches, context, predictors.block_size), max_documents)
-    return evaluate_budgets(model, predictors, pieces, (keep,), normalize=normalize)[0]
+    return evaluate_budgets(model, predictors, pieces, (keep,), normalize=normalize, eliminating=eliminating)[0]
 
 
 def evaluate_budgets(
@@ -128,8 +130,9 @@ def evaluate_budgets(
     keeps: Sequence[float],
     *,
     normalize: bool | None = None,
+    eliminating: bool = False,
 ) -> list[dict[str, Any]]:
-    """``evaluate_recall`` at several budgets in one pass of the model. pieces: documents int64 [T]."""
+    """``evaluate_recall`` at several budgets, densely in one pass of the model. pieces: documents int64 [T]."""
     for keep in keeps:
         if not 0.0 < keep <= 1.0:
             raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
@@ -141,13 +144,21 @@ def evaluate_budgets(
     placed = predictors.to(device=teacher.device, dtype=dtype)
     tallies = [Tally(predictors.num_layers) for _ in keeps]
 
-    def consume(layer: int, x: Tensor, exact: Tensor, blocks: Blocks) -> None:
-        predicted = placed.scores(layer, x.to(dtype), blocks)
-        for keep, tally in zip(keeps, tallies, strict=True):
-            tally.add(layer, compare(predicted, exact, blocks, keep, placed.thresholds[layer], normalize))
+    def consumer(wanted: Sequence[float]) -> Consumer:
+        def consume(layer: int, x: Tensor, exact: Tensor, blocks: Blocks) -> None:
+            predicted = placed.scores(layer, x.to(dtype), blocks)
+            for keep, tally in zip(keeps, tallies, strict=True):
+                if keep in wanted:
+                    tally.add(layer, compare(predicted, exact, blocks, keep, placed.thresholds[layer], normalize))
+
+        return consume
 
     for ids in pieces:
-        teacher.read(ids, consume)
+        if eliminating:
+            for keep in keeps:
+                teacher.read_eliminating(ids, consumer((keep,)), keep)
+        else:
+            teacher.read(ids, consumer(keeps))
     return [tally.report(keep) for keep, tally in zip(keeps, tallies, strict=True)]
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo import ops
+from lemo.engine import Step, forward
 from lemo.families import NormWeights, find
-from lemo.layout import Blocks
+from lemo.layout import Blocks, Kept, select
 
 # consume(layer, x [T, d], exact scores float32 [nb], blocks)
 Consumer = Callable[[int, Tensor, Tensor, Blocks], None]
@@ -62,6 +63,44 @@ class Teacher:
             for handle in handles:
                 handle.remove()
             self.model.train(was_training)
+
+    @torch.no_grad()
+    def read_eliminating(self, ids: Tensor, consume: Consumer, keep: float) -> None:
+        """One document with elimination: every layer works on the share ``keep`` of blocks that exact scores choose.
+
+        Predictors meet such a residual stream in training, where eliminated tokens carry what an earlier layer left in
+        them; learned from dense activations alone they score those tokens by chance.
+        """
+        ids = ids.to(self.device)
+        blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
+        disable = getattr(self.model, "disable_adapter", None)
+
+        def choose(index: int, x: Tensor) -> tuple[Kept, Kept]:
+            exact = self.exact(index, x, blocks)
+            consume(index, x, exact, blocks)
+            kept = select(exact, blocks, mode="budget", keep=keep)
+            return kept, kept
+
+        with disable() if disable is not None else contextlib.nullcontext():
+            x = self.family.embed(self.decoder, ids, None, blocks.positions)
+            # The kernels' dtypes: fp32 on the CPU, 16 bits on CUDA.
+            x = x.float() if not x.is_cuda else x.bfloat16() if x.dtype == torch.float32 else x
+            step = Step(
+                family=self.family,
+                layers=self.layers,
+                blocks=blocks,
+                tables=self.family.tables(self.decoder, x, blocks.positions),
+                mode="skip",
+                recompute="full",
+                weighted=False,
+                deterministic=False,
+                random=False,
+                choose=choose,
+                observe=None,
+                borrowed=False,
+                autocast=(x.device.type, x.dtype, False),
+            )
+            forward(step, x.clone())
 
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Exact informativeness float32 [nb] of layer ``index`` for its input x [T, d]."""

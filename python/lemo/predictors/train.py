@@ -150,9 +150,17 @@ class _Collector:
     """Reads documents with the model; keeps samples in a buffer of bounded size and every eighth one held out."""
 
     def __init__(
-        self, teacher: Teacher, source: Iterator[Tensor], network: PredictorNetwork, tokens: int, room: int, seed: int
+        self,
+        teacher: Teacher,
+        source: Iterator[Tensor],
+        network: PredictorNetwork,
+        tokens: int,
+        room: int,
+        seed: int,
+        keep: float,
     ) -> None:
         self.teacher, self.source, self.network, self.tokens, self.room = teacher, source, network, tokens, room
+        self.keep = keep
         self.generator = torch.Generator().manual_seed(seed)
         self.train: list[_Sample] = []
         self.held_out: list[Tensor] = []
@@ -183,7 +191,11 @@ class _Collector:
             sample.rows.append(z.bfloat16())
             sample.exact.append(exact.float().clone())
 
-        self.teacher.read(ids, consume)
+        # Every other document with elimination: what predictors will see in training is not what a dense model shows.
+        if self.count % 2:
+            self.teacher.read_eliminating(ids, consume, self.keep)
+        else:
+            self.teacher.read(ids, consume)
         if sum(t.numel() * 2 for s in [*self.train, sample] for t in s.rows) <= self.room or not self.train:
             self.train.append(sample)
         else:
@@ -221,8 +233,7 @@ def calibrate(
     steps: optimizer steps; context: documents are cut to it; rank, features: sizes of the networks before pruning;
     pool: "mean" or "max" over a block's tokens; normalize: learn the exact scores divided by the number of query
     blocks; learning_rate: of Adam, in root mean squares of each matrix at the start; batch_size: documents per step
-    (default: as many as hold 8192 rows, at
-    most 4); max_documents: documents the model reads, one in eight held out;
+    (default: as many as hold 8192 rows, at most 4); max_documents: documents the model reads, one in eight held out;
     tokens_per_block: rows drawn from each block in training (default all; with pool "mean" a sample of them trains
     nearly as well for its share of the cost); remove: share of hidden units to prune;
     buffer_bytes: bound of the training buffer, beyond which the oldest documents are replaced.
@@ -259,7 +270,9 @@ def calibrate(
     for n in networks:
         n.to(teacher.device)
     trainer = _Trainer(networks, learning_rate, steps, tokens)
-    collector = _Collector(teacher, documents(batches, context, block_size), networks[0], tokens, buffer_bytes, seed)
+    collector = _Collector(
+        teacher, documents(batches, context, block_size), networks[0], tokens, buffer_bytes, seed, keep
+    )
     bar = _progress(progress, steps)
     losses: list[float] = []
     draw = random.Random(seed)
@@ -316,13 +329,23 @@ def _finish(predictors: PredictorSet, teacher: Teacher, held_out: list[Tensor], 
     n = predictors.num_layers
     dtype = torch.float32 if teacher.device.type == "cpu" else torch.bfloat16
     placed = predictors.to(device=teacher.device, dtype=dtype)
-    seen: list[list[tuple[Tensor, Tensor, Blocks]]] = [[] for _ in range(n)]
+    Seen = list[list[tuple[Tensor, Tensor, Blocks]]]
 
-    def consume(layer: int, x: Tensor, exact: Tensor, blocks: Blocks) -> None:
-        seen[layer].append((placed.scores(layer, x.to(dtype), blocks), exact.float().clone(), blocks))
+    def collect(eliminating: bool) -> Seen:
+        seen: Seen = [[] for _ in range(n)]
 
-    for ids in held_out:
-        teacher.read(ids, consume)
+        def consume(layer: int, x: Tensor, exact: Tensor, blocks: Blocks) -> None:
+            seen[layer].append((placed.scores(layer, x.to(dtype), blocks), exact.float().clone(), blocks))
+
+        for ids in held_out:
+            if eliminating:
+                teacher.read_eliminating(ids, consume, keep)
+            else:
+                teacher.read(ids, consume)
+        return seen
+
+    # Thresholds are for training, so for activations with elimination; the report has both.
+    seen = collect(True)
     forced = []
     for rows in seen:
         first = [torch.zeros(b.num_blocks, dtype=torch.bool) for _, _, b in rows]
@@ -335,11 +358,15 @@ def _finish(predictors: PredictorSet, teacher: Teacher, held_out: list[Tensor], 
         forced,
         keep,
     )
-    tally = Tally(n)
-    for i, rows in enumerate(seen):
-        for predicted, exact, blocks in rows:
-            tally.add(i, compare(predicted, exact, blocks, keep, predictors.thresholds[i], teacher.normalize))
-    predictors.report |= tally.report(keep)
+
+    def tallied(seen: Seen) -> dict[str, Any]:
+        tally = Tally(n)
+        for i, rows in enumerate(seen):
+            for predicted, exact, blocks in rows:
+                tally.add(i, compare(predicted, exact, blocks, keep, predictors.thresholds[i], teacher.normalize))
+        return tally.report(keep)
+
+    predictors.report |= tallied(collect(False)) | {"with_elimination": tallied(seen)}
 
 
 def _progress(show: bool, steps: int) -> Any:
