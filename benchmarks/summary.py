@@ -97,10 +97,10 @@ def recall() -> list[str]:
     if (result := load(name)) is None:
         return []
     rows = [
-        [f"{row['keep']:g}", f"{100 * row['recall']:.1f} %", f"{100 * row['position_recall']:.1f} %"]
+        [row["reading"], f"{row['keep']:g}", f"{100 * row['recall']:.1f} %", f"{100 * row['position_recall']:.1f} %"]
         for row in result["mean"]
     ]
-    header = ["keep", "recall", "recall of the earliest blocks, no predictor"]
+    header = ["activations", "keep", "recall", "recall of the earliest blocks, no predictor"]
     title = "**Predictors, recall of the blocks that exact scores keep** (dev text, mean over layers)"
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
