@@ -103,6 +103,11 @@ def perplexity(model, tokens: np.ndarray, context: int) -> float:
     return math.exp(total / count)
 
 
+def dev_perplexity(args: argparse.Namespace, model) -> dict[str, float]:
+    dev = token_files(Path(args.tokens), "dev_", args.eval_tokens)
+    return {name.removeprefix("dev_"): round(perplexity(model, a, args.context), 4) for name, a in dev.items()}
+
+
 def load_base(folder: str, context: int, device: torch.device, dtype: torch.dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -199,17 +204,51 @@ def train_one(args: argparse.Namespace, run: dict) -> dict:
     train_loss = torch.stack(losses[-20:]).mean().item()
     train_s = time.perf_counter() - start
     lemo.remove(model)
-    dev = token_files(Path(args.tokens), "dev_", args.eval_tokens)
     return {
         "name": run["name"],
         "steps": total,
         "cost": round(sum(p["steps"] * COST[p["mode"]] for p in run["phases"]), 1),
         "train_s": round(train_s, 1),
         "train_loss": round(train_loss, 4),
-        "perplexity": {
-            name.removeprefix("dev_"): round(perplexity(model, a, args.context), 4) for name, a in dev.items()
-        },
+        "perplexity": dev_perplexity(args, model),
     }
+
+
+def run_all(args: argparse.Namespace, runs: list[dict], finished: Path, device: torch.device) -> list[dict]:
+    """Every run in a process of its own, `args.jobs` at a time; rows in `finished` are not done again."""
+    known = {r["name"]: r for r in map(json.loads, finished.read_text().splitlines())} if finished.exists() else {}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with tempfile.TemporaryDirectory() as scratch:
+        base, calibration = args.model, Path(scratch) / "calibration"
+        if args.setting == "B":
+            base = str(Path(scratch) / "base")
+            extend_base(args, Path(base), device)
+            name = "base, not adapted"
+            if name not in known:
+                model = load_base(base, args.context, device, dtype)
+                known[name] = {"name": name, "steps": 0, "cost": 0, "perplexity": dev_perplexity(args, model)}
+        if any(p["policy"] in ("predictors", "sampled") for r in runs if r["name"] not in known for p in r["phases"]):
+            calibrate_base(args, base, calibration, device, dtype)
+
+        def child(run: dict) -> dict:
+            if run["name"] in known:
+                return known[run["name"]]
+            command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(run), "--base", base]
+            if calibration.exists():
+                command += ["--calibration", str(calibration)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            for line in done.stdout.splitlines():
+                if line.startswith("ROW "):
+                    print(line, flush=True)
+                    with finished.open("a") as log:
+                        log.write(line[4:] + "\n")
+                    return json.loads(line[4:])
+            print(done.stderr[-3000:], file=sys.stderr, flush=True)
+            return {"name": run["name"], "error": done.stderr.strip().splitlines()[-1][:300]}
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            rows = list(pool.map(child, runs))
+    return [r for r in known.values() if r["name"] == "base, not adapted"] + rows
 
 
 def main() -> None:
@@ -243,47 +282,12 @@ def main() -> None:
         for r in runs_of(args.setting, args.steps)
         if r["name"] == "dense" or not only or any(s in r["name"] for s in only)
     ]
-    with tempfile.TemporaryDirectory() as scratch:
-        base, calibration = args.model, Path(scratch) / "calibration"
-        if args.setting == "B":
-            base = str(Path(scratch) / "base")
-            extend_base(args, Path(base), device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        if any(p["policy"] in ("predictors", "sampled") for r in runs for p in r["phases"]):
-            calibrate_base(args, base, calibration, device, dtype)
-
-        finished = Path(f"{args.out or f'quality-{args.setting}'}.rows.jsonl")
-        known = {r["name"]: r for r in map(json.loads, finished.read_text().splitlines())} if finished.exists() else {}
-
-        def child(run: dict) -> dict:
-            if run["name"] in known:
-                return known[run["name"]]
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(run), "--base", base]
-            command += ["--calibration", str(calibration)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            for line in done.stdout.splitlines():
-                if line.startswith("ROW "):
-                    print(line, flush=True)
-                    with finished.open("a") as log:
-                        log.write(line[4:] + "\n")
-                    return json.loads(line[4:])
-            print(done.stderr[-3000:], file=sys.stderr, flush=True)
-            return {"name": run["name"], "error": done.stderr.strip().splitlines()[-1][:300]}
-
-        with ThreadPoolExecutor(args.jobs) as pool:
-            rows = list(pool.map(child, runs))
-        untrained = None
-        if args.setting == "B":
-            model = load_base(base, args.context, device, dtype)
-            dev = token_files(Path(args.tokens), "dev_", args.eval_tokens)
-            untrained = {n.removeprefix("dev_"): round(perplexity(model, a, args.context), 4) for n, a in dev.items()}
+    rows = run_all(args, runs, Path(f"{args.out or f'quality-{args.setting}'}.rows.jsonl"), device)
     dense = next(r for r in rows if r["name"] == "dense")
     for row in rows:
         if "perplexity" in row:
             ratios = [row["perplexity"][d] / dense["perplexity"][d] for d in dense["perplexity"]]
             row["gap_percent"] = round(100 * (sum(ratios) / len(ratios) - 1), 2)
-    if untrained:
-        rows.insert(0, {"name": "base, not adapted", "steps": 0, "cost": 0, "perplexity": untrained})
     for row in rows:
         print(f"{row['name']:48s} {row.get('steps')!s:>5} {row.get('cost')!s:>6} {row.get('gap_percent')!s:>7}")
     write_results(
@@ -294,7 +298,6 @@ def main() -> None:
         batch=args.batch,
         cost=COST,
     )
-    finished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
