@@ -19,7 +19,6 @@ import io
 import json
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -111,8 +110,8 @@ def load(device: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).to(device)
 
 
-def median_seconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
-    """Median wall-clock seconds of `step`, the first call left out."""
+def shortest_seconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
+    """Wall-clock seconds of the fastest call of `step`: what else the machine does only adds. The first is left out."""
     times = []
     for i in range(repeats + 1):
         begin = time.perf_counter()
@@ -121,10 +120,10 @@ def median_seconds(step: Callable[[], None], device: torch.device, repeats: int)
             torch.cuda.synchronize()
         if i:
             times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return min(times)
 
 
-def step_times(device: torch.device, calibration: Path, repeats: int = 3) -> dict[str, float]:
+def step_times(device: torch.device, calibration: Path, repeats: int = 4) -> dict[str, float]:
     """Seconds of a LoRA step at CONTEXT tokens: `dense`, `skip`, and `plain` (transformers and PEFT without lemo)."""
     import lemo as library
     from peft import LoraConfig, get_peft_model
@@ -140,12 +139,12 @@ def step_times(device: torch.device, calibration: Path, repeats: int = 3) -> dic
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = {"plain": median_seconds(step, device, repeats)}
+    seconds = {"plain": shortest_seconds(step, device, repeats)}
     phases = {"dense": library.Phase("dense"), "skip": library.Phase("skip", keep=KEEP)}
     for name, phase in phases.items():
         settings = library.LemoConfig(block_size=BLOCK, phases=[phase], recompute="none", calibration=calibration)
         library.apply(model, settings)
-        seconds[name] = median_seconds(step, device, repeats)
+        seconds[name] = shortest_seconds(step, device, repeats)
         library.remove(model)
     return seconds
 
