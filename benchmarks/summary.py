@@ -97,7 +97,12 @@ def recall() -> list[str]:
     if (result := load(name)) is None:
         return []
     rows = [
-        [row["reading"], f"{row['keep']:g}", f"{100 * row['recall']:.1f} %", f"{100 * row['position_recall']:.1f} %"]
+        [
+            row.get("reading", "dense"),
+            f"{row['keep']:g}",
+            f"{100 * row['recall']:.1f} %",
+            f"{100 * row['position_recall']:.1f} %",
+        ]
         for row in result["mean"]
     ]
     header = ["activations", "keep", "recall", "recall of the earliest blocks, no predictor"]
