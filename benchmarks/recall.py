@@ -115,8 +115,6 @@ def main() -> None:
         args.out,
         rows,
         model=Path(args.model).name,
-        # Where the files lie on this machine is nobody's concern.
-        command=" ".join(["python", "benchmarks/recall.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
         settings=settings,
         mean=summary,
         parameters={k: sum(v) for k, v in parameters.items()},

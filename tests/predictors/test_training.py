@@ -236,6 +236,19 @@ def test_thresholds_do_not_depend_on_the_scale_of_scores():
     assert big[0] == pytest.approx(1000 * one[0] + 5, rel=1e-6)
 
 
+def test_thresholds_meet_the_target_in_spite_of_outliers():
+    g = torch.Generator().manual_seed(7)
+    p = [torch.randn(192, generator=g) * 1e-3 for _ in range(4)]
+    for scores in p[:3]:
+        scores[5] = -1e4
+    e = [torch.rand(192, generator=g) for _ in p]
+    forced = [torch.zeros(192, dtype=torch.bool)] * 4
+    thresholds, kept = search_thresholds(p, e, forced, 0.5)
+    assert sum(kept) / 4 == pytest.approx(0.5, abs=0.02)
+    for scores, threshold, share in zip(p, thresholds, kept, strict=True):
+        assert (scores >= threshold).float().mean().item() == pytest.approx(share)
+
+
 def test_documents_are_cut_out_of_batches():
     ids = torch.arange(40)
     batch = {

@@ -23,12 +23,16 @@ def fit_outputs(network: PredictorNetwork, pooled: dict[str, Tensor], exact: Ten
     Predicted scores are I(n) = (sum of yq_m over the count_n blocks m >= n) . yk_n. With the first feature of every
     query near 1, the first feature of a key has to be exact(n) / count_n, and its errors weigh count_n in I(n).
 
-    pooled: by side, p [nb, s]; exact: scores [nb] in the units that predictions shall have.
+    pooled: by side, p [nb, s]; exact: scores [nb] in the units that predictions shall have. A document's
+    first block, always kept and often an outlier (attention sinks), does not count.
     """
     count = visible_queries(blocks)
+    choice = torch.ones_like(count)
+    choice[blocks.documents[:-1].long()] = 0
     targets = {"q": torch.ones_like(count), "k": exact / count}
     for side, target in targets.items():
-        row = _solve(pooled[side], target[:, None], count if side == "k" else torch.ones_like(count))[0]
+        weight = count * choice if side == "k" else torch.ones_like(count)
+        row = _solve(pooled[side], target[:, None], weight)[0]
         w3 = getattr(network, f"w{side}3")
         w3.mul_(_REST * row.norm() / w3.norm(dim=1).mean())
         w3[0] = row

@@ -57,8 +57,8 @@ def compare(
         "threshold_hits": hits(reach),
         "threshold_kept": float(reach[1:].sum()),
         "threshold_share": float(reach.sum()),
-        "informativeness": float((exact * ours).sum() / exact.sum().clamp_min(1e-30)),
-        "best": float((exact * truth).sum() / exact.sum().clamp_min(1e-30)),
+        "informativeness": float((exact * ours)[1:].sum() / exact[1:].sum().clamp_min(1e-30)),
+        "best": float((exact * truth)[1:].sum() / exact[1:].sum().clamp_min(1e-30)),
     }
 
 
@@ -90,7 +90,7 @@ class Tally:
                     "threshold_recall": row["threshold_hits"] / true,
                     "threshold_precision": row["threshold_hits"] / max(row["threshold_kept"], 1.0),
                     "threshold_kept": row["threshold_share"] / row["blocks"],
-                    "informativeness_kept": row["informativeness"] / row["best"],
+                    "informativeness_kept": row["informativeness"] / max(row["best"], 1e-30),
                 }
             )
         mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}

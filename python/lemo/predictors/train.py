@@ -51,8 +51,15 @@ class _Sample:
 
 
 def score_loss(predicted: Tensor, exact: Tensor, blocks: Blocks) -> Tensor:
-    """Mean over documents of 2 (1 - correlation) + a regression term. predicted, exact (scaled to mean 1): [nb]."""
-    counts = (blocks.documents[1:] - blocks.documents[:-1]).long()
+    """Mean over documents of 2 (1 - correlation) + a regression term. predicted, exact (scaled to mean 1): [nb].
+
+    The first block of each document does not count: it is kept in any case, and as an attention sink it may score so
+    high that its correlation would be all there is to learn.
+    """
+    choice = torch.ones_like(exact, dtype=torch.bool)
+    choice[blocks.documents[:-1].long()] = False
+    predicted, exact = predicted[choice], exact[choice]
+    counts = (blocks.documents[1:] - blocks.documents[:-1]).long() - 1
     document = torch.repeat_interleave(torch.arange(counts.shape[0], device=exact.device), counts)
 
     def mean(values: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ class _Trainer:
         blocks = self.blocks(samples)
         for i, network in enumerate(self.networks):
             exact = torch.cat([s.exact[i] for s in samples])
-            self.scale[i] = max(float(exact.mean()), 1e-12)
+            self.scale[i] = max(float(torch.cat([s.exact[i][1:] for s in samples]).mean()), 1e-12)
             fit_outputs(network, self.pooled(i, samples), exact / self.scale[i], blocks)
             # Adam's steps have one size for all weights of a matrix; the matrices' own sizes differ a hundredfold.
             groups = [
