@@ -73,7 +73,7 @@ def read_ptxas(text: str) -> tuple[int, tuple[tuple[str, int], ...]]:
 def newest_input(dependencies: Path) -> float:
     """The latest change among the files a dependency file names; infinite where it or one of them is missing."""
     try:
-        words = dependencies.read_text().replace("\\\n", " ").split()[1:]
+        words = dependencies.read_text().replace("\\\n", " ").partition(":")[2].split()
         return max(Path(word).stat().st_mtime for word in words)
     except (OSError, ValueError):
         return float("inf")
@@ -82,8 +82,8 @@ def newest_input(dependencies: Path) -> float:
 def compile_one(entry: dict[str, str], build: Path) -> Result:
     arguments = shlex.split(entry["command"])
     target = Path(entry["directory"]) / arguments[arguments.index("-o") + 1]
-    architecture = "sm_" + re.findall(r"(?:sm|compute)_(\d+a?)", entry["command"])[0]
-    label = f"{Path(entry['file']).resolve().relative_to(ROOT)} {architecture}"
+    architectures = sorted(set(re.findall(r"sm_\d+a?(?=[\s\],])", entry["command"])))
+    label = f"{Path(entry['file']).resolve().relative_to(ROOT)} {'+'.join(architectures)}"
     dependencies, passed = Path(f"{target}.deps"), Path(f"{target}.json")
     if passed.exists() and passed.stat().st_mtime > newest_input(dependencies):
         known = json.loads(passed.read_text())
