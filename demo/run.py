@@ -199,7 +199,7 @@ def report(plan: Plan, seconds: dict[str, float], rows: list[dict[str, Any]], ti
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results; replaced")
-    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of training steps per run")
+    parser.add_argument("--seconds", type=float, default=45.0, help="seconds of training steps per run")
     parser.add_argument("--held-out-files", type=int, default=32)
     parser.add_argument("--calibration-steps", type=int, default=40)
     args = parser.parse_args()
