@@ -1,6 +1,6 @@
 """The main job, small: calibrate, fine-tune at 4096 tokens densely and with elimination at equal cost, evaluate.
 
-  python demo/run.py --out runs/demo [--seconds 30]        (`make demo` does this after its set-up)
+  python demo/run.py --out runs/demo [--seconds 45]        (`make demo` does this after its set-up)
 
 The model is demo/model (5.2 M parameters, pretrained on Python's standard library only); the text is the source code
 of torch, transformers and peft. EQUAL COST means: both runs take the same wall-clock time of training steps on this
