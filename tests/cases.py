@@ -336,6 +336,7 @@ class Predict:
     norm: str = "rms"
     pool: str = "mean"
     normalize: bool = False
+    stacked: bool = False  # wq1 and wk1 in one matrix: a path of its own on CUDA
 
     def inputs(self, device: str, dtype: torch.dtype) -> Inputs:
         draw = Draw(device, dtype, 4)
@@ -345,6 +346,9 @@ class Predict:
         for name, (rank, inner) in {"q": (r, s), "k": (r + 8, s + 8)}.items():
             for i, (rows, columns) in enumerate(((rank, self.d), (inner, rank), (c, inner)), start=1):
                 tensors[f"w{name}{i}"] = draw.normal(rows, columns, scale=columns**-0.5)
+        if self.stacked:
+            both = torch.cat((tensors["wq1"], tensors["wk1"]))
+            tensors["wq1"], tensors["wk1"] = both.split((r, r + 8))
         return tensors
 
     def run(self, t: Inputs) -> Results:
@@ -480,6 +484,7 @@ PREDICT = [
     Predict("documents", 64, (8, 8, 16), "rms", "max", normalize=True),
     Predict("long", 512, (64, 32, 32), "layer", normalize=True),
     Predict("block_128", 256, (128, 64, 64)),
+    Predict("documents", 128, (32, 16, 16), "rms", "max", stacked=True),
 ]
 LOSS = [
     Loss(1, 16, 32, ignored="none"),
