@@ -78,7 +78,7 @@ def plot_run(records: list[dict[str, Any]], path: Path, title: str = "") -> None
             top.axvline(x[i] - 0.5, color="C3", linestyle=":", linewidth=1)
             top.annotate(_phase(steps[i]), (x[i], top.get_ylim()[1]), fontsize=8, va="top", color="C3")
     top.set_ylabel("training loss")
-    top.legend(loc="upper right", fontsize=8)
+    top.legend(loc="best", fontsize=8)
     if title:
         top.set_title(title)
     if mapped:
