@@ -5,8 +5,9 @@ Two settings on one small real model, LoRA r=8 on q, k, v, o, batches of 4 x 819
   B  domain adaptation: the base is first extended to --context with all parameters, then adapted to --adapt tokens
 
 A row's `cost` counts its steps in dense steps of a Llama-3-8B step at 64K tokens with full recomputation, by the
-relative costs below, which leave out choosing the blocks (for policy `exact` about an attention); `train_s` is what the run really took on this small model. `gap` is the mean over the dev domains
-of the perplexity ratio to dense LoRA after --steps steps, minus one. Rows that are done are kept beside the result
+relative costs below, which leave out choosing the blocks (for policy `exact` about an attention). `train_s` is what the
+run really took on this small model, beside the other jobs. `gap` is the mean over the dev domains of the perplexity
+ratio to dense LoRA after --steps steps, minus one. Rows that are done are kept beside the result
 (OUT.rows.jsonl): an interrupted run goes on where it was.
 
   python benchmarks/quality.py --model MODEL --tokens TOKENS --setting A --jobs 3

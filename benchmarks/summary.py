@@ -87,7 +87,8 @@ def quality() -> list[str]:
         ]
         lines += [f"**Adapter quality, a 46M-parameter Llama, {title}** (evaluated densely; perplexity against dense "]
         lines[-1] += (
-            "LoRA, mean over nine domains; one seed. Cost leaves out choosing blocks, which for `exact` is about an attention)"
+            "LoRA, mean over nine domains; one seed. Cost leaves out choosing blocks, which for `exact` is about an "
+            "attention)"
         )
         lines += ["", *markdown(["training", "steps", "cost in dense steps", "perplexity"], rows), ""]
         lines += [source(name, result) + (f". {result['note']}" if "note" in result else ""), ""]
