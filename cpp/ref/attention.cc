@@ -28,12 +28,12 @@ struct Scratch {
 };
 
 // Turns the scores of `count` rows into probabilities against the running maximum. Row i sees the first
-// `visible + i` keys of the tile.
-void online_softmax(Scratch& s, int64_t count, int64_t visible, int64_t width) {
+// `visible + i` keys of the tile, rows [hidden, hidden_end) none.
+void online_softmax(Scratch& s, int64_t count, int64_t visible, int64_t hidden, int64_t hidden_end, int64_t width) {
   const Simd& f = simd();
   for (int64_t i = 0; i < count; ++i) {
     float* scores = s.tile + i * kKeys;
-    const int64_t n = std::clamp<int64_t>(visible + i, 0, kKeys);
+    const int64_t n = i >= hidden && i < hidden_end ? 0 : std::clamp<int64_t>(visible + i, 0, kKeys);
     std::fill(scores + n, scores + kKeys, 0.0f);
     if (n == 0) continue;
     const float found = f.max(n, scores);
@@ -80,9 +80,17 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     Scratch s(width);
     collect_rows(a.q, rows, head, document.start + first, count, a.scale, width, s.queries);
     std::fill_n(s.highest, count, -kInfinity);
+    // These rows lie in at most two of the tiles that lists speak of.
+    const int64_t list_tile = first / LEMO_TILE_ROWS;
+    const int64_t upper = std::min(count, (list_tile + 1) * LEMO_TILE_ROWS - first);
+    const TileList upper_list(a.tile_offsets, a.tiles, document, tile.document, list_tile);
+    const TileList lower_list(a.tile_offsets, a.tiles, document, tile.document, list_tile + (upper < count ? 1 : 0));
     for (int64_t j = 0; j * kKeys < first + count; ++j) {
+      const int64_t key_tile = j * kKeys / LEMO_TILE_ROWS;
+      const bool upper_sees = upper_list.sees(key_tile), lower_sees = upper < count && lower_list.sees(key_tile);
+      if (!upper_sees && !lower_sees) continue;
       f.matmul(count, kKeys, d, s.queries, width, 1, keys + base + j * tile_size, kKeys, s.tile, kKeys, false);
-      online_softmax(s, count, first - j * kKeys + 1, width);
+      online_softmax(s, count, first - j * kKeys + 1, upper_sees ? upper : 0, lower_sees ? upper : count, width);
       f.matmul(count, width, std::min(kKeys, first + count - j * kKeys), s.tile, kKeys, 1,
                values + base + j * tile_size, width, s.sums, width, true);
     }

@@ -99,7 +99,7 @@ void collect(const lemo_exec& exec, const lemo_attention_backward_args& a, const
 
 // All tiles of one query head of one document.
 void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, const Buffers& b,
-                   const Document& document, int64_t head) {
+                   const Document& document, int64_t document_index, int64_t head) {
   const Simd& f = simd();
   const int64_t width = sizes.width;
   const int64_t tile_size = kKeys * width;
@@ -118,6 +118,7 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
     float* dv = b.dv + gradient_base + j * tile_size;
     std::fill_n(dk, tile_size, 0.0f);
     std::fill_n(dv, tile_size, 0.0f);
+    const TileList list(a.tile_offsets, a.tiles, document, document_index, j * kKeys / LEMO_TILE_ROWS);
     for (int64_t tile = j * kKeys / kQueries; tile * kQueries < document.length; ++tile) {
       const int64_t first = tile * kQueries;
       const int64_t count = std::min(kQueries, document.length - first);
@@ -128,7 +129,8 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
       f.matmul(count, kKeys, sizes.d, dout, width, 1, v_transposed, kKeys, ds, kKeys, false);
       const float* lse = floats(a.lse) + head * a.lse.stride[0] + document.start + first;
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t n = std::clamp<int64_t>(first + i - j * kKeys + 1, 0, keys);
+        const bool seen = list.sees((first + i) / LEMO_TILE_ROWS);
+        const int64_t n = seen ? std::clamp<int64_t>(first + i - j * kKeys + 1, 0, keys) : 0;
         float* p_row = p + i * kKeys;
         float* ds_row = ds + i * kKeys;
         f.exp(n, p_row, 1.0f, lse[i]);
@@ -156,8 +158,8 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   collect(exec, a, tiling, sizes, b);
   const auto num_documents = static_cast<int64_t>(tiling.documents.size());
   parallel_for(exec, num_documents * sizes.query_heads, [&](int64_t task) {
-    backward_head(a, sizes, b, tiling.documents[static_cast<size_t>(task / sizes.query_heads)],
-                  task % sizes.query_heads);
+    const int64_t document = task / sizes.query_heads;
+    backward_head(a, sizes, b, tiling.documents[static_cast<size_t>(document)], document, task % sizes.query_heads);
   });
 
   const int32_t* rows = ints(a.rows);

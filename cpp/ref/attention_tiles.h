@@ -6,13 +6,14 @@
 #include <cstring>
 #include <vector>
 
+#include "lemo/attention.h"
 #include "ref/parallel.h"
 #include "ref/simd.h"
 #include "ref/view.h"
 
 namespace lemo::ref {
 
-constexpr int64_t kKeys = 64;     // key rows of a tile
+constexpr int64_t kKeys = 64;     // key rows of a tile; divides LEMO_TILE_ROWS
 constexpr int64_t kQueries = 96;  // query rows of a tile: a multiple of every Simd::tile_rows
 
 struct Document {
@@ -46,6 +47,27 @@ struct Tiling {
 
 // The most key tiles that `capacity` rows in `documents` documents can make.
 inline int64_t max_key_tiles(int64_t capacity, int64_t documents) { return capacity / kKeys + documents; }
+
+// What one tile of LEMO_TILE_ROWS rows sees of its document besides itself, from its list; everything without lists.
+class TileList {
+ public:
+  TileList(const lemo_tensor& offsets, const lemo_tensor& tiles, const Document& document, int64_t document_index,
+           int64_t tile)
+      : tile_(tile) {
+    if (offsets.ndim == 0) return;
+    const int64_t slot = document.start / LEMO_TILE_ROWS + document_index + tile;
+    begin_ = ints(tiles) + ints(offsets)[slot];
+    end_ = ints(tiles) + ints(offsets)[slot + 1];
+  }
+  bool sees(int64_t other) const {
+    return begin_ == nullptr || other == tile_ || std::binary_search(begin_, end_, static_cast<int32_t>(other));
+  }
+
+ private:
+  int64_t tile_;
+  const int32_t* begin_ = nullptr;
+  const int32_t* end_ = nullptr;
+};
 
 // out[i, :] = scale * row i, out[i, d..width) = 0, for packed rows [first, first + count) of one head.
 inline void collect_rows(const lemo_tensor& x, const int32_t* rows, int64_t head, int64_t first, int64_t count,

@@ -405,6 +405,19 @@ int64_t check_attention(const Checker& check, const lemo_tensor& q, const lemo_t
   return capacity;
 }
 
+// `transposed`: query tiles of each key tile.
+void check_tile_lists(const Checker& check, const lemo_tensor& offsets, const lemo_tensor& tiles,
+                      const lemo_tensor& cu_seqlens, int64_t capacity, bool transposed) {
+  if (!present(offsets)) {
+    if (present(tiles)) invalid("tiles: expected tile_offsets with it, got no tensor for tile_offsets");
+    return;
+  }
+  const int64_t slots = capacity / LEMO_TILE_ROWS + cu_seqlens.shape[0] - 1;
+  check.typed("tile_offsets", offsets, LEMO_I32, {{"S + 1", slots + 1}});
+  check.typed("tiles", tiles, LEMO_I32, {{"L", kAny}});
+  if (check.values()) check_tile_lists_values(offsets, tiles, cu_seqlens, transposed);
+}
+
 }  // namespace
 
 void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpose purpose) {
@@ -414,6 +427,7 @@ void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpo
   const Dim hq = {"Hq", a.q.shape[1]};
   check.like("out", a.out, "q", a.q, {r, hq, {"D", a.q.shape[2]}}, Role::kOutput);
   check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacity}}, Role::kOutput);
+  check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacity, false);
 }
 
 void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purpose purpose) {
@@ -438,6 +452,7 @@ void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purp
   check.like("dq", a.dq, "q", a.q, {r, hq, d}, Role::kOutput);
   check.like("dk", a.dk, "q", a.q, {r, hk, d}, Role::kOutput);
   check.like("dv", a.dv, "q", a.q, {r, hk, d}, Role::kOutput);
+  check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacity, true);
 }
 
 void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Purpose purpose) {

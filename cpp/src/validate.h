@@ -30,6 +30,8 @@ void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows,
 void check_slots_values(const char* name, const lemo_tensor& slots, int64_t count, int64_t num_slots,
                         const lemo_tensor& rows);
 int64_t check_cu_seqlens_values(const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen);
+void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,
+                             bool transposed);
 void check_targets_values(const lemo_tensor& targets, int64_t ignore_index, int64_t num_classes);
 
 }  // namespace lemo

@@ -107,6 +107,36 @@ int64_t check_cu_seqlens_values(const lemo_tensor& cu_seqlens, int64_t capacity,
   return list[documents];
 }
 
+void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,
+                             bool transposed) {
+  const int32_t* begin = ints(offsets);
+  const int32_t* list = ints(tiles);
+  const int32_t* starts = ints(cu_seqlens);
+  if (begin[0] != 0) invalid("tile_offsets: expected to begin with 0, got ", begin[0]);
+  const int64_t slots = offsets.shape[0] - 1;
+  for (int64_t s = 0; s < slots; ++s) {
+    if (begin[s + 1] < begin[s] || begin[s + 1] > tiles.shape[0]) {
+      invalid("tile_offsets: expected ascending values up to ", tiles.shape[0], ", got ", begin[s + 1], " after ",
+              begin[s]);
+    }
+  }
+  int64_t next = 0;  // slots before it have been looked at
+  for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
+    const int64_t count = (starts[d + 1] - starts[d] + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS;
+    const int64_t first = starts[d] / LEMO_TILE_ROWS + d;
+    for (; next < first + count; ++next) {
+      const int64_t tile = next - first;
+      int64_t before = transposed ? tile : -1;
+      const int64_t end = tile < 0 ? 0 : transposed ? count : tile;
+      for (int64_t i = begin[next]; i < begin[next + 1]; before = list[i], ++i) {
+        if (list[i] > before && list[i] < end) continue;
+        invalid("tiles: slot ", next, ": expected ascending tiles from ", before + 1, " to ", end - 1, ", got ",
+                list[i]);
+      }
+    }
+  }
+}
+
 void check_targets_values(const lemo_tensor& targets, int64_t ignore_index, int64_t num_classes) {
   const auto* list = static_cast<const int64_t*>(targets.data);
   for (int64_t i = 0; i < targets.shape[0]; ++i) {

@@ -12,6 +12,7 @@ namespace {
 using attention::BackwardParams;
 using attention::Documents;
 using attention::ForwardParams;
+using attention::KeyLists;
 using attention::Rows;
 
 Rows rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
@@ -36,6 +37,23 @@ void check_scale(const char* operation, float scale) {
   if (std::isfinite(scale) && scale >= 0.0f) return;
   throw Error(LEMO_UNSUPPORTED,
               std::string(operation) + ": scale: expected a finite value >= 0, got " + std::to_string(scale));
+}
+
+// Hopper's own kernels, where this build and the device have them. LEMO_CUDA_CAPABILITY=80 leaves them out.
+bool use_hopper(const lemo_exec& exec) {
+#ifdef LEMO_CUDA_SM90
+  return device_info(exec.device_index).capability == 90;
+#else
+  (void)exec;
+  return false;
+#endif
+}
+
+KeyLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tensor& offsets, const lemo_tensor& tiles) {
+  if (present(offsets) && !use_hopper(exec)) {
+    throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": tile_offsets: tile lists need compute capability 9.0");
+  }
+  return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
 }
 
 // Calls run(std::integral_constant<int, head_dim>).
@@ -88,15 +106,27 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
   params.heads = static_cast<int32_t>(args.q.shape[1]);
   params.group = static_cast<int32_t>(args.q.shape[1] / args.k.shape[1]);
+  params.head_dim = static_cast<int32_t>(args.q.shape[2]);
+  params.storage_rows = args.q.shape[0];
   params.scale = args.scale;
+  params.counter = static_cast<int*>(exec.workspace);
+  params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
   if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
   DeviceGuard guard(exec.device_index);
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
-    attention::launch_forward<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+    constexpr int kHeadDim = decltype(head_dim)::value;
+#ifdef LEMO_CUDA_SM90
+    if (use_hopper(exec)) {
+      return attention::hopper::launch_forward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+    }
+#endif
+    attention::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
   });
 }
 
-uint64_t attention_forward_workspace(const lemo_exec&, const lemo_attention_forward_args&) { return 0; }
+uint64_t attention_forward_workspace(const lemo_exec& exec, const lemo_attention_forward_args&) {
+  return use_hopper(exec) ? sizeof(int) : 0;
+}
 
 void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& args) {
   constexpr const char* kName = "attention_backward";

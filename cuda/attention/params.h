@@ -21,14 +21,25 @@ struct Documents {
   int64_t capacity;
 };
 
+// Two-dimensional sparsity, in tiles of 128 packed rows counted from the start of each document: what a tile visits
+// besides its own diagonal. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
+struct KeyLists {
+  const int32_t* offsets;  // [slots + 1]; null: every tile visits every other it may see
+  const int32_t* blocks;   // tile numbers within the document
+};
+
 struct ForwardParams {
   Rows q, k, v, out;
   float* lse;
   int64_t lse_stride;
   Documents documents;
+  KeyLists lists;
+  int64_t storage_rows;  // extent of q, k, v and out
   int32_t heads;
   int32_t group;  // query heads per key head
+  int32_t head_dim;
   float scale;
+  int* counter;  // workspace of the Hopper kernel
 };
 
 struct BackwardParams {
@@ -44,6 +55,12 @@ struct BackwardParams {
   float scale;
   float* delta;     // workspace [heads, capacity]: dout . out
   float* dq_float;  // workspace [capacity, heads, head_dim], or null: dq comes from its own kernel
+
+  // Of the Hopper kernels, which need neither delta nor dq_float.
+  int64_t storage_rows;  // extent of dout, q, k, v and out
+  int32_t head_dim;
+  bool deterministic;
+  void* workspace;  // hopper::backward_workspace bytes
 };
 
 // One definition per head_dim; each throws LEMO_UNSUPPORTED for a type this build leaves out.
@@ -51,5 +68,15 @@ template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+
+// The same on sm_90a: 64, 96 (which serves 80 too) and 128.
+namespace hopper {
+template <int kHeadDim>
+void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
+template <int kHeadDim>
+void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+template <int kHeadDim>
+int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic);
+}  // namespace hopper
 
 }  // namespace lemo::cuda::attention

@@ -12,3 +12,12 @@ set(LEMO_ATTENTION_FULL_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/forward_hd96.cu
     ${CMAKE_CURRENT_LIST_DIR}/backward_hd80.cu
     ${CMAKE_CURRENT_LIST_DIR}/backward_hd96.cu)
+
+# sm_90a only: row_tensor, and one file per pass and head_dim (96 serves 80 too).
+set(LEMO_ATTENTION_HOPPER_TUNED_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/row_tensor.cu
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd128.cu)
+set(LEMO_ATTENTION_HOPPER_FULL_SOURCES
+    ${LEMO_ATTENTION_HOPPER_TUNED_SOURCES}
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd96.cu)

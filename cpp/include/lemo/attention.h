@@ -5,7 +5,13 @@
  * Rows of a document are ascending in position, so packed order decides causality: i sees j iff j <= i in the same
  * document.
  *   out_i = sum_j P_ij v_j,  P_ij = exp(scale * q_i . k_j - lse_i),  lse_i = log sum_j exp(scale * q_i . k_j)
- * Query head h reads key/value head h / (Hq / Hk). D in {64, 80, 96, 128} on CUDA, any on the CPU. */
+ * Query head h reads key/value head h / (Hq / Hk). D in {64, 80, 96, 128} on CUDA, any on the CPU.
+ *
+ * Two-dimensional sparsity (the paper's extension): with tile lists, a query sees only part of the earlier keys. The
+ * rows of each document are cut into tiles of LEMO_TILE_ROWS packed rows; tile i of document d has the slot
+ * cu_seqlens[d] / LEMO_TILE_ROWS + d + i, so that S = capacity / LEMO_TILE_ROWS + D slots hold any division into
+ * documents (some stay empty). A query tile always sees itself, causally, and besides that the key tiles of its list,
+ * whole. lse covers what was seen. */
 #ifndef LEMO_ATTENTION_H
 #define LEMO_ATTENTION_H
 
@@ -14,6 +20,8 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+#define LEMO_TILE_ROWS 128
 
 typedef struct lemo_attention_forward_args {
   uint64_t struct_size;
@@ -28,6 +36,11 @@ typedef struct lemo_attention_forward_args {
 
   lemo_tensor out; /* out: [R, Hq, D], dtype of q; rows not named keep what they hold */
   lemo_tensor lse; /* out: float32 [Hq, capacity], by packed row. capacity = len(rows), or R without rows */
+
+  /* optional tile lists: list s is tiles[tile_offsets[s]] .. tiles[tile_offsets[s + 1] - 1], ascending */
+  lemo_tensor tile_offsets; /* int32 [S + 1], from 0 */
+  lemo_tensor tiles;        /* int32 [L], with tile_offsets: key tiles of a query tile, below its own, by number within
+                               the document */
 } lemo_attention_forward_args;
 
 LEMO_API lemo_status lemo_attention_forward(const lemo_exec* exec, const lemo_attention_forward_args* args);
@@ -55,6 +68,9 @@ typedef struct lemo_attention_backward_args {
   lemo_tensor dq; /* out: [R, Hq, D] */
   lemo_tensor dk; /* out: [R, Hk, D] */
   lemo_tensor dv; /* out: [R, Hk, D] */
+
+  lemo_tensor tile_offsets; /* optional int32 [S + 1] and int32 [L]: the transposed lists, query tiles of a key tile, */
+  lemo_tensor tiles;        /* above its own, ascending */
 } lemo_attention_backward_args;
 
 /* exec->deterministic = 1: no atomics, bitwise repeatable. */

@@ -4,7 +4,7 @@ fp32 on the CPU, fp16 and bf16 on CUDA (current stream). Wrong arguments raise V
 missing kernel NotImplementedError, scores that are no numbers FloatingPointError, the device RuntimeError.
 """
 
-from lemo.ops.attention import attention, attention_backward, attention_forward
+from lemo.ops.attention import attention, attention_backward, attention_forward, transpose_tile_lists
 from lemo.ops.blocks import block_scores, predict, select_blocks
 from lemo.ops.loss import linear_cross_entropy, linear_cross_entropy_loss
 from lemo.ops.rows import gather, gather_norm, gather_norm_backward, gather_norm_backward_, norm, scatter_add_
@@ -24,4 +24,5 @@ __all__ = [
     "predict",
     "scatter_add_",
     "select_blocks",
+    "transpose_tile_lists",
 ]

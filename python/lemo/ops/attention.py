@@ -18,13 +18,24 @@ from lemo._native import call
 from lemo.ops._schema import define, library, need
 
 
+TILE_ROWS = 128  # LEMO_TILE_ROWS: rows that one list of two-dimensional sparsity speaks of
+
+
 def _like(x: Tensor, rows: Tensor | None) -> Tensor:
     # Rows that are not named must read as zero in a result of ours; packed tensors have no such rows.
     return x.new_empty(x.shape) if rows is None else x.new_zeros(x.shape)
 
 
 def _forward_out(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rows: Tensor | None, max_seqlen: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    tile_offsets: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     need("q", q, "R Hq D")
     capacity = q.shape[0] if rows is None else rows.shape[0]
@@ -32,7 +43,15 @@ def _forward_out(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rows: Tensor | None, max_seqlen: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    tile_offsets: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_out(q, k, v, cu_seqlens, rows, max_seqlen, scale)
     arguments = {
@@ -45,6 +64,8 @@ def _forward(
         "scale": scale,
         "out": out,
         "lse": lse,
+        "tile_offsets": tile_offsets,
+        "tiles": tiles,
     }
     call("attention_forward", q.device, arguments, workspace=True)
     return out, lse
@@ -64,6 +85,8 @@ def _backward_out(
     max_seqlen: int,
     scale: float,
     deterministic: bool,
+    tile_offsets: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q, rows), _like(k, rows), _like(v, rows)
 
@@ -82,6 +105,8 @@ def _backward(
     max_seqlen: int,
     scale: float,
     deterministic: bool,
+    tile_offsets: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _like(q, rows), _like(k, rows), _like(v, rows)
     arguments = {
@@ -100,34 +125,67 @@ def _backward(
         "dq": dq,
         "dk": dk,
         "dv": dv,
+        "tile_offsets": tile_offsets,
+        "tiles": tiles,
     }
     call("attention_backward", q.device, arguments, workspace=True, deterministic=deterministic)
     return dq, dk, dv
 
 
 define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? rows, SymInt max_seqlen, float scale) "
-    "-> (Tensor out, Tensor lse)",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? rows, SymInt max_seqlen, float scale, "
+    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor out, Tensor lse)",
     _forward,
     _forward_out,
 )
 define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
-    "Tensor? rows, Tensor? key_weights, Tensor? row_slots, SymInt max_seqlen, float scale, bool deterministic) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    "Tensor? rows, Tensor? key_weights, Tensor? row_slots, SymInt max_seqlen, float scale, bool deterministic, "
+    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_out,
 )
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rows: Tensor | None, max_seqlen: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    tile_offsets: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j softmax_j(scale q_i . k_j) v_j over j <= i of i's document: (out [R, Hq, D], lse float32 [Hq, M]).
 
     Rows of out that ``rows`` does not name are zero. Differentiable in q, k and v (through out only).
+
+    Two-dimensional sparsity: tile i of document d is its packed rows [128 i, 128 i + 128) and has the slot
+    cu_seqlens[d] // 128 + d + i, of S = M // 128 + D slots (some stay empty). With tile_offsets (int32 [S + 1]) and
+    tiles (int32 [L]), the queries of slot s see their own tile, causally, and the whole earlier tiles
+    tiles[tile_offsets[s] : tile_offsets[s + 1]] (ascending numbers within the document), and nothing else.
     """
-    return torch.ops.lemo.attention_forward(q, k, v, cu_seqlens, rows, max_seqlen, scale)
+    return torch.ops.lemo.attention_forward(q, k, v, cu_seqlens, rows, max_seqlen, scale, tile_offsets, tiles)
+
+
+def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """From the key tiles of every query tile to the query tiles of every key tile: (tile_offsets, tiles), same shapes.
+
+    That is the form ``attention_backward`` reads. Applied twice it gives the lists back. Nothing is synchronised.
+    """
+    slots, device = tile_offsets.shape[0] - 1, tiles.device
+    firsts = cu_seqlens[:-1] // TILE_ROWS + torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=device)
+    entries = torch.arange(tiles.shape[0], dtype=torch.int32, device=device)
+    slot = torch.searchsorted(tile_offsets, entries, right=True, out_int32=True) - 1
+    used = slot < slots  # entries beyond the last list are padding and stay behind the others
+    first = firsts[torch.searchsorted(firsts, slot, right=True) - 1]
+    other = torch.where(used, first + tiles, slots)
+    order = torch.argsort(other, stable=True)
+    counts = torch.zeros(slots + 1, dtype=torch.int64, device=device).scatter_add_(0, other.long(), used.long())
+    offsets = torch.cat((counts.new_zeros(1), counts[:slots].cumsum(0))).to(torch.int32)
+    return offsets, torch.where(used, slot - first, 0)[order].to(torch.int32)
 
 
 def attention_backward(
@@ -144,6 +202,8 @@ def attention_backward(
     max_seqlen: int,
     scale: float,
     deterministic: bool = False,
+    tile_offsets: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) restricted to the given rows, from the output and LSE of the forward pass that made them.
 
@@ -151,11 +211,10 @@ def attention_backward(
     dS_ij = P_ij (dout_i . v_j - dout_i . out_i); dq_i = scale sum_j w_ij dS_ij k_j; dk_j = scale sum_i w_ij dS_ij q_i;
     dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 where i and j share a
     slot, or 1 without key_weights. deterministic: bitwise repeatable, also where torch's deterministic algorithms are
-    on.
+    on. tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
     """
-    return torch.ops.lemo.attention_backward(
-        dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic
-    )
+    arguments = (dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic)
+    return torch.ops.lemo.attention_backward(*arguments, tile_offsets, tiles)
 
 
 def attention(
@@ -221,19 +280,20 @@ class _Attention(torch.autograd.Function):
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows)
+    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, tile_offsets, tiles)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, dout, dlse):
     if dout is None:
-        return (None,) * 7
-    *tensors, cu_seqlens, rows = ctx.saved_tensors
+        return (None,) * 9
+    *tensors, cu_seqlens, rows, tile_offsets, tiles = ctx.saved_tensors
+    lists = (None, None) if tile_offsets is None else transpose_tile_lists(tile_offsets, tiles, cu_seqlens)
     grads = torch.ops.lemo.attention_backward(
-        dout.contiguous(), *tensors, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False
+        dout.contiguous(), *tensors, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 torch.library.register_autograd("lemo::attention_forward", _grad, setup_context=_context, lib=library)

@@ -1,0 +1,47 @@
+// The Hopper forward tile table: one row per head_dim, each with its reason. benchmarks/tune.py measures the
+// alternatives (it overrides every row by defining LEMO_TUNE_FORWARD as queries, keys, stages, producer, consumer) and
+// prints the row to commit.
+//
+// What limits a choice: 64 K registers (a consumer warpgroup holds 64 rows of S, P and O) and 227 KiB of shared memory.
+#pragma once
+
+#include <cstdint>
+
+namespace lemo::cuda::attention::hopper {
+
+struct ForwardTile {
+  int queries;  // per thread block; 64 per consumer warpgroup
+  int keys;     // per step
+  int stages;   // of keys, and of values
+  // Per thread, multiples of 8; 128 (producer + warpgroups * consumer) <= 65536.
+  uint32_t producer_registers;
+  uint32_t consumer_registers;
+};
+
+// head_dim is the padded one: 80 runs as 96, whose last 16 columns are filled with zeros.
+template <int kHeadDim>
+constexpr ForwardTile kForwardTile = {};
+#ifdef LEMO_TUNE_FORWARD
+template <>
+constexpr ForwardTile kForwardTile<64> = {LEMO_TUNE_FORWARD};
+template <>
+constexpr ForwardTile kForwardTile<96> = {LEMO_TUNE_FORWARD};
+template <>
+constexpr ForwardTile kForwardTile<128> = {LEMO_TUNE_FORWARD};
+#else
+template <>  // three warpgroups: O takes only 32 registers, and a key tile is shared by more queries
+constexpr ForwardTile kForwardTile<64> = {192, 128, 3, 32, 160};
+template <>  // the producer also copies ragged rows itself (row_loader.cuh), which takes registers
+constexpr ForwardTile kForwardTile<96> = {128, 128, 2, 56, 224};
+template <>  // S + P + O = 160 registers of 232; 160 KiB of operands + 34 KiB of staged output
+constexpr ForwardTile kForwardTile<128> = {128, 128, 2, 40, 232};
+#endif
+
+// With key lists, a query tile is the 128 rows that one list describes.
+constexpr int kListedRows = 128;
+template <int kHeadDim, bool kListed>
+constexpr ForwardTile kForwardShape =
+    kListed ? ForwardTile{kListedRows, kListedRows, 2, kHeadDim == 96 ? 56u : 40u, kHeadDim == 96 ? 224u : 232u}
+            : kForwardTile<kHeadDim>;
+
+}  // namespace lemo::cuda::attention::hopper

@@ -1,0 +1,49 @@
+// Ring of shared-memory stages between one producer warp and the consumer warpgroups.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cutlass/pipeline/sm90_pipeline.hpp>
+
+#include "cuda/common/mma.cuh"
+
+namespace lemo::cuda::attention::hopper {
+
+using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+// `full` completes when a stage's bytes have arrived, `empty` when every consumer warp has released it.
+template <int kStages>
+struct Ring {
+  using State = cutlass::PipelineState<kStages>;
+
+  FullBarrier full[kStages];
+  EmptyBarrier empty[kStages];
+
+  // The producer starts one phase ahead: its first wait for an empty stage succeeds at once.
+  static __device__ __forceinline__ State producer_start() { return {0, 1, 0}; }
+
+  __device__ __forceinline__ void init(int consumer_warps) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      full[stage].init(1);
+      empty[stage].init(consumer_warps);
+    }
+  }
+
+  // By the whole producer warp; returns the barrier at which the copies report.
+  __device__ __forceinline__ uint64_t* acquire(const State& state, uint32_t bytes) {
+    empty[state.index()].wait(state.phase());
+    if (thread_index() % 32 == 0) full[state.index()].arrive_and_expect_tx(bytes);
+    __syncwarp();
+    return reinterpret_cast<uint64_t*>(&full[state.index()]);
+  }
+
+  __device__ __forceinline__ void wait(const State& state) { full[state.index()].wait(state.phase()); }
+
+  // By the whole consumer warp, after its last read of the stage.
+  __device__ __forceinline__ void release(const State& state) {
+    if (thread_index() % 32 == 0) empty[state.index()].arrive();
+  }
+};
+
+}  // namespace lemo::cuda::attention::hopper
