@@ -12,13 +12,13 @@ namespace {
 
 constexpr const char* kDoc = R"(The C interface of lemo, one function per operation.
 
-    _C.<op>(exec, *fields) -> None
-    _C.<op>_workspace(exec, *fields) -> int                    bytes of workspace, from shapes alone
+    _C.<op>(exec, allocate, *fields) -> None
 
-exec    (device, device_index, stream, workspace_ptr, workspace_bytes, deterministic, num_threads), integers
-fields  the fields of lemo_<op>_args in the order of the header, without struct_size and reserved fields;
-        lemo_blocks is spread into offsets, documents, block_size; enums and flags are integers
-tensor  None (absent) or (data_ptr, lemo_dtype, shape, strides in elements)
+exec      (device, device_index, stream, deterministic, num_threads), integers
+allocate  called with a number of bytes if the operation needs a workspace; returns a tensor of that many
+fields    the fields of lemo_<op>_args in the order of the header, without struct_size and reserved fields;
+          lemo_blocks is spread into offsets, documents, block_size; enums and flags are integers
+tensor    None (absent) or (data_ptr, lemo_dtype, shape, strides in elements)
 
 Errors: ValueError (invalid argument), NotImplementedError (unsupported), FloatingPointError (numerical), RuntimeError
 (all others), with the text of lemo_last_error(). The interpreter lock is released during a call.)";
@@ -131,32 +131,33 @@ void fields(V& f, lemo_attention_backward_args& a) {
   F(dout)
   F(q)
   F(k)
-  F(v) F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq) F(dk) F(dv)
+  F(v)
+  F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq) F(dk) F(dv)
       F(tile_offsets) F(tiles)
 }
 template <class V>
-void fields(V& f, lemo_linear_cross_entropy_args& a){
-    F(hidden) F(weight) F(bias) F(lora_a) F(lora_b) F(targets) F(ignore_index) F(lora_scale) F(softcap) F(reduction)
-        F(segment_rows) F(loss) F(valid) F(dhidden) F(dweight) F(dbias) F(dlora_a) F(dlora_b)}
+void fields(V& f, lemo_linear_cross_entropy_args& a) {
+  F(hidden)
+  F(weight) F(bias) F(lora_a) F(lora_b) F(targets) F(ignore_index) F(lora_scale) F(softcap) F(reduction) F(segment_rows)
+      F(loss) F(valid) F(dhidden) F(dweight) F(dbias) F(dlora_a) F(dlora_b)
+}
 #undef F
 #undef LEMO_BLOCKS
 
+constexpr uintptr_t kAlignment = 256;  // bytes, of the workspace
+
 lemo_exec read_exec(const py::tuple& given) {
-  if (given.size() != 7) {
-    throw py::type_error(
-        "exec: expected (device, device_index, stream, workspace_ptr, workspace_bytes, "
-        "deterministic, num_threads), got " +
-        std::to_string(given.size()) + " values");
+  if (given.size() != 5) {
+    throw py::type_error("exec: expected (device, device_index, stream, deterministic, num_threads), got " +
+                         std::to_string(given.size()) + " values");
   }
   lemo_exec exec = {};
   exec.struct_size = sizeof(exec);
   exec.device = given[0].cast<int32_t>();
   exec.device_index = given[1].cast<int32_t>();
   exec.stream = reinterpret_cast<void*>(given[2].cast<uintptr_t>());
-  exec.workspace = reinterpret_cast<void*>(given[3].cast<uintptr_t>());
-  exec.workspace_size = given[4].cast<uint64_t>();
-  exec.deterministic = given[5].cast<int32_t>();
-  exec.num_threads = given[6].cast<int32_t>();
+  exec.deterministic = given[3].cast<int32_t>();
+  exec.num_threads = given[4].cast<int32_t>();
   return exec;
 }
 
@@ -184,23 +185,26 @@ void raise_on_error(lemo_status status) {
 template <class Args>
 void define(py::module_& m, const char* op, lemo_status (*run)(const lemo_exec*, const Args*),
             lemo_status (*workspace)(const lemo_exec*, const Args*, uint64_t*) = nullptr) {
-  m.def(op, [op, run](const py::tuple& given_exec, const py::args& given) {
-    const lemo_exec exec = read_exec(given_exec);
+  m.def(op, [op, run, workspace](const py::tuple& given_exec, const py::object& allocate, const py::args& given) {
+    lemo_exec exec = read_exec(given_exec);
     const Args args = read_args<Args>(op, given);
+    py::object memory;  // held until the work is in the stream
+    if (workspace != nullptr) {
+      uint64_t bytes = 0;
+      raise_on_error(workspace(&exec, &args, &bytes));
+      if (bytes > 0) {
+        memory = allocate(bytes + kAlignment);
+        const auto address = memory.attr("data_ptr")().cast<uintptr_t>();
+        exec.workspace = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+        exec.workspace_size = bytes;
+      }
+    }
     lemo_status status;
     {
       py::gil_scoped_release unlocked;
       status = run(&exec, &args);
     }
     raise_on_error(status);
-  });
-  if (workspace == nullptr) return;
-  m.def((std::string(op) + "_workspace").c_str(), [op, workspace](const py::tuple& given_exec, const py::args& given) {
-    const lemo_exec exec = read_exec(given_exec);
-    const Args args = read_args<Args>(op, given);
-    uint64_t bytes = 0;
-    raise_on_error(workspace(&exec, &args, &bytes));
-    return bytes;
   });
 }
 

@@ -19,7 +19,6 @@ _DTYPES = {
     torch.uint8: 5,
 }
 _DEVICES = {"cpu": 0, "cuda": 1}
-_ALIGNMENT = 256  # bytes, of the workspace
 
 
 @functools.cache
@@ -44,15 +43,8 @@ def has_backend(device: str) -> bool:
     return core().has_backend(_DEVICES[device])
 
 
-def call(
-    name: str,
-    device: torch.device,
-    arguments: Mapping[str, object],
-    *,
-    workspace: bool = False,
-    deterministic: bool = False,
-) -> None:
-    """Runs ``lemo_<name>`` on the current stream of ``device``.
+def call(name: str, device: torch.device, arguments: Mapping[str, object], *, deterministic: bool = False) -> None:
+    """Runs ``lemo_<name>`` on the current stream of ``device``, with as much workspace as it asks for.
 
     arguments: the fields of the argument struct in the header's order (blocks spread into offsets, documents and
     block_size). Raises ValueError (argument), NotImplementedError (no such kernel), FloatingPointError (scores) or
@@ -60,17 +52,14 @@ def call(
     """
     if device.type not in _DEVICES:
         raise ValueError(f"device: expected cpu or cuda, got {device}")
-    module = core()
     values = [_value(key, value, device) for key, value in arguments.items()]
-    deterministic = deterministic or wants_determinism()
-    if not workspace:
-        getattr(module, name)(_exec(device, 0, 0, deterministic), *values)
-        return
-    size = getattr(module, f"{name}_workspace")(_exec(device, 0, 0, deterministic), *values)
-    # The caching allocator hands the memory to later work of the same stream only, so dropping it at return is safe.
-    buffer = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
-    start = buffer.data_ptr() + -buffer.data_ptr() % _ALIGNMENT
-    getattr(module, name)(_exec(device, start, size, deterministic), *values)
+
+    def allocate(size: int) -> Tensor:
+        # The caching allocator hands the memory to later work of the same stream only, so that dropping it is safe.
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    exec_ = _exec(device, deterministic or wants_determinism())
+    getattr(core(), name)(exec_, allocate, *values)
 
 
 def wants_determinism() -> bool:
@@ -86,11 +75,17 @@ def _value(name: str, value: object, device: torch.device) -> object:
     if dtype is None:
         expected = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise ValueError(f"{name}: expected a dtype of {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    return (value.data_ptr(), dtype, tuple(value.shape), value.stride())
+    return (value.data_ptr(), dtype, value.shape, value.stride())
 
 
-def _exec(device: torch.device, workspace: int, size: int, deterministic: bool) -> tuple[int, ...]:
+def _exec(device: torch.device, deterministic: bool) -> tuple[int, ...]:
     if device.type == "cpu":
-        return (0, 0, 0, workspace, size, int(deterministic), torch.get_num_threads())
+        return (0, 0, 0, int(deterministic), torch.get_num_threads())
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return (1, index, torch.cuda.current_stream(index).cuda_stream, workspace, size, int(deterministic), 0)
+    return (1, index, _current_stream(index), int(deterministic), 0)
+
+
+# Without the Stream object around it, which costs more than the rest of a call.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)

@@ -67,7 +67,7 @@ def _forward(
         "tile_offsets": tile_offsets,
         "tiles": tiles,
     }
-    call("attention_forward", q.device, arguments, workspace=True)
+    call("attention_forward", q.device, arguments)
     return out, lse
 
 
@@ -128,7 +128,7 @@ def _backward(
         "tile_offsets": tile_offsets,
         "tiles": tiles,
     }
-    call("attention_backward", q.device, arguments, workspace=True, deterministic=deterministic)
+    call("attention_backward", q.device, arguments, deterministic=deterministic)
     return dq, dk, dv
 
 

@@ -78,7 +78,7 @@ def _select(
         "seed": seed % 2**64,
         **dict(zip(names, outputs, strict=True)),
     }
-    call("select", scores.device, arguments, workspace=True)
+    call("select", scores.device, arguments)
     return outputs
 
 
@@ -120,7 +120,7 @@ def _scores(
         "scores": scores,
         "map": block_map if want_map else None,
     }
-    call("scores", q.device, arguments, workspace=True)
+    call("scores", q.device, arguments)
     return scores, block_map
 
 
@@ -183,7 +183,7 @@ def _predict(
         "normalize": normalize,
         **dict(zip(("scores", "queries", "keys"), outputs, strict=True)),
     }
-    call("predict", x.device, arguments, workspace=True)
+    call("predict", x.device, arguments)
     return outputs
 
 

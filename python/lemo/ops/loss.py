@@ -115,7 +115,7 @@ def _run(
         "dlora_a": dlora_a if want_dlora else None,
         "dlora_b": dlora_b if want_dlora else None,
     }
-    call("linear_cross_entropy", hidden.device, arguments, workspace=True)
+    call("linear_cross_entropy", hidden.device, arguments)
     if missing and want_dlora:
         outputs[5].copy_(dlora_a[:-missing])
         outputs[6].copy_(dlora_b[:, :-missing])

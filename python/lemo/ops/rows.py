@@ -111,7 +111,7 @@ def _norm_backward_in_place(
         "dweight": dweight if want_dweight else None,
         "dbias": dbias if want_dbias else None,
     }
-    call("gather_norm_backward", dy.device, arguments, workspace=True)
+    call("gather_norm_backward", dy.device, arguments)
     return dweight, dbias
 
 
