@@ -11,14 +11,14 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "peft", "liger-kernel")
+PACKAGES = ("torch", "triton", "flash-attn-4", "transformers", "peft", "liger-kernel")
 
 
 def device_name() -> str:
@@ -109,6 +109,39 @@ def milliseconds(runs: Sequence[Callable[[], Any]], repeat: int = 20, warm: int 
         pairs.append((begin, end))
     torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def compete(
+    runs: Mapping[str, Sequence[Callable[[], Any]]], budget_ms: float = 400.0, at_least: int = 5, at_most: int = 40
+) -> dict[str, float]:
+    """Median times of several contestants, a round at a time, so that clocks and temperature favour none of them.
+
+    runs: as for ``milliseconds``, by contestant. Rounds go on for about ``budget_ms`` in all. A short wait at the start
+    lets the host run ahead: an event that waited for the host would count the launch as work.
+    """
+    names = list(runs)
+
+    def one_round(i: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+        pairs = []
+        for name in names:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            runs[name][i % len(runs[name])]()
+            end.record()
+            pairs.append((begin, end))
+        return pairs
+
+    for i in range(max(2, *(len(calls) for calls in runs.values()))):
+        warm = one_round(i)
+    torch.cuda.synchronize()
+    rounds = int(budget_ms / max(sum(begin.elapsed_time(end) for begin, end in warm), 1e-3))
+    torch.cuda._sleep(4_000_000)
+    timed = [one_round(i) for i in range(max(at_least, min(at_most, rounds)))]
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(pairs[c][0].elapsed_time(pairs[c][1]) for pairs in timed)
+        for c, name in enumerate(names)
+    }
 
 
 def copies(bytes_each: int, at_most: int = 8) -> int:

@@ -1,8 +1,7 @@
 """Every operation on the GPU beside the PyTorch composition it replaces, in bf16 at the sizes of a Llama-3-8B layer.
 
 ratio = peer_ms / ms: above 1, lemo is faster. Times are medians of calls that rotate through enough buffers to outgrow
-the L2 cache; both sides run in this process. Attention compares with SDPA on rows that are packed already (row lists of
-everything and packed storage) and, for half of the blocks, with dense attention over all rows and with gathering first.
+the L2 cache; both sides run in this process. Attention has one size here and a benchmark of its own, attention.py.
 
   python benchmarks/ops.py
 """
@@ -16,7 +15,7 @@ from typing import Any
 
 import peers
 import torch
-from common import add_output, copies, milliseconds, table, write_results
+from common import add_output, compete, copies, milliseconds, table, write_results
 from lemo import ops
 from lemo.layout import Blocks, Kept, select
 from torch import Tensor
@@ -148,41 +147,26 @@ def choice_ops(rows: Rows) -> None:
 
 
 def attention_ops(rows: Rows) -> None:
-    for tokens in (4096, 16384):
-        everything = Kept.everything(Blocks.from_lengths([tokens], BLOCK, "cuda"))
-        for case, kept, listed in (
-            ("packed", everything, False),
-            ("row list, all kept", everything, True),
-            ("row list, half kept", half(tokens), True),
-        ):
-            attention(rows, tokens, f"{tokens} tokens, 32/8 heads of 128, {case}", kept, listed)
-
-
-def attention(rows: Rows, tokens: int, case: str, kept: Kept, listed: bool) -> None:
+    """One row per pass and peer, for the table; benchmarks/attention.py has the rest."""
+    tokens = 16384
+    kept = Kept.everything(Blocks.from_lengths([tokens], BLOCK, "cuda"))
     q, k, v, dout = (normal(tokens, h, HEAD) for h in (HEADS, KV_HEADS, KV_HEADS, HEADS))
-    row_list = kept.rows if listed else None
-    scale, n = HEAD**-0.5, kept.max_seqlen
-    partly = n < tokens
-    timing = {"repeat": 10, "warm": 3}
-    out, lse = ops.attention_forward(q, k, v, kept.cu_seqlens, row_list, n, scale)
-    forward = milliseconds([lambda: ops.attention_forward(q, k, v, kept.cu_seqlens, row_list, n, scale)], **timing)
-    arguments = (dout, q, k, v, out, lse, kept.cu_seqlens, row_list, None, None, n, scale)
-    backward = milliseconds([lambda: ops.attention_backward(*arguments)], **timing)
-    forward_peers, backward_peers = {}, {}
-    for name, backend in SDPA.items():
-        for gathered in (False, True) if partly else (False,):
-            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            picked = kept.rows.long() if gathered else None
-            label = f"{name}, {'gathered' if gathered else 'dense'}" if partly else name
-            result = peers.sdpa(backend, *leaves, picked)
-            with torch.no_grad():
-                forward_peers[label] = milliseconds([partial(peers.sdpa, backend, *leaves, picked)], **timing)
-            backward_peers[label] = milliseconds(
-                [partial(torch.autograd.grad, result, leaves, dout[: result.shape[0]], retain_graph=True)], **timing
-            )
-    work = 4 * HEADS * HEAD * kept.num_rows**2 / 2
-    add(rows, "attention forward", case, forward, forward_peers, tflops=round(work / forward / 1e9, 1))
-    add(rows, "attention backward", case, backward, backward_peers, tflops=round(2.5 * work / backward / 1e9, 1))
+    end = (tokens, HEAD**-0.5)
+    out, lse = ops.attention_forward(q, k, v, kept.cu_seqlens, None, *end)
+    ours = {
+        "forward": partial(ops.attention_forward, q, k, v, kept.cu_seqlens, None, *end),
+        "backward": partial(ops.attention_backward, dout, q, k, v, out, lse, kept.cu_seqlens, None, None, None, *end),
+    }
+    theirs = {
+        name: peers.dense_attention(backend, q, k, v, dout, heads_first=False, repeat_keys=False)
+        for name, backend in SDPA.items()
+    }
+    work = 4 * HEADS * HEAD * tokens**2 / 2
+    for kind, factor in (("forward", 1.0), ("backward", 2.5)):
+        times = compete({"lemo": [ours[kind]]} | {name: [passes[kind]] for name, passes in theirs.items()})
+        ms = times.pop("lemo")
+        case = f"{tokens}, 32/8 heads of 128, packed"
+        add(rows, f"attention {kind}", case, ms, times, tflops=round(factor * work / ms / 1e9, 1))
 
 
 def peak(run: Callable[[], Any]) -> int:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Passes = dict[str, Callable[[], Any]]  # by pass: "forward" and "backward"
 
 
 def gather_norm(x: Tensor, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,13 +22,113 @@ def scatter_add_(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
     return x.index_add_(0, rows, y)
 
 
-def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Causal attention of one document, [M, H, D]; with rows, gathered to packed storage first."""
+def _passes(attend: Callable[[], Tensor], leaves: list[Tensor], direction: Tensor) -> Passes:
+    """The forward pass without a graph; the backward pass of a graph that is built now, once."""
+    out = attend()
+    assert out.shape == direction.shape
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attend()
+
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(out, leaves, direction, retain_graph=True),
+    }
+
+
+def dense_attention(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *, heads_first: bool, repeat_keys: bool
+) -> Passes:
+    """Causal attention of one document [M, H, D], its tensors laid out and its keys repeated before any clock runs."""
+    if repeat_keys:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+
+    def laid_out(t: Tensor) -> Tensor:
+        t = t.detach().transpose(0, 1)[None]
+        return t.contiguous() if heads_first else t
+
+    leaves = [laid_out(t).requires_grad_() for t in (q, k, v)]
+
+    def attend() -> Tensor:
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=not repeat_keys)
+
+    return _passes(attend, leaves, laid_out(dout))
+
+
+def gathered_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Tensor) -> Passes:
+    """The same over some rows, which are gathered first; gradients go back to the rows they came from."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+
+    def attend() -> Tensor:
+        packed = [t.index_select(0, rows).transpose(0, 1)[None] for t in leaves]
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(*packed, is_causal=True, enable_gqa=True)
+
+    return _passes(attend, leaves, dout.index_select(0, rows).transpose(0, 1)[None])
+
+
+@functools.cache
+def _flex() -> Callable[..., Tensor]:
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    functorch.donated_buffer = False  # one graph, many backward passes
+    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 64, True  # never the slow path unnoticed
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return i >= j
+
+
+@functools.cache
+def _causal_among_kept(tokens: int) -> tuple[Tensor, Callable[..., Tensor]]:
+    """One mask function and the bool tensor it reads for every choice of tokens: nothing is compiled twice."""
+    kept = torch.zeros(tokens, dtype=torch.bool, device="cuda")
+    return kept, lambda b, h, i, j: (i >= j) & kept[i] & kept[j]
+
+
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Tensor | None = None, tiles: Tensor | None = None
+) -> Passes:
+    """FlexAttention, causal, of one document [M, H, D].
+
+    rows: kept queries see kept keys; such calls share a mask, so use one up before the next. tiles: bool, which tiles
+    of keys every tile of queries sees.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tokens = q.shape[0]
+    visible: Callable[..., Tensor] = _causal
     if rows is not None:
-        q, k, v = (t.index_select(0, rows) for t in (q, k, v))
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    with sdpa_kernel([backend]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        kept, visible = _causal_among_kept(tokens)
+        kept.zero_()[rows] = True
+    elif tiles is not None:
+        side = tokens // tiles.shape[0]
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & tiles[i // side, j // side]
+
+    mask = create_block_mask(visible, None, None, tokens, tokens, device="cuda")
+    leaves = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_() for t in (q, k, v)]
+    direction = dout.transpose(0, 1)[None].contiguous()
+    return _passes(lambda: _flex()(*leaves, block_mask=mask, enable_gqa=True), leaves, direction)
+
+
+def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Passes:
+    """FlashAttention-4's kernels for this GPU, where its package is installed. Raises ImportError where not."""
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+
+    leaves = [t.detach()[None].contiguous().requires_grad_() for t in (q, k, v)]
+
+    def attend() -> Tensor:
+        out = flash_attn_func(*leaves, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return _passes(attend, leaves, dout[None])
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -137,10 +137,74 @@ def operations() -> list[str]:
     return [*markdown(header, rows), "", "Ratio above 1: ours is faster. " + source(name, result), ""]
 
 
+def peer_cells(row: dict[str, Any]) -> list[str]:
+    return [row["peer"], f"{row['peer_ms']:.3f}", f"{row['ratio']:.2f}"]
+
+
+def attention(name: str) -> list[str]:
+    """The cases of benchmarks/attention.py, each as a table; kept shares of 10 % to 100 % as one row per block size."""
+    if (result := load(name)) is None:
+        return []
+    rows = result["rows"]
+    lines = [f"### Attention, {result['gpu']}, bf16, 32/8 heads", ""]
+    titles = {
+        "packed": "One causal document, everything kept",
+        "fallback": "The same by the kernels for sm_80, on this GPU",
+        "given": "Backward over kept queries and keys, output and LSE given, key weights (peers: dense backward)",
+        "lists": "Key lists per tile of queries (keep: share of the causal tiles)",
+        "scores": "Block scores (peer: half the time of our forward pass, which does twice the operations)",
+    }
+    header = ["tokens", "head_dim", "keep", "pass", "ms", "TFLOP/s", "peer", "peer ms", "ratio"]
+    for case, title in titles.items():
+        chosen = [
+            [
+                f"{row['n']:,}",
+                str(row["head_dim"]),
+                f"{row['keep']:g}",
+                row["pass"],
+                f"{row['ms']:.3f}",
+                f"{row['tflops']:.0f}",
+                *peer_cells(row),
+            ]
+            for row in rows
+            if row["case"] == case
+        ]
+        if chosen:
+            lines += [f"**{title}**", "", *markdown(header, chosen), ""]
+    found = [row for row in rows if row["case"] == "blocks"]
+    if found:
+        lines += blocks_table(found, name)
+    return [*lines, "Ratio above 1: ours is faster. " + source(name, result), ""]
+
+
+def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
+    """Speed-up over dense cuDNN by kept share, the ideal beside it; then the other peers."""
+    keeps = sorted({row["keep"] for row in rows})
+    lines = ["**Blocks kept at random, at original offsets, 16K tokens, head_dim 128: speed-up over dense cuDNN**", ""]
+    table = [["ideal, 1 / keep²", "", *(f"{keep**-2:.1f}" for keep in keeps)]]
+    for kind in ("forward", "backward"):
+        for block in sorted({row["block"] for row in rows}):
+            ratio = {
+                row["keep"]: row["ratio"]
+                for row in rows
+                if (row["pass"], row["block"], row["peer"]) == (kind, block, "cudnn")
+            }
+            table.append([kind, str(block), *(f"{ratio[keep]:.2f}" if keep in ratio else "" for keep in keeps)])
+    lines += [*markdown(["pass", "block", *(f"keep {keep:g}" for keep in keeps)], table), ""]
+    if (RESULTS / f"{name}.png").exists():
+        lines += [f"![Speed-up over dense cuDNN by kept share](../benchmarks/results/{name}.png)", ""]
+    others = [
+        [row["pass"], str(row["block"]), f"{row['keep']:g}", f"{row['ms']:.3f}", *peer_cells(row)]
+        for row in rows
+        if row["peer"] != "cudnn" and row["keep"] in (0.5, 1.0)
+    ]
+    return [*lines, *markdown(["pass", "block", "keep", "ms", "peer", "peer ms", "ratio"], others), ""]
+
+
 def blocks() -> dict[Path, list[str]]:
     return {
         ROOT / "README.md": [*activation(), *quality(), *recall(), *equivalence()],
-        ROOT / "docs" / "performance.md": operations(),
+        ROOT / "docs" / "performance.md": [*operations(), *attention("attention-h200"), *attention("attention-h100")],
     }
 
 

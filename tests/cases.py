@@ -29,7 +29,7 @@ class Packing:
 
     lengths: tuple[int, ...]
     block: int
-    keep: str  # "all" | "none" | "some" | "last"
+    keep: str  # "all" | "none" | "some" | "last" | "gap": some, and none of the second document
 
     @functools.cached_property
     def documents(self) -> list[list[tuple[int, int]]]:
@@ -39,6 +39,10 @@ class Packing:
     def kept(self) -> list[int]:
         ids = range(sum(len(document) for document in self.documents))
         chosen = {"all": ids, "none": (), "last": ids[-1:], "some": [b for b in ids if oracle.hash_uniform(5, b) < 0.5]}
+        if self.keep == "gap":
+            first = len(self.documents[0])
+            without = range(first, first + len(self.documents[1]))
+            return [b for b in chosen["some"] if b not in without]
         return list(chosen[self.keep])
 
     @functools.cached_property
@@ -72,6 +76,15 @@ PACKINGS = {
     "batch": Packing((96, 96, 96), 32, "some"),
     "block_128": Packing((700,), 128, "some"),
     "long": Packing((389, 200), 64, "some"),
+}
+# Of attention alone: blocks of 64 and 128, longer than the tiles of its kernels.
+ATTENTION_PACKINGS = {
+    "block_64": Packing((64,), 64, "all"),
+    "ragged_64": Packing((300,), 64, "some"),
+    "ragged_128": Packing((523,), 128, "all"),
+    "gap_64": Packing((330, 64, 1, 200), 64, "gap"),
+    "gap_128": Packing((700, 130, 5, 400), 128, "gap"),
+    "all_64": Packing((192, 320), 64, "all"),
 }
 
 
@@ -204,8 +217,10 @@ class Norm:
 class Attention:
     """Attention over kept rows, forward and backward.
 
-    storage: "packed" rows; "rows": original offsets; "strided": packed views of one fused [M, Hq + 2 Hk, D] tensor.
-    given: output and LSE come from attention over everything, keys carry weights (mode `backward`).
+    storage: "packed" rows; "rows": original offsets, where rows that are not named hold NaN; "strided": packed views of
+    one fused [M, Hq + 2 Hk, D] tensor. given: output and LSE come from attention over everything, keys carry weights
+    (mode `backward`). magnitude: of queries and keys; its square is that of the scores. lists: about half of the
+    earlier tiles are seen.
     """
 
     packing: str
@@ -214,13 +229,19 @@ class Attention:
     dim: int = 64
     storage: str = "packed"
     given: bool = False
+    magnitude: float = 1.0
+    lists: bool = False
+
+    @property
+    def layout(self) -> Packing:
+        return (PACKINGS | ATTENTION_PACKINGS)[self.packing]
 
     def inputs(self, device: str, dtype: torch.dtype) -> Inputs:
-        draw, p = Draw(device, dtype, 2), PACKINGS[self.packing]
+        draw, p = Draw(device, dtype, 2), self.layout
         rows = p.tensor("rows", device)
         tensors = {
-            "q": draw.normal(p.tokens, self.heads, self.dim),
-            "k": draw.normal(p.tokens, self.kv_heads, self.dim),
+            "q": draw.normal(p.tokens, self.heads, self.dim, scale=self.magnitude),
+            "k": draw.normal(p.tokens, self.kv_heads, self.dim, scale=self.magnitude),
             "v": draw.normal(p.tokens, self.kv_heads, self.dim),
             "dout": draw.normal(p.tokens, self.heads, self.dim),
         }
@@ -230,10 +251,13 @@ class Attention:
             tensors["lse"] = lse[:, rows.long()].float().contiguous()
             tensors["key_weights"] = draw.uniform(max(len(p.kept), 1), low=1.0, high=3.0)
             tensors["row_slots"] = p.tensor("row_slots", device)
-        if self.storage != "rows":
-            for name in ("q", "k", "v", "dout", "out"):
-                if name in tensors:
-                    tensors[name] = tensors[name][rows.long()]
+        for name in ("q", "k", "v", "dout", "out"):
+            if name in tensors and self.storage != "rows":
+                tensors[name] = tensors[name][rows.long()]
+            elif name in tensors:
+                named = torch.zeros(p.tokens, dtype=torch.bool, device=device)
+                named[rows.long()] = True
+                tensors[name][~named] = float("nan")
         if self.storage == "strided":
             fused = torch.cat([tensors["q"], tensors["k"], tensors["v"]], dim=1)
             sizes = [self.heads, self.kv_heads, self.kv_heads]
@@ -241,19 +265,37 @@ class Attention:
         tensors["cu_seqlens"] = p.tensor("cu_seqlens", device)
         if self.storage == "rows":
             tensors["rows"] = rows
+        if self.lists:
+            lengths = [len(tiles) for tiles in self.tile_lists]
+            offsets = [0, *itertools.accumulate(lengths)]
+            tensors["tile_offsets"] = torch.tensor(offsets, dtype=torch.int32, device=device)
+            tensors["tiles"] = torch.tensor([*itertools.chain(*self.tile_lists)], dtype=torch.int32, device=device)
         return tensors
+
+    @functools.cached_property
+    def tile_lists(self) -> oracle.TileLists:
+        """By slot; slots that no tile has are empty."""
+        cu = self.layout.layout["cu_seqlens"]
+        lists: oracle.TileLists = [[] for _ in range(cu[-1] // oracle.TILE + len(cu) - 1)]
+        for d, (a, b) in enumerate(itertools.pairwise(cu)):
+            for tile in range(-(-(b - a) // oracle.TILE)):
+                slot = a // oracle.TILE + d + tile
+                lists[slot] = [t for t in range(tile) if oracle.hash_uniform(slot, t) < 0.5]
+        return lists
 
     @property
     def max_seqlen(self) -> int:
-        return PACKINGS[self.packing].layout["max_seqlen"][0]
+        return self.layout.layout["max_seqlen"][0]
 
     def run(self, t: Inputs, deterministic: bool = False) -> Results:
         scale, rows, cu = self.dim**-0.5, t.get("rows"), t["cu_seqlens"]
         results = {}
         out, lse = t.get("out"), t.get("lse")
+        lists = (t["tile_offsets"], t["tiles"]) if self.lists else ()
         if out is None:
-            out, lse = ops.attention_forward(t["q"], t["k"], t["v"], cu, rows, self.max_seqlen, scale)
+            out, lse = ops.attention_forward(t["q"], t["k"], t["v"], cu, rows, self.max_seqlen, scale, *lists)
             results = {"out": out, "lse": lse}
+        transposed = ops.transpose_tile_lists(*lists, cu) if lists else ()
         dq, dk, dv = ops.attention_backward(
             t["dout"],
             t["q"],
@@ -268,11 +310,13 @@ class Attention:
             self.max_seqlen,
             scale,
             deterministic,
+            *transposed,
         )
         return results | {"dq": dq, "dk": dk, "dv": dv}
 
     def expect(self, t: Inputs) -> Results:
         scale, rows, cu = self.dim**-0.5, t.get("rows"), t["cu_seqlens"].tolist()
+        lists = self.tile_lists if self.lists else None
         packed = {n: t[n] if rows is None else t[n][rows.long()] for n in ("q", "k", "v", "dout")}
         if self.given:
             out = t["out"] if rows is None else t["out"][rows.long()]
@@ -287,11 +331,12 @@ class Attention:
                 scale,
                 t["key_weights"],
                 t["row_slots"],
+                lists,
             )
             results = {"dq": dq, "dk": dk, "dv": dv}
         else:
             q, k, v = leaf(packed["q"]), leaf(packed["k"]), leaf(packed["v"])
-            out, lse = oracle.attention(q, k, v, cu, scale)
+            out, lse = oracle.attention(q, k, v, cu, scale, lists)
             dq, dk, dv = grads([out], [packed["dout"]], q, k, v)
             results = {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
         if rows is None:
@@ -461,6 +506,7 @@ NORMS = [
     Norm("long", 4096, extra=True),
     Norm("long", 1000, "layer", weight="float32", bias=True),
 ]
+DIMS = (64, 80, 96, 128)
 ATTENTION = [
     *(Attention(p, storage=s) for p, s in zip(PACKINGS, ("packed", "rows", "strided") * 4, strict=False)),
     *(Attention("documents", 4, 1, dim, s) for dim in (64, 80, 96, 128) for s in ("rows", "strided")),
@@ -471,6 +517,24 @@ ATTENTION = [
     Attention("block_128", storage="strided", given=True),
     Attention("keep_all", given=True),
     Attention("keep_none", given=True),
+    # Every head_dim x ratio of heads x storage, over blocks of 64 and 128 and documents of which one keeps nothing.
+    *(
+        Attention(p, hq, hk, dim, storage, given)
+        for p in ("gap_64", "gap_128")
+        for dim in DIMS
+        for hq, hk in ((2, 2), (8, 2), (4, 1))
+        for storage in ("packed", "rows", "strided")
+        for given in ((False, True) if storage == "rows" else (False,))
+    ),
+    *(
+        Attention(p, 4, 1, dim, storage)
+        for p in ("block_64", "ragged_64", "ragged_128", "all_64")
+        for dim in DIMS
+        for storage in ("packed", "rows")
+    ),
+    *(Attention("gap_64", 4, 1, dim, "rows", given, magnitude=8.0) for dim in DIMS for given in (False, True)),
+    *(Attention(p, 4, 1, dim, "packed", lists=True) for p in ("gap_128", "ragged_128") for dim in DIMS),
+    *(Attention("gap_128", 4, 2, dim, "rows", given, lists=True) for dim in DIMS for given in (False, True)),
 ]
 SCORES = [
     *(Scores(p) for p in PACKINGS),

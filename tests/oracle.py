@@ -217,22 +217,31 @@ def layout_of(kept: list[int], documents: list[list[tuple[int, int]]]) -> dict[s
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def visible(cu_seqlens: list[int], device: torch.device | None = None) -> Tensor:
+TILE = 128  # packed rows that one tile list speaks of
+TileLists = list[list[int]]  # by slot: the earlier key tiles that a query tile sees, besides itself
+
+
+def visible(cu_seqlens: list[int], device: torch.device | None = None, lists: TileLists | None = None) -> Tensor:
     """bool [M, M]: packed row i sees packed row j."""
-    document = torch.zeros(cu_seqlens[-1], dtype=torch.long, device=device)
+    seen = torch.zeros(cu_seqlens[-1], cu_seqlens[-1], dtype=torch.bool)
     for d, (a, b) in enumerate(itertools.pairwise(cu_seqlens)):
-        document[a:b] = d
-    i = torch.arange(cu_seqlens[-1], device=device)
-    return (i[:, None] >= i[None, :]) & (document[:, None] == document[None, :])
+        seen[a:b, a:b] = lists is None
+        for tile in range(math.ceil((b - a) / TILE) if lists is not None else 0):
+            first, last = a + tile * TILE, min(a + (tile + 1) * TILE, b)
+            for other in [*lists[a // TILE + d + tile], tile]:
+                seen[first:last, a + other * TILE : min(a + (other + 1) * TILE, b)] = True
+    return torch.tril(seen).to(device)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, lists: TileLists | None = None
+) -> tuple[Tensor, Tensor]:
     """(out [M, Hq, D], lse [Hq, M]) of packed rows."""
     group = q.shape[1] // k.shape[1]
     q = up(q)
     k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
     s = torch.einsum("ihd,jhd->hij", q, k) * scale
-    s = s.masked_fill(~visible(cu_seqlens, q.device), -math.inf)
+    s = s.masked_fill(~visible(cu_seqlens, q.device, lists), -math.inf)
     return torch.einsum("hij,jhd->ihd", torch.softmax(s, -1), v), torch.logsumexp(s, -1)
 
 
@@ -247,6 +256,7 @@ def attention_backward(
     scale: float,
     key_weights: Tensor | None = None,
     row_slots: Tensor | None = None,
+    lists: TileLists | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of packed rows by the header's formulas, with a given output and LSE."""
     hk = k.shape[1]
@@ -254,7 +264,7 @@ def attention_backward(
     dout, q, out, lse = (up(t) for t in (dout, q, out, lse))
     k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
     p = torch.exp(torch.einsum("ihd,jhd->hij", q, k) * scale - lse[:, :, None])
-    p = torch.where(visible(cu_seqlens, q.device), p, 0.0)
+    p = torch.where(visible(cu_seqlens, q.device, lists), p, 0.0)
     ds = p * (torch.einsum("ihd,jhd->hij", dout, v) - (dout * out).sum(-1).T[:, :, None])
     w = torch.ones_like(p[0])
     if key_weights is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from cases import CASES, PACKINGS, SELECT, Attention, name_of
+from cases import CASES, DIMS, PACKINGS, SELECT, Attention, name_of
 from compare import check_single
 from lemo import _native, ops
 from lemo.layout import Kept, select
@@ -87,29 +87,30 @@ def test_threads_do_not_change_results() -> None:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
-def unnamed_rows_stay(device: str, dtype: torch.dtype) -> None:
+def unnamed_rows_stay(device: str, dtype: torch.dtype, case: Attention) -> None:
     """Rows of a storage that the row list does not name keep their bits: out, dq, dk, dv, x and dx."""
-    case = Attention("documents", storage="rows")
-    p, t = PACKINGS[case.packing], case.inputs(device, dtype)
+    p, t = case.layout, case.inputs(device, dtype)
     hidden = torch.ones(p.tokens, dtype=torch.bool, device=device)
     hidden[t["rows"].long()] = False
     assert hidden.any() and not hidden.all()
     scale, m = case.dim**-0.5, t["rows"].shape[0]
     out = torch.full_like(t["q"], 7.0)
     lse = torch.empty(case.heads, m, device=device)
-    common = {"cu_seqlens": t["cu_seqlens"], "rows": t["rows"]}
-    forward = (
-        {n: t[n] for n in "qkv"} | common | {"max_seqlen": case.max_seqlen, "scale": scale, "out": out, "lse": lse}
-    )
-    _native.call("attention_forward", t["q"].device, forward, workspace=True)
+    lists = {"cu_seqlens": t["cu_seqlens"], "rows": t["rows"]}
+    end = {"max_seqlen": case.max_seqlen, "scale": scale}
+    tiles = {"tile_offsets": None, "tiles": None}
+    forward = {n: t[n] for n in "qkv"} | lists | end | {"out": out, "lse": lse} | tiles
+    _native.call("attention_forward", t["q"].device, forward)
+    assert not lse.isnan().any()
     gradients = {f"d{n}": torch.full_like(t[n], 7.0) for n in "qkv"}
-    backward = {n: t[n] for n in ("dout", "q", "k", "v")} | {"out": out, "lse": lse} | common
-    backward |= {"key_weights": None, "row_slots": None, "max_seqlen": case.max_seqlen, "scale": scale} | gradients
+    weights = {"key_weights": t.get("key_weights"), "row_slots": t.get("row_slots")}
+    given = {"out": t.get("out", out), "lse": t.get("lse", lse)}
+    backward = {n: t[n] for n in ("dout", "q", "k", "v")} | given | lists | weights | end | gradients | tiles
     for deterministic in (False, True):
-        _native.call("attention_backward", out.device, backward, workspace=True, deterministic=deterministic)
+        _native.call("attention_backward", out.device, backward, deterministic=deterministic)
     for name, result in (gradients | {"out": out}).items():
         assert (result[hidden] == 7.0).all(), name
-        assert not (result[~hidden] == 7.0).all(), name
+        assert not result[~hidden].isnan().any() and not (result[~hidden] == 7.0).all(), name
 
     x = torch.full((p.tokens, 64), 7.0, dtype=dtype, device=device)
     y = torch.randn(m, 64, device=device).to(dtype)
@@ -120,8 +121,14 @@ def unnamed_rows_stay(device: str, dtype: torch.dtype) -> None:
         assert (x[hidden] == 7.0).all()
 
 
-def test_unnamed_rows_stay() -> None:
-    unnamed_rows_stay("cpu", torch.float32)
+UNNAMED = [
+    Attention(p, 4, 2, dim, "rows", given) for p in ("gap_64", "gap_128") for dim in DIMS for given in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", [Attention("documents", storage="rows"), *UNNAMED], ids=name_of)
+def test_unnamed_rows_stay(case) -> None:
+    unnamed_rows_stay("cpu", torch.float32, case)
 
 
 def test_loss_gradient_may_overwrite_its_input() -> None:
@@ -134,5 +141,5 @@ def test_loss_gradient_may_overwrite_its_input() -> None:
     arguments = {"hidden": hidden, "weight": weight} | dict.fromkeys(names) | {"targets": targets, "ignore_index": -100}
     arguments |= {"lora_scale": 1.0, "softcap": 0.0, "reduction": 0, "segment_rows": 16, "loss": loss, "valid": valid}
     arguments |= {"dhidden": hidden, "dweight": None, "dbias": None, "dlora_a": None, "dlora_b": None}
-    _native.call("linear_cross_entropy", hidden.device, arguments, workspace=True)
+    _native.call("linear_cross_entropy", hidden.device, arguments)
     assert torch.equal(loss, apart[0]) and torch.equal(hidden, apart[2])

@@ -138,22 +138,3 @@ def test_opcheck() -> None:
     q, k, v = (t[name].requires_grad_() for name in "qkv")
     arguments = (q, k, v, t["cu_seqlens"], None, 300, 0.25, t["tile_offsets"], t["tiles"])
     torch.library.opcheck(torch.ops.lemo.attention_forward.default, arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: t.update(tile_offsets=None), ["tiles", "tile_offsets"]),
-        (lambda t: t.update(tile_offsets=t["tile_offsets"][:-1]), ["tile_offsets", "S + 1"]),
-        (lambda t: t.update(tile_offsets=t["tile_offsets"] + 1), ["tile_offsets", "begin with 0"]),
-        (lambda t: t.update(tile_offsets=t["tile_offsets"].flip(0)), ["tile_offsets", "0"]),
-        (lambda t: t["tiles"].fill_(9), ["tiles", "slot", "got 9"]),
-        (lambda t: t.update(tiles=t["tiles"].float()), ["tiles", "int32"]),
-    ],
-)
-def test_bad_lists(change, words: list[str]) -> None:
-    t = Case((700, 130), density=1.0).inputs("cpu", torch.float32)
-    change(t)
-    with pytest.raises(ValueError) as raised:
-        ops.attention_forward(t["q"], t["k"], t["v"], t["cu_seqlens"], None, 700, 0.125, t["tile_offsets"], t["tiles"])
-    assert all(word in str(raised.value) for word in words), raised.value

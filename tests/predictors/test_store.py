@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -55,54 +54,6 @@ def test_round_trip(tmp_path, model, predictors):
 def test_scores_refuse_another_block_size(predictors):
     with pytest.raises(ValueError, match="calibrated for blocks of 8 tokens, got 4"):
         predictors.scores(0, torch.randn(20, HIDDEN), Blocks.from_lengths([20], 4))
-
-
-def change_config(folder: Path, **values: object) -> None:
-    path = folder / "lemo_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def truncate(folder: Path, size: int) -> None:
-    path = folder / "predictors.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-
-
-def flip(folder: Path) -> None:
-    path = folder / "predictors.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE = [
-    ("no config", lambda f: (f / "lemo_config.json").unlink(), "lemo_config.json is missing"),
-    ("no weights", lambda f: (f / "predictors.safetensors").unlink(), "predictors.safetensors is missing"),
-    ("truncated", lambda f: truncate(f, 100), "truncated"),
-    ("empty", lambda f: truncate(f, 0), "truncated"),
-    ("flipped", flip, "digest"),
-    ("no JSON", lambda f: (f / "lemo_config.json").write_text("{"), "cannot be read"),
-    ("a list", lambda f: (f / "lemo_config.json").write_text("[]"), "version None"),
-    ("other version", lambda f: change_config(f, format_version=99), "version 99, this lemo reads version 1"),
-    ("no block size", lambda f: change_config(f, block_size=None), "block_size is missing"),
-    ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
-    ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),
-    ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * LAYERS), "layers.0.wq1: expected shape"),
-]
-
-
-@pytest.mark.parametrize(("damage", "words"), [d[1:] for d in DAMAGE], ids=[d[0] for d in DAMAGE])
-def test_damaged_folder(tmp_path, predictors, damage, words):
-    predictors.save(tmp_path / "c")
-    damage(tmp_path / "c")
-    before = tree(tmp_path)
-    with pytest.raises(CalibrationError, match=words):
-        PredictorSet.load(tmp_path / "c")
-    assert tree(tmp_path) == before
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(CalibrationError, match=r"does not exist.*lemo calibrate"):
-        PredictorSet.load(tmp_path / "none")
 
 
 def test_another_model(tmp_path, predictors):

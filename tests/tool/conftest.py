@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "engine")]
 
 SENTENCE = "the block of tokens keeps its own place while every other layer may leave it out and come back later"
 WORDS = SENTENCE.split(" ")

@@ -17,7 +17,6 @@ from torch import Tensor
 from lemo._native import call
 from lemo.ops._schema import define, library, need
 
-
 TILE_ROWS = 128  # LEMO_TILE_ROWS: rows that one list of two-dimensional sparsity speaks of
 
 

@@ -1,0 +1,353 @@
+"""Attention on a Hopper GPU beside the best dense kernels, in bf16, 32 query heads over 8 key heads.
+
+  python benchmarks/attention.py                     # everything, about two minutes
+  python benchmarks/attention.py --quick --cases packed blocks
+  python benchmarks/attention.py --plot benchmarks/results/attention-h200.json
+
+Cases, each beside its peers in one process and in turn with them:
+  packed    one causal document, everything kept
+  blocks    rows at their original offsets through a block list, all or some blocks kept at random
+  given     backward over kept queries and kept keys, with the output and LSE of the dense forward pass and key weights
+  lists     a key list for every tile of queries, half of the tiles
+  scores    exact block scores; its peer is our own forward pass at half its time, since scores is half its operations
+  fallback  `packed` again by the kernels for sm_80, on this GPU
+
+tflops counts the operations that the kept rows need (4 M^2 D Hq / 2 forward, 2.5 times that backward). ratio =
+peer_ms / ms: above 1, lemo is faster. lemo is called through its C interface into outputs that are there already; "lemo
+op" is the torch operation, which also zeroes the rows that the list does not name. SDPA peers are timed in both tensor
+layouts (cuDNN) or with their keys repeated and not (FlashAttention-2), and the faster one is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+from common import add_output, compete, copies, table, write_results
+from lemo import _native, ops
+from lemo.layout import Blocks, Kept, select
+from peers import Passes
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+HEADS, KV_HEADS = 32, 8
+PASSES = ("forward", "backward")
+COLUMNS = ["case", "n", "head_dim", "block", "keep", "pass", "ms", "tflops", "peer", "peer_ms", "ratio"]
+KEEPS = [i / 10 for i in range(1, 11)]
+Peers = dict[str, Callable[..., Passes]]
+
+DENSE: Peers = {
+    "cudnn, heads first": partial(
+        peers.dense_attention, SDPBackend.CUDNN_ATTENTION, heads_first=True, repeat_keys=False
+    ),
+    "cudnn, rows first": partial(
+        peers.dense_attention, SDPBackend.CUDNN_ATTENTION, heads_first=False, repeat_keys=False
+    ),
+    "flash, grouped": partial(peers.dense_attention, SDPBackend.FLASH_ATTENTION, heads_first=False, repeat_keys=False),
+    "flash, repeated": partial(peers.dense_attention, SDPBackend.FLASH_ATTENTION, heads_first=False, repeat_keys=True),
+}
+if importlib.util.find_spec("flash_attn") is not None:
+    DENSE["flash 4"] = peers.flash_attention_4
+CUDNN = {name: make for name, make in DENSE.items() if name.startswith("cudnn")}
+
+
+def make_inputs(n: int, head_dim: int) -> tuple[Tensor, ...]:
+    """q, k, v, dout"""
+    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    return tuple(torch.randn(n, h, head_dim, device="cuda", dtype=torch.bfloat16) for h in heads)
+
+
+def choose(n: int, block: int, keep: float) -> Kept:
+    blocks = Blocks.from_lengths([n], block, "cuda")
+    if keep == 1.0:
+        return Kept.everything(blocks)
+    return select(torch.rand(blocks.num_blocks, device="cuda"), blocks, mode="budget", keep=keep)
+
+
+class Lemo:
+    """lemo through its C interface, for one set of inputs; ``passes`` as the peers'."""
+
+    def __init__(
+        self,
+        inputs: tuple[Tensor, ...],
+        kept: Kept,
+        listed: bool,
+        given: tuple[Tensor, Tensor] | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        q, k, v, dout = inputs
+        rows = kept.rows if listed else None
+        capacity = q.shape[0] if rows is None else kept.num_rows
+        self.out, self.lse = given or (torch.empty_like(q), torch.empty(q.shape[1], capacity, device=q.device))
+        self.gradients = {f"d{name}": torch.empty_like(t) for name, t in zip("qkv", (q, k, v), strict=True)}
+        end = {"max_seqlen": kept.max_seqlen, "scale": q.shape[2] ** -0.5}
+        no_lists = {"tile_offsets": None, "tiles": None}
+        lists = {"cu_seqlens": kept.cu_seqlens, "rows": rows}
+        forward = {"q": q, "k": k, "v": v} | lists | end | {"out": self.out, "lse": self.lse} | no_lists
+        weighted = {"key_weights": weights, "row_slots": None if weights is None else kept.row_slots}
+        backward = {"dout": dout, "q": q, "k": k, "v": v, "out": self.out, "lse": self.lse}
+        backward |= lists | weighted | end | self.gradients | no_lists
+        self.passes: Passes = {
+            "forward": partial(_native.call, "attention_forward", q.device, forward),
+            "backward": partial(_native.call, "attention_backward", q.device, backward),
+        }
+        if given is None:
+            self.passes["forward"]()
+
+
+def lemo_op(inputs: tuple[Tensor, ...], kept: Kept, out: Tensor, lse: Tensor) -> Passes:
+    """The torch operations, which make their own outputs."""
+    q, k, v, dout = inputs
+    end = (kept.max_seqlen, q.shape[2] ** -0.5)
+    return {
+        "forward": partial(ops.attention_forward, q, k, v, kept.cu_seqlens, kept.rows, *end),
+        "backward": partial(
+            ops.attention_backward, dout, q, k, v, out, lse, kept.cu_seqlens, kept.rows, None, None, *end
+        ),
+    }
+
+
+class Bench:
+    """The rows so far, and how long a comparison may take."""
+
+    def __init__(self, quick: bool) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.timing = (150.0, 3) if quick else (500.0, 5)  # milliseconds of a comparison, and rounds at least
+        self.quick = quick
+
+    def contest(
+        self,
+        row: dict[str, Any],
+        ours: list[Passes],
+        others: dict[str, list[Passes]],
+        rows: int,
+        passes: tuple[str, ...] = PASSES,
+    ) -> None:
+        """Times every pass of ours in turn with the others and adds a row per peer. others: "name, variant"; the
+        fastest variant of a name is reported. rows: M."""
+        for kind in passes:
+            everyone = {"lemo": ours} | others
+            times = compete({name: [p[kind] for p in sets] for name, sets in everyone.items()}, *self.timing)
+            ms = times.pop("lemo")
+            work = 2 * HEADS * row["head_dim"] * rows**2 * (2.5 if kind == "backward" else 1)
+            best: dict[str, tuple[float, str]] = {}
+            for label, peer_ms in times.items():
+                name, _, variant = label.partition(", ")
+                best[name] = min(best.get(name, (peer_ms, variant)), (peer_ms, variant))
+            for name, (peer_ms, variant) in best.items():
+                self.add(row | {"pass": kind}, ms, work, name, peer_ms, variant)
+
+    def add(self, row: dict[str, Any], ms: float, work: float, peer: str, peer_ms: float, variant: str = "") -> None:
+        made = row | {"ms": round(ms, 4), "tflops": round(work / ms / 1e9, 1), "peer": peer}
+        made |= {"peer_ms": round(peer_ms, 4), "ratio": round(peer_ms / ms, 3)}
+        self.rows.append(made | ({"peer_variant": variant} if variant else {}))
+        print(table([made], COLUMNS).splitlines()[1], flush=True)
+
+
+def build(makers: Peers, sets: list[tuple[Tensor, ...]]) -> dict[str, list[Passes]]:
+    """Peers that run here, on every set of inputs; those that do not say why."""
+    made = {}
+    for name, make in makers.items():
+        try:
+            made[name] = [make(*inputs) for inputs in sets]
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            print(f"# {name} not run: {str(error).strip().splitlines()[0][:120]}", flush=True)
+    return made
+
+
+def agree(ours: Tensor, others: dict[str, list[Passes]]) -> None:
+    """Timing a wrong result would mean nothing: our output is cuDNN's to a few roundings."""
+    for name in CUDNN:
+        if name in others:
+            theirs = others[name][0]["forward"]()[0].transpose(0, 1)
+            error = (ours.float() - theirs.float()).abs().max().item()
+            if not error <= 0.03 * theirs.float().abs().max().item():
+                raise RuntimeError(f"lemo and {name} differ by {error}")
+            return
+
+
+def packed(bench: Bench, name: str = "packed") -> None:
+    for head_dim in (128, 64):
+        for n in (4096, 16384) if bench.quick else (4096, 16384, 65536):
+            makers = dict(DENSE)
+            if n == 16384 and name == "packed":
+                makers["flex"] = peers.flex_attention
+            sets = [make_inputs(n, head_dim) for _ in range(copies(2 * n * head_dim * 2 * (HEADS + KV_HEADS)))]
+            kept = choose(n, 128, 1.0)
+            ours = [Lemo(inputs, kept, listed=False) for inputs in sets]
+            others = build(makers, sets)
+            agree(ours[0].out, others)
+            row = {"case": name, "n": n, "head_dim": head_dim, "keep": 1.0}
+            bench.contest(row, [lemo.passes for lemo in ours], others, n)
+            del sets, ours, others
+            torch.cuda.empty_cache()
+
+
+def blocks(bench: Bench) -> None:
+    n, head_dim = 16384, 128
+    inputs = make_inputs(n, head_dim)
+    whole = Lemo(inputs, choose(n, 128, 1.0), listed=False)
+    dense = build(CUDNN, [inputs])
+    for block in (128, 64):
+        for keep in (0.5, 1.0) if bench.quick else KEEPS:
+            kept = choose(n, block, keep)
+            ours = Lemo(inputs, kept, listed=True)
+            others = dense | build({"flex": partial(peers.flex_attention, rows=kept.rows.long())}, [inputs])
+            if keep == 1.0:
+                others["lemo packed"] = [whole.passes]
+                agree(ours.out, others)
+            if keep in (0.5, 1.0):
+                others["lemo op"] = [lemo_op(inputs, kept, ours.out, ours.lse)]
+            if keep == 0.5:
+                picked = partial(peers.gathered_attention, SDPBackend.CUDNN_ATTENTION, rows=kept.rows.long())
+                others |= build({"gather + cudnn": picked}, [inputs])
+            row = {"case": "blocks", "n": n, "head_dim": head_dim, "block": block, "keep": keep}
+            bench.contest(row, [ours.passes], others, kept.num_rows)
+
+
+def given(bench: Bench) -> None:
+    n, head_dim, block = 16384, 128, 64
+    inputs = make_inputs(n, head_dim)
+    whole = Lemo(inputs, choose(n, block, 1.0), listed=False)
+    dense = build({name: make for name, make in DENSE.items() if name != "flash 4"}, [inputs])
+    for keep in (0.5,) if bench.quick else (0.25, 0.5, 0.75, 1.0):
+        kept = choose(n, block, keep)
+        forward = (whole.out, whole.lse[:, kept.rows.long()].contiguous())
+        weights = torch.full((kept.num_blocks,), 1 / keep, device="cuda")
+        ours = Lemo(inputs, kept, listed=True, given=forward, weights=weights)
+        row = {"case": "given", "n": n, "head_dim": head_dim, "block": block, "keep": keep}
+        bench.contest(row, [ours.passes], dense, kept.num_rows, ("backward",))
+
+
+def lists(bench: Bench) -> None:
+    """Two-dimensional sparsity: every tile of 128 queries sees itself, causally, and a random half of those before.
+
+    The peer "lemo packed, same rate" is our dense kernel's time for as many operations as this mask leaves.
+    """
+    n, head_dim, tile = 16384, 128, 128
+    inputs, kept = make_inputs(n, head_dim), choose(n, tile, 1.0)
+    (q, k, v, dout), tiles = inputs, n // tile
+    seen = torch.tril(torch.rand(tiles, tiles, device="cuda") < 0.5, diagonal=-1)
+    offsets = torch.zeros(tiles + 2, dtype=torch.int32, device="cuda")  # one slot per tile, and one per document
+    offsets[1:] = torch.cat((seen.sum(1), seen.new_zeros(1, dtype=torch.int64))).cumsum(0)
+    forward_lists = (offsets, seen.nonzero()[:, 1].int())
+    backward_lists = ops.transpose_tile_lists(*forward_lists, kept.cu_seqlens)
+    end = (n, head_dim**-0.5)
+    forward = partial(ops.attention_forward, q, k, v, kept.cu_seqlens, None, *end, *forward_lists)
+    out, lse = forward()
+    backward = partial(
+        ops.attention_backward, dout, q, k, v, out, lse, kept.cu_seqlens, None, None, None, *end, False, *backward_lists
+    )
+    whole = Lemo(inputs, kept, listed=False)
+    seen |= torch.eye(tiles, dtype=torch.bool, device="cuda")
+    everyone = {"ours": [{"forward": forward, "backward": backward}], "packed": [whole.passes]}
+    everyone |= build(CUDNN | {"flex": partial(peers.flex_attention, tiles=seen)}, [inputs])
+    share = (seen.sum().item() - tiles / 2) / (tiles**2 / 2)  # of the causal half; half of each diagonal tile
+    row = {"case": "lists", "n": n, "head_dim": head_dim, "block": tile, "keep": round(share, 3)}
+    for kind in PASSES:
+        times = compete({name: [p[kind] for p in sets] for name, sets in everyone.items()}, *bench.timing)
+        work = share * 2 * HEADS * head_dim * n**2 * (2.5 if kind == "backward" else 1)
+        theirs = {"lemo packed, same rate": share * times["packed"]}
+        theirs["cudnn"] = min((times[name] for name in CUDNN if name in times), default=float("nan"))
+        if "flex" in times:
+            theirs["flex"] = times["flex"]
+        for name, peer_ms in theirs.items():
+            bench.add(row | {"pass": kind}, times["ours"], work, name, peer_ms)
+
+
+def scores(bench: Bench) -> None:
+    n = 16384
+    for head_dim, block in ((128, 64),) if bench.quick else ((128, 64), (128, 128), (64, 64)):
+        inputs, kept = make_inputs(n, head_dim), choose(n, block, 1.0)
+        layout = (kept.source.offsets, kept.source.documents, block)
+        dense = Lemo(inputs, kept, listed=False)
+        ours = partial(ops.block_scores, inputs[0], inputs[1], *layout, head_dim**-0.5)
+        times = compete({"ours": [ours], "forward": [dense.passes["forward"]]}, *bench.timing)
+        row = {"case": "scores", "n": n, "head_dim": head_dim, "block": block, "keep": 1.0, "pass": "scores"}
+        bench.add(row, times["ours"], HEADS * head_dim * n**2, "half of lemo packed", times["forward"] / 2)
+
+
+def fallback(bench: Bench) -> None:
+    """The library reads this variable once, hence the process of its own."""
+    variable = "LEMO_CUDA_CAPABILITY"
+    if os.environ.get(variable) == "80":
+        return packed(bench, "fallback")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--quick", "--cases", "fallback", "--out", str(path)]
+        subprocess.run(command, env=os.environ | {variable: "80"}, check=True)
+        bench.rows += json.loads(path.read_text())["rows"]
+
+
+CASES: dict[str, Callable[[Bench], None]] = {
+    "packed": packed,
+    "blocks": blocks,
+    "given": given,
+    "lists": lists,
+    "scores": scores,
+    "fallback": fallback,
+}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Speed-up over dense cuDNN by the kept share, beside the square that the operations promise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(KEEPS, [keep**-2 for keep in KEEPS], color="0.6", linestyle="--", label="ideal: 1 / keep²")
+    for kind, colour in zip(PASSES, ("tab:blue", "tab:red"), strict=True):
+        for block, marker in ((128, "o"), (64, "x")):
+            found = [
+                (row["keep"], row["ratio"])
+                for row in result["rows"]
+                if (row["case"], row["pass"], row["peer"], row.get("block")) == ("blocks", kind, "cudnn", block)
+            ]
+            if found:
+                label = f"{kind}, blocks of {block}"
+                axes.plot(*zip(*sorted(found), strict=True), color=colour, marker=marker, label=label)
+    axes.set(xlabel="kept share of the blocks", ylabel="speed-up over dense cuDNN", yscale="log")
+    axes.set_title(f"Causal attention over kept blocks, 16K tokens, head_dim 128 ({result['gpu']})", fontsize=10)
+    axes.set_yticks([1, 2, 4, 10, 25, 100], ["1", "2", "4", "10", "25", "100"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="only draw the picture of this result file")
+    add_output(parser, "attention")
+    args = parser.parse_args()
+    if args.plot:
+        return plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
+    torch.manual_seed(0)
+    bench = Bench(args.quick)
+    print(table([], COLUMNS))
+    for name in args.cases:
+        CASES[name](bench)
+        torch.cuda.empty_cache()
+        path = write_results(args.out, bench.rows)  # after every case: a run that is stopped leaves what it has
+    print(table(bench.rows, COLUMNS))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+// What benchmarks/tune.py calls in each of its libraries: one Hopper kernel, packed rows or a row list, bf16.
+// LEMO_TUNE_HEAD_DIM and LEMO_TUNE_PASS (1 forward, 2 backward) choose it.
+#include <cstdio>
+
+#include "cuda/attention/params.h"
+#include "src/backend.h"
+
+namespace hopper = lemo::cuda::attention::hopper;
+using lemo::cuda::attention::Rows;
+
+struct TuneArguments {
+  void *q, *k, *v, *out, *dout, *dq, *dk, *dv;
+  float* lse;
+  const int32_t *cu_seqlens, *rows;
+  void *workspace, *stream;
+  int64_t storage_rows, capacity;
+  int32_t documents, heads, key_heads;
+  float scale;
+};
+
+constexpr int kHeadDim = LEMO_TUNE_HEAD_DIM;
+constexpr int kPaddedHeadDim = kHeadDim == 80 ? 96 : kHeadDim;
+
+extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const TuneArguments* a) {
+#if LEMO_TUNE_PASS == 1
+  (void)a;
+  return sizeof(int);
+#else
+  return hopper::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, false);
+#endif
+}
+
+// 0, or 1 with the reason on stderr.
+extern "C" __attribute__((visibility("default"))) int tune_run(const TuneArguments* a) try {
+  const auto rows = [](void* data, int64_t heads) { return Rows{data, heads * kHeadDim, kHeadDim}; };
+  const auto stream = static_cast<cudaStream_t>(a->stream);
+#if LEMO_TUNE_PASS == 1
+  lemo::cuda::attention::ForwardParams params{};
+  params.out = rows(a->out, a->heads);
+  params.counter = static_cast<int*>(a->workspace);
+#else
+  lemo::cuda::attention::BackwardParams params{};
+  params.dout = rows(a->dout, a->heads);
+  params.out = rows(a->out, a->heads);
+  params.dq = rows(a->dq, a->heads);
+  params.dk = rows(a->dk, a->key_heads);
+  params.dv = rows(a->dv, a->key_heads);
+  params.key_heads = a->key_heads;
+  params.workspace = a->workspace;
+#endif
+  params.q = rows(a->q, a->heads);
+  params.k = rows(a->k, a->key_heads);
+  params.v = rows(a->v, a->key_heads);
+  params.lse = a->lse;
+  params.lse_stride = a->capacity;
+  params.documents = {a->cu_seqlens, a->rows, a->documents, a->capacity};
+  params.storage_rows = a->storage_rows;
+  params.heads = a->heads;
+  params.group = a->heads / a->key_heads;
+  params.head_dim = kHeadDim;
+  params.scale = a->scale;
+#if LEMO_TUNE_PASS == 1
+  hopper::launch_forward<kPaddedHeadDim>(params, LEMO_BF16, stream);
+#else
+  hopper::launch_backward<kPaddedHeadDim>(params, LEMO_BF16, stream);
+#endif
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}

@@ -1,0 +1,72 @@
+"""A list of small attention cases under compute-sanitizer; run by hand on a GPU, since it takes minutes.
+
+  python tests/ops/sanitize.py memcheck
+  python tests/ops/sanitize.py racecheck --only 0 3
+
+Exit status 0: the tool reported nothing. Only kernels of lemo's attention are instrumented. Every allocation is one of
+its own (no caching), so that memcheck sees a read beyond a tensor even where another tensor follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+def listed() -> list:
+    """What the tools run: every head_dim, packed and at original offsets, ragged tiles, weights, lists, an empty row
+    list, one block. Two tiles of keys are enough for a pipeline to go round."""
+    from cases import DIMS, Attention
+
+    return [
+        *(Attention("ragged_64", 4, 1, dim, "rows") for dim in DIMS),
+        *(Attention("gap_64", 4, 2, dim, "rows", given=True) for dim in (64, 128)),
+        *(Attention("ragged_128", 2, 2, dim) for dim in (64, 128)),
+        Attention("gap_128", 2, 1, 128, lists=True),
+        Attention("block_64", 4, 1, 128, "strided"),
+        Attention("keep_none", given=True),
+    ]
+
+
+def run(only: list[int] | None) -> None:
+    import torch
+    from cases import name_of
+    from compare import check_half
+
+    for i, case in enumerate(listed()):
+        if only is None or i in only:
+            check_half(case, torch.bfloat16)
+            t = case.inputs("cuda", torch.bfloat16)
+            for deterministic in (False, True):
+                case.run(t, deterministic)
+            torch.cuda.synchronize()
+            print(f"{i}: {name_of(case)}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", choices=[*TOOLS, "none"], help="none: the cases alone, without a tool")
+    parser.add_argument("--only", type=int, nargs="*", metavar="N", help="numbers of cases")
+    args = parser.parse_args()
+    if args.tool == "none":
+        run(args.only)
+        return 0
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [program, "--tool", args.tool, "--error-exitcode", "9", "--kernel-name", "kns=attention"]
+    command += ["--leak-check", "no"] if args.tool == "memcheck" else []
+    command += [sys.executable, __file__, "none"]
+    if args.only is not None:
+        command += ["--only", *map(str, args.only)]
+    return subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Attention on CUDA: every case in bf16 and fp16 at most twice the error of plain torch; lengths and offsets that need
+a GPU; and runs that must repeat bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ATTENTION, DIMS, Attention, Results, name_of
+from compare import check_half, error
+from lemo import ops
+from test_cpu_cases import UNNAMED, unnamed_rows_stay
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+HALVES = [torch.bfloat16, torch.float16]
+REPEATS = 1000
+
+
+def device_gib() -> float:
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION, ids=name_of)
+def test_against_the_oracle(case, dtype) -> None:
+    check_half(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", UNNAMED, ids=name_of)
+def test_unnamed_rows_stay(case, dtype) -> None:
+    unnamed_rows_stay("cuda", dtype, case)
+
+
+# --- races ------------------------------------------------------------------------------------------------------------
+
+RACES = [
+    *(Attention("gap_128", 8, 2, dim, "rows") for dim in DIMS),
+    *(Attention("gap_64", 4, 1, dim, "rows", given=True) for dim in DIMS),
+    *(Attention("all_64", 8, 8, dim) for dim in (64, 128)),
+    Attention("ragged_128", 8, 2, 128, lists=True),
+]
+
+
+def repeat(case: Attention, deterministic: bool, times: int) -> tuple[Results, dict[str, bool]]:
+    """The first results, and which of them ever differed in a bit. Nothing waits in between."""
+    t = case.inputs("cuda", torch.bfloat16)
+    first = case.run(t, deterministic)
+    differs = {name: torch.zeros((), dtype=torch.bool, device="cuda") for name in first}
+    for _ in range(times):
+        for name, again in case.run(t, deterministic).items():
+            differs[name] |= (again.view(integer(again)) != first[name].view(integer(again))).any()
+    return first, {name: bool(flag) for name, flag in differs.items()}
+
+
+def integer(t: Tensor) -> torch.dtype:
+    return torch.int32 if t.dtype == torch.float32 else torch.int16
+
+
+@pytest.mark.parametrize("case", RACES, ids=name_of)
+def test_a_thousand_deterministic_runs_are_equal(case) -> None:
+    _, differs = repeat(case, deterministic=True, times=REPEATS)
+    assert not any(differs.values()), differs
+
+
+@pytest.mark.parametrize("case", [c for c in RACES if not c.given], ids=name_of)
+def test_the_forward_pass_always_repeats_bit_by_bit(case) -> None:
+    t = case.inputs("cuda", torch.bfloat16)
+    arguments = (t["q"], t["k"], t["v"], t["cu_seqlens"], t.get("rows"), case.max_seqlen, case.dim**-0.5)
+    lists = (t["tile_offsets"], t["tiles"]) if case.lists else ()
+    out, lse = ops.attention_forward(*arguments, *lists)
+    differs = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(REPEATS):
+        again, lse_again = ops.attention_forward(*arguments, *lists)
+        differs |= (again != out).any() | (lse_again != lse).any()
+    assert not differs
+
+
+@pytest.mark.parametrize("case", RACES, ids=name_of)
+def test_atomics_only_change_the_order_of_sums(case) -> None:
+    t = case.inputs("cuda", torch.bfloat16)
+    first, other = case.run(t, deterministic=True), case.run(t, deterministic=False)
+    for name in ("dq", "dk", "dv"):
+        largest = first[name].float().abs().max().item()
+        assert error(other[name].float(), first[name].float()) <= 2e-2 * largest, name
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def in_strips(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dtype: torch.dtype, strip: int = 1024) -> Results:
+    """Causal attention of one document [M, H, D] and its gradients in dtype, a strip of queries at a time."""
+    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    q, k, v, dout = (
+        t.to(dtype).transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), dout)
+    )
+    out, dq = torch.empty_like(q), torch.empty_like(q)
+    dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))
+    lse = torch.empty(q.shape[:2], device=q.device)
+    for a in range(0, q.shape[1], strip):
+        b = min(a + strip, q.shape[1])
+        s = (q[:, a:b] @ k[:, :b].transpose(1, 2)).float() * scale
+        s.masked_fill_(~torch.ones(b - a, b, dtype=torch.bool, device=q.device).tril(a), float("-inf"))
+        lse[:, a:b] = torch.logsumexp(s, -1)
+        p = torch.exp(s - lse[:, a:b, None]).to(dtype)
+        out[:, a:b] = p @ v[:, :b]
+        delta = (dout[:, a:b].float() * out[:, a:b].float()).sum(-1, keepdim=True)
+        ds = (p.float() * ((dout[:, a:b] @ v[:, :b].transpose(1, 2)).float() - delta)).to(dtype)
+        dq[:, a:b] = (ds @ k[:, :b]) * scale
+        dk[:, :b] += (ds.transpose(1, 2) @ q[:, a:b]).float() * scale
+        dv[:, :b] += (p.transpose(1, 2) @ dout[:, a:b]).float()
+    grouped = [t.unflatten(0, (-1, group)).sum(1).transpose(0, 1) for t in (dk, dv)]
+    return {"out": out.transpose(0, 1), "lse": lse, "dq": dq.transpose(0, 1), "dk": grouped[0], "dv": grouped[1]}
+
+
+def judge(actual: Results, exact: Results, plain: Results, dtype: torch.dtype) -> None:
+    for name, result in actual.items():
+        largest = exact[name].abs().max().item()
+        allowed = 2 * error(plain[name], exact[name]) + torch.finfo(dtype).eps * largest
+        assert error(result, exact[name]) <= allowed, f"{name}: {error(result, exact[name]):.3g} > {allowed:.3g}"
+
+
+@pytest.mark.skipif(device_gib() < 30, reason="the reference of 65536 tokens takes 20 GiB of GPU memory")
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("listed", [False, True])
+def test_65536_tokens(dim, listed) -> None:
+    torch.manual_seed(0)
+    n, heads, dtype = 65536, (2, 1, 1, 2), torch.bfloat16
+    q, k, v, dout = (torch.randn(n, h, dim, device="cuda").to(dtype) for h in heads)
+    cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
+    rows = torch.arange(n, dtype=torch.int32, device="cuda") if listed else None
+    out, lse = ops.attention_forward(q, k, v, cu, rows, n, dim**-0.5)
+    dq, dk, dv = ops.attention_backward(dout, q, k, v, out, lse, cu, rows, None, None, n, dim**-0.5)
+    actual = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
+
+
+@pytest.mark.skipif(device_gib() < 60, reason="a million rows of 32 heads take 45 GiB of GPU memory")
+@pytest.mark.parametrize("dim", [80, 128])
+def test_a_million_rows(dim) -> None:
+    """Kept rows at both ends of a storage of 2^32 elements (2^31.3 with head_dim 80); all other rows hold NaN."""
+    torch.cuda.empty_cache()
+    torch.manual_seed(0)
+    rows_in_all, heads, dtype = 2**20 + 64, (32, 8, 8, 32), torch.bfloat16
+    rows = torch.cat(
+        [torch.arange(64, 200), torch.arange(2**19 - 64, 2**19 + 64), torch.arange(rows_in_all - 300, rows_in_all)]
+    )
+    rows = rows.cuda()
+    m = rows.numel()
+    packed = [torch.randn(m, h, dim, device="cuda").to(dtype) for h in heads]
+    q, k, v, dout = storage = [torch.empty(rows_in_all, h, dim, dtype=dtype, device="cuda") for h in heads]
+    for whole, part in zip(storage, packed, strict=True):
+        whole.index_copy_(0, rows, part)
+    cu = torch.tensor([0, m], dtype=torch.int32, device="cuda")
+    out, lse = ops.attention_forward(q, k, v, cu, rows.int(), m, dim**-0.5)
+    found = {"out": out[rows], "lse": lse}
+    assert not out[200 : 2**19 - 64].any()
+    gradients = ops.attention_backward(dout, q, k, v, out, lse, cu, rows.int(), None, None, m, dim**-0.5)
+    found |= {name: t[rows] for name, t in zip(("dq", "dk", "dv"), gradients, strict=True)}
+    judge(found, *(in_strips(*packed, t) for t in (torch.float32, dtype)), dtype)
