@@ -12,8 +12,8 @@ namespace {
 using attention::BackwardParams;
 using attention::Documents;
 using attention::ForwardParams;
-using attention::KeyLists;
 using attention::Rows;
+using attention::TileLists;
 
 Rows rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
 
@@ -49,7 +49,7 @@ bool use_hopper(const lemo_exec& exec) {
 #endif
 }
 
-KeyLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tensor& offsets, const lemo_tensor& tiles) {
+TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tensor& offsets, const lemo_tensor& tiles) {
   if (present(offsets) && !use_hopper(exec)) {
     throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": tile_offsets: tile lists need compute capability 9.0");
   }
@@ -83,6 +83,17 @@ struct BackwardWorkspace {
 
 BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args, void* base) {
   const int64_t heads = args.q.shape[1], capacity = args.lse.shape[1];
+#ifdef LEMO_CUDA_SM90
+  if (use_hopper(exec)) {
+    BackwardWorkspace workspace{};
+    with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      workspace.bytes = static_cast<uint64_t>(attention::hopper::backward_workspace<kHeadDim == 80 ? 96 : kHeadDim>(
+          capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0));
+    });
+    return workspace;
+  }
+#endif
   Arena arena(base);
   BackwardWorkspace workspace{};
   workspace.delta = arena.take<float>(heads * capacity);
@@ -149,13 +160,34 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.key_heads = static_cast<int32_t>(args.k.shape[1]);
   params.group = params.heads / params.key_heads;
   params.scale = args.scale;
+  params.storage_rows = args.q.shape[0];
+  params.head_dim = static_cast<int32_t>(args.q.shape[2]);
+  params.deterministic = exec.deterministic != 0;
+  params.workspace = exec.workspace;
+  params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
+  if (params.lists.offsets != nullptr && params.deterministic) {
+    throw Error(LEMO_UNSUPPORTED,
+                "attention_backward: tile_offsets: expected no tile lists where exec.deterministic "
+                "is set, got both (the CPU has both)");
+  }
+  if (params.lists.offsets != nullptr && params.key_weights != nullptr) {
+    throw Error(LEMO_UNSUPPORTED,
+                "attention_backward: tile_offsets: expected no key_weights with tile lists, got both "
+                "(the CPU has both)");
+  }
   if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
   const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
   params.delta = workspace.delta;
   params.dq_float = workspace.dq_float;
   DeviceGuard guard(exec.device_index);
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
-    attention::launch_backward<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+    constexpr int kHeadDim = decltype(head_dim)::value;
+#ifdef LEMO_CUDA_SM90
+    if (use_hopper(exec)) {
+      return attention::hopper::launch_backward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+    }
+#endif
+    attention::launch_backward<kHeadDim>(params, args.q.dtype, stream_of(exec));
   });
 }
 

@@ -23,7 +23,7 @@ struct Documents {
 
 // Two-dimensional sparsity, in tiles of 128 packed rows counted from the start of each document: what a tile visits
 // besides its own diagonal. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
-struct KeyLists {
+struct TileLists {
   const int32_t* offsets;  // [slots + 1]; null: every tile visits every other it may see
   const int32_t* blocks;   // tile numbers within the document
 };
@@ -33,7 +33,7 @@ struct ForwardParams {
   float* lse;
   int64_t lse_stride;
   Documents documents;
-  KeyLists lists;
+  TileLists lists;
   int64_t storage_rows;  // extent of q, k, v and out
   int32_t heads;
   int32_t group;  // query heads per key head
@@ -57,6 +57,7 @@ struct BackwardParams {
   float* dq_float;  // workspace [capacity, heads, head_dim], or null: dq comes from its own kernel
 
   // Of the Hopper kernels, which need neither delta nor dq_float.
+  TileLists lists;       // transposed: the query tiles of each key tile; without weights, and in no fixed order
   int64_t storage_rows;  // extent of dout, q, k, v and out
   int32_t head_dim;
   bool deterministic;

@@ -17,7 +17,10 @@ set(LEMO_ATTENTION_FULL_SOURCES
 set(LEMO_ATTENTION_HOPPER_TUNED_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/hopper/row_tensor.cu
     ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd64.cu
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd128.cu)
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd128.cu
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_hd128.cu)
 set(LEMO_ATTENTION_HOPPER_FULL_SOURCES
     ${LEMO_ATTENTION_HOPPER_TUNED_SOURCES}
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd96.cu)
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd96.cu
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_hd96.cu)

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "lemo/attention.h"
+
 namespace lemo::cuda::attention::hopper {
 
 struct ForwardTile {
@@ -37,11 +39,17 @@ template <>  // S + P + O = 160 registers of 232; 160 KiB of operands + 34 KiB o
 constexpr ForwardTile kForwardTile<128> = {128, 128, 2, 40, 232};
 #endif
 
-// With key lists, a query tile is the 128 rows that one list describes.
-constexpr int kListedRows = 128;
+// With tile lists, a query tile is the 128 rows that one list describes.
+template <int kHeadDim>
+constexpr ForwardTile kListedTile = {};
+template <>
+constexpr ForwardTile kListedTile<64> = {LEMO_TILE_ROWS, LEMO_TILE_ROWS, 3, 40, 232};
+template <>
+constexpr ForwardTile kListedTile<96> = {LEMO_TILE_ROWS, LEMO_TILE_ROWS, 2, 56, 224};
+template <>
+constexpr ForwardTile kListedTile<128> = {LEMO_TILE_ROWS, LEMO_TILE_ROWS, 2, 40, 232};
+
 template <int kHeadDim, bool kListed>
-constexpr ForwardTile kForwardShape =
-    kListed ? ForwardTile{kListedRows, kListedRows, 2, kHeadDim == 96 ? 56u : 40u, kHeadDim == 96 ? 224u : 232u}
-            : kForwardTile<kHeadDim>;
+constexpr ForwardTile kForwardShape = kListed ? kListedTile<kHeadDim> : kForwardTile<kHeadDim>;
 
 }  // namespace lemo::cuda::attention::hopper

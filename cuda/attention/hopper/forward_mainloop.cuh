@@ -19,7 +19,7 @@ struct KeyWalk {
   int last;    // without lists: the tile visited first
   const int32_t* list;
 
-  __device__ __forceinline__ KeyWalk(const KeyLists& lists, const Tile& tile, int slot, int query_tile) {
+  __device__ __forceinline__ KeyWalk(const TileLists& lists, const Tile& tile, int slot, int query_tile) {
     if constexpr (kListed) {
       const int begin = lists.offsets[slot];
       list = lists.blocks + begin - 1;

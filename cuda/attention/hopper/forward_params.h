@@ -21,7 +21,7 @@ struct ForwardKernelParams {
   float* lse;
   int64_t lse_stride;
   Documents documents;
-  KeyLists lists;
+  TileLists lists;
   ForwardSchedule schedule;
   int heads;
   int group;
