@@ -24,6 +24,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -215,8 +216,22 @@ def train_one(args: argparse.Namespace, run: dict) -> dict:
     }
 
 
+def publish(args: argparse.Namespace, rows: list[dict], missing: list[str]) -> None:
+    """Writes the result file with the rows there are, and the names of those still to come."""
+    dense = next((r for r in rows if r["name"] == "dense"), None)
+    for row in rows:
+        if dense and "perplexity" in row:
+            ratios = [row["perplexity"][d] / dense["perplexity"][d] for d in dense["perplexity"]]
+            row["gap_percent"] = round(100 * (sum(ratios) / len(ratios) - 1), 2)
+    more = {"missing": missing} if missing else {}
+    settings = {"setting": args.setting, "context": args.context, "batch": args.batch, "cost": COST}
+    write_results(args.out or f"quality-{args.setting}", rows, **settings, **more)
+
+
 def run_all(args: argparse.Namespace, runs: list[dict], finished: Path, device: torch.device) -> list[dict]:
-    """Every run in a process of its own, `args.jobs` at a time; rows in `finished` are not done again."""
+    """Every run in a process of its own, `args.jobs` at a time; rows in `finished` are not done again. The result
+    file is written after every one, so that a run cut short leaves its header too."""
+    lock = Lock()
     known = {r["name"]: r for r in map(json.loads, finished.read_text().splitlines())} if finished.exists() else {}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as scratch:
@@ -241,9 +256,16 @@ def run_all(args: argparse.Namespace, runs: list[dict], finished: Path, device: 
             for line in done.stdout.splitlines():
                 if line.startswith("ROW "):
                     print(line, flush=True)
-                    with finished.open("a") as log:
-                        log.write(line[4:] + "\n")
-                    return json.loads(line[4:])
+                    row = json.loads(line[4:])
+                    with lock:
+                        with finished.open("a") as log:
+                            log.write(line[4:] + "\n")
+                        known[row["name"]] = row
+                        names = [r["name"] for r in runs]
+                        there = [r for n, r in known.items() if n not in names]
+                        there += [known[n] for n in names if n in known]
+                        publish(args, there, [n for n in names if n not in known])
+                    return row
             print(done.stderr[-3000:], file=sys.stderr, flush=True)
             return {"name": run["name"], "error": done.stderr.strip().splitlines()[-1][:300]}
 
@@ -284,21 +306,9 @@ def main() -> None:
         if r["name"] == "dense" or not only or any(s in r["name"] for s in only)
     ]
     rows = run_all(args, runs, Path(f"{args.out or f'quality-{args.setting}'}.rows.jsonl"), device)
-    dense = next(r for r in rows if r["name"] == "dense")
-    for row in rows:
-        if "perplexity" in row:
-            ratios = [row["perplexity"][d] / dense["perplexity"][d] for d in dense["perplexity"]]
-            row["gap_percent"] = round(100 * (sum(ratios) / len(ratios) - 1), 2)
+    publish(args, rows, [r["name"] for r in rows if "error" in r])
     for row in rows:
         print(f"{row['name']:48s} {row.get('steps')!s:>5} {row.get('cost')!s:>6} {row.get('gap_percent')!s:>7}")
-    write_results(
-        args.out or f"quality-{args.setting}",
-        rows,
-        setting=args.setting,
-        context=args.context,
-        batch=args.batch,
-        cost=COST,
-    )
 
 
 if __name__ == "__main__":

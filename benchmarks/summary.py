@@ -76,10 +76,10 @@ def equivalence() -> list[str]:
 def quality() -> list[str]:
     lines = []
     titles = {"A": "context extension 2048 -> 8192", "B": "domain adaptation to unseen code"}
-    for setting, title in titles.items():
-        name = f"quality-{setting}"
+    for name in ("quality-A", "quality-A-earlier", "quality-B", "quality-B-earlier"):
         if (result := load(name)) is None:
             continue
+        title = titles[result["setting"]]
         rows = [
             [row["name"], str(row["steps"]), f"{row['cost']:g}", f"{row['gap_percent']:+.1f} %"]
             for row in result["rows"]
