@@ -110,25 +110,36 @@ __global__ void copy_rows_kernel(const float* in, int64_t rows, int64_t columns,
   if (i < rows * columns) out[i / columns * stride + i % columns] = in[i];
 }
 
-constexpr int kSuffixThreads = 64;
-constexpr int kAhead = 32;  // loads in flight
+constexpr int kSuffixColumns = 32;
+constexpr int kSegments = 32;
 
-// A thread per column walks its document from the last block to the first.
-__global__ void __launch_bounds__(kSuffixThreads)
-    suffix_kernel(const float* queries, const int32_t* documents, int64_t c, float* suffix) {
-  const int64_t column = static_cast<int64_t>(blockIdx.y) * kSuffixThreads + threadIdx.x;
-  if (column >= c) return;
-  const int64_t first = documents[blockIdx.x];
+// Segments of a document's blocks are summed side by side, then every segment begins with what follows it.
+__global__ void __launch_bounds__(kSuffixColumns* kSegments)
+    suffix_kernel(const float* __restrict__ queries, const int32_t* documents, int64_t c, float* __restrict__ suffix) {
+  __shared__ float sums[kSegments][kSuffixColumns];
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * kSuffixColumns + threadIdx.x;
+  const bool inside = column < c;
+  const int64_t begin = documents[blockIdx.x], end = documents[blockIdx.x + 1];
+  const int64_t length = (end - begin + kSegments - 1) / kSegments;
+  const int64_t first = begin + static_cast<int64_t>(threadIdx.y) * length;
+  const int64_t last = first + length < end ? first + length : end;
   float sum = 0.0f;
-  for (int64_t n = documents[blockIdx.x + 1] - 1; n >= first; n -= kAhead) {
-    float values[kAhead];
+  if (inside) {
+#pragma unroll 8
+    for (int64_t n = last - 1; n >= first; --n) sum += queries[n * c + column];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (!inside) return;
+  sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) values[i] = n - i >= first ? queries[(n - i) * c + column] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      sum += values[i];
-      if (n - i >= first) suffix[(n - i) * c + column] = sum;
-    }
+  for (int i = kSegments - 1; i > 0; --i) {
+    if (i > static_cast<int>(threadIdx.y)) sum += sums[i][threadIdx.x];
+  }
+#pragma unroll 8
+  for (int64_t n = last - 1; n >= first; --n) {
+    sum += queries[n * c + column];
+    suffix[n * c + column] = sum;
   }
 }
 
@@ -201,8 +212,8 @@ void copy_rows(cudaStream_t stream, const float* in, int64_t rows, int64_t colum
 
 void column_sums(cudaStream_t stream, const float* queries, const float* keys, float* suffix, const int32_t* documents,
                  int64_t num_documents, int64_t num_blocks, int64_t c, bool normalize, float* scores) {
-  const dim3 grid(static_cast<unsigned>(num_documents), static_cast<unsigned>(ceil_div(c, kSuffixThreads)));
-  suffix_kernel<<<grid, kSuffixThreads, 0, stream>>>(queries, documents, c, suffix);
+  const dim3 grid(static_cast<unsigned>(num_documents), static_cast<unsigned>(ceil_div(c, kSuffixColumns)));
+  suffix_kernel<<<grid, dim3(kSuffixColumns, kSegments), 0, stream>>>(queries, documents, c, suffix);
   check_launch("predict: suffix sums");
   dot_kernel<<<static_cast<unsigned>(ceil_div(num_blocks * 32, 128)), 128, 0, stream>>>(
       suffix, keys, documents, num_documents, num_blocks, c, normalize, scores);

@@ -1,6 +1,6 @@
-// Predicted informativeness. The networks run in chunks of tokens: two tensor-core products with ReLU in the epilogue,
-// then pooling into float32 [num_blocks, s]. ReLU networks without biases are positively homogeneous, so the norm's
-// 1/r is applied to the pooled activations and x is read as it is.
+// Predicted informativeness. The networks run in chunks of tokens: two tensor-core products with ReLU in the epilogue
+// (the first of both networks in one), then pooling into float32 [num_blocks, s]. ReLU networks without biases are
+// positively homogeneous, so the norm's 1/r is applied to the pooled activations and x is read as it is.
 #include "cuda/common/check.h"
 #include "cuda/common/gemm.h"
 #include "cuda/kernels.h"
@@ -35,6 +35,7 @@ Sizes sizes_of(const lemo_predict_args& a) {
 
 struct Workspace {
   float* rstd;       // [T]
+  uint16_t* w1;      // [rq + rk, d]: wq1 above wk1, unless they lie so already
   uint16_t* hidden;  // [chunk, rq + rk]: the first layers of both networks side by side
   uint16_t* active;  // [chunk, s]: the second layer of one network
   float* pooled_q;   // [num_blocks, sq]
@@ -59,7 +60,8 @@ Gemm layer(const lemo_tensor& weight, int64_t n, int64_t m, const void* a, int64
   return g;
 }
 
-// Whether wk1 follows wq1 in memory, as when both are slices of one matrix: then one product reads x once for both.
+// Whether wk1 follows wq1 in memory, as when both are slices of one matrix. One product then reads x once for both; the
+// other weights are copied together first, a few megabytes against the hundreds of x.
 bool stacked(const lemo_predict_args& a) {
   return row_stride(a.wq1) == row_stride(a.wk1) &&
          data<uint16_t>(a.wk1) == data<uint16_t>(a.wq1) + a.wq1.shape[0] * row_stride(a.wq1);
@@ -71,6 +73,7 @@ Workspace layout(const lemo_exec& exec, const lemo_predict_args& a, void* base) 
   Arena arena(base);
   Workspace w = {};
   w.rstd = arena.take<float>(size.tokens);
+  w.w1 = arena.take<uint16_t>(r * a.x.shape[1]);
   w.hidden = arena.take<uint16_t>(size.chunk * r);
   w.active = arena.take<uint16_t>(size.chunk * size.s);
   w.pooled_q = arena.take<float>(size.blocks * size.sq);
@@ -84,8 +87,6 @@ Workspace layout(const lemo_exec& exec, const lemo_predict_args& a, void* base) 
     const uint64_t needed = gemm_workspace(exec.device_index, g);
     bytes = needed > bytes ? needed : bytes;
   };
-  need(a.wq1, size.rq);
-  need(a.wk1, size.rk);
   need(a.wq1, r);
   need(a.wq2, size.sq);
   need(a.wk2, size.sk);
@@ -109,12 +110,30 @@ void check_sizes(const lemo_predict_args& a) {
   check_multiple("wk2", a.wk2.shape[0]);
 }
 
+// Both first matrices as one, [rq + rk, d].
+lemo_tensor first_layers(const lemo_exec& exec, const lemo_predict_args& a, const Workspace& w) {
+  lemo_tensor both = a.wq1;
+  both.shape[0] += a.wk1.shape[0];
+  if (stacked(a)) return both;
+  both.data = w.w1;
+  both.stride[0] = a.x.shape[1];
+  const uint64_t width = a.x.shape[1] * sizeof(uint16_t);
+  uint16_t* to = w.w1;
+  for (const lemo_tensor* from : {&a.wq1, &a.wk1}) {
+    check(cudaMemcpy2DAsync(to, width, from->data, row_stride(*from) * sizeof(uint16_t), width, from->shape[0],
+                            cudaMemcpyDeviceToDevice, stream_of(exec)),
+          "predict: first layers");
+    to += from->shape[0] * a.x.shape[1];
+  }
+  return both;
+}
+
 void networks(const lemo_exec& exec, const lemo_predict_args& a, const Workspace& w) {
   const Sizes size = sizes_of(a);
   const int64_t r = size.rq + size.rk;
   const cudaStream_t stream = stream_of(exec);
   const auto* offsets = data<int32_t>(a.blocks.offsets);
-  const bool one_product = stacked(a);
+  const lemo_tensor w1 = first_layers(exec, a, w);
   for (int64_t first = 0; first < size.tokens; first += size.chunk) {
     const int64_t count = size.tokens - first < size.chunk ? size.tokens - first : size.chunk;
     const int64_t ldx = row_stride(a.x);
@@ -125,12 +144,7 @@ void networks(const lemo_exec& exec, const lemo_predict_args& a, const Workspace
       pool(stream, a.x.dtype, a.pool == LEMO_POOL_MAX, w.active, w2.shape[0], w.rstd, offsets, size.blocks, first,
            count, pooled);
     };
-    if (one_product) {
-      multiply(layer(a.wq1, r, count, x, ldx, w.hidden, r));
-    } else {
-      multiply(layer(a.wq1, size.rq, count, x, ldx, w.hidden, r));
-      multiply(layer(a.wk1, size.rk, count, x, ldx, w.hidden + size.rq, r));
-    }
+    multiply(layer(w1, r, count, x, ldx, w.hidden, r));
     second(a.wq2, w.hidden, w.pooled_q);
     second(a.wk2, w.hidden + size.rq, w.pooled_k);
   }

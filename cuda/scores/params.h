@@ -25,6 +25,11 @@ struct Params {
   int64_t map_stride;
   float* partial;  // workspace [splits, blocks]
   int32_t splits;
+
+  // Of the Hopper kernel.
+  int64_t tokens;
+  int32_t head_dim;
+  int* counter;  // workspace; null: the kernel for sm_80
 };
 
 // A key unit is as many whole blocks as fit 64 tokens, or one larger block; a query unit likewise with 128.
@@ -45,7 +50,14 @@ inline int split_count(int64_t slots) {
   return static_cast<int>(splits < kMost ? splits : kMost);
 }
 
+// One definition per head_dim. The caller has cleared the map; the sum of `partial` is left to it.
 template <int kHeadDim>
 void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);
+
+// The same on sm_90a: 64, 96 (which serves 80 too) and 128.
+namespace hopper {
+template <int kHeadDim>
+void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);
+}  // namespace hopper
 
 }  // namespace lemo::cuda::scoring

@@ -1,8 +1,10 @@
 // The scores entry of the backend table, and the sum over splits.
 #include <string>
+#include <type_traits>
 
 #include "cuda/common/check.h"
 #include "cuda/kernels.h"
+#include "hopper_params.h"
 #include "params.h"
 
 namespace lemo::cuda {
@@ -15,6 +17,7 @@ __global__ void finish_kernel(const __grid_constant__ Params params) {
   const int block = blockIdx.x * blockDim.x + threadIdx.x;
   if (block >= params.block_count) return;
   float sum = 0.0f;
+#pragma unroll 8
   for (int split = 0; split < params.splits; ++split) {
     sum += params.partial[static_cast<int64_t>(split) * params.block_count + block];
   }
@@ -33,19 +36,68 @@ __global__ void finish_kernel(const __grid_constant__ Params params) {
   params.scores[block] = sum;
 }
 
-int splits_of(const lemo_scores_args& args) {
+// Hopper's own kernel, where this build and the device have it and the blocks fit its tiles; the others (blocks that do
+// not divide 128, or below 16) take the kernel for sm_80. LEMO_CUDA_CAPABILITY=80 leaves it out.
+bool use_hopper(const lemo_exec& exec, const lemo_scores_args& args) {
+#ifdef LEMO_CUDA_SM90
+  return device_info(exec.device_index).capability == 90 &&
+         scoring::hopper::supported(args.blocks.block_size, args.scale);
+#else
+  (void)exec, (void)args;
+  return false;
+#endif
+}
+
+// Calls run(std::integral_constant<int, head_dim>).
+template <typename Run>
+void with_head_dim(int64_t head_dim, Run run) {
+  switch (head_dim) {
+    case 64:
+      return run(std::integral_constant<int, 64>{});
+    case 128:
+      return run(std::integral_constant<int, 128>{});
+#ifdef LEMO_CUDA_ALL_KERNELS
+    case 80:
+      return run(std::integral_constant<int, 80>{});
+    case 96:
+      return run(std::integral_constant<int, 96>{});
+#endif
+    default:
+      throw Error(LEMO_UNSUPPORTED,
+                  "scores: q: this build has CUDA kernels for head_dim 64 and 128"
+#ifdef LEMO_CUDA_ALL_KERNELS
+                  ", 80 and 96"
+#endif
+                  ", got " +
+                      std::to_string(head_dim));
+  }
+}
+
+struct Workspace {
+  int splits;
+  float* partial;
+  int* counter;  // of the Hopper kernel
+  uint64_t bytes;
+};
+
+Workspace layout(const lemo_exec& exec, const lemo_scores_args& args, void* base) {
   const int64_t blocks = args.blocks.offsets.shape[0] - 1, documents = args.blocks.documents.shape[0] - 1;
-  return scoring::split_count(scoring::key_unit_slots(blocks, documents, args.blocks.block_size));
+  const bool hopper = use_hopper(exec, args);
+  Arena arena(base);
+  Workspace workspace{};
+  workspace.splits = hopper ? scoring::hopper::split_count(blocks, documents, args.blocks.block_size)
+                            : scoring::split_count(scoring::key_unit_slots(blocks, documents, args.blocks.block_size));
+  workspace.partial = arena.take<float>(blocks * workspace.splits);
+  if (hopper) workspace.counter = arena.take<int>(1);
+  workspace.bytes = arena.size();
+  return workspace;
 }
 
 }  // namespace
 
-uint64_t scores_workspace(const lemo_exec&, const lemo_scores_args& args) {
-  const int64_t blocks = args.blocks.offsets.shape[0] - 1;
-  if (blocks <= 0) return 0;
-  Arena arena(nullptr);
-  arena.take<float>(blocks * splits_of(args));
-  return arena.size();
+uint64_t scores_workspace(const lemo_exec& exec, const lemo_scores_args& args) {
+  if (args.blocks.offsets.shape[0] <= 1) return 0;
+  return layout(exec, args, nullptr).bytes;
 }
 
 void scores(const lemo_exec& exec, const lemo_scores_args& args) {
@@ -69,37 +121,29 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
   params.map = data<float>(args.map);
   params.map_stride = args.map.stride[0];
   if (params.block_count <= 0) return;
-  params.splits = splits_of(args);
-  params.partial = static_cast<float*>(exec.workspace);
+  const Workspace workspace = layout(exec, args, exec.workspace);
+  params.splits = workspace.splits;
+  params.partial = workspace.partial;
 
-  void (*launch)(const Params&, int32_t, cudaStream_t) = nullptr;
-  switch (args.q.shape[2]) {
-    case 64:
-      launch = scoring::launch_scores<64>;
-      break;
-    case 128:
-      launch = scoring::launch_scores<128>;
-      break;
-#ifdef LEMO_CUDA_ALL_KERNELS
-    case 80:
-      launch = scoring::launch_scores<80>;
-      break;
-    case 96:
-      launch = scoring::launch_scores<96>;
-      break;
-#endif
-    default:
-      throw Error(LEMO_UNSUPPORTED,
-                  "scores: q: this build has CUDA kernels for head_dim 64 and 128"
-#ifdef LEMO_CUDA_ALL_KERNELS
-                  ", 80 and 96"
-#endif
-                  ", got " +
-                      std::to_string(args.q.shape[2]));
-  }
+  params.counter = workspace.counter;
+  params.tokens = args.q.shape[0];
+  params.head_dim = static_cast<int32_t>(args.q.shape[2]);
   DeviceGuard guard(exec.device_index);
   const cudaStream_t stream = stream_of(exec);
-  launch(params, args.q.dtype, stream);
+  if (params.map != nullptr) {
+    check(cudaMemset2DAsync(params.map, params.map_stride * sizeof(float), 0, params.block_count * sizeof(float),
+                            params.block_count, stream),
+          "scores: map");
+  }
+  with_head_dim(args.q.shape[2], [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+#ifdef LEMO_CUDA_SM90
+    if (params.counter != nullptr) {
+      return scoring::hopper::launch_scores<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream);
+    }
+#endif
+    scoring::launch_scores<kHeadDim>(params, args.q.dtype, stream);
+  });
   constexpr int kThreads = 256;
   finish_kernel<<<(params.block_count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(params);
   check_launch("scores");

@@ -235,11 +235,6 @@ __global__ void __launch_bounds__(kThreads) scores_kernel(const __grid_constant_
 
 template <typename T, int kHeadDim>
 void run_scores(const Params& params, cudaStream_t stream) {
-  if (params.map != nullptr) {
-    check(cudaMemset2DAsync(params.map, params.map_stride * sizeof(float), 0, params.block_count * sizeof(float),
-                            params.block_count, stream),
-          "scores: map");
-  }
   const dim3 grid(static_cast<unsigned>(key_unit_slots(params.block_count, params.document_count, params.block_size)),
                   params.splits);
   launch(scores_kernel<T, kHeadDim>, grid, kThreads, SharedLayout<kHeadDim>::bytes(params.block_size), stream, params);

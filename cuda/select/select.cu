@@ -1,10 +1,9 @@
-// Choosing blocks on the device, in four launches and no host synchronisation:
-//   rank_blocks     a sortable 64-bit rank of every block (small = taken first); faults
-//   choose_blocks   one CTA per document: radix select of the k-th rank, ties to the lower block
-//   pack_blocks     one CTA: prefix sums over the kept blocks -> slots, offsets, counts
+// Choosing blocks on the device, in two or three launches and no host synchronisation:
+//   choose_blocks   one CTA per document: ranks, radix select of the k-th one (ties to the lower block), flags
+//   pack_blocks     one CTA: prefix sums over the kept blocks -> slots, offsets, counts; with one document the CTA that
+//                   chose goes on with it
 //   write_rows      one warp per block: its tokens -> rows, row_slots
 #include <algorithm>
-#include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/common/check.h"
@@ -14,10 +13,15 @@
 namespace lemo::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr float kCertain = 0.999f;  // from this probability on a block is always drawn and weighs 1
-constexpr int kNoneByte = 0x7f;
-constexpr int32_t kNone = 0x7f7f7f7f;  // above any block number, and a byte-wise memset can write it
+constexpr int kCached = 2048;       // ranks of a document up to this length stay in shared memory
+constexpr int kItems = 4;           // blocks per thread and step of pack_blocks
+
+// What choose_blocks says of a block.
+constexpr int32_t kKept = 1;
+constexpr int32_t kWeighted = 2;  // weighs 1 / score rather than 1
+constexpr int32_t kBad = 4;       // its score is invalid
 
 struct Problem {
   const float* scores;
@@ -29,10 +33,9 @@ struct Problem {
   int always_first, always_last;
   uint64_t seed;
 
-  uint64_t* ranks;     // [num_blocks]
-  int32_t* flags;      // [num_blocks]: 1 = kept
-  int32_t* packed;     // [num_blocks + 1]: kept tokens before the block
-  int32_t* bad_block;  // [1]: the first block with an invalid score, kNone if none
+  uint64_t* ranks;  // [num_blocks], small = taken first; of documents that are not cached
+  int32_t* flags;   // [num_blocks]
+  int32_t* packed;  // [num_blocks + 1]: kept tokens before the block
 
   int32_t *kept, *slots, *row_offsets, *cu_seqlens, *rows, *row_slots, *info;
   float* weights;
@@ -44,134 +47,185 @@ __device__ uint64_t sortable(double x) {
   return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
 }
 
-__device__ int document_of(const Problem& p, int block) {
-  int low = 0, high = p.num_documents;  // documents[low] <= block < documents[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (p.documents[middle] <= block ? low : high) = middle;
+using Scan = cub::BlockScan<unsigned long long, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+
+struct ChooseShared {
+  uint64_t ranks[kCached];
+  int histograms[8][256];
+  int byte, remaining, all;
+};
+union Shared {
+  ChooseShared choose;
+  typename Scan::TempStorage scan;
+  int first_bad, longest;
+};
+
+// By one warp: the bin of `histogram` that holds the remaining-th element.
+__device__ void find_bin(const int* histogram, int remaining, ChooseShared& shared) {
+  constexpr int kBins = 8;
+  const int lane = threadIdx.x;
+  int counts[kBins], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kBins; ++i) sum += counts[i] = histogram[lane * kBins + i];
+  int before = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, before, step);
+    if (lane >= step) before += other;
   }
-  return low;
+  before -= sum;
+  if (before >= remaining || remaining > before + sum) return;
+  int left = remaining - before, bin = 0;
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < kBins; ++i) {
+    if (!found && left <= counts[i]) {
+      found = true;
+      bin = i;
+      shared.all = left == counts[i];
+    }
+    if (!found) left -= counts[i];
+  }
+  shared.byte = lane * kBins + bin;
+  shared.remaining = left;
 }
 
-__device__ bool forced(const Problem& p, int block, int document) {
-  return block - p.documents[document] < p.always_first || p.documents[document + 1] - block <= p.always_last;
-}
-
-__global__ void rank_blocks(Problem p) {
-  const int block = blockIdx.x * blockDim.x + threadIdx.x;
-  if (block >= p.num_blocks) return;
-  const float score = p.scores[block];
-  const bool sample = p.mode == LEMO_SELECT_SAMPLE;
-  if (!isfinite(score) || (sample && !(score > 0.0f && score <= 1.0f))) atomicMin(p.bad_block, block);
-  const bool always = forced(p, block, document_of(p, block));
-  if (p.mode == LEMO_SELECT_THRESHOLD) {
-    p.flags[block] = always || score >= p.threshold;
-    return;
-  }
-  double rank = -static_cast<double>(score);
-  if (sample && score >= kCertain) {
-    rank = -1.0;
-  } else if (sample) {
-    const double u = hash_uniform(p.seed, static_cast<uint64_t>(block)), q = score;
-    rank = (u / (1.0 - u)) / (q / (1.0 - q));
-  }
-  p.ranks[block] = always ? 0 : sortable(rank);
-}
-
-__global__ void __launch_bounds__(kThreads) choose_blocks(Problem p) {
-  const int first = p.documents[blockIdx.x], last = p.documents[blockIdx.x + 1], n = last - first;
+__device__ void choose(const Problem& p, int document, Shared& storage) {
+  ChooseShared& shared = storage.choose;
+  const int first = p.documents[document], last = p.documents[document + 1], n = last - first;
   const int forced_blocks = min(n, p.always_first + p.always_last);
   const int wanted = static_cast<int>(floor(static_cast<double>(p.keep) * n + 0.5));
   const int k = min(n, max(max(wanted, forced_blocks), 1));
+  const bool sample = p.mode == LEMO_SELECT_SAMPLE, threshold = p.mode == LEMO_SELECT_THRESHOLD;
+  uint64_t* ranks = n <= kCached ? shared.ranks : p.ranks + first;
+
+  for (int i = threadIdx.x; i < 8 * 256; i += kThreads) shared.histograms[0][i] = 0;
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    const float score = p.scores[first + i];
+    const bool bad = !isfinite(score) || (sample && !(score > 0.0f && score <= 1.0f));
+    const bool always = i < p.always_first || n - i <= p.always_last;
+    double rank = -static_cast<double>(score);
+    if (sample && score >= kCertain) {
+      rank = -1.0;
+    } else if (sample) {
+      const double u = hash_uniform(p.seed, static_cast<uint64_t>(first + i)), q = score;
+      rank = (u / (1.0 - u)) / (q / (1.0 - q));
+    }
+    if (!threshold) ranks[i] = always ? 0 : sortable(rank);
+    p.flags[first + i] = (bad ? kBad : 0) | (sample && score < kCertain && !always ? kWeighted : 0) |
+                         (threshold && (always || score >= p.threshold) ? kKept : 0);
+  }
+  __syncthreads();
+  if (threshold) return;
 
   // The k-th smallest rank, one byte at a time from the top: `remaining` blocks are still to be found among those that
-  // share the bytes fixed so far.
-  __shared__ int histogram[256];
-  __shared__ int chosen_byte, remaining_after;
+  // share the bytes fixed so far, until all of them are wanted.
   uint64_t prefix = 0;
-  int remaining = k;
-  for (int shift = 56; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < 256; i += kThreads) histogram[i] = 0;
-    __syncthreads();
-    for (int block = first + threadIdx.x; block < last; block += kThreads) {
-      const uint64_t rank = p.ranks[block];
+  int remaining = k, shift = 56;
+  bool all = false;
+  for (;; shift -= 8) {
+    int* histogram = shared.histograms[shift / 8];
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      const uint64_t rank = ranks[i];
       const bool shares = shift == 56 || (rank >> (shift + 8)) == (prefix >> (shift + 8));
       if (shares) atomicAdd(&histogram[(rank >> shift) & 255], 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      int byte = 0, left = remaining;
-      while (left > histogram[byte]) left -= histogram[byte++];
-      chosen_byte = byte;
-      remaining_after = left;
+    if (threadIdx.x < 32) find_bin(histogram, remaining, shared);
+    __syncthreads();
+    prefix |= static_cast<uint64_t>(shared.byte) << shift;
+    remaining = shared.remaining;
+    all = shared.all != 0;
+    if (all || shift == 0) break;
+  }
+  if (all) {
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      if (ranks[i] >> shift <= prefix >> shift) p.flags[first + i] |= kKept;
     }
-    __syncthreads();
-    prefix |= static_cast<uint64_t>(chosen_byte) << shift;
-    remaining = remaining_after;
-    __syncthreads();
+    return;
   }
 
   // Every block below the k-th rank, and the first `remaining` of those that tie with it.
-  using Scan = cub::BlockScan<int, kThreads>;
-  __shared__ typename Scan::TempStorage storage;
+  __shared__ typename Scan::TempStorage scan;
   int ties_before = 0;
-  for (int base = first; base < last; base += kThreads) {
-    const int block = base + static_cast<int>(threadIdx.x);
-    const uint64_t rank = block < last ? p.ranks[block] : ~uint64_t{0};
-    const int tie = block < last && rank == prefix;
-    int before, total;
-    Scan(storage).ExclusiveSum(tie, before, total);
-    if (block < last) p.flags[block] = rank < prefix || (tie && ties_before + before < remaining);
-    ties_before += total;
+  for (int base = 0; base < n; base += kThreads) {
+    const int i = base + static_cast<int>(threadIdx.x);
+    const uint64_t rank = i < n ? ranks[i] : ~uint64_t{0};
+    const bool tie = i < n && rank == prefix;
+    unsigned long long before, total;
+    Scan(scan).ExclusiveSum(static_cast<unsigned long long>(tie), before, total);
+    if (i < n && (rank < prefix || (tie && ties_before + static_cast<int>(before) < remaining))) {
+      p.flags[first + i] |= kKept;
+    }
+    ties_before += static_cast<int>(total);
     __syncthreads();
   }
 }
 
-struct Count {
-  int blocks, tokens;
-};
-struct AddCounts {
-  __device__ Count operator()(Count a, Count b) const { return {a.blocks + b.blocks, a.tokens + b.tokens}; }
-};
+// Kept blocks in the upper half, their tokens in the lower.
+__device__ unsigned long long count_of(int blocks, int tokens) {
+  return static_cast<unsigned long long>(blocks) << 32 | static_cast<unsigned long long>(tokens);
+}
+__device__ int blocks_of(unsigned long long count) { return static_cast<int>(count >> 32); }
+__device__ int tokens_of(unsigned long long count) { return static_cast<int>(count & 0xffffffffu); }
 
-__global__ void __launch_bounds__(kThreads) pack_blocks(Problem p) {
-  using Scan = cub::BlockScan<Count, kThreads>;
-  using Reduce = cub::BlockReduce<int, kThreads>;
-  __shared__ union {
-    typename Scan::TempStorage scan;
-    typename Reduce::TempStorage reduce;
-  } storage;
-  const bool bad = *p.bad_block != kNone;
-  Count done{0, 0};
-  for (int base = 0; base < p.num_blocks; base += kThreads) {
-    const int block = base + static_cast<int>(threadIdx.x);
-    const bool kept = !bad && block < p.num_blocks && p.flags[block] != 0;
-    const Count own{kept, kept ? p.offsets[block + 1] - p.offsets[block] : 0};
-    Count before, total;
-    Scan(storage.scan).ExclusiveScan(own, before, Count{0, 0}, AddCounts{}, total);
-    const int slot = done.blocks + before.blocks;
-    if (block < p.num_blocks) {
-      p.packed[block] = done.tokens + before.tokens;
-      p.slots[block] = kept ? slot : -1;
-    }
-    if (kept) {
-      const float score = p.scores[block];
-      const bool weighted =
-          p.mode == LEMO_SELECT_SAMPLE && score < kCertain && !forced(p, block, document_of(p, block));
-      p.kept[slot] = block;
-      p.row_offsets[slot] = done.tokens + before.tokens;
-      p.weights[slot] = weighted ? 1.0f / score : 1.0f;
-    }
-    done = AddCounts{}(done, total);
+__device__ void pack(const Problem& p, Shared& storage) {
+  int first_bad = p.num_blocks;
+  for (int block = threadIdx.x; block < p.num_blocks; block += kThreads) {
+    if ((p.flags[block] & kBad) != 0) first_bad = min(first_bad, block);
+  }
+  if (threadIdx.x == 0) storage.first_bad = p.num_blocks;
+  const bool bad = __syncthreads_or(first_bad < p.num_blocks) != 0;
+  if (bad) {
+    atomicMin(&storage.first_bad, first_bad);
+    __syncthreads();
+    first_bad = storage.first_bad;
     __syncthreads();
   }
-  for (int i = done.blocks + static_cast<int>(threadIdx.x); i <= p.num_blocks; i += kThreads) {
-    p.row_offsets[i] = done.tokens;
+  unsigned long long done = 0;
+  for (int base = 0; base < p.num_blocks; base += kThreads * kItems) {
+    const int begin = base + static_cast<int>(threadIdx.x) * kItems;
+    int32_t flags[kItems], starts[kItems + 1];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) flags[i] = !bad && begin + i < p.num_blocks ? p.flags[begin + i] : 0;
+#pragma unroll
+    for (int i = 0; i <= kItems; ++i) starts[i] = p.offsets[min(begin + i, p.num_blocks)];
+    unsigned long long own = 0, before, total;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if ((flags[i] & kKept) != 0) own += count_of(1, starts[i + 1] - starts[i]);
+    }
+    Scan(storage.scan).ExclusiveSum(own, before, total);
+    before += done;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int block = begin + i;
+      if (block >= p.num_blocks) break;
+      const bool kept = (flags[i] & kKept) != 0;
+      const int slot = blocks_of(before);
+      p.packed[block] = tokens_of(before);
+      p.slots[block] = kept ? slot : -1;
+      if (kept) {
+        p.kept[slot] = block;
+        p.row_offsets[slot] = tokens_of(before);
+        p.weights[slot] = (flags[i] & kWeighted) != 0 ? 1.0f / p.scores[block] : 1.0f;
+        before += count_of(1, starts[i + 1] - starts[i]);
+      }
+    }
+    done += total;
+    __syncthreads();
+  }
+  const int kept_blocks = blocks_of(done), kept_tokens = tokens_of(done);
+  for (int i = kept_blocks + static_cast<int>(threadIdx.x); i <= p.num_blocks; i += kThreads) {
+    p.row_offsets[i] = kept_tokens;
     if (i == p.num_blocks) break;
     p.kept[i] = -1;
     p.weights[i] = 0.0f;
   }
-  if (threadIdx.x == 0) p.packed[p.num_blocks] = done.tokens;
+  if (threadIdx.x == 0) {
+    p.packed[p.num_blocks] = kept_tokens;
+    storage.longest = 0;
+  }
   __syncthreads();  // makes this CTA's writes to `packed` visible to all its threads
   int longest = 0;
   for (int d = threadIdx.x; d <= p.num_documents; d += kThreads) {
@@ -179,16 +233,27 @@ __global__ void __launch_bounds__(kThreads) pack_blocks(Problem p) {
     p.cu_seqlens[d] = start;
     if (d < p.num_documents) longest = max(longest, p.packed[p.documents[d + 1]] - start);
   }
-  struct Max {
-    __device__ int operator()(int a, int b) const { return a > b ? a : b; }
-  };
-  longest = Reduce(storage.reduce).Reduce(longest, Max{});
+  if (longest > 0) atomicMax(&storage.longest, longest);
+  __syncthreads();
   if (threadIdx.x == 0) {
-    p.info[0] = done.blocks;
-    p.info[1] = done.tokens;
-    p.info[2] = longest;
-    p.info[3] = bad ? *p.bad_block + 1 : done.blocks == 0 ? -1 : 0;
+    p.info[0] = kept_blocks;
+    p.info[1] = kept_tokens;
+    p.info[2] = storage.longest;
+    p.info[3] = bad ? first_bad + 1 : kept_blocks == 0 ? -1 : 0;
   }
+}
+
+__global__ void __launch_bounds__(kThreads) choose_blocks(const __grid_constant__ Problem p) {
+  __shared__ Shared shared;
+  choose(p, static_cast<int>(blockIdx.x), shared);
+  if (gridDim.x > 1) return;
+  __syncthreads();
+  pack(p, shared);
+}
+
+__global__ void __launch_bounds__(kThreads) pack_blocks(const __grid_constant__ Problem p) {
+  __shared__ Shared shared;
+  pack(p, shared);
 }
 
 __global__ void write_rows(Problem p) {
@@ -211,7 +276,6 @@ uint64_t layout(void* workspace, int64_t num_blocks, Problem& p) {
   p.ranks = arena.take<uint64_t>(num_blocks);
   p.flags = arena.take<int32_t>(num_blocks);
   p.packed = arena.take<int32_t>(num_blocks + 1);
-  p.bad_block = arena.take<int32_t>(1);
   return arena.size();
 }
 
@@ -244,15 +308,12 @@ void select(const lemo_exec& exec, const lemo_select_args& a) {
   p.weights = data<float>(a.weights);
   p.info = data<int32_t>(a.info);
 
-  check(cudaMemsetAsync(p.bad_block, kNoneByte, sizeof(int32_t), stream), "select: cudaMemsetAsync");
-  rank_blocks<<<static_cast<unsigned>(ceil_div(p.num_blocks, 256)), 256, 0, stream>>>(p);
-  check_launch("select: rank_blocks");
-  if (p.mode != LEMO_SELECT_THRESHOLD) {
-    choose_blocks<<<static_cast<unsigned>(p.num_documents), kThreads, 0, stream>>>(p);
-    check_launch("select: choose_blocks");
+  choose_blocks<<<static_cast<unsigned>(p.num_documents), kThreads, 0, stream>>>(p);
+  check_launch("select: choose_blocks");
+  if (p.num_documents > 1) {
+    pack_blocks<<<1, kThreads, 0, stream>>>(p);
+    check_launch("select: pack_blocks");
   }
-  pack_blocks<<<1, kThreads, 0, stream>>>(p);
-  check_launch("select: pack_blocks");
   const unsigned writers = static_cast<unsigned>(ceil_div(static_cast<int64_t>(p.num_blocks) * 32, 256));
   write_rows<<<writers, 256, 0, stream>>>(p);
   check_launch("select: write_rows");
