@@ -57,7 +57,7 @@ def integer(t: Tensor) -> torch.dtype:
     return torch.int32 if t.dtype == torch.float32 else torch.int16
 
 
-@pytest.mark.parametrize("case", RACES, ids=name_of)
+@pytest.mark.parametrize("case", [c for c in RACES if not c.lists], ids=name_of)
 def test_a_thousand_deterministic_runs_are_equal(case) -> None:
     _, differs = repeat(case, deterministic=True, times=REPEATS)
     assert not any(differs.values()), differs
@@ -76,7 +76,7 @@ def test_the_forward_pass_always_repeats_bit_by_bit(case) -> None:
     assert not differs
 
 
-@pytest.mark.parametrize("case", RACES, ids=name_of)
+@pytest.mark.parametrize("case", [c for c in RACES if not c.lists], ids=name_of)
 def test_atomics_only_change_the_order_of_sums(case) -> None:
     t = case.inputs("cuda", torch.bfloat16)
     first, other = case.run(t, deterministic=True), case.run(t, deterministic=False)

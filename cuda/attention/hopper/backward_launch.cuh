@@ -1,7 +1,6 @@
 // The three kernels of one backward pass.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
 #include "backward_kernel.cuh"
@@ -10,10 +9,14 @@
 
 namespace lemo::cuda::attention::hopper {
 
-// Two thread blocks per multiprocessor and section: causal tiles then pair up, a heavy one with a light one, so that
-// all end together, and no more heads than that share the L2 cache.
-inline int section_key_heads(int key_slots, int key_heads, int multiprocessors) {
-  return std::clamp(2 * multiprocessors / key_slots, 1, key_heads);
+// About two thread blocks per multiprocessor and section: causal tiles then pair up, a heavy one with a light one, so
+// that all end together, and no more heads than that share the L2 cache. Sections are equal: a small last one would
+// begin its heaviest tiles when the others are done.
+inline int section_key_heads(int64_t key_slots, int key_heads, int64_t multiprocessors) {
+  for (int heads = 1; heads < key_heads; ++heads) {
+    if (key_heads % heads == 0 && 10 * heads * key_slots >= 19 * multiprocessors) return heads;
+  }
+  return key_heads;
 }
 
 template <typename T, int kHeadDim>
