@@ -41,32 +41,9 @@ def _forward_out(
     return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    tile_offsets: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_out(q, k, v, cu_seqlens, rows, max_seqlen, scale)
-    arguments = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "cu_seqlens": cu_seqlens,
-        "rows": rows,
-        "max_seqlen": max_seqlen,
-        "scale": scale,
-        "out": out,
-        "lse": lse,
-        "tile_offsets": tile_offsets,
-        "tiles": tiles,
-    }
-    call("attention_forward", q.device, arguments)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_out(*inputs)
+    _run("attention_forward", _named(_FORWARD, inputs), {"out": out, "lse": lse}, False)
     return out, lse
 
 
@@ -90,45 +67,28 @@ def _backward_out(
     return _like(q, rows), _like(k, rows), _like(v, rows)
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    key_weights: Tensor | None,
-    row_slots: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    deterministic: bool,
-    tile_offsets: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _like(q, rows), _like(k, rows), _like(v, rows)
-    arguments = {
-        "dout": dout,
-        "q": q,
-        "k": k,
-        "v": v,
-        "out": out,
-        "lse": lse,
-        "cu_seqlens": cu_seqlens,
-        "rows": rows,
-        "key_weights": key_weights,
-        "row_slots": row_slots,
-        "max_seqlen": max_seqlen,
-        "scale": scale,
-        "dq": dq,
-        "dk": dk,
-        "dv": dv,
-        "tile_offsets": tile_offsets,
-        "tiles": tiles,
-    }
-    call("attention_backward", q.device, arguments, deterministic=deterministic)
+def _backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _backward_out(*inputs)
+    named = _named(_BACKWARD, inputs)
+    _run("attention_backward", named, {"dq": dq, "dk": dk, "dv": dv}, named.pop("deterministic"))
     return dq, dk, dv
+
+
+# Inputs in the order of the schemas. Outputs come before the lists in the C structs.
+_FORWARD = ("q", "k", "v", "cu_seqlens", "rows", "max_seqlen", "scale", "tile_offsets", "tiles")
+_BACKWARD = (
+    *("dout", "q", "k", "v", "out", "lse", "cu_seqlens", "rows", "key_weights", "row_slots"),
+    *("max_seqlen", "scale", "deterministic", "tile_offsets", "tiles"),
+)
+
+
+def _named(names: tuple[str, ...], inputs: tuple) -> dict[str, Any]:
+    return dict(zip(names, inputs, strict=False))  # the dispatcher leaves out defaults at the end
+
+
+def _run(name: str, inputs: dict[str, Any], outputs: dict[str, Tensor], deterministic: bool) -> None:
+    lists = {key: inputs.pop(key, None) for key in ("tile_offsets", "tiles")}
+    call(name, inputs["q"].device, inputs | outputs | lists, deterministic=deterministic)
 
 
 define(
