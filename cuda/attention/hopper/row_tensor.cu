@@ -30,8 +30,10 @@ CUtensorMap encode_box(const Rows& tensor, int64_t rows, int heads, int head_dim
   CUtensorMap map{};
   const cuuint64_t shape[3] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(heads),
                                static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(tensor.head_stride) * 2,
-                                 static_cast<cuuint64_t>(tensor.row_stride) * 2};
+  // The stride of a single head or row carries no meaning, but must be a valid one here.
+  const int64_t head_stride = heads > 1 ? tensor.head_stride : (head_dim + 7) / 8 * 8;
+  const int64_t row_stride = rows > 1 ? tensor.row_stride : heads * head_stride;
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(head_stride) * 2, static_cast<cuuint64_t>(row_stride) * 2};
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns), 1, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
