@@ -84,18 +84,18 @@ class Reader {
   size_t next_ = 0;
 };
 
-// The fields of each argument struct in header order.
+// The fields of each argument struct in header order. (Lists of macros: clang-format finds no stable form for them.)
 #define F(field) f(#field, a.field);
 #define LEMO_BLOCKS                   \
   f("offsets", a.blocks.offsets);     \
   f("documents", a.blocks.documents); \
   f("block_size", a.blocks.block_size);
 
+// clang-format off
 template <class V>
 void fields(V& f, lemo_select_args& a) {
-  F(scores)
-  LEMO_BLOCKS F(mode) F(keep) F(threshold) F(always_first) F(always_last) F(seed) F(kept) F(slots) F(row_offsets)
-      F(cu_seqlens) F(rows) F(row_slots) F(weights) F(info)
+  F(scores) LEMO_BLOCKS F(mode) F(keep) F(threshold) F(always_first) F(always_last) F(seed) F(kept) F(slots)
+  F(row_offsets) F(cu_seqlens) F(rows) F(row_slots) F(weights) F(info)
 }
 template <class V>
 void fields(V& f, lemo_scores_args& a) {
@@ -103,8 +103,8 @@ void fields(V& f, lemo_scores_args& a) {
 }
 template <class V>
 void fields(V& f, lemo_predict_args& a) {
-  F(x)
-  F(wq1) F(wq2) F(wq3) F(wk1) F(wk2) F(wk3) LEMO_BLOCKS F(norm) F(pool) F(eps) F(normalize) F(scores) F(queries) F(keys)
+  F(x) F(wq1) F(wq2) F(wq3) F(wk1) F(wk2) F(wk3) LEMO_BLOCKS F(norm) F(pool) F(eps) F(normalize) F(scores) F(queries)
+  F(keys)
 }
 template <class V>
 void fields(V& f, lemo_gather_args& a) {
@@ -128,19 +128,15 @@ void fields(V& f, lemo_attention_forward_args& a) {
 }
 template <class V>
 void fields(V& f, lemo_attention_backward_args& a) {
-  F(dout)
-  F(q)
-  F(k)
-  F(v)
-  F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq) F(dk) F(dv)
-      F(tile_offsets) F(tiles)
+  F(dout) F(q) F(k) F(v) F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq)
+  F(dk) F(dv) F(tile_offsets) F(tiles)
 }
 template <class V>
 void fields(V& f, lemo_linear_cross_entropy_args& a) {
-  F(hidden)
-  F(weight) F(bias) F(lora_a) F(lora_b) F(targets) F(ignore_index) F(lora_scale) F(softcap) F(reduction) F(segment_rows)
-      F(loss) F(valid) F(dhidden) F(dweight) F(dbias) F(dlora_a) F(dlora_b)
+  F(hidden) F(weight) F(bias) F(lora_a) F(lora_b) F(targets) F(ignore_index) F(lora_scale) F(softcap) F(reduction)
+  F(segment_rows) F(loss) F(valid) F(dhidden) F(dweight) F(dbias) F(dlora_a) F(dlora_b)
 }
+// clang-format on
 #undef F
 #undef LEMO_BLOCKS
 
