@@ -43,7 +43,7 @@ def runs_of(setting: str, steps: int) -> list[dict]:
         keep = 1.0 if mode == "dense" else 0.5
         return {"mode": mode, "keep": keep, "steps": n, "policy": policy, "weighted": weighted, "options": options}
 
-    policies = ["predictors", "update_norm", "random", "random_shared", "sampled", "exact"]
+    policies = ["predictors", "update_norm", "random", "random_shared", "sampled", "sampled_shared", "exact"]
     # The same cost as `steps` dense steps: most of the skipped steps first, 30 % of the cost for the exact phase.
     exact = round(0.3 * steps)
     skipped = round((steps - exact) / COST["skip"])
@@ -179,7 +179,7 @@ def train_one(args: argparse.Namespace, run: dict) -> dict:
                 share=p["steps"] / total,
                 policy=None if p["policy"] is None else p["policy"].removesuffix("_shared"),
                 weighted=p["weighted"],
-                policy_options={"shared": True} if p["policy"] == "random_shared" else {},
+                policy_options={"shared": True} if (p["policy"] or "").endswith("_shared") else {},
             )
             for p in run["phases"]
         ],

@@ -201,26 +201,38 @@ class Sampled(Policy):
     """Blocks drawn with probabilities that grow with a score: p proportional to floor + (1 - floor) score / mean.
 
     source: the policy that scores, "predictors", "update_norm" or "exact"; by default "predictors" where calibrated.
+    shared: one draw for all layers of a step, with the first layer's probabilities, so that a token is in or out of the
+    network as a whole.
     """
 
     name = "sampled"
     mode = "sample"
 
-    def __init__(self, predictors: Any = None, *, source: str | None = None, floor: float = 0.3) -> None:
+    def __init__(
+        self, predictors: Any = None, *, source: str | None = None, floor: float = 0.3, shared: bool = False
+    ) -> None:
         if not 0.0 < floor <= 1.0:
             raise ValueError(f'policy "sampled": floor must be in (0, 1]; got {floor}')
         source = source or ("update_norm" if predictors is None else "predictors")
         if source not in ("predictors", "update_norm", "exact"):
             raise ValueError(f'policy "sampled": source must be predictors, update_norm or exact; got {source!r}')
-        self.source, self.floor = _CLASSES[source](predictors), floor
+        self.source, self.floor, self.shared = _CLASSES[source](predictors), floor, shared
         self.needs_update = self.source.needs_update
 
     def begin(self, context: StepContext) -> None:
         super().begin(context)
         self.source.begin(context)
+        self._first: Tensor | None = None
+
+    def seed(self, layer: int) -> int:
+        return mix_seed(self.context.seed, 0 if self.shared else layer)
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        return probabilities(self.source.scores(layer, x).float(), self.context, self.keep(layer), floor=self.floor)
+        if self.shared and self._first is not None:
+            return self._first
+        scores = self.source.scores(layer, x).float()
+        self._first = probabilities(scores, self.context, self.keep(layer), floor=self.floor)
+        return self._first
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
         self.source.observe(layer, norms, kept)

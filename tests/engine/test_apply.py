@@ -4,7 +4,8 @@ import lemo
 import pytest
 import torch
 import transformers
-from lemo.policies import make_policy, mix_seed
+from lemo.layout import Blocks
+from lemo.policies import StepContext, make_policy, mix_seed
 from models import ATTENTION, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 ONE = [lemo.Phase("skip", keep=0.5, policy="random")]
@@ -175,6 +176,19 @@ def test_random_shared_is_one_draw_for_all_layers():
     assert policy.seed(0) == policy.seed(5)
     assert make_policy("random", {}).__class__ is policy.__class__
     assert len({mix_seed(0, step, layer) for step in range(50) for layer in range(50)}) == 2500
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_sampled_shared_keeps_the_first_layers_draw(shared):
+    blocks = Blocks.from_lengths([64 * 40], 64, "cpu")
+    policy = make_policy("sampled", {"source": "update_norm", "shared": shared})
+    policy.begin(StepContext(blocks, lemo.Phase("skip", keep=0.5), 9, 0, 0, lambda *_: None, lambda _: 1.0))
+    x = torch.zeros(blocks.num_tokens, 4)
+    first, _ = policy.choose(0, x)
+    policy.observe(0, torch.rand(first.num_rows, generator=torch.Generator().manual_seed(1)), first)
+    second, _ = policy.choose(1, x)
+    assert first.num_blocks == second.num_blocks == 20
+    assert torch.equal(first.blocks, second.blocks) == shared
 
 
 def test_config_survives_json():
