@@ -1,4 +1,4 @@
-# make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 4 minutes on 2 cores)
+# make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 5 minutes on 2 cores)
 # make test    everything the project checks: lint, types, CUDA compilation, build, tests
 # Both set up what they need in .venv; only Python 3.11+ and a C++ compiler have to be there.
 #

@@ -38,7 +38,11 @@ CONTEXT, BLOCK, KEEP = 4096, 64, 0.5
 RATE, WARMUP, SEED = 2e-3, 5, 1
 CALIBRATION_FILES = 24
 BEGINNING = 10_000  # characters that fit one context
-POLICIES = ("predictors", "update_norm")
+POLICIES = {
+    "predictors": "predictors",
+    "sampled_shared": "sampled:shared",
+    "update_norm": "update_norm",
+}  # in a schedule
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SKIP_SHARE_OF_COST = 0.7
 # A skipped step relative to a dense one, Llama-3-8B at 64K tokens with recomputation (docs: cost of a step).
@@ -72,7 +76,7 @@ class Plan:
         return self.skip_steps * LARGE_MODEL_SKIP_COST + self.exact_steps
 
     def schedule(self, policy: str) -> str:
-        return f"skip:{KEEP:g}:{policy}@{self.skip_steps},dense@{self.exact_steps}"
+        return f"skip:{KEEP:g}:{POLICIES[policy]}@{self.skip_steps},dense@{self.exact_steps}"
 
 
 def equal_cost(seconds: float, dense_seconds: float, skip_seconds: float) -> Plan:
@@ -164,7 +168,7 @@ def report(plan: Plan, seconds: dict[str, float], rows: list[dict[str, Any]], ti
         f"{seconds['dense']:.3f} s, keeping {KEEP:g} of the blocks {seconds['skip']:.3f} s "
         f"({seconds['skip'] / seconds['dense']:.2f} x)",
         "",
-        f"{'':28}{'steps':>14}{'cost here':>11}{'cost at 64K, 8B':>17}{'perplexity':>12}  "
+        f"{'':31}{'steps':>14}{'cost here':>11}{'cost at 64K, 8B':>17}{'perplexity':>12}  "
         f"{'95 % interval':18}{'change':>9}",
     ]
     eliminated = (f"{plan.skip_steps} + {plan.exact_steps}", f"{plan.eliminated_cost:.1f} s")
@@ -178,7 +182,7 @@ def report(plan: Plan, seconds: dict[str, float], rows: list[dict[str, Any]], ti
         row = by_model[name]
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
         change = f"{100 * (row['ratio'] - 1):+.2f} %" if "ratio" in row else ""
-        lines.append(f"{label:28}{steps:>14}{cost:>11}{large:>17}{row['perplexity']:12.3f}  {interval:18}{change:>9}")
+        lines.append(f"{label:31}{steps:>14}{cost:>11}{large:>17}{row['perplexity']:12.3f}  {interval:18}{change:>9}")
     row = by_model["base"]
     lines += [
         "",
@@ -199,7 +203,7 @@ def report(plan: Plan, seconds: dict[str, float], rows: list[dict[str, Any]], ti
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results; replaced")
-    parser.add_argument("--seconds", type=float, default=45.0, help="seconds of training steps per run")
+    parser.add_argument("--seconds", type=float, default=40.0, help="seconds of training steps per run")
     parser.add_argument("--held-out-files", type=int, default=32)
     parser.add_argument("--calibration-steps", type=int, default=40)
     args = parser.parse_args()

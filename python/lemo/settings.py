@@ -102,11 +102,11 @@ _PRESETS = {
 
 
 def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> list[Phase]:
-    """Phases from a preset's name or from `MODE[:KEEP][:POLICY][:weighted][@SHARE]`, separated by commas.
+    """Phases from a preset's name or from `MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]`, separated by commas.
 
     SHARE is the phase's share of the steps, relative to the others' (default 1). KEEP defaults to `keep`, POLICY to
     `policy` in `skip` phases; `backward` phases select at random unless they name a policy, because there any
-    preference biases the gradient. Raises ValueError.
+    preference biases the gradient. `shared`: one draw for all layers of a step (random, sampled). Raises ValueError.
     """
     phases = []
     for part in _PRESETS.get(text, text).split(","):
@@ -124,6 +124,8 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
             for option in options:
                 if option == "weighted":
                     values["weighted"] = True
+                elif option == "shared":
+                    values["policy_options"] = {"shared": True}
                 elif option[:1].isdigit() or option[:1] == ".":
                     values["keep"] = float(option)
                 else:

@@ -248,6 +248,8 @@ def test_schedules() -> None:
         ("backward", 0.5, None, True, 0.2),
         ("dense", 1.0, None, False, 0.1),
     ]
+    (shared,) = parse_schedule("skip:0.5:sampled:shared")
+    assert (shared.policy, shared.policy_options) == ("sampled", {"shared": True})
     assert [p.mode for p in parse_schedule("default")] == ["skip", "dense"]
     assert [p.mode for p in parse_schedule("low-memory")] == ["skip", "backward"]
     for text in ("skipp", "skip@x", "skip:2", "skip:telepathy", "dense:0.5"):

@@ -24,15 +24,15 @@ examples:
   lemo finetune --out run --resume
       go on where a stopped run left off; its settings are in run/run.json
 
-schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:weighted][@SHARE], separated by commas
+schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]
   default      skip most of the steps, then dense: the best result for the time spent
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
   backward     only backward, unbiased gradient: for short adaptations where every step must see the exact model
   dense        nothing eliminated
-  for instance --schedule skip:0.3@0.7,skip:0.6@0.2,dense@0.1
+  for instance --schedule skip:0.3@0.7,skip:0.6@0.2,dense@0.1 or skip:0.5:sampled:shared@0.8,dense@0.2
 policies (--policy, for skip phases): predictors (needs --calibration, then the default), update_norm (otherwise the
-  default), exact (slow: for comparison), random, sampled
+  default), exact (slow: for comparison), random, sampled; shared: one draw for all layers of a step
 
 The run folder: run.json (settings), log.jsonl (loss, tokens/s, kept ratio per layer, memory), checkpoint-*/ (the last
 few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN makes a table and pictures of it.
