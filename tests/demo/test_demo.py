@@ -82,7 +82,8 @@ def test_equal_cost(seconds, dense, skip):
     assert plan.dense_cost - plan.eliminated_cost < skip + 1e-9  # less than one more step of the cheap kind
     share = plan.skip_steps * skip / plan.eliminated_cost
     assert abs(share - 0.7) < 0.1
-    assert plan.schedule("random") == f"skip:0.5:random@{plan.skip_steps},dense@{plan.exact_steps}"
+    shared = f"skip:0.5:sampled:shared@{plan.skip_steps},dense@{plan.exact_steps}"
+    assert plan.schedule("sampled_shared") == shared
 
 
 def test_equal_cost_rejects_times_that_cannot_be():
