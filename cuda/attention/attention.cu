@@ -1,8 +1,8 @@
 // The attention entries of the backend table: arguments to kernel parameters, workspace, choice of the kernel.
 #include <cmath>
-#include <type_traits>
 
 #include "cuda/common/check.h"
+#include "cuda/common/launch.h"
 #include "cuda/kernels.h"
 #include "params.h"
 
@@ -20,16 +20,6 @@ Rows rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0],
 Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& rows, const lemo_tensor& lse) {
   return {static_cast<const int32_t*>(cu_seqlens.data), data<const int32_t>(rows),
           static_cast<int32_t>(cu_seqlens.shape[0] - 1), lse.shape[1]};
-}
-
-[[noreturn]] void unsupported_head_dim(const char* operation, int64_t head_dim) {
-  throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": q: expected head_dim " +
-#ifdef LEMO_CUDA_ALL_KERNELS
-                                    "64, 80, 96 or 128" +
-#else
-                                    "64 or 128 (80 and 96 need a build with every kernel)" +
-#endif
-                                    ", got " + std::to_string(head_dim));
 }
 
 void check_scale(const char* operation, float scale) {
@@ -54,25 +44,6 @@ TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tens
     throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": tile_offsets: tile lists need compute capability 9.0");
   }
   return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
-}
-
-// Calls run(std::integral_constant<int, head_dim>).
-template <typename Run>
-void with_head_dim(const char* operation, int64_t head_dim, Run run) {
-  switch (head_dim) {
-    case 64:
-      return run(std::integral_constant<int, 64>{});
-    case 128:
-      return run(std::integral_constant<int, 128>{});
-#ifdef LEMO_CUDA_ALL_KERNELS
-    case 80:
-      return run(std::integral_constant<int, 80>{});
-    case 96:
-      return run(std::integral_constant<int, 96>{});
-#endif
-    default:
-      unsupported_head_dim(operation, head_dim);
-  }
 }
 
 struct BackwardWorkspace {

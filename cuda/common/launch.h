@@ -1,10 +1,11 @@
-// Kernel launches and the choice of the element type, shared by attention and scores.
+// Kernel launches and the choice of element type and head_dim, shared by attention and scores.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <string>
+#include <type_traits>
 
 #include "cuda/common/check.h"
 
@@ -31,6 +32,31 @@ void with_type(int32_t dtype, const char* operation, Run run) {
   throw Error(LEMO_UNSUPPORTED,
               std::string(operation) + ": this build has no CUDA kernel for dtype " +
                   (dtype == LEMO_F16 ? "float16 (use bfloat16, or a build with every kernel)" : "float32"));
+}
+
+// Calls run(std::integral_constant<int, head_dim>). Builds without LEMO_CUDA_ALL_KERNELS hold 64 and 128 only.
+template <typename Run>
+void with_head_dim(const char* operation, int64_t head_dim, Run run) {
+  switch (head_dim) {
+    case 64:
+      return run(std::integral_constant<int, 64>{});
+    case 128:
+      return run(std::integral_constant<int, 128>{});
+#ifdef LEMO_CUDA_ALL_KERNELS
+    case 80:
+      return run(std::integral_constant<int, 80>{});
+    case 96:
+      return run(std::integral_constant<int, 96>{});
+#endif
+    default:
+#ifdef LEMO_CUDA_ALL_KERNELS
+      constexpr const char* kHere = "64, 80, 96 or 128";
+#else
+      constexpr const char* kHere = "64 or 128 (80 and 96 need a build with every kernel)";
+#endif
+      throw Error(LEMO_UNSUPPORTED,
+                  std::string(operation) + ": q: expected head_dim " + kHere + ", got " + std::to_string(head_dim));
+  }
 }
 
 }  // namespace lemo::cuda

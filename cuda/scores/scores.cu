@@ -1,8 +1,8 @@
 // The scores entry of the backend table, and the sum over splits.
 #include <string>
-#include <type_traits>
 
 #include "cuda/common/check.h"
+#include "cuda/common/launch.h"
 #include "cuda/kernels.h"
 #include "hopper_params.h"
 #include "params.h"
@@ -46,31 +46,6 @@ bool use_hopper(const lemo_exec& exec, const lemo_scores_args& args) {
   (void)exec, (void)args;
   return false;
 #endif
-}
-
-// Calls run(std::integral_constant<int, head_dim>).
-template <typename Run>
-void with_head_dim(int64_t head_dim, Run run) {
-  switch (head_dim) {
-    case 64:
-      return run(std::integral_constant<int, 64>{});
-    case 128:
-      return run(std::integral_constant<int, 128>{});
-#ifdef LEMO_CUDA_ALL_KERNELS
-    case 80:
-      return run(std::integral_constant<int, 80>{});
-    case 96:
-      return run(std::integral_constant<int, 96>{});
-#endif
-    default:
-      throw Error(LEMO_UNSUPPORTED,
-                  "scores: q: this build has CUDA kernels for head_dim 64 and 128"
-#ifdef LEMO_CUDA_ALL_KERNELS
-                  ", 80 and 96"
-#endif
-                  ", got " +
-                      std::to_string(head_dim));
-  }
 }
 
 struct Workspace {
@@ -135,7 +110,7 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
                             params.block_count, stream),
           "scores: map");
   }
-  with_head_dim(args.q.shape[2], [&](auto head_dim) {
+  with_head_dim("scores", args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (params.counter != nullptr) {
