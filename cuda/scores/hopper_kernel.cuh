@@ -156,7 +156,7 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
     typename Mainloop::ConsumerState state;
     uint32_t phase = 0;
     int buffer = 0;
-    Mainloop::start_turns(consumer);
+    Turns<Mainloop::kConsumers>::start(consumer);
     while (true) {
       shared.full.wait(phase);
       phase ^= 1;

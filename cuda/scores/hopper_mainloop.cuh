@@ -18,6 +18,7 @@ using attention::hopper::kRunRows;
 using attention::hopper::Ring;
 using attention::hopper::RowLayout;
 using attention::hopper::RowTensor;
+using attention::hopper::Turns;
 
 // As many stages as 227 KiB of shared memory hold; a stage of keys serves all query heads of its group.
 template <int kHeadDim>
@@ -88,18 +89,6 @@ struct Mainloop {
     }
   }
 
-  // Warpgroups issue their products in turn, so that one adds up its scores while the other's products run.
-  static __device__ __forceinline__ void take_turn(int consumer) {
-    cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(1 + consumer));
-  }
-  static __device__ __forceinline__ void pass_turn(int consumer) {
-    cutlass::arch::NamedBarrier::arrive(256, static_cast<uint32_t>(1 + (consumer + 1) % kConsumers));
-  }
-  // Once per kernel, before the first tile.
-  static __device__ __forceinline__ void start_turns(int consumer) {
-    if (consumer == kConsumers - 1) pass_turn(consumer);
-  }
-
   // A consumer warpgroup: sums[half][j] = sum over heads of max(q.k, 0), the halves' elements in the order of wgmma's
   // accumulators. The second half stays zero unless `both`.
   static __device__ __forceinline__ void compute(const KernelParams& params, Shared& shared, ConsumerState& state,
@@ -117,10 +106,10 @@ struct Mainloop {
     for (int j = 0; j < kHalfKeys / 2; ++j) sums[0][j] = sums[1][j] = 0.0f;
 
     const auto multiply = [&](int half) {
-      take_turn(consumer);
+      Turns<kConsumers>::take(consumer);
       issue<true>(mma, q_fragments(_, _, _, state.query.index()), k_fragments(_, _, _, 2 * state.key.index() + half),
                   s);
-      pass_turn(consumer);
+      Turns<kConsumers>::pass(consumer);
       warpgroup_wait<0>();
       warpgroup_fence_operand(s);
     };

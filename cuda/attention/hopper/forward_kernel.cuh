@@ -121,7 +121,7 @@ __global__ void __launch_bounds__((kForwardShape<kHeadDim, kListed>.queries / 64
     const int consumer = warpgroup - 1;
     typename Mainloop::ConsumerState state;
     uint32_t phase = 0;
-    Mainloop::start_turns(consumer);
+    Turns<kConsumers>::start(consumer);
     int item = static_cast<int>(blockIdx.x);
     while (item < params.schedule.items) {
       const WorkItem work = decode<kQueries>(params, item);

@@ -114,18 +114,6 @@ struct ForwardMainloop {
     }
   }
 
-  // Warpgroups issue their products in turn, so that one computes its softmax while the other's products run.
-  static __device__ __forceinline__ void take_turn(int consumer) {
-    cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(1 + consumer));
-  }
-  static __device__ __forceinline__ void pass_turn(int consumer) {
-    cutlass::arch::NamedBarrier::arrive(256, static_cast<uint32_t>(1 + (consumer + 1) % kConsumers));
-  }
-  // Once per kernel, before the first tile.
-  static __device__ __forceinline__ void start_turns(int consumer) {
-    if (consumer == kConsumers - 1) pass_turn(consumer);
-  }
-
   // A consumer warpgroup: `out` receives the sum over keys, not yet divided by the softmax's sum.
   template <class Out>
   static __device__ __forceinline__ void compute(const ForwardKernelParams& params, Shared& shared,
@@ -179,11 +167,11 @@ struct ForwardMainloop {
       constexpr bool kMasked = decltype(masked)::value;
       Tensor s = partition_fragment_C(score_mma, Shape<Int<kQueries>, Int<kKeys>>{});
       shared.keys.wait(state.key);
-      take_turn(consumer);
+      Turns<kConsumers>::take(consumer);
       issue<true>(score_mma, q_fragments, k_fragments(_, _, _, state.key.index()), s);
       shared.values.wait(state.value);
       issue<false>(value_mma, p, v_fragments(_, _, _, state.value.index()), out);
-      pass_turn(consumer);
+      Turns<kConsumers>::pass(consumer);
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
       shared.keys.release(state.key);

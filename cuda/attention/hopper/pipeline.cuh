@@ -46,4 +46,19 @@ struct Ring {
   }
 };
 
+// Consumer warpgroups issue their products in turn, so that one does its arithmetic while the other's products run.
+template <int kConsumers>
+struct Turns {
+  static __device__ __forceinline__ void take(int consumer) {
+    cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(1 + consumer));
+  }
+  static __device__ __forceinline__ void pass(int consumer) {
+    cutlass::arch::NamedBarrier::arrive(256, static_cast<uint32_t>(1 + (consumer + 1) % kConsumers));
+  }
+  // Once per kernel, before the first tile.
+  static __device__ __forceinline__ void start(int consumer) {
+    if (consumer == kConsumers - 1) pass(consumer);
+  }
+};
+
 }  // namespace lemo::cuda::attention::hopper
