@@ -31,7 +31,7 @@ def source(name: str, result: dict[str, Any]) -> str:
     gpu, versions = result["gpu"], result["versions"]
     return (
         f"`benchmarks/results/{name}.json`: {gpu}, torch {versions['torch']}, commit {result['commit']}, "
-        f"{result['date'][:10]}; `{result['command']}`"
+        f"{result['date'][:10]}; `{result['command']}`" + (f". {result['note']}" if "note" in result else "")
     )
 
 
@@ -91,7 +91,7 @@ def quality() -> list[str]:
             "attention)"
         )
         lines += ["", *markdown(["training", "steps", "cost in dense steps", "perplexity"], rows), ""]
-        lines += [source(name, result) + (f". {result['note']}" if "note" in result else ""), ""]
+        lines += [source(name, result), ""]
     return lines
 
 
