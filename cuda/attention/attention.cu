@@ -46,6 +46,8 @@ TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tens
   return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
 }
 
+int64_t listed_entries(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
+
 struct BackwardWorkspace {
   float* delta;
   float* dq_float;
@@ -60,7 +62,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       workspace.bytes = static_cast<uint64_t>(attention::hopper::backward_workspace<kHeadDim == 80 ? 96 : kHeadDim>(
-          capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0));
+          capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0, listed_entries(args.tiles)));
     });
     return workspace;
   }
@@ -136,16 +138,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.deterministic = exec.deterministic != 0;
   params.workspace = exec.workspace;
   params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
-  if (params.lists.offsets != nullptr && params.deterministic) {
-    throw Error(LEMO_UNSUPPORTED,
-                "attention_backward: tile_offsets: expected no tile lists where exec.deterministic "
-                "is set, got both (the CPU has both)");
-  }
-  if (params.lists.offsets != nullptr && params.key_weights != nullptr) {
-    throw Error(LEMO_UNSUPPORTED,
-                "attention_backward: tile_offsets: expected no key_weights with tile lists, got both "
-                "(the CPU has both)");
-  }
+  params.listed = listed_entries(args.tiles);
   if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
   const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
   params.delta = workspace.delta;

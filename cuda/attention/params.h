@@ -57,7 +57,8 @@ struct BackwardParams {
   float* dq_float;  // workspace [capacity, heads, head_dim], or null: dq comes from its own kernel
 
   // Of the Hopper kernels, which need neither delta nor dq_float.
-  TileLists lists;       // transposed: the query tiles of each key tile; without weights, and in no fixed order
+  TileLists lists;       // transposed: the query tiles of each key tile
+  int64_t listed;        // entries that lists.blocks has room for
   int64_t storage_rows;  // extent of dout, q, k, v and out
   int32_t head_dim;
   bool deterministic;
@@ -77,7 +78,7 @@ void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t str
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
-int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic);
+int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic, int64_t listed);
 }  // namespace hopper
 
 }  // namespace lemo::cuda::attention

@@ -15,6 +15,7 @@ set(LEMO_ATTENTION_FULL_SOURCES
 
 # sm_90a only: row_tensor, and one file per pass and head_dim (96 serves 80 too).
 set(LEMO_ATTENTION_HOPPER_TUNED_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_ranks.cu
     ${CMAKE_CURRENT_LIST_DIR}/hopper/row_tensor.cu
     ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd64.cu
     ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd128.cu

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
     shared.mainloop.queries.init(kConsumers * 4);
     shared.mainloop.keys.init(kConsumers * 4);
     shared.full.init(1);
-    shared.empty.init(kConsumers * 4);
+    init_for_warps(shared.empty, kConsumers * 4);
     cutlass::arch::fence_barrier_init();
   }
   for (int i = threadIdx.x; i < 2 * kMostMaxima; i += (kConsumers + 1) * 128) shared.maxima[0][i] = 0;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
       phase ^= 1;
       const Walk walk = shared.walk;
       __syncwarp();
-      if (lane == 0) shared.empty.arrive();
+      arrive_as_warp(shared.empty);
       if (!walk.valid) break;
       const int column = walk.block + thread;  // this thread's key block, if any
       const bool owner = thread < key_blocks && column < walk.block_end;

@@ -11,7 +11,9 @@
 
 namespace lemo::cuda::scoring::hopper {
 
+using attention::hopper::arrive_as_warp;
 using attention::hopper::GmmaElement;
+using attention::hopper::init_for_warps;
 using attention::hopper::issue;
 using attention::hopper::kBoxColumns;
 using attention::hopper::kRunRows;

@@ -8,6 +8,7 @@ import torch
 from cases import ATTENTION, DIMS, Attention, Results, name_of
 from compare import check_half, error
 from lemo import ops
+from lemo.ops.attention import TILE_ROWS
 from test_cpu_cases import UNNAMED, unnamed_rows_stay
 from torch import Tensor
 
@@ -38,7 +39,8 @@ RACES = [
     *(Attention("gap_128", 8, 2, dim, "rows") for dim in DIMS),
     *(Attention("gap_64", 4, 1, dim, "rows", given=True) for dim in DIMS),
     *(Attention("all_64", 8, 8, dim) for dim in (64, 128)),
-    Attention("ragged_128", 8, 2, 128, lists=True),
+    *(Attention("ragged_128", 8, 2, dim, lists=True) for dim in DIMS),
+    *(Attention("gap_128", 4, 2, dim, "rows", given=True, lists=True) for dim in DIMS),
 ]
 
 
@@ -57,7 +59,7 @@ def integer(t: Tensor) -> torch.dtype:
     return torch.int32 if t.dtype == torch.float32 else torch.int16
 
 
-@pytest.mark.parametrize("case", [c for c in RACES if not c.lists], ids=name_of)
+@pytest.mark.parametrize("case", RACES, ids=name_of)
 def test_a_thousand_deterministic_runs_are_equal(case) -> None:
     _, differs = repeat(case, deterministic=True, times=REPEATS)
     assert not any(differs.values()), differs
@@ -76,7 +78,7 @@ def test_the_forward_pass_always_repeats_bit_by_bit(case) -> None:
     assert not differs
 
 
-@pytest.mark.parametrize("case", [c for c in RACES if not c.lists], ids=name_of)
+@pytest.mark.parametrize("case", RACES, ids=name_of)
 def test_atomics_only_change_the_order_of_sums(case) -> None:
     t = case.inputs("cuda", torch.bfloat16)
     first, other = case.run(t, deterministic=True), case.run(t, deterministic=False)
@@ -88,8 +90,17 @@ def test_atomics_only_change_the_order_of_sums(case) -> None:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def in_strips(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dtype: torch.dtype, strip: int = 1024) -> Results:
-    """Causal attention of one document [M, H, D] and its gradients in dtype, a strip of queries at a time."""
+def in_strips(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dtype: torch.dtype,
+    tiles_seen: Tensor | None = None,
+    strip: int = 1024,
+) -> Results:
+    """Causal attention of one document [M, H, D] and its gradients in dtype, a strip of queries at a time. tiles_seen:
+    bool [tiles of queries, tiles of keys]."""
     group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     q, k, v, dout = (
         t.to(dtype).transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), dout)
@@ -100,7 +111,11 @@ def in_strips(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dtype: torch.dtype,
     for a in range(0, q.shape[1], strip):
         b = min(a + strip, q.shape[1])
         s = (q[:, a:b] @ k[:, :b].transpose(1, 2)).float() * scale
-        s.masked_fill_(~torch.ones(b - a, b, dtype=torch.bool, device=q.device).tril(a), float("-inf"))
+        seen = torch.ones(b - a, b, dtype=torch.bool, device=q.device).tril(a)
+        if tiles_seen is not None:
+            near = tiles_seen[a // TILE_ROWS : -(-b // TILE_ROWS), : -(-b // TILE_ROWS)]
+            seen &= near.repeat_interleave(TILE_ROWS, 0).repeat_interleave(TILE_ROWS, 1)[: b - a, :b]
+        s.masked_fill_(~seen, float("-inf"))
         lse[:, a:b] = torch.logsumexp(s, -1)
         p = torch.exp(s - lse[:, a:b, None]).to(dtype)
         out[:, a:b] = p @ v[:, :b]
@@ -133,6 +148,26 @@ def test_65536_tokens(dim, listed) -> None:
     dq, dk, dv = ops.attention_backward(dout, q, k, v, out, lse, cu, rows, None, None, n, dim**-0.5)
     actual = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_tile_lists_of_15900_tokens(dim, deterministic) -> None:
+    """Enough key tiles that thread blocks join others midway, and that the last tile is ragged."""
+    torch.manual_seed(0)
+    n, heads, dtype = 15900, (8, 2, 2, 8), torch.bfloat16
+    q, k, v, dout = (torch.randn(n, h, dim, device="cuda").to(dtype) for h in heads)
+    cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
+    slots = n // TILE_ROWS + 1
+    listed = (torch.rand(slots, slots, device="cuda") < 0.5).tril(-1)
+    offsets = torch.cat((listed.new_zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0))).int()
+    lists = (offsets, listed.nonzero()[:, 1].int())
+    out, lse = ops.attention_forward(q, k, v, cu, None, n, dim**-0.5, *lists)
+    more = (cu, None, None, None, n, dim**-0.5, deterministic, *ops.transpose_tile_lists(*lists, cu))
+    dq, dk, dv = ops.attention_backward(dout, q, k, v, out, lse, *more)
+    actual = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    seen = listed | torch.eye(slots, dtype=torch.bool, device="cuda")
+    judge(actual, *(in_strips(q, k, v, dout, t, seen) for t in (torch.float32, dtype)), dtype)
 
 
 @pytest.mark.skipif(device_gib() < 60, reason="a million rows of 32 heads take 45 GiB of GPU memory")

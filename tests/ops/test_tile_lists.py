@@ -138,31 +138,3 @@ def test_opcheck() -> None:
     q, k, v = (t[name].requires_grad_() for name in "qkv")
     arguments = (q, k, v, t["cu_seqlens"], None, 300, 0.25, t["tile_offsets"], t["tiles"])
     torch.library.opcheck(torch.ops.lemo.attention_forward.default, arguments)
-
-
-@CUDA
-@pytest.mark.parametrize("option", ["deterministic", "key_weights"])
-def test_what_only_the_cpu_has_is_an_error_on_cuda(option: str) -> None:
-    case = Case((300,))
-    t = case.inputs("cuda", torch.bfloat16)
-    lists = (t["tile_offsets"], t["tiles"])
-    q, k, v, cu = t["q"], t["k"], t["v"], t["cu_seqlens"]
-    out, lse = ops.attention_forward(q, k, v, cu, None, 300, 0.125, *lists)
-    weights = (torch.ones(5, device="cuda"), t["rows"] // 64) if option == "key_weights" else (None, None)
-    with pytest.raises(NotImplementedError) as raised:
-        ops.attention_backward(
-            t["dout"],
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu,
-            None,
-            *weights,
-            300,
-            0.125,
-            option == "deterministic",
-            *transpose_tile_lists(*lists, cu),
-        )
-    assert "tile_offsets" in str(raised.value) and option in str(raised.value)

@@ -73,7 +73,7 @@ typedef struct lemo_attention_backward_args {
   lemo_tensor tiles;        /* above its own, ascending */
 } lemo_attention_backward_args;
 
-/* exec->deterministic = 1: no atomics, bitwise repeatable. */
+/* exec->deterministic = 1: sums in a fixed order, bitwise repeatable. */
 LEMO_API lemo_status lemo_attention_backward(const lemo_exec* exec, const lemo_attention_backward_args* args);
 LEMO_API lemo_status lemo_attention_backward_workspace(const lemo_exec* exec, const lemo_attention_backward_args* args,
                                                        uint64_t* bytes);

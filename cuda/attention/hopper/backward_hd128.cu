@@ -2,8 +2,9 @@
 
 namespace lemo::cuda::attention::hopper {
 template <>
-int64_t backward_workspace<128>(int64_t capacity, int64_t documents, int64_t heads, bool deterministic) {
-  return backward_layout<128>(capacity, documents, heads, deterministic).bytes;
+int64_t backward_workspace<128>(int64_t capacity, int64_t documents, int64_t heads, bool deterministic,
+                                int64_t listed) {
+  return backward_layout<128>(capacity, documents, heads, deterministic, listed).bytes;
 }
 template <>
 void launch_backward<128>(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// The three kernels of one backward pass.
+// The kernels of one backward pass.
 #pragma once
 
 #include <type_traits>
@@ -49,12 +49,14 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   kernel_params.scale = params.scale;
   kernel_params.scale_log2 = params.scale * kLog2E;
   const BackwardLayout layout =
-      backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads, params.deterministic);
+      backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads, params.deterministic, params.listed);
   char* workspace = static_cast<char*>(params.workspace);
   kernel_params.dq_sums = reinterpret_cast<float*>(workspace);
   kernel_params.stats = reinterpret_cast<float*>(workspace + layout.stats);
   kernel_params.sweeps = reinterpret_cast<unsigned long long*>(workspace + layout.sweeps);
   kernel_params.turns = params.deterministic ? reinterpret_cast<int*>(workspace + layout.turns) : nullptr;
+  kernel_params.ranks = reinterpret_cast<int*>(workspace + layout.ranks);
+  kernel_params.listed = params.listed;
 
   kernel_params.key_slots = static_cast<int>(documents.capacity / kBackwardKeys + documents.count);
   int device = 0;
@@ -71,12 +73,19 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
            static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kListed>::Shared)), stream,
            kernel_params);
   };
-  if (params.lists.offsets != nullptr) {
-    launch_keys(std::false_type{}, std::true_type{});
-  } else if (params.key_weights != nullptr) {
-    launch_keys(std::true_type{}, std::false_type{});
+  const bool weighted = params.key_weights != nullptr, listed = params.lists.offsets != nullptr;
+  if (listed && params.deterministic) launch_backward_ranks(kernel_params, stream);
+  const auto choose_lists = [&](auto with_weights) {
+    if (listed) {
+      launch_keys(with_weights, std::true_type{});
+    } else {
+      launch_keys(with_weights, std::false_type{});
+    }
+  };
+  if (weighted) {
+    choose_lists(std::true_type{});
   } else {
-    launch_keys(std::false_type{}, std::false_type{});
+    choose_lists(std::false_type{});
   }
   launch(backward_dq_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
 }

@@ -10,8 +10,7 @@
 // is what ptxas needs to keep products asynchronous.
 #pragma once
 
-#include "backward_sums.cuh"
-#include "backward_walk.cuh"
+#include "backward_order.cuh"
 #include "backward_weights.cuh"
 #include "cuda/attention/softmax.cuh"
 #include "gmma.cuh"
@@ -26,6 +25,12 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                "r"(c), "r"(d)
                : "memory");
 }
+
+// What consumers need to know of a step; the producer alone walks.
+struct BackwardStep {
+  int query_tile;
+  int item;  // item_of
+};
 
 template <typename T, int kHeadDim, bool kWeighted, bool kListed>
 struct BackwardMainloop {
@@ -76,12 +81,14 @@ struct BackwardMainloop {
     alignas(1024) Element q[kQueryStages * kTile];
     alignas(1024) Element dout[kDoutStages * kTile];
     alignas(1024) Element ds[2 * kKeys * kQueries];
-    alignas(128) float dq[kBackwardWarps * SumWriter<kHeadDim>::kBufferFloats];
+    alignas(128) float dq[DqOrder<kHeadDim>::kSize];
     alignas(128) float stats[kQueryStages][2 * kQueries];  // lse, delta
     Ring<kQueryStages> queries;
     Ring<kDoutStages> douts;
     FullBarrier keys;
-    int start;
+    SumHandover sums;
+    BackwardStep steps[kQueryStages];
+    int start, total;
     std::conditional_t<kWeighted, KeyWeights, NoWeights> weights;
   };
 
@@ -89,6 +96,7 @@ struct BackwardMainloop {
     shared.queries.init(kBackwardWarps);
     shared.douts.init(kBackwardWarps);
     shared.keys.init(1);
+    shared.sums.init();
   }
 
   static __device__ __forceinline__ Walk walk(const BackwardKernelParams& params, const Shared& shared,
@@ -99,30 +107,19 @@ struct BackwardMainloop {
     return Sweep(params.sweeps + static_cast<int64_t>(work.query_slot) * params.key_heads + work.key_head,
                  work.tile.index);
   }
-  // The query tile to begin with: by one thread, before the others start. In order (turns != null), always the last.
-  // Lists have an order of their own.
+  // Where to begin, and how many steps there are: by one warp, before the others start.
   static __device__ __forceinline__ void choose_start(const BackwardKernelParams& params, Shared& shared,
                                                       const KeyWork& work) {
-    const int last = (work.tile.length - 1) / kQueries;
-    int start = last;
-    if (!kListed && params.turns == nullptr) {
-      const int position = sweep(params, work).position();
-      if (position >= work.key_start / kQueries && position <= last) start = position;
+    const int start = Walk::choose_start(params, work, params.turns == nullptr ? sweep(params, work).position() : -1);
+    if (thread_index() == 0) {
+      shared.start = start;
+      shared.total = Walk(params, work, start, 0).total;
     }
-    shared.start = start;
   }
   // Says where this thread block is; by the whole producer warp.
   static __device__ __forceinline__ void publish(const BackwardKernelParams& params, const KeyWork& work,
                                                  const Walk& walk) {
-    if constexpr (!kListed) {
-      if (params.turns == nullptr && thread_index() % 32 == 0) sweep(params, work).publish(walk);
-    }
-  }
-  // The index of a (query tile, head) in the workspace.
-  static __device__ __forceinline__ int64_t item_of(const BackwardKernelParams& params, const KeyWork& work,
-                                                    const Walk& walk) {
-    return static_cast<int64_t>(work.query_slot + walk.query_tile) * params.heads + work.key_head * params.group +
-           walk.head();
+    if (params.turns == nullptr && thread_index() % 32 == 0) sweep(params, work).publish(walk);
   }
 
   // The producer warp.
@@ -147,10 +144,13 @@ struct BackwardMainloop {
 #pragma unroll 1
     while (walk.steps > 0) {
       const int head = work.key_head * params.group + walk.head();
-      uint64_t* barrier = shared.queries.acquire(query_state, QueryLoader::kBytes + kStatsBytes);
+      const int item = item_of(params, work, walk);
+      shared.queries.wait_empty(query_state);
+      if (leader) shared.steps[query_state.index()] = {walk.query_tile, item};
+      uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes);
       loader.load(params.q, head, barrier, shared.q + query_state.index() * kTile);
       if (leader) {
-        cute::SM90_BULK_COPY_G2S::copy(params.stats + item_of(params, work, walk) * (2 * kQueries), barrier,
+        cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
                                        shared.stats[query_state.index()], kStatsBytes);
       }
       ++query_state;
@@ -164,6 +164,12 @@ struct BackwardMainloop {
         loader.find(params.documents, work.tile, walk.query_tile * kQueries);
       }
     }
+  }
+
+  // The adding thread of deterministic mode.
+  static __device__ __forceinline__ void add_in_order(const BackwardKernelParams& params, Shared& shared,
+                                                      const KeyWork& work) {
+    hopper::add_in_order<kHeadDim>(params, work, walk(params, shared, work), shared.dq, shared.sums);
   }
 
   // A consumer warpgroup: dk (not yet scaled) and dv of its 64 keys.
@@ -200,12 +206,11 @@ struct BackwardMainloop {
     const uint32_t ds_lane = shared_address(shared.ds) + (warp_key + thread_index() % 16) * 128;
     const uint32_t ds_chunk = (thread_index() % 32 / 16 ^ thread_index() % 8) * 16;
     shared.weights.load(params, work);
-    SumWriter<kHeadDim> sums(shared.dq + (thread_index() / 32 - 4) * SumWriter<kHeadDim>::kBufferFloats,
-                             work.tile.index);
+    SumWriter<kHeadDim> sums(shared.dq, shared.sums);
 
     cutlass::PipelineState<kQueryStages> query, before;
     cutlass::PipelineState<kDoutStages> dout;
-    Walk walk = BackwardMainloop::walk(params, shared, work);
+    int left = shared.total;
     Scores s;
     Operand p, ds;
     auto packed_p = recast<uint32_t>(p), packed_ds = recast<uint32_t>(ds);
@@ -236,7 +241,7 @@ struct BackwardMainloop {
         s(j + 2) = exp2_fast(fmaf(s(j + 2), scale_log2, -lse.x));
         s(j + 3) = exp2_fast(fmaf(s(j + 3), scale_log2, -lse.y));
       }
-      const int query_start = walk.query_tile * kQueries;
+      const int query_start = shared.steps[query.index()].query_tile * kQueries;
       if (query_start < masked_before) {
         const int hidden = lane_key - query_start - thread_index() % 4 * 2;  // columns before it do not see the key
 #pragma unroll
@@ -288,12 +293,12 @@ struct BackwardMainloop {
       if constexpr (!kLateKeys) issue<false>(key_mma, ds, q_columns(_, _, _, query.index()), dk);
       auto next = query;
       ++next;
-      const bool more = walk.steps > 1;
+      const bool more = --left > 0;
       if (more) shared.queries.wait(next);
       issue<true>(score_mma, k_a, q_b(_, _, _, next.index()), s);  // after the last step, of whatever is there: unused
       warpgroup_wait<kLateKeys ? 1 : 2>();
       warpgroup_fence_operand(dq);
-      sums.stage(params, item_of(params, work, walk), dq);
+      sums.stage(params, shared.steps[query.index()].item, buffer, dq);
       if constexpr (!kLateKeys) {
         warpgroup_wait<1>();
         warpgroup_fence_operand(dk);
@@ -305,7 +310,6 @@ struct BackwardMainloop {
       buffer ^= 1;
       first = false;
       if (!more) break;
-      walk.advance();
     }
     if constexpr (kLateKeys) {
       issue<false>(key_mma, ds, q_columns(_, _, _, before.index()), dk);

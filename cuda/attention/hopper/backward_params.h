@@ -32,7 +32,10 @@ struct BackwardKernelParams {
   unsigned long long* sweeps;  // [slots, key_heads], where the document's first slot counts
   int key_slots;               // key tiles of all documents, an upper bound (tile.cuh: locate_tile)
   int section;                 // key heads per section of the grid
-  int* turns;                  // [slots, heads, kBackwardWarps], or null: additions in any order
+  // Deterministic mode (backward_order.cuh); null: additions to dQ in any order.
+  int* turns;  // [slots, heads]
+  int* ranks;  // [listed + key_slots], with lists: how many key tiles add before an entry's, and before the tile itself
+  int64_t listed;
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
@@ -55,13 +58,17 @@ struct DqOrder {
   }
 };
 
+// Fills `ranks` from the lists (backward_ranks.cu).
+void launch_backward_ranks(const BackwardKernelParams& params, cudaStream_t stream);
+
 struct BackwardLayout {
   int64_t slots;
-  int64_t stats, sweeps, turns, bytes;  // offsets; the sums come first
+  int64_t stats, sweeps, turns, ranks, bytes;  // offsets; the sums come first
 };
 
 template <int kHeadDim>
-inline BackwardLayout backward_layout(int64_t capacity, int64_t documents, int64_t heads, bool ordered) {
+inline BackwardLayout backward_layout(int64_t capacity, int64_t documents, int64_t heads, bool ordered,
+                                      int64_t listed) {
   constexpr int64_t kQueries = DqOrder<kHeadDim>::kQueries;
   BackwardLayout layout{};
   layout.slots = capacity / kQueries + documents;
@@ -69,7 +76,8 @@ inline BackwardLayout backward_layout(int64_t capacity, int64_t documents, int64
   layout.stats = tiles * DqOrder<kHeadDim>::kSize * 4;
   layout.sweeps = layout.stats + tiles * kQueries * 2 * 4;
   layout.turns = layout.sweeps + tiles * 8;  // no more key heads than heads
-  layout.bytes = layout.turns + (ordered ? tiles * kBackwardWarps * 4 : 0);
+  layout.ranks = layout.turns + (ordered ? tiles * 4 : 0);
+  layout.bytes = layout.ranks + (ordered ? (listed + capacity / kBackwardKeys + documents) * 4 : 0);
   return layout;
 }
 

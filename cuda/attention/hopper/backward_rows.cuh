@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kTileThreads)
   if (tile.index == 0 && head < params.key_heads && thread == 0) {
     params.sweeps[static_cast<int64_t>(slot) * params.key_heads + head] = Sweep::kNowhere;
   }
-  if (params.turns != nullptr && thread < kBackwardWarps) params.turns[item * kBackwardWarps + thread] = 0;
+  if (params.turns != nullptr && thread == 0) params.turns[item] = 0;
   float* stats = params.stats + item * (2 * kQueries);
   if (thread < kQueries) {
     const int row = tile.index * kQueries + thread;

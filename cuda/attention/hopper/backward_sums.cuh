@@ -7,6 +7,7 @@
 
 #include "backward_params.h"
 #include "cuda/common/mma.cuh"
+#include "pipeline.cuh"
 
 namespace lemo::cuda::attention::hopper {
 
@@ -20,40 +21,34 @@ __device__ __forceinline__ void bulk_add(float* target, const float* source, uin
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
-__device__ __forceinline__ void wait_turn(const int* turn, int mine) {
-  int current;
-  do {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];\n" : "=r"(current) : "l"(turn) : "memory");
-  } while (current != mine);
-}
-__device__ __forceinline__ void pass_turn(int* turn, int mine) {
-  asm volatile("st.release.gpu.global.b32 [%0], %1;\n" ::"l"(turn), "r"(mine + 1) : "memory");
-}
+// Deterministic mode: a step's dQ passes from the consumer warps to the thread that adds it (backward_order.cuh).
+struct SumHandover {
+  EmptyBarrier staged, taken;
 
-// One warp's part. Every warp has its own buffer, its own bulk groups and its own turns: no barrier between warps.
-//
-// In order (turns != null), key tile j adds to a query tile after key tile j - 1. Thread blocks start in the order of
-// their key tiles, so that whoever is waited for already runs.
+  __device__ __forceinline__ void init() {
+    init_for_warps(staged, kBackwardWarps);
+    taken.init(1);
+  }
+};
+
+// One consumer warp's part of dQ: every warp stages its own. In any order, each sends its own too, with no barrier
+// between warps; in order (params.turns), it hands over.
 template <int kHeadDim>
 class SumWriter {
  public:
-  static constexpr int kBufferFloats = 16 * 64;
+  // `buffer` holds one step's dQ of all warps in DqOrder.
+  __device__ __forceinline__ SumWriter(float* buffer, SumHandover& handover)
+      : handover_(handover), buffer_(buffer + part()) {}
 
-  __device__ __forceinline__ SumWriter(float* buffer, int key_tile) : buffer_(buffer), key_tile_(key_tile) {}
-
-  // Copies the accumulators to shared memory, once what was sent before has left it.
+  // Copies the accumulators to shared memory, once what was sent before has left it. `odd`: 1 in every other step.
   template <class Out>
-  __device__ __forceinline__ void stage(const BackwardKernelParams& params, int64_t item, const Out& dq) {
+  __device__ __forceinline__ void stage(const BackwardKernelParams& params, int item, uint32_t odd, const Out& dq) {
     using Order = DqOrder<kHeadDim>;
-    const int lane = thread_index() % 32, warp = thread_index() / 32 % 4, warpgroup = thread_index() / 128 - 1;
-    if (lane == 0) {
-      if (params.turns != nullptr) {
-        finish(params);
-        wait_turn(params.turns + item * kBackwardWarps + warpgroup * 4 + warp, key_tile_);
-        cutlass::arch::fence_view_async_shared();
-      } else {
-        bulk_wait_read();
-      }
+    const int lane = thread_index() % 32, warpgroup = thread_index() / 128 - 1;
+    if (params.turns != nullptr) {
+      handover_.taken.wait(odd ^ 1);  // in the first step at once
+    } else if (lane == 0) {
+      bulk_wait_read();
     }
     __syncwarp();
     item_ = item;
@@ -67,43 +62,33 @@ class SumWriter {
     }
   }
 
-  // Adds what was staged. A step later than staging: the fence waits for the stores, and by then they have long
+  // Sends what was staged. A step later than staging: the fence waits for the stores, and by then they have long
   // arrived.
   __device__ __forceinline__ void send(const BackwardKernelParams& params) {
     using Order = DqOrder<kHeadDim>;
-    const int warp = thread_index() / 32 % 4, warpgroup = thread_index() / 128 - 1;
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (thread_index() % 32 == 0) {
-      bulk_add(params.dq_sums + item_ * Order::kSize + Order::offset(warpgroup, warp), buffer_,
-               Order::chunks(warpgroup) * Order::kChunkFloats * 4);
+    if (params.turns != nullptr) {
+      arrive_as_warp(handover_.staged);
+    } else if (thread_index() % 32 == 0) {
+      bulk_add(params.dq_sums + static_cast<int64_t>(item_) * Order::kSize + part(), buffer_,
+               Order::chunks(thread_index() / 128 - 1) * Order::kChunkFloats * 4);
     }
   }
 
   // After the last addition; by every lane.
   __device__ __forceinline__ void end(const BackwardKernelParams& params) {
-    if (thread_index() % 32 != 0) return;
-    if (params.turns != nullptr) {
-      finish(params);
-    } else {
-      bulk_wait_read();
-    }
+    if (thread_index() % 32 == 0 && params.turns == nullptr) bulk_wait_read();
   }
 
  private:
-  // The turn passes on one step late, when the sums have long arrived.
-  __device__ __forceinline__ void finish(const BackwardKernelParams& params) {
-    bulk_wait();
-    if (item_ < 0) return;
-    const int warp = thread_index() / 32 - 4;
-    asm volatile("fence.proxy.async.global;\n" ::: "memory");
-    __threadfence();
-    pass_turn(params.turns + item_ * kBackwardWarps + warp, key_tile_);
+  static __device__ __forceinline__ int part() {
+    return DqOrder<kHeadDim>::offset(thread_index() / 128 - 1, thread_index() / 32 % 4);
   }
 
+  SumHandover& handover_;
   float* buffer_;
-  int key_tile_;
-  int64_t item_ = -1;  // staged last
+  int item_ = 0;  // staged last
 };
 
 }  // namespace lemo::cuda::attention::hopper

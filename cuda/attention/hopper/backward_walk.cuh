@@ -1,8 +1,9 @@
 // The steps of one key tile: the query tiles that see it, each for every query head of the group.
 //
 // Query tiles are walked downwards and around: from the one that the thread blocks of this key head are at, to the
-// diagonal, then from the end of the document. Blocks that read the same queries, and add to the same dQ, thereby stay
-// together, and their data in the L2 cache; each on its own they would soon be spread over more than it holds.
+// diagonal, then from the end of the document; in deterministic mode always from the end. Blocks that read the same
+// queries, and add to the same dQ, thereby stay together, and their data in the L2 cache; each on its own they would
+// soon be spread over more than it holds.
 #pragma once
 
 #include "backward_params.h"
@@ -20,83 +21,120 @@ struct KeyWork {
   int query_slot;  // slot of the document's first query tile
 };
 
-template <int kQueries>
-struct QueryWalk {
+// The index of a (query tile, head) in the workspace.
+template <class Walk>
+__device__ __forceinline__ int item_of(const BackwardKernelParams& params, const KeyWork& work, const Walk& walk) {
+  return (work.query_slot + walk.query_tile) * params.heads + work.key_head * params.group + walk.head();
+}
+
+// What both walks share: the heads of a query tile, and the count of steps.
+struct HeadWalk {
   int query_tile;  // of this step
   int head_in_group = 0;
-  int first, last;  // query tiles of this key tile
   int group;
   int rotation;  // thread blocks at the same query tile begin with different heads, so that their additions do not meet
+  int total;     // steps
   int steps;     // left, this one included
-
-  __device__ __forceinline__ QueryWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
-                                       int first_head)
-      : query_tile(start),
-        first(work.key_start / kQueries),
-        last((work.tile.length - 1) / kQueries),
-        group(params.group),
-        rotation(first_head),
-        steps((last - first + 1) * group) {}
 
   __device__ __forceinline__ int head() const {
     const int head = head_in_group + rotation;
     return head < group ? head : head - group;
   }
-  __device__ __forceinline__ void advance() {
+  __device__ __forceinline__ int done() const { return total - steps; }
+  // Whether the query tile goes on with another head.
+  __device__ __forceinline__ bool advance_head() {
     --steps;
-    if (++head_in_group == group) {
-      head_in_group = 0;
-      query_tile = query_tile == first ? last : query_tile - 1;
-    }
+    if (++head_in_group < group) return true;
+    head_in_group = 0;
+    return false;
   }
 };
 
-// The same with tile lists: the listed tiles of queries from the last down, then the key tile's own.
 template <int kQueries>
-struct ListedWalk {
+struct QueryWalk : HeadWalk {
+  int first, last;  // query tiles of this key tile
+
+  // `start`: of choose_start.
+  __device__ __forceinline__ QueryWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
+                                       int first_head) {
+    query_tile = start;
+    first = work.key_start / kQueries;
+    last = (work.tile.length - 1) / kQueries;
+    group = params.group;
+    rotation = first_head;
+    steps = total = (last - first + 1) * group;
+  }
+
+  // Where to begin so as to be near query tile `position`, by one warp; -1: at the end.
+  static __device__ __forceinline__ int choose_start(const BackwardKernelParams&, const KeyWork& work, int position) {
+    const int end = (work.tile.length - 1) / kQueries;
+    return position >= work.key_start / kQueries && position <= end ? position : end;
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (!advance_head()) query_tile = query_tile == first ? last : query_tile - 1;
+  }
+
+  // How many key tiles add to this query tile's dQ before this one.
+  __device__ __forceinline__ int rank(const BackwardKernelParams&, const KeyWork& work) const {
+    return work.tile.index;
+  }
+};
+
+// The same with tile lists: the circle is the key tile's own tile, then its list from the end to the front.
+template <int kQueries>
+struct ListedWalk : HeadWalk {
   static constexpr int kPerTile = kBackwardKeys / kQueries;
   static_assert(kBackwardKeys == LEMO_TILE_ROWS);
 
-  int query_tile;
-  int head_in_group = 0;
-  int group;
-  int rotation;
-  int steps;
-  int last;                           // query tile of the document
-  int own;                            // the key tile itself
-  int upcoming;                       // tile of the list after this one, fetched while this one is worked on
-  const int32_t *next_entry, *begin;  // of the list; next_entry is behind `upcoming`, towards the front
+  const int32_t* tiles;
+  int begin, end;  // of the list
+  int entry;       // of this step; begin - 1 stands for the key tile itself
+  int own;
+  int last;  // query tile of the document
 
-  __device__ __forceinline__ ListedWalk(const BackwardKernelParams& params, const KeyWork& work, int, int first_head)
-      : group(params.group), rotation(first_head), last((work.tile.length - 1) / kQueries), own(work.tile.index) {
-    begin = params.lists.blocks + params.lists.offsets[work.key_slot];
-    next_entry = params.lists.blocks + params.lists.offsets[work.key_slot + 1];
-    const int listed = static_cast<int>(next_entry - begin);
-    upcoming = fetch();
-    // Only the document's last tile can have fewer query tiles: the first one visited.
-    query_tile = end_of(upcoming);
-    steps = (query_tile % kPerTile + 1 + listed * kPerTile) * group;
-    upcoming = query_tile / kPerTile == own ? own : fetch();
+  __device__ __forceinline__ ListedWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
+                                        int first_head)
+      : tiles(params.lists.blocks),
+        begin(params.lists.offsets[work.key_slot]),
+        end(params.lists.offsets[work.key_slot + 1]),
+        entry(start),
+        own(work.tile.index),
+        last((work.tile.length - 1) / kQueries) {
+    group = params.group;
+    rotation = first_head;
+    query_tile = end_of(tile_of(entry));
+    // Only the document's last tile can have fewer query tiles.
+    steps = total = (end_of(tile_of(end - 1)) % kPerTile + 1 + (end - begin) * kPerTile) * group;
   }
 
-  __device__ __forceinline__ int head() const {
-    const int head = head_in_group + rotation;
-    return head < group ? head : head - group;
+  static __device__ __forceinline__ int choose_start(const BackwardKernelParams& params, const KeyWork& work,
+                                                     int position) {
+    const int begin = params.lists.offsets[work.key_slot], end = params.lists.offsets[work.key_slot + 1];
+    const int near = position < 0 ? -1 : position / kPerTile;
+    int before = 0;  // entries up to `near`
+    for (int at = begin + thread_index() % 32; __any_sync(0xffffffffu, at < end); at += 32) {
+      before += __popc(__ballot_sync(0xffffffffu, at < end && params.lists.blocks[at] <= near));
+    }
+    return before > 0 || near == work.tile.index ? begin + before - 1 : end - 1;
   }
+
   __device__ __forceinline__ void advance() {
-    --steps;
-    if (++head_in_group < group) return;
-    head_in_group = 0;
+    if (advance_head()) return;
     if (query_tile % kPerTile != 0) {
       --query_tile;
     } else {
-      query_tile = end_of(upcoming);
-      upcoming = fetch();
+      entry = entry < begin ? end - 1 : entry - 1;
+      query_tile = end_of(tile_of(entry));
     }
   }
 
+  __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work) const {
+    return params.ranks[entry < begin ? params.listed + work.key_slot : entry];
+  }
+
  private:
-  __device__ __forceinline__ int fetch() { return next_entry > begin ? *--next_entry : own; }
+  __device__ __forceinline__ int tile_of(int at) const { return at < begin ? own : tiles[at]; }
   __device__ __forceinline__ int end_of(int tile) const { return min(tile * kPerTile + kPerTile - 1, last); }
 };
 
@@ -113,11 +151,13 @@ struct Sweep {
 
   template <class Walk>
   __device__ __forceinline__ void publish(const Walk& walk) const {
-    const unsigned long long done = (walk.last - walk.first + 1) * walk.group - walk.steps;
+    const unsigned long long done = walk.done();
     atomicMax(report, base | (done & 0xffffffu) << 24 | static_cast<unsigned>(walk.query_tile));
   }
+  // A query tile, or -1.
   __device__ __forceinline__ int position() const {
-    return static_cast<int>(*static_cast<volatile unsigned long long*>(report) & kNowhere);
+    const unsigned long long tile = *static_cast<volatile unsigned long long*>(report) & kNowhere;
+    return tile == kNowhere ? -1 : static_cast<int>(tile);
   }
 };
 

@@ -4,39 +4,9 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "forward_mainloop.cuh"
+#include "staged_rows.cuh"
 
 namespace lemo::cuda::attention::hopper {
-
-// A consumer warp's 16 rows on their way from accumulators to 16-byte stores.
-template <int kHeadDim>
-struct StagedRows {
-  static constexpr int kPitch = kHeadDim + kPadding;  // in elements: rows of a quarter-warp fall into different banks
-  alignas(16) uint16_t data[16 * kPitch];
-};
-
-// Rows row_start .. row_start + 15 of the document: factor[j / 2 % 2] * out, through shared memory.
-template <typename T, int kHeadDim, class Out>
-__device__ __forceinline__ void store_staged(StagedRows<kHeadDim>& staged, const Documents& documents, const Tile& tile,
-                                             const Rows& target, int head, int head_dim, int row_start, const Out& out,
-                                             const float (&factor)[2]) {
-  constexpr int kPitch = StagedRows<kHeadDim>::kPitch;
-  const int lane = thread_index() % 32;
-  __syncwarp();  // the last tile's reads are done
-#pragma unroll
-  for (int j = 0; j < decltype(cute::size(out))::value; j += 2) {
-    const int r = j / 2 % 2;
-    *reinterpret_cast<uint32_t*>(staged.data + (lane / 4 + r * 8) * kPitch + j / 4 * 8 + lane % 4 * 2) =
-        pack<T>(out(j) * factor[r], out(j + 1) * factor[r]);
-  }
-  __syncwarp();
-  const int chunks = kHeadDim == 96 ? head_dim / 8 : kHeadDim / 8;
-  for (int item = lane; item < 16 * chunks; item += 32) {
-    const int row = item / chunks, chunk = item % chunks;
-    if (row_start + row >= tile.length) continue;
-    T* to = head_pointer<T>(target, head) + storage_row(documents, tile.start + row_start + row) * target.row_stride;
-    *reinterpret_cast<uint4*>(to + chunk * 8) = *reinterpret_cast<const uint4*>(staged.data + row * kPitch + chunk * 8);
-  }
-}
 
 // Work items on their way from the producer to the consumers.
 struct ItemQueue {
@@ -89,7 +59,7 @@ __global__ void __launch_bounds__((kForwardShape<kHeadDim, kListed>.queries / 64
     shared.mainloop.keys.init(kConsumers * 4);
     shared.mainloop.values.init(kConsumers * 4);
     shared.queue.full.init(1);
-    shared.queue.empty.init(kConsumers * 4);
+    init_for_warps(shared.queue.empty, kConsumers * 4);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -150,7 +120,7 @@ __global__ void __launch_bounds__((kForwardShape<kHeadDim, kListed>.queries / 64
       shared.queue.full.wait(phase);
       item = shared.queue.item;
       __syncwarp();
-      if (thread_index() % 32 == 0) shared.queue.empty.arrive();
+      arrive_as_warp(shared.queue.empty);
       phase ^= 1;
     }
   }

@@ -12,6 +12,19 @@ namespace lemo::cuda::attention::hopper {
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
+// A consumer warp says with one arrival that its lanes are done. The race checker counts the arriving lane's accesses
+// alone as ordered by that, and reports those of the other lanes; in a build for it, every lane arrives.
+#ifdef LEMO_CUDA_RACECHECK
+constexpr int kArrivals = 32;
+#else
+constexpr int kArrivals = 1;
+#endif
+__device__ __forceinline__ void init_for_warps(EmptyBarrier& barrier, int warps) { barrier.init(warps * kArrivals); }
+// By the whole warp, which has met since its last access.
+__device__ __forceinline__ void arrive_as_warp(EmptyBarrier& barrier) {
+  if (kArrivals == 32 || thread_index() % 32 == 0) barrier.arrive();
+}
+
 // `full` completes when a stage's bytes have arrived, `empty` when every consumer warp has released it.
 template <int kStages>
 struct Ring {
@@ -26,13 +39,18 @@ struct Ring {
   __device__ __forceinline__ void init(int consumer_warps) {
     for (int stage = 0; stage < kStages; ++stage) {
       full[stage].init(1);
-      empty[stage].init(consumer_warps);
+      init_for_warps(empty[stage], consumer_warps);
     }
   }
 
-  // By the whole producer warp; returns the barrier at which the copies report.
+  // By the whole producer warp; returns the barrier at which the copies report. In two steps where the leading lane has
+  // something to write into the stage itself.
   __device__ __forceinline__ uint64_t* acquire(const State& state, uint32_t bytes) {
-    empty[state.index()].wait(state.phase());
+    wait_empty(state);
+    return expect(state, bytes);
+  }
+  __device__ __forceinline__ void wait_empty(const State& state) { empty[state.index()].wait(state.phase()); }
+  __device__ __forceinline__ uint64_t* expect(const State& state, uint32_t bytes) {
     if (thread_index() % 32 == 0) full[state.index()].arrive_and_expect_tx(bytes);
     __syncwarp();
     return reinterpret_cast<uint64_t*>(&full[state.index()]);
@@ -41,9 +59,7 @@ struct Ring {
   __device__ __forceinline__ void wait(const State& state) { full[state.index()].wait(state.phase()); }
 
   // By the whole consumer warp, after its last read of the stage.
-  __device__ __forceinline__ void release(const State& state) {
-    if (thread_index() % 32 == 0) empty[state.index()].arrive();
-  }
+  __device__ __forceinline__ void release(const State& state) { arrive_as_warp(empty[state.index()]); }
 };
 
 // Consumer warpgroups issue their products in turn, so that one does its arithmetic while the other's products run.
