@@ -1,21 +1,28 @@
 """Attention on a Hopper GPU beside the best dense kernels, in bf16, 32 query heads over 8 key heads.
 
-  python benchmarks/attention.py                     # everything, about two minutes
+  python benchmarks/attention.py                     # everything, two to three minutes
   python benchmarks/attention.py --quick --cases packed blocks
   python benchmarks/attention.py --plot benchmarks/results/attention-h200.json
 
 Cases, each beside its peers in one process and in turn with them:
-  packed    one causal document, everything kept
-  blocks    rows at their original offsets through a block list, all or some blocks kept at random
-  given     backward over kept queries and kept keys, with the output and LSE of the dense forward pass and key weights
-  lists     a key list for every tile of queries, half of the tiles
-  scores    exact block scores; its peer is our own forward pass at half its time, since scores is half its operations
-  fallback  `packed` again by the kernels for sm_80, on this GPU
+  packed         one causal document, everything kept
+  padded         `packed` at head_dim 80 and 96; peers also: lemo at 96 and 128, its inputs filled up with zeros before
+                 the clock runs
+  deterministic  the deterministic backward pass of `packed`; SDPA has one of FlashAttention-2 only. FlashAttention-4
+                 takes part here and in `packed` where its package is installed
+  blocks         rows at their original offsets through a block list, all or some blocks kept at random
+  given          backward over kept queries and kept keys, with the output and LSE of the dense forward pass and key
+                 weights
+  lists          a key list for every tile of queries, half of the tiles
+  scores         exact block scores; its peer is our own forward pass at half its time, since scores is half its
+                 operations
+  fallback       `packed` again by the kernels for sm_80, on this GPU
 
-tflops counts the operations that the kept rows need (4 M^2 D Hq / 2 forward, 2.5 times that backward). ratio =
-peer_ms / ms: above 1, lemo is faster. lemo is called through its C interface into outputs that are there already; "lemo
-op" is the torch operation, which also zeroes the rows that the list does not name. SDPA peers are timed in both tensor
-layouts (cuDNN) or with their keys repeated and not (FlashAttention-2), and the faster one is reported.
+tflops counts the operations that the kept rows need (4 M^2 D Hq / 2 forward, 2.5 times that backward), D being the
+head_dim before any padding. ratio = peer_ms / ms: above 1, lemo is faster. lemo is called through its C interface into
+outputs that are there already; "lemo op" is the torch operation, which also zeroes the rows that the list does not
+name. SDPA peers are timed in both tensor layouts (cuDNN) or with their keys repeated and not (FlashAttention-2), and
+the faster one is reported.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ from typing import Any
 
 import peers
 import torch
+import torch.nn.functional as F
 from common import add_output, compete, copies, table, write_results
 from lemo import _native, ops
 from lemo.layout import Blocks, Kept, select
@@ -44,6 +52,7 @@ from torch.nn.attention import SDPBackend
 
 HEADS, KV_HEADS = 32, 8
 PASSES = ("forward", "backward")
+DETERMINISTIC = "deterministic backward"  # a pass too, of lemo
 COLUMNS = ["case", "n", "head_dim", "block", "keep", "pass", "ms", "tflops", "peer", "peer_ms", "ratio"]
 KEEPS = [i / 10 for i in range(1, 11)]
 Peers = dict[str, Callable[..., Passes]]
@@ -61,6 +70,7 @@ DENSE: Peers = {
 if importlib.util.find_spec("flash_attn") is not None:
     DENSE["flash 4"] = peers.flash_attention_4
 CUDNN = {name: make for name, make in DENSE.items() if name.startswith("cudnn")}
+SDPA = {name: make for name, make in DENSE.items() if not name.startswith("flash 4")}
 
 
 def make_inputs(n: int, head_dim: int) -> tuple[Tensor, ...]:
@@ -86,22 +96,25 @@ class Lemo:
         listed: bool,
         given: tuple[Tensor, Tensor] | None = None,
         weights: Tensor | None = None,
+        scale: float | None = None,
     ) -> None:
         q, k, v, dout = inputs
         rows = kept.rows if listed else None
         capacity = q.shape[0] if rows is None else kept.num_rows
         self.out, self.lse = given or (torch.empty_like(q), torch.empty(q.shape[1], capacity, device=q.device))
         self.gradients = {f"d{name}": torch.empty_like(t) for name, t in zip("qkv", (q, k, v), strict=True)}
-        end = {"max_seqlen": kept.max_seqlen, "scale": q.shape[2] ** -0.5}
+        end = {"max_seqlen": kept.max_seqlen, "scale": scale or q.shape[2] ** -0.5}
         no_lists = {"tile_offsets": None, "tiles": None}
         lists = {"cu_seqlens": kept.cu_seqlens, "rows": rows}
         forward = {"q": q, "k": k, "v": v} | lists | end | {"out": self.out, "lse": self.lse} | no_lists
         weighted = {"key_weights": weights, "row_slots": None if weights is None else kept.row_slots}
         backward = {"dout": dout, "q": q, "k": k, "v": v, "out": self.out, "lse": self.lse}
         backward |= lists | weighted | end | self.gradients | no_lists
+        run_backward = partial(_native.call, "attention_backward", q.device, backward)
         self.passes: Passes = {
             "forward": partial(_native.call, "attention_forward", q.device, forward),
-            "backward": partial(_native.call, "attention_backward", q.device, backward),
+            "backward": run_backward,
+            DETERMINISTIC: partial(run_backward, deterministic=True),
         }
         if given is None:
             self.passes["forward"]()
@@ -117,6 +130,11 @@ def lemo_op(inputs: tuple[Tensor, ...], kept: Kept, out: Tensor, lse: Tensor) ->
             ops.attention_backward, dout, q, k, v, out, lse, kept.cu_seqlens, kept.rows, None, None, *end
         ),
     }
+
+
+def operations(kind: str, head_dim: int, rows: int) -> float:
+    """Of a causal pass over so many rows."""
+    return 2 * HEADS * head_dim * rows**2 * (1 if kind == "forward" else 2.5)
 
 
 class Bench:
@@ -141,7 +159,7 @@ class Bench:
             everyone = {"lemo": ours} | others
             times = compete({name: [p[kind] for p in sets] for name, sets in everyone.items()}, *self.timing)
             ms = times.pop("lemo")
-            work = 2 * HEADS * row["head_dim"] * rows**2 * (2.5 if kind == "backward" else 1)
+            work = operations(kind, row["head_dim"], rows)
             best: dict[str, tuple[float, str]] = {}
             for label, peer_ms in times.items():
                 name, _, variant = label.partition(", ")
@@ -157,31 +175,39 @@ class Bench:
 
 
 def build(makers: Peers, sets: list[tuple[Tensor, ...]]) -> dict[str, list[Passes]]:
-    """Peers that run here, on every set of inputs; those that do not say why."""
+    """Peers that run here, both passes, on every set of inputs; those that do not say why."""
     made = {}
     for name, make in makers.items():
         try:
-            made[name] = [make(*inputs) for inputs in sets]
-        except (ImportError, RuntimeError, NotImplementedError) as error:
-            print(f"# {name} not run: {str(error).strip().splitlines()[0][:120]}", flush=True)
+            passes = [make(*inputs) for inputs in sets]
+            passes[0]["backward"]()
+            made[name] = passes
+        except Exception as error:  # of whatever class the peer's library has
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"# {name} not run: {reason[:120]}", flush=True)
     return made
 
 
+def require_same(ours: Tensor, theirs: Tensor, name: str) -> None:
+    """Timing a wrong result would mean nothing: our output is theirs to a few roundings."""
+    error = (ours.float() - theirs.float()).abs().max().item()
+    if not error <= 0.03 * theirs.float().abs().max().item():
+        raise RuntimeError(f"lemo and {name} differ by {error}")
+
+
 def agree(ours: Tensor, others: dict[str, list[Passes]]) -> None:
-    """Timing a wrong result would mean nothing: our output is cuDNN's to a few roundings."""
+    """The same with cuDNN and FlashAttention-4, where they are among them."""
     for name in CUDNN:
         if name in others:
-            theirs = others[name][0]["forward"]()[0].transpose(0, 1)
-            error = (ours.float() - theirs.float()).abs().max().item()
-            if not error <= 0.03 * theirs.float().abs().max().item():
-                raise RuntimeError(f"lemo and {name} differ by {error}")
-            return
+            require_same(ours, others[name][0]["forward"]()[0].transpose(0, 1), name)
+    if "flash 4" in others:
+        require_same(ours, others["flash 4"][0]["forward"]()[0], "flash 4")
 
 
 def packed(bench: Bench, name: str = "packed") -> None:
     for head_dim in (128, 64):
         for n in (4096, 16384) if bench.quick else (4096, 16384, 65536):
-            makers = dict(DENSE)
+            makers = dict(DENSE if name == "packed" else SDPA)
             if n == 16384 and name == "packed":
                 makers["flex"] = peers.flex_attention
             sets = [make_inputs(n, head_dim) for _ in range(copies(2 * n * head_dim * 2 * (HEADS + KV_HEADS)))]
@@ -193,6 +219,47 @@ def packed(bench: Bench, name: str = "packed") -> None:
             bench.contest(row, [lemo.passes for lemo in ours], others, n)
             del sets, ours, others
             torch.cuda.empty_cache()
+
+
+def padded(bench: Bench) -> None:
+    n = 16384
+    for head_dim, wider in ((80, (96, 128)), (96, (128,))):
+        sets = [make_inputs(n, head_dim) for _ in range(copies(2 * n * head_dim * 2 * (HEADS + KV_HEADS)))]
+        kept = choose(n, 128, 1.0)
+        try:
+            ours = [Lemo(inputs, kept, listed=False) for inputs in sets]
+        except NotImplementedError as error:
+            print(f"# padded not run: {error}", flush=True)
+            return
+        others = build(SDPA, sets)
+        agree(ours[0].out, others)
+        for width in wider:
+            filled = [tuple(F.pad(t, (0, width - head_dim)) for t in inputs) for inputs in sets]
+            wide = [Lemo(inputs, kept, listed=False, scale=head_dim**-0.5) for inputs in filled]
+            require_same(ours[0].out, wide[0].out[:, :, :head_dim], f"lemo at {width}")
+            others[f"lemo padded to {width}"] = [lemo.passes for lemo in wide]
+        row = {"case": "padded", "n": n, "head_dim": head_dim, "keep": 1.0}
+        bench.contest(row, [lemo.passes for lemo in ours], others, n)
+
+
+def deterministic(bench: Bench) -> None:
+    """cuDNN's pass is the usual one: in torch's deterministic mode SDPA refuses that backend."""
+    n = 16384
+    for head_dim in (128, 64):
+        inputs = make_inputs(n, head_dim)
+        ours = Lemo(inputs, choose(n, 128, 1.0), listed=False)
+        others = {"lemo not deterministic": [{DETERMINISTIC: ours.passes["backward"]}]}
+        for name, (passes,) in build(SDPA, [inputs]).items():
+            if name in CUDNN:
+                others[name.replace("cudnn", "cudnn not deterministic")] = [{DETERMINISTIC: passes["backward"]}]
+            else:
+                run = peers.deterministic(passes["backward"])
+                others[name.replace("flash", "flash deterministic")] = [{DETERMINISTIC: run}]
+        if "flash 4" in DENSE:
+            made = build({"flash 4 deterministic": partial(peers.flash_attention_4, deterministic=True)}, [inputs])
+            others |= {peer: [{DETERMINISTIC: passes["backward"]}] for peer, (passes,) in made.items()}
+        row = {"case": "deterministic", "n": n, "head_dim": head_dim, "keep": 1.0}
+        bench.contest(row, [ours.passes], others, n, (DETERMINISTIC,))
 
 
 def blocks(bench: Bench) -> None:
@@ -223,7 +290,7 @@ def given(bench: Bench) -> None:
     n, head_dim, block = 16384, 128, 64
     inputs = make_inputs(n, head_dim)
     whole = Lemo(inputs, choose(n, block, 1.0), listed=False)
-    dense = build({name: make for name, make in DENSE.items() if name != "flash 4"}, [inputs])
+    dense = build(SDPA, [inputs])
     for keep in (0.5,) if bench.quick else (0.25, 0.5, 0.75, 1.0):
         kept = choose(n, block, keep)
         forward = (whole.out, whole.lse[:, kept.rows.long()].contiguous())
@@ -234,11 +301,20 @@ def given(bench: Bench) -> None:
 
 
 def lists(bench: Bench) -> None:
+    lists_of(bench, 16384, 128, (*PASSES, DETERMINISTIC))
+    lists_of(bench, 16384, 64, (*PASSES, DETERMINISTIC))
+    if not bench.quick:
+        lists_of(bench, 65536, 128, PASSES)
+
+
+def lists_of(bench: Bench, n: int, head_dim: int, passes: tuple[str, ...]) -> None:
     """Two-dimensional sparsity: every tile of 128 queries sees itself, causally, and a random half of those before.
 
-    The peer "lemo packed, same rate" is our dense kernel's time for as many operations as this mask leaves.
+    The peer "lemo packed, same rate" is our dense kernel's time for as many operations as this mask leaves, in the
+    deterministic pass as well; others have their usual backward pass there. FlexAttention takes part at one size: it
+    compiles each anew.
     """
-    n, head_dim, tile = 16384, 128, 128
+    tile = 128
     inputs, kept = make_inputs(n, head_dim), choose(n, tile, 1.0)
     (q, k, v, dout), tiles = inputs, n // tile
     seen = torch.tril(torch.rand(tiles, tiles, device="cuda") < 0.5, diagonal=-1)
@@ -249,24 +325,33 @@ def lists(bench: Bench) -> None:
     end = (n, head_dim**-0.5)
     forward = partial(ops.attention_forward, q, k, v, kept.cu_seqlens, None, *end, *forward_lists)
     out, lse = forward()
-    backward = partial(
-        ops.attention_backward, dout, q, k, v, out, lse, kept.cu_seqlens, None, None, None, *end, False, *backward_lists
-    )
+    backward = partial(ops.attention_backward, dout, q, k, v, out, lse, kept.cu_seqlens, None, None, None, *end)
+    ours: Passes = {
+        "forward": forward,
+        "backward": partial(backward, False, *backward_lists),
+        DETERMINISTIC: partial(backward, True, *backward_lists),
+    }
     whole = Lemo(inputs, kept, listed=False)
     seen |= torch.eye(tiles, dtype=torch.bool, device="cuda")
-    everyone = {"ours": [{"forward": forward, "backward": backward}], "packed": [whole.passes]}
-    everyone |= build(CUDNN | {"flex": partial(peers.flex_attention, tiles=seen)}, [inputs])
+    makers = dict(CUDNN)
+    if (n, head_dim) == (16384, 128):
+        makers["flex"] = partial(peers.flex_attention, tiles=seen)
+    others = build(makers, [inputs])
     share = (seen.sum().item() - tiles / 2) / (tiles**2 / 2)  # of the causal half; half of each diagonal tile
     row = {"case": "lists", "n": n, "head_dim": head_dim, "block": tile, "keep": round(share, 3)}
-    for kind in PASSES:
-        times = compete({name: [p[kind] for p in sets] for name, sets in everyone.items()}, *bench.timing)
-        work = share * 2 * HEADS * head_dim * n**2 * (2.5 if kind == "backward" else 1)
-        theirs = {"lemo packed, same rate": share * times["packed"]}
-        theirs["cudnn"] = min((times[name] for name in CUDNN if name in times), default=float("nan"))
-        if "flex" in times:
-            theirs["flex"] = times["flex"]
-        for name, peer_ms in theirs.items():
-            bench.add(row | {"pass": kind}, times["ours"], work, name, peer_ms)
+    for kind in passes:
+        usual = "backward" if kind == DETERMINISTIC else kind
+        runs = {"ours": [ours[kind]], "packed": [whole.passes[kind]]}
+        runs |= {name: [p[usual] for p in sets] for name, sets in others.items()}
+        if kind == DETERMINISTIC:
+            runs["lemo not deterministic"] = [ours[usual]]
+        times = compete(runs, *bench.timing)
+        ms = times.pop("ours")
+        theirs = {"lemo packed, same rate": share * times.pop("packed")}
+        name = "cudnn" if kind == usual else "cudnn not deterministic"
+        theirs[name] = min((times.pop(variant) for variant in CUDNN if variant in times), default=float("nan"))
+        for name, peer_ms in (theirs | times).items():
+            bench.add(row | {"pass": kind}, ms, share * operations(kind, head_dim, n), name, peer_ms)
 
 
 def scores(bench: Bench) -> None:
@@ -295,6 +380,8 @@ def fallback(bench: Bench) -> None:
 
 CASES: dict[str, Callable[[Bench], None]] = {
     "packed": packed,
+    "padded": padded,
+    "deterministic": deterministic,
     "blocks": blocks,
     "given": given,
     "lists": lists,

@@ -57,6 +57,25 @@ def dense_attention(
     return _passes(attend, leaves, laid_out(dout))
 
 
+def deterministic(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same in torch's deterministic mode, where FlashAttention's backward pass adds in a fixed order.
+
+    That mode also fills new tensors, which only serves to find bugs and would be timed as the peer's: not so here.
+    """
+
+    def run_in_order() -> Any:
+        before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            return run()
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+    return run_in_order
+
+
 def gathered_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Tensor) -> Passes:
     """The same over some rows, which are gathered first; gradients go back to the rows they came from."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -118,14 +137,14 @@ def flex_attention(
     return _passes(lambda: _flex()(*leaves, block_mask=mask, enable_gqa=True), leaves, direction)
 
 
-def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Passes:
+def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *, deterministic: bool = False) -> Passes:
     """FlashAttention-4's kernels for this GPU, where its package is installed. Raises ImportError where not."""
     from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
 
     leaves = [t.detach()[None].contiguous().requires_grad_() for t in (q, k, v)]
 
     def attend() -> Tensor:
-        out = flash_attn_func(*leaves, causal=True)
+        out = flash_attn_func(*leaves, causal=True, deterministic=deterministic)
         return out[0] if isinstance(out, tuple) else out
 
     return _passes(attend, leaves, dout[None])

@@ -158,6 +158,8 @@ def attention(name: str) -> list[str]:
     titles = {
         "packed": "One causal document, everything kept",
         "fallback": "The same by the kernels for sm_80, on this GPU",
+        "padded": "One causal document (peers also: lemo at a wider head_dim, inputs filled up with zeros before)",
+        "deterministic": "One causal document, deterministic backward pass",
         "given": "Backward over kept queries and keys, output and LSE given, key weights (peers: dense backward)",
         "lists": "Key lists per tile of queries (keep: share of the causal tiles)",
         "scores": "Block scores (peer: half the time of our forward pass, which does twice the operations)",
@@ -209,12 +211,32 @@ def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
     return [*lines, *markdown(["pass", "block", "keep", "ms", "peer", "peer ms", "ratio"], others), ""]
 
 
+def tiles() -> list[str]:
+    """What benchmarks/tune.py measured, a table per kernel and head_dim."""
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("tune-*.json")):
+        result = json.loads(path.read_text())
+        sizes = [key for key in result["rows"][0] if key not in ("row", "library", "share")]
+        rows = [
+            [
+                f"{row['row']} (the library's)" if row["library"] else row["row"],
+                *(f"{row[size]:.0f}" for size in sizes),
+                f"{row['share']:.3f}",
+            ]
+            for row in result["rows"]
+        ]
+        lines += [f"**Tiles, attention {result['kind']}, head_dim {result['head_dim']}: {result['rates']}**", ""]
+        lines += [*markdown(["row", *sizes, "least share of the best"], rows), "", source(path.stem, result), ""]
+    return lines
+
+
 def attention_in_short(name: str) -> list[str]:
     """Both passes beside the faster dense peer, one line per size."""
     if (result := load(name)) is None:
         return []
     titles = {
         ("packed", None, 1.0): "everything kept",
+        ("padded", None, 1.0): "everything kept",
         ("blocks", 64, 1.0): "blocks of 64 at original offsets, all kept",
         ("blocks", 64, 0.5): "blocks of 64 at original offsets, half kept at random",
         ("given", 64, 0.5): "mode `backward`, half kept, weighted",
@@ -247,7 +269,12 @@ def blocks() -> dict[Path, list[str]]:
             *recall(),
             *equivalence(),
         ],
-        ROOT / "docs" / "performance.md": [*operations(), *attention("attention-h200"), *attention("attention-h100")],
+        ROOT / "docs" / "performance.md": [
+            *operations(),
+            *attention("attention-h200"),
+            *attention("attention-h100"),
+            *tiles(),
+        ],
     }
 
 

@@ -1,11 +1,15 @@
-"""Tiles of the Hopper attention kernels: compiles every feasible row of their tables, times it and prints the best.
+"""Tiles of the Hopper attention kernels: compiles every feasible row of their tables, times all in turn and ranks them.
 
-  python benchmarks/tune.py forward --head-dim 128                 # on the GPU's machine, with nvcc
+  python benchmarks/tune.py forward --head-dim 128                 # on the GPU's machine, with nvcc and CUTLASS
   python benchmarks/tune.py backward --head-dim 64 --compile-only --build tuned    # here first, then there:
   python benchmarks/tune.py backward --head-dim 64 --no-compile --build tuned
 
-The line it prints goes into cuda/attention/hopper/config.h or backward_config.h; nothing is tuned at run time. A
-candidate that spills, cannot be launched or disagrees with the others is left out, and the reason printed.
+CUTLASS's headers are those of the pip package nvidia-cutlass, or of the folder $LEMO_CUTLASS_DIR.
+
+Rates are TFLOP/s by number of tokens; share is a row's rate over the best rate of that size, where it is lowest. The
+row marked * is the library's: the results of all others have to agree with its results, which the tests check. A
+candidate that spills, cannot be launched or disagrees is left out, and the reason printed. The line printed last goes
+into cuda/attention/hopper/config.h or backward_config.h; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import ctypes
+import importlib.util
 import itertools
-import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,9 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, compete, table
+from common import ROOT, compete, short_device_name, table, write_results
 
+HOPPER = ROOT / "cuda" / "attention" / "hopper"
+TABLES = {"forward": HOPPER / "config.h", "backward": HOPPER / "backward_config.h"}
 SHARED_MEMORY = 227 * 1024
+BARRIERS = 256  # bytes of shared memory, at most
 REGISTERS = 65536
 HEADS, KV_HEADS = 32, 8
 SIZES = ((4096, False), (16384, False), (16384, True))  # tokens, and whether half of the blocks of 64 is kept
@@ -48,24 +56,42 @@ class Arguments(ctypes.Structure):
     ]
 
 
+def padded(head_dim: int) -> int:
+    """The head_dim whose kernel and table row serve this one."""
+    return 96 if head_dim == 80 else head_dim
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """One row of a table, as C++ writes it."""
+    """One row of a table."""
 
     kind: str
     head_dim: int
-    values: tuple[int, ...]
+    values: tuple[int | bool, ...]
 
     @property
     def row(self) -> str:
-        values = [str(v) for v in self.values]
-        if self.kind == "backward":
-            values[-1] = "true" if self.values[-1] else "false"
-        return ", ".join(values)
+        """As C++ writes it."""
+        return ", ".join(str(value).lower() for value in self.values)
 
     @property
     def name(self) -> str:
-        return "_".join([self.kind, str(self.head_dim), *map(str, self.values)])
+        return "_".join([self.kind, str(self.head_dim), *self.row.split(", ")])
+
+    @property
+    def definition(self) -> str:
+        tile = f"{self.kind.capitalize()}Tile"
+        return f"template <>\nconstexpr {tile} k{tile}<{padded(self.head_dim)}> = {{{self.row}}};"
+
+
+def library_row(kind: str, head_dim: int) -> Candidate:
+    """The row that the table has now."""
+    variable = f"k{kind.capitalize()}Tile<{padded(head_dim)}>"
+    found = re.search(rf"{variable} = {{(\d[^}}]*)}}", TABLES[kind].read_text())
+    if found is None:
+        raise SystemExit(f"{TABLES[kind]}: no row of numbers for {variable}")
+    words = found.group(1).replace(" ", "").split(",")
+    return Candidate(kind, head_dim, tuple(w == "true" if w in ("true", "false") else int(w) for w in words))
 
 
 def forward_candidates(head_dim: int) -> Iterator[Candidate]:
@@ -74,14 +100,17 @@ def forward_candidates(head_dim: int) -> Iterator[Candidate]:
     A consumer thread holds S (keys / 2 registers), P (keys / 4) and O (head_dim / 2), and at least 32 more. A single
     consumer warpgroup would leave the tensor cores idle during its softmax.
     """
-    width = 96 if head_dim == 80 else head_dim
+    width = padded(head_dim)
     for queries, keys, stages in itertools.product((128, 192), (64, 128, 192), (2, 3, 4)):
         warpgroups = queries // 64
+        operands = 2 * width * (queries + 2 * stages * keys)
         staged = warpgroups * 4 * 16 * (width + 8) * 2
-        if 2 * width * (queries + 2 * stages * keys) + staged + 1024 > SHARED_MEMORY:
+        if operands + staged + BARRIERS > SHARED_MEMORY:
             continue
+        # Warpgroups pass on what the block starts with: the same multiple of 8 for every thread.
+        registers = REGISTERS // ((warpgroups + 1) * 128) // 8 * 8 * (warpgroups + 1)
         producer = 56 if width == 96 else 40 if warpgroups < 3 else 32
-        consumer = min(240, (REGISTERS // 128 - producer) // warpgroups // 8 * 8)
+        consumer = min(240, (registers - producer) // warpgroups // 8 * 8)
         if keys * 3 // 4 + width // 2 + 32 <= consumer:
             yield Candidate("forward", head_dim, (queries, keys, stages, producer, consumer))
 
@@ -89,83 +118,107 @@ def forward_candidates(head_dim: int) -> Iterator[Candidate]:
 def backward_candidates(head_dim: int) -> Iterator[Candidate]:
     """Queries, stages of Q and of dO, and whether dK runs a step late.
 
-    128 keys stay; a consumer thread holds dK and dV (head_dim registers), S and dP (queries), and about 40 more.
+    128 keys stay. The order in which dQ leaves registers asks for 128 queries at head_dim 64 and for 64 above, late dK
+    for a third stage of Q, and the gradients on their way out for the space that Q had. Mode `backward` adds weights.
     """
-    width = 96 if head_dim == 80 else head_dim
-    for queries, q_stages, dout_stages, late in itertools.product((64, 128), (2, 3, 4), (1, 2, 3), (0, 1)):
+    width = padded(head_dim)
+    queries = 128 if width == 64 else 64
+    weights = 128 * 8 + 32
+    for q_stages, dout_stages, late in itertools.product((2, 3, 4), (1, 2, 3), (False, True)):
         operands = 2 * width * (2 * 128 + (q_stages + dout_stages) * queries)
-        scratch = 2 * 2 * 128 * queries + 8 * 4096 + q_stages * queries * 8
-        if operands + scratch + 1024 <= SHARED_MEMORY and width + queries + 40 <= 240:
+        scores, dq, stats = 2 * 2 * 128 * queries, 4 * queries * width, q_stages * queries * 8
+        fits = operands + scores + dq + stats + weights + BARRIERS <= SHARED_MEMORY
+        if fits and q_stages > (2 if late else 1) and 128 * (width + 8) <= q_stages * queries * width:
             yield Candidate("backward", head_dim, (queries, q_stages, dout_stages, late))
 
 
-def nvcc(*arguments: str) -> tuple[int, str]:
-    program = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    import cutlass_library
+def find_candidates(kind: str, head_dim: int, only: list[str] | None) -> list[Candidate]:
+    """The library's row, then the others that are feasible."""
+    ours = library_row(kind, head_dim)
+    others = (forward_candidates if kind == "forward" else backward_candidates)(head_dim)
+    return [ours, *(c for c in others if c != ours and (not only or c.row.replace(" ", "") in only))]
 
-    headers = Path(cutlass_library.__file__).parent / "source" / "include"
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-gencode", "arch=compute_90a,code=sm_90a"]
-    flags += ["-Xptxas", "-v", "-Xcompiler", "-fPIC", f"-I{ROOT}", f"-I{ROOT}/cpp", f"-I{ROOT}/cpp/include"]
-    command = [program, *flags, "-isystem", str(headers), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def cutlass_headers() -> str:
+    if folder := os.environ.get("LEMO_CUTLASS_DIR"):
+        return folder
+    package = importlib.util.find_spec("cutlass_library")  # not imported: only its folder is wanted
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("no CUTLASS headers: pip install nvidia-cutlass, or set LEMO_CUTLASS_DIR")
+    return f"{package.submodule_search_locations[0]}/source/include"
+
+
+def nvcc(*arguments: str) -> tuple[int, str]:
+    """With the flags of cuda/CMakeLists.txt, in a release build; the exit status and what it printed."""
+    program = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    flags = ["-O3", "-DNDEBUG", "-std=c++17", "--expt-relaxed-constexpr", "-gencode", "arch=compute_90a,code=sm_90a"]
+    flags += ["-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    flags += [f"-I{ROOT}", f"-I{ROOT}/cpp", f"-I{ROOT}/cpp/include", "-isystem", cutlass_headers()]
+    done = subprocess.run([program, *flags, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout
 
 
-def build(candidate: Candidate, folder: Path, shared: list[str]) -> str:
+def build(candidate: Candidate, folder: Path, objects: list[str]) -> str:
     """Makes the candidate's library; returns what is wrong with it, or ""."""
-    width = 96 if candidate.head_dim == 80 else candidate.head_dim
-    source = ROOT / "cuda" / "attention" / "hopper" / f"{candidate.kind}_hd{width}.cu"
+    source = HOPPER / f"{candidate.kind}_hd{padded(candidate.head_dim)}.cu"
     override = folder / f"{candidate.name}.h"  # nvcc would split a -D at its commas
     override.write_text(f"#define LEMO_TUNE_{candidate.kind.upper()} {candidate.row}\n")
     target = folder / f"{candidate.name}.so"
-    status, text = nvcc("-include", str(override), "-shared", str(source), *shared, "-o", str(target))
+    target.unlink(missing_ok=True)
+    status, text = nvcc("-include", str(override), "-shared", str(source), *objects, "-o", str(target))
     if status:
-        return "does not compile: " + next((line for line in text.splitlines() if "error" in line), text)[:120]
+        return "does not compile: " + next((line for line in text.splitlines() if "error" in line), text)[:200]
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))
     frame = max((int(n) for n in re.findall(r"(\d+) bytes stack frame", text)), default=0)
-    if spilled or frame or "C7510" in text or "setmaxnreg ignored" in text:
+    fault = ""
+    if spilled or frame:
+        fault = f"{spilled} bytes spilled, {frame} of stack"
+    elif re.search(r"\(C75\d\d\)|setmaxnreg ignored", text):
+        fault = "wgmma serialised or no setmaxnreg"
+    if fault:
         target.unlink()
-        return f"{spilled} bytes spilled, {frame} of stack" if spilled or frame else "wgmma serialised or no setmaxnreg"
-    return ""
+    return fault
 
 
 def build_all(candidates: list[Candidate], folder: Path, jobs: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kind, head_dim = candidates[0].kind, candidates[0].head_dim
-    passes = {"forward": 1, "backward": 2}
-    shared = []
-    for source, *flags in (
-        ("benchmarks/tune_entry.cu", f"-DLEMO_TUNE_HEAD_DIM={head_dim}", f"-DLEMO_TUNE_PASS={passes[kind]}"),
-        ("cuda/attention/hopper/row_tensor.cu",),
-        ("cuda/common/device.cu",),
-    ):
-        shared.append(str(folder / f"{Path(source).stem}.o"))
-        status, text = nvcc(*flags, "-c", str(ROOT / source), "-o", shared[-1])
-        if status:
-            raise SystemExit(text)
+    entry = [f"-DLEMO_TUNE_HEAD_DIM={head_dim}", f"-DLEMO_TUNE_PASS={1 if kind == 'forward' else 2}"]
+    sources = {ROOT / "benchmarks" / "tune_entry.cu": entry, ROOT / "cuda" / "common" / "device.cu": []}
+    sources |= {path: [] for path in sorted(HOPPER.glob("*.cu")) if "_hd" not in path.name}
+    commands = [
+        (*flags, "-c", str(source), "-o", str(folder / f"{kind}_{head_dim}_{source.stem}.o"))
+        for source, flags in sources.items()
+    ]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for candidate, fault in zip(candidates, pool.map(lambda c: build(c, folder, shared), candidates), strict=True):
+        for status, text in pool.map(lambda command: nvcc(*command), commands):
+            if status:
+                raise SystemExit(text)
+        objects = [command[-1] for command in commands]
+        for candidate, fault in zip(candidates, pool.map(lambda c: build(c, folder, objects), candidates), strict=True):
             print(f"# {candidate.name}: {fault or 'compiled'}", flush=True)
 
 
 class Problem:
-    """Inputs of one size, and the results of the first candidate that ran."""
+    """Inputs of one size, the buffers of every candidate, and what its results have to be."""
 
     def __init__(self, kind: str, head_dim: int, tokens: int, half: bool) -> None:
         heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "dout": HEADS}
-        draw = {n: torch.randn(tokens, h, head_dim, device="cuda").bfloat16() for n, h in heads.items()}
+        drawn = {n: torch.randn(tokens, h, head_dim, device="cuda").bfloat16() for n, h in heads.items()}
         kept = torch.randperm(tokens // 64, device="cuda")[: tokens // 128 if half else None].sort().values
         rows = (kept[:, None] * 64 + torch.arange(64, device="cuda")).flatten().int()
-        self.m = rows.numel()
-        self.tensors = draw | {f"d{n}": torch.zeros_like(draw[n]) for n in "qkv"}
-        self.tensors |= {"out": torch.zeros_like(draw["q"]), "lse": torch.zeros(HEADS, self.m, device="cuda")}
-        self.tensors["cu_seqlens"] = torch.tensor([0, self.m], dtype=torch.int32, device="cuda")
+        m = rows.numel()
+        self.label = f"{tokens}{' half kept' if half else ''}"
+        self.work = 2 * HEADS * head_dim * m**2 * (2.5 if kind == "backward" else 1)
+        self.tensors = drawn | {f"d{n}": torch.zeros_like(drawn[n]) for n in "qkv"}
+        self.tensors |= {"out": torch.zeros_like(drawn["q"]), "lse": torch.zeros(HEADS, m, device="cuda")}
+        self.tensors["cu_seqlens"] = torch.tensor([0, m], dtype=torch.int32, device="cuda")
+        self.tensors["workspace"] = torch.empty(0, dtype=torch.uint8, device="cuda")
         if half:
             self.tensors["rows"] = rows
-        self.results = ("out",) if kind == "forward" else ("dq", "dk", "dv")
+        self.results = ("out", "lse") if kind == "forward" else ("dq", "dk", "dv")
         self.expected: dict[str, torch.Tensor] = {}
-        self.label = f"{tokens}{' half' if half else ''}"
-        self.arguments = Arguments(storage_rows=tokens, capacity=self.m, documents=1, heads=HEADS, key_heads=KV_HEADS)
+        self.arguments = Arguments(storage_rows=tokens, capacity=m, documents=1, heads=HEADS, key_heads=KV_HEADS)
         self.arguments.scale = head_dim**-0.5
         self.arguments.stream = torch.cuda.current_stream().cuda_stream
         for name, tensor in self.tensors.items():
@@ -181,76 +234,88 @@ class Problem:
         self.tensors["out"][rows] = out[0].transpose(0, 1)
         self.tensors["lse"].copy_(lse[0])
 
-    def run(self, library: ctypes.CDLL) -> bool:
-        """Whether the candidate runs and agrees with the others."""
+    def agrees(self, library: ctypes.CDLL) -> bool:
+        """Whether the candidate runs, with the results of the first one that did."""
         library.tune_workspace.restype = ctypes.c_int64
         size = library.tune_workspace(ctypes.byref(self.arguments))
-        self.workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
-        self.arguments.workspace = self.workspace.data_ptr()
+        if size > self.tensors["workspace"].numel():  # one for all candidates: each writes what it reads of it
+            self.tensors["workspace"] = torch.empty(size, dtype=torch.uint8, device="cuda")
+            self.arguments.workspace = self.tensors["workspace"].data_ptr()
         for name in self.results:
             self.tensors[name].zero_()
         if library.tune_run(ctypes.byref(self.arguments)):
             return False
         torch.cuda.synchronize()
         found = {name: self.tensors[name].float() for name in self.results}
-        if not self.expected:
-            self.expected = found
-        limits = {name: 0.02 * t.abs().max() for name, t in self.expected.items()}
-        return all((found[name] - t).abs().max() <= limits[name] for name, t in self.expected.items())
+        self.expected = self.expected or found
+        return all((found[n] - t).abs().max() <= 0.02 * t.abs().max() for n, t in self.expected.items())
+
+
+def load(candidates: list[Candidate], folder: Path, problems: list[Problem]) -> dict[Candidate, ctypes.CDLL]:
+    """Those that were built, run, and agree with the first one."""
+    libraries = {}
+    for candidate in candidates:
+        path = folder / f"{candidate.name}.so"
+        if path.exists():
+            library = ctypes.CDLL(str(path.resolve()))
+            try:
+                agrees = all(problem.agrees(library) for problem in problems)
+            except RuntimeError as error:  # a fault on the device ends the process's use of it
+                raise SystemExit(f"{candidate.name}: {error}\nremove {path} and go on with --no-compile") from error
+            print(f"# {candidate.name}: {'agrees' if agrees else 'does not run, or disagrees'}", flush=True)
+            if agrees:
+                libraries[candidate] = library
+        if candidates[0] not in libraries:
+            raise SystemExit(f"{path}: the library's row has to be there and run: others are compared with it")
+    return libraries
 
 
 def measure(candidates: list[Candidate], folder: Path) -> list[dict[str, Any]]:
+    """A row per candidate, the best one first."""
     kind, head_dim = candidates[0].kind, candidates[0].head_dim
     problems = [Problem(kind, head_dim, *size) for size in SIZES]
-    rows = []
-    for candidate in candidates:
-        path = folder / f"{candidate.name}.so"
-        if not path.exists():
-            continue
-        library = ctypes.CDLL(str(path.resolve()))
-        if not all(problem.run(library) for problem in problems):
-            print(f"# {candidate.name}: does not run, or disagrees with {candidates[0].name}", flush=True)
-            continue
-        row: dict[str, Any] = {"row": candidate.row}
-        for problem in problems:
-            problem.run(library)  # its workspace is now this candidate's
-            ms = compete({"ours": [partial(library.tune_run, ctypes.byref(problem.arguments))]}, 150.0)["ours"]
-            work = 2 * HEADS * head_dim * problem.m**2 * (2.5 if kind == "backward" else 1)
-            row[problem.label] = round(work / ms / 1e9, 1)
-        rows.append(row)
-    return rows
+    libraries = load(candidates, folder, problems)
+    rows: list[dict[str, Any]] = [{"row": c.row, "library": c == candidates[0]} for c in libraries]
+    shares: list[list[float]] = []
+    for problem in problems:
+        run = ctypes.byref(problem.arguments)
+        times = compete({c.row: [partial(lib.tune_run, run)] for c, lib in libraries.items()}, 150.0 * len(libraries))
+        for row in rows:
+            row[problem.label] = round(problem.work / times[row["row"]] / 1e9, 1)
+        shares.append([min(times.values()) / times[row["row"]] for row in rows])
+    for row, of_sizes in zip(rows, zip(*shares, strict=True), strict=True):
+        row["share"] = round(min(of_sizes), 3)
+    return sorted(rows, key=lambda row: -row["share"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["forward", "backward"])
+    parser.add_argument("kind", choices=list(TABLES))
     parser.add_argument("--head-dim", type=int, choices=[64, 80, 96, 128], default=128)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "tune", help="folder of the libraries")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
-    parser.add_argument("--only", nargs="*", metavar="ROW", help='candidates by their row, as "128,128,2,40,232"')
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
+    parser.add_argument("--only", nargs="*", metavar="ROW", help='rows besides the library\'s, as "128,128,2,40,232"')
     parser.add_argument("--list", action="store_true", help="only list the candidates")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="time the libraries that --build holds")
+    parser.add_argument("--out", help="result file, or a name in results/ (default: tune-KIND-hdN-GPU)")
     args = parser.parse_args()
-    find = forward_candidates if args.kind == "forward" else backward_candidates
-    candidates = [c for c in find(args.head_dim) if not args.only or c.row.replace(" ", "") in args.only]
-    if not candidates:
-        parser.error("no candidate is feasible")
+    candidates = find_candidates(args.kind, args.head_dim, args.only)
     if args.list:
-        return print("\n".join(c.row for c in candidates))
+        return print("\n".join(("* " if c == candidates[0] else "  ") + c.row for c in candidates))
+    if not args.compile_only and not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none (--compile-only needs none)")
     if not args.no_compile:
         build_all(candidates, args.build, args.jobs)
     if args.compile_only:
         return None
+    torch.manual_seed(0)
     rows = measure(candidates, args.build)
-    labels = list(rows[0])[1:] if rows else []
-    best = max(rows, key=lambda row: min(row[label] / max(r[label] for r in rows) for label in labels), default=None)
-    print(table(rows, ["row", *labels]))
-    print(json.dumps(rows))
-    if best is not None:
-        struct = args.kind.capitalize() + "Tile"
-        width = 96 if args.head_dim == 80 else args.head_dim
-        print(f"template <>\nconstexpr {struct} k{struct}<{width}> = {{{best['row']}}};")
+    name = args.out or f"tune-{args.kind}-hd{args.head_dim}-{short_device_name()}"
+    print(f"written: {write_results(name, rows, kind=args.kind, head_dim=args.head_dim, rates='TFLOP/s by tokens')}")
+    marked = [{"": "*" if row["library"] else "", **row} for row in rows]
+    print(table(marked, [column for column in marked[0] if column != "library"]))
+    print(next(c for c in candidates if c.row == rows[0]["row"]).definition)
 
 
 if __name__ == "__main__":

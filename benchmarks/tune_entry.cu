@@ -26,7 +26,8 @@ extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const T
   (void)a;
   return sizeof(int);
 #else
-  return hopper::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, false);
+  return hopper::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, /*deterministic=*/false,
+                                                    /*listed=*/0);
 #endif
 }
 
