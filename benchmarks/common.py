@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -116,20 +117,22 @@ def compete(
 ) -> dict[str, float]:
     """Median times of several contestants, a round at a time, so that clocks and temperature favour none of them.
 
-    runs: as for ``milliseconds``, by contestant. Rounds go on for about ``budget_ms`` in all. A short wait at the start
-    lets the host run ahead: an event that waited for the host would count the launch as work.
+    runs: as for ``milliseconds``, by contestant. Every round has an order of its own: whoever always followed a kernel
+    that draws little power would always find high clocks. Rounds go on for about ``budget_ms`` in all. A short wait at
+    the start lets the host run ahead: an event that waited for the host would count the launch as work.
     """
     names = list(runs)
+    draw = random.Random(0)
 
     def one_round(i: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
-        pairs = []
-        for name in names:
+        pairs = {}
+        for name in draw.sample(names, len(names)):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             runs[name][i % len(runs[name])]()
             end.record()
-            pairs.append((begin, end))
-        return pairs
+            pairs[name] = (begin, end)
+        return [pairs[name] for name in names]
 
     for i in range(max(2, *(len(calls) for calls in runs.values()))):
         warm = one_round(i)
