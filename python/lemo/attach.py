@@ -53,8 +53,7 @@ class Controller:
         self._tokens = self._blocks = 0
         self._last_phase: int | None = None
         self._policies: list[Policy | None] = [
-            None if p.mode == "dense" else make_policy(config.policy(p), p.policy_options, predictors)
-            for p in self.schedule.phases
+            None if p.mode == "dense" else make_policy(*config.policy(p), predictors) for p in self.schedule.phases
         ]
         self._notes: set[str] = set()
 
@@ -88,7 +87,7 @@ class Controller:
             "phase": index,
             "mode": None if phase is None else phase.mode,
             "keep": None if phase is None else phase.keep,
-            "policy": None if phase is None or phase.mode == "dense" else self.config.policy(phase),
+            "policy": None if phase is None or phase.mode == "dense" else self.config.policy(phase)[0],
             "tokens": self._tokens,
             "blocks": self._blocks,
             "kept": list(self.kept_ratios),

@@ -32,8 +32,9 @@ class Phase:
         pass exactly and sends gradients through kept tokens only; "dense" keeps everything.
     keep: fraction of every document's blocks that a layer keeps. Default 0.5 (1 in "dense").
     share: share of the steps, relative to the other phases' shares.
-    policy: how blocks are chosen (see `lemo.policies`). Default: "predictors" where the run has calibrated ones and
-        "update_norm" where not ("skip"); "random" ("backward": informed choices bias the gradient there).
+    policy: how blocks are chosen (see `lemo.policies`). Default in "skip": where the run has calibrated predictors,
+        "sampled" with their scores, one draw for all layers ("predictors" with `select` "threshold" or `mlp_keep`), and
+        "update_norm" where not. Default in "backward": "random", because informed choices bias the gradient there.
     weighted: weigh gradients by 1/p so that their expectation is the dense gradient. "backward" with "random" or
         "sampled" only.
     policy_options: keyword arguments of the policy.
@@ -142,7 +143,7 @@ class LemoConfig:
                 raise ValueError(f"LemoConfig.phases must hold lemo.Phase objects; got {type(phase).__name__}")
         self.phases = phases
         for phase in phases:
-            policy = self.policy(phase)
+            policy, _ = self.policy(phase)
             if phase.select == "threshold" and policy != "predictors":
                 raise ValueError(
                     'Phase.select "threshold" needs LemoConfig.calibration: the folder with the thresholds'
@@ -152,13 +153,18 @@ class LemoConfig:
                     'policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`; got None'
                 )
 
-    def policy(self, phase: Phase) -> str:
-        """The policy of a phase, defaults resolved."""
+    def policy(self, phase: Phase) -> tuple[str, Mapping[str, Any]]:
+        """The policy of a phase and its options, defaults resolved."""
         if phase.policy is not None:
-            return phase.policy
+            return phase.policy, phase.policy_options
         if phase.mode == "backward":
-            return "random"
-        return "predictors" if self.calibration is not None and phase.mode == "skip" else "update_norm"
+            return "random", phase.policy_options
+        if self.calibration is None or phase.mode != "skip":
+            return "update_norm", phase.policy_options
+        if phase.select == "threshold" or phase.mlp_keep is not None:
+            return "predictors", phase.policy_options
+        # Chosen anew in every layer, the same blocks train a worse adapter (docs/method-notes.md).
+        return "sampled", {"shared": True, **phase.policy_options}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""

@@ -178,6 +178,22 @@ def test_random_shared_is_one_draw_for_all_layers():
     assert len({mix_seed(0, step, layer) for step in range(50) for layer in range(50)}) == 2500
 
 
+@pytest.mark.parametrize(
+    ("phase", "calibration", "expected"),
+    [
+        (lemo.Phase("skip"), None, ("update_norm", {})),
+        (lemo.Phase("skip"), "folder", ("sampled", {"shared": True})),
+        (lemo.Phase("skip", policy_options={"floor": 0.5}), "folder", ("sampled", {"shared": True, "floor": 0.5})),
+        (lemo.Phase("skip", select="threshold"), "folder", ("predictors", {})),
+        (lemo.Phase("skip", mlp_keep=0.25), "folder", ("predictors", {})),
+        (lemo.Phase("skip", policy="predictors"), "folder", ("predictors", {})),
+        (lemo.Phase("backward"), "folder", ("random", {})),
+    ],
+)
+def test_default_policies(phase, calibration, expected):
+    assert lemo.LemoConfig(phases=[phase], calibration=calibration).policy(phase) == expected
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_sampled_shared_keeps_the_first_layers_draw(shared):
     blocks = Blocks.from_lengths([64 * 40], 64, "cpu")

@@ -31,8 +31,9 @@ schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:shared][:weigh
   backward     only backward, unbiased gradient: for short adaptations where every step must see the exact model
   dense        nothing eliminated
   for instance --schedule skip:0.3@0.7,skip:0.6@0.2,dense@0.1 or skip:0.5:sampled:shared@0.8,dense@0.2
-policies (--policy, for skip phases): predictors (needs --calibration, then the default), update_norm (otherwise the
-  default), exact (slow: for comparison), random, sampled; shared: one draw for all layers of a step
+policies (--policy, for skip phases): predictors (the paper's: needs --calibration), update_norm (the default without a
+  calibration), sampled, random, exact (slow: for comparison). In a schedule, :shared after sampled or random makes one
+  draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration
 
 The run folder: run.json (settings), log.jsonl (loss, tokens/s, kept ratio per layer, memory), checkpoint-*/ (the last
 few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN makes a table and pictures of it.
