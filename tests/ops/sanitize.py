@@ -34,8 +34,8 @@ def listed() -> list:
         *(Attention("ragged_128", 2, 2, dim) for dim in (64, 128)),
         *(Attention("gap_128", 2, 1, dim, lists=True) for dim in (64, 128)),
         Attention("gap_128", 2, 1, 128, "rows", given=True, lists=True),
-        Attention("block_64", 4, 1, 128, "strided"),
         Attention("keep_none", given=True),
+        Attention("block_64", 4, 1, 128, "strided"),
     ]
 
 
