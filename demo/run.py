@@ -7,8 +7,14 @@ of torch, transformers and peft. EQUAL COST means: both runs take the same wall-
 machine. The seconds of a step of each kind are measured first; dense training gets as many steps as fit --seconds, and
 elimination spends the same seconds on skipping (70 %) and then on exact steps (30 %). A 5 M-parameter model saves less
 per step than a large one, so the table also shows what the same runs would cost at the scale of the design's cost
-model. Skipping is shown with two ways of choosing blocks: the calibrated predictors, and the update norm of the layer
-before, which needs no calibration. The adapters, and the model without one, are evaluated densely on unseen files.
+model. Skipping is shown with three ways of choosing blocks: the calibrated predictors, anew in every layer; one
+draw per step for all layers, with odds from the first layer's predictor; and the update norm of the layer before,
+which needs no calibration. The adapters, and the model without one, are evaluated densely on unseen files.
+
+ON A GPU this model can be too small for seconds to say anything: launching kernels takes the time, not what they
+compute. Where a skipped step takes more than 0.8 x a dense one there, equal cost means EQUAL OPERATIONS: those of a
+step of each kind are counted from the model's shapes, both runs get the same number, and the longest takes --seconds.
+The text printed and results.json ("unit") say which of the two it was.
 """
 
 from __future__ import annotations
@@ -37,6 +43,8 @@ MODEL = Path(__file__).resolve().parent / "model"
 CONTEXT, BLOCK, KEEP = 4096, 64, 0.5
 RATE, WARMUP, SEED = 2e-3, 5, 1
 CALIBRATION_FILES = 24
+TRAINING_CHARACTERS = 1_600_000
+CHARACTERS_PER_TOKEN = 3  # a little more than there are
 BEGINNING = 10_000  # characters that fit one context
 POLICIES = {
     "predictors": "predictors",
@@ -44,53 +52,117 @@ POLICIES = {
     "update_norm": "update_norm",
 }  # in a schedule
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+RANK = 8
 SKIP_SHARE_OF_COST = 0.7
-# A skipped step relative to a dense one, Llama-3-8B at 64K tokens with recomputation (docs: cost of a step).
-LARGE_MODEL_SKIP_COST = 0.36
+# On a GPU: a skipped step of more than this share of a dense one's seconds is bound by launches, not by arithmetic.
+LAUNCH_BOUND = 0.8
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a dense and a skipped step cost, in `unit`."""
+
+    unit: str
+    dense: float
+    skip: float
+
+    @property
+    def ratio(self) -> float:
+        return self.skip / self.dense
+
+
+# Llama-3-8B at 64K tokens with recomputation (docs: cost of a step).
+LARGE_MODEL = StepCost("dense steps", 1.0, 0.36)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of the two runs, and what they cost in seconds of steps on this machine."""
+    """Steps of the two runs, and the cost of a step ("seconds" or "operations") that makes the runs equal."""
 
     dense_steps: int
     skip_steps: int
     exact_steps: int
-    dense_seconds: float
-    skip_seconds: float
+    step: StepCost
 
     @property
     def steps(self) -> int:
         return self.skip_steps + self.exact_steps
 
-    @property
-    def dense_cost(self) -> float:
-        return self.dense_steps * self.dense_seconds
+    def dense_cost(self, step: StepCost) -> float:
+        """Of the dense run, where steps cost what `step` says."""
+        return self.dense_steps * step.dense
 
-    @property
-    def eliminated_cost(self) -> float:
-        return self.skip_steps * self.skip_seconds + self.exact_steps * self.dense_seconds
-
-    def large_model_cost(self) -> float:
-        """Cost of the run with elimination in dense steps of the large setting."""
-        return self.skip_steps * LARGE_MODEL_SKIP_COST + self.exact_steps
+    def eliminated_cost(self, step: StepCost) -> float:
+        """Of the run with elimination."""
+        return self.skip_steps * step.skip + self.exact_steps * step.dense
 
     def schedule(self, policy: str) -> str:
         return f"skip:{KEEP:g}:{POLICIES[policy]}@{self.skip_steps},dense@{self.exact_steps}"
 
 
-def equal_cost(seconds: float, dense_seconds: float, skip_seconds: float) -> Plan:
-    """Steps that spend `seconds` densely, and the same on skipped steps followed by exact ones.
+def equal_cost(budget: float, step: StepCost) -> Plan:
+    """Steps that spend `budget` densely, and the same on skipped steps followed by exact ones.
 
     The rounding is such that elimination never gets more than the dense run. At least two steps of every kind.
     """
-    if not (dense_seconds > 0 and skip_seconds > 0):
-        raise ValueError(f"step times must be positive, got {dense_seconds} (dense) and {skip_seconds} (skip)")
-    dense = max(6, round(seconds / dense_seconds))
-    total = dense * dense_seconds
+    if not (step.dense > 0 and step.skip > 0):
+        raise ValueError(f"step costs must be positive, got {step}")
+    dense = max(6, round(budget / step.dense))
+    total = dense * step.dense
     exact = max(2, round((1 - SKIP_SHARE_OF_COST) * dense))
-    skip = max(2, int((total - exact * dense_seconds) / skip_seconds + 1e-9))
-    return Plan(dense, skip, exact, dense_seconds, skip_seconds)
+    skip = max(2, int((total - exact * step.dense) / step.skip + 1e-9))
+    return Plan(dense, skip, exact, step)
+
+
+def plan_runs(seconds: float, measured: StepCost, counted: StepCost, device: str) -> Plan:
+    """Equal seconds; equal operations on a GPU that is bound by launches.
+
+    measured, counted: a step in seconds and in operations. With equal operations elimination has more steps than fit
+    the seconds of the dense run; the budget is such that it is this longer run that takes `seconds`.
+    """
+    if device != "cuda" or measured.ratio <= LAUNCH_BOUND:
+        return equal_cost(seconds, measured)
+    skips = SKIP_SHARE_OF_COST / counted.ratio  # skipped and exact steps for the operations of one dense step
+    exact = 1 - SKIP_SHARE_OF_COST
+    longest = max(measured.dense, skips * measured.skip + exact * measured.dense)
+    return equal_cost(seconds / longest * counted.dense, counted)
+
+
+def step_operations(config: Any, keep: float, predictor_weights: int = 0, tokens: int = CONTEXT) -> dict[str, float]:
+    """Floating-point operations of a LoRA step of a Llama, forward and backward; a multiplication and addition are two.
+
+    projections  of kept rows. Frozen weights: the product, and backward the gradient of its input. Adapters: the same,
+                 and their own gradient
+    attention    kept rows see the kept rows before them, half of the square: 2 products forward, 5 backward
+    head         all tokens, kept or not: the logits, and the gradient of the last layer's output
+    predictors   forward, every weight on every token; nothing where all blocks are kept, since none is chosen
+
+    Not counted: what is no matrix product (norms, rotary positions, SwiGLU, softmax, loss, gather and scatter, the
+    optimizer). Nothing is recomputed: the runs have recompute "none".
+    """
+    from lemo.memory import layer_shape
+
+    shape = layer_shape(config, lora_rank=RANK, lora_targets=TARGETS)
+    rows, layers = round(keep * tokens), config.num_hidden_layers
+    d, q, kv, f = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn
+    sides = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+    frozen = sum(a * b for a, b in sides.values())
+    adapters = sum(rank * sum(sides[name]) for name, rank in shape.lora.items())
+    return {
+        "projections": layers * rows * (4.0 * frozen + 6.0 * adapters),
+        "attention": layers * 7.0 * rows**2 * q,
+        "head": 4.0 * tokens * d * config.vocab_size,
+        "predictors": 2.0 * tokens * predictor_weights if keep < 1 else 0.0,
+    }
+
+
+def count_operations(calibration: Path) -> dict[str, dict[str, float]]:
+    """Operations of a step of the demo's model by part: `dense`, and `skip` with blocks chosen by the predictors."""
+    from lemo.predictors import PredictorSet
+    from transformers import AutoConfig
+
+    config, predictors = AutoConfig.from_pretrained(MODEL), PredictorSet.load(calibration)
+    return {"dense": step_operations(config, 1.0), "skip": step_operations(config, KEEP, predictors.num_parameters)}
 
 
 def lemo(*arguments: object) -> str:
@@ -133,7 +205,7 @@ def step_times(device: torch.device, calibration: Path, repeats: int = 4) -> dic
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(SEED)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=16, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     model = get_peft_model(load(device), config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(2, model.config.vocab_size, (1, CONTEXT), device=device)
@@ -160,24 +232,59 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
     times[name] = time.perf_counter() - begin
 
 
+def two_ratios(plan: Plan, measured: StepCost) -> str:
+    """Why operations are made equal and not seconds."""
+    return (
+        f"a skipped step has {plan.step.ratio:.2f} x the operations of a dense one "
+        f"but takes {measured.ratio:.2f} x its time"
+    )
+
+
+def explain_cost(plan: Plan, measured: StepCost) -> list[str]:
+    """What the two columns of cost mean."""
+    large = f"dense steps of Llama-3-8B at 64K tokens, a skipped one being {LARGE_MODEL.skip} of it (cost model)."
+    if plan.step.unit == "seconds":
+        return [
+            "Cost here: measured seconds of a step x steps, equal by construction. Cost at 64K, 8B: the same steps in",
+            large,
+        ]
+    dense, eliminated = plan.dense_cost(measured), plan.eliminated_cost(measured)
+    rate = plan.step.dense / measured.dense / 1e12
+    return [
+        "TFLOP here: operations of a step x steps, equal by construction: matrix products, forward and backward.",
+        f"Operations and not seconds: {two_ratios(plan, measured)}:",
+        "launching kernels, not arithmetic, bounds steps of this size on this GPU "
+        f"({rate:.1f} TFLOP/s in a dense one).",
+        f"In seconds of steps the runs are not equal: dense {dense:.1f} s, with elimination {eliminated:.1f} s.",
+        "Elimination saves time where arithmetic bounds a step. Cost at 64K, 8B: the same steps in",
+        large,
+    ]
+
+
 def report(plan: Plan, seconds: dict[str, float], rows: list[dict[str, Any]], times: dict[str, float]) -> str:
     """The result as text."""
     by_model = {row["model"]: row for row in rows}
+    measured = StepCost("seconds", seconds["dense"], seconds["skip"])
+    operations = plan.step.unit == "operations"
+    heading = "TFLOP here" if operations else "cost here"
     lines = [
         f"step of {CONTEXT} tokens: transformers + PEFT {seconds['plain']:.3f} s, lemo with everything kept "
         f"{seconds['dense']:.3f} s, keeping {KEEP:g} of the blocks {seconds['skip']:.3f} s "
-        f"({seconds['skip'] / seconds['dense']:.2f} x)",
+        f"({measured.ratio:.2f} x)",
         "",
-        f"{'':31}{'steps':>14}{'cost here':>11}{'cost at 64K, 8B':>17}{'perplexity':>12}  "
+        f"{'':31}{'steps':>14}{heading:>11}{'cost at 64K, 8B':>17}{'perplexity':>12}  "
         f"{'95 % interval':18}{'change':>9}",
     ]
-    eliminated = (f"{plan.skip_steps} + {plan.exact_steps}", f"{plan.eliminated_cost:.1f} s")
-    table = [
-        ("base", "no fine-tuning", "-", "-", "-"),
-        ("dense", "dense", f"{plan.dense_steps}", f"{plan.dense_cost:.1f} s", f"{plan.dense_steps:.0f} steps"),
-    ]
+
+    def costs(cost: Callable[[StepCost], float]) -> tuple[str, str]:
+        here = cost(plan.step)
+        return f"{here / 1e12:.1f}" if operations else f"{here:.1f} s", f"{cost(LARGE_MODEL):.0f} steps"
+
+    table = [("base", "no fine-tuning", "-", "-", "-")]
+    table.append(("dense", "dense", f"{plan.dense_steps}", *costs(plan.dense_cost)))
+    steps = f"{plan.skip_steps} + {plan.exact_steps}"
     for policy in POLICIES:
-        table.append((policy, f"skip by {policy}, exact", *eliminated, f"{plan.large_model_cost():.0f} steps"))
+        table.append((policy, f"skip by {policy}, exact", steps, *costs(plan.eliminated_cost)))
     for name, label, steps, cost, large in table:
         row = by_model[name]
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
@@ -193,8 +300,7 @@ def report(plan: Plan, seconds: dict[str, float], rows: list[dict[str, Any]], ti
             for r in rows
             if "ratio" in r
         ),
-        "Cost here: measured seconds of a step x steps, equal by construction. Cost at 64K, 8B: the same steps in",
-        f"dense steps of Llama-3-8B at 64K tokens, a skipped one being {LARGE_MODEL_SKIP_COST} of it (cost model).",
+        *explain_cost(plan, measured),
         "One seed. Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in times.items()),
     ]
     return "\n".join(lines)
@@ -218,7 +324,7 @@ def main() -> None:
 
     files = source_files()
     train, held = ([f for f in files if f.held_out == side] for side in (False, True))
-    count = write_jsonl(train, out / "train.jsonl", characters=1_600_000)
+    count = write_jsonl(train, out / "train.jsonl", characters=TRAINING_CHARACTERS)
     write_jsonl(train[-CALIBRATION_FILES:], out / "calibration.jsonl", characters=10**9, characters_each=BEGINNING)
     held_count = write_jsonl(
         held[: args.held_out_files], out / "held.jsonl", characters=10**9, characters_each=BEGINNING
@@ -233,7 +339,16 @@ def main() -> None:
         (out / "calibration.txt").write_text(lemo("info", calibration))
     with timed(times, "step times"):
         seconds = step_times(device, calibration)
-    plan = equal_cost(args.seconds, seconds["dense"], seconds["skip"])
+    operations = count_operations(calibration)
+    measured = StepCost("seconds", seconds["dense"], seconds["skip"])
+    counted = StepCost("operations", sum(operations["dense"].values()), sum(operations["skip"].values()))
+    plan = plan_runs(args.seconds, measured, counted, device.type)
+    if plan.step.unit == "operations":
+        print(f"\n{two_ratios(plan, measured)}: equal cost means equal operations here")
+        # Many more steps than on a CPU. There no run reads a text twice; more text, so that none does here.
+        characters = max(TRAINING_CHARACTERS, plan.steps * CONTEXT * CHARACTERS_PER_TOKEN)
+        count = write_jsonl(train, out / "train.jsonl", characters=characters)
+        print(f"text: {count} source files to train on, for the {plan.steps} steps of a run with elimination")
 
     training = ("--data", out / "train.jsonl", "--lr", RATE, "--warmup", WARMUP, "--seed", SEED, "--recompute", "none")
     training += ("--save-every", 0, "--block-size", BLOCK, "--lora-targets", *TARGETS)
@@ -258,7 +373,17 @@ def main() -> None:
         "device": device.type,
         "torch": torch.__version__,
         "step_seconds": seconds,
-        "plan": {**vars(plan), "dense_cost": plan.dense_cost, "eliminated_cost": plan.eliminated_cost},
+        "step_operations": operations,
+        "plan": {
+            "dense_steps": plan.dense_steps,
+            "skip_steps": plan.skip_steps,
+            "exact_steps": plan.exact_steps,
+            "unit": plan.step.unit,
+            "dense_step_cost": plan.step.dense,
+            "skip_step_cost": plan.step.skip,
+            "dense_cost": plan.dense_cost(plan.step),
+            "eliminated_cost": plan.eliminated_cost(plan.step),
+        },
         "rows": rows,
         "seconds": times,
     }

@@ -75,30 +75,149 @@ def test_jsonl_stops_at_the_asked_length(tmp_path):
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
+def seconds_of(dense, skip):
+    return load("run").StepCost("seconds", dense, skip)
+
+
 @pytest.mark.parametrize("seconds, dense, skip", [(60, 1.5, 0.6), (40, 1.3, 1.1), (10, 4.0, 1.0), (100, 0.02, 0.011)])
 def test_equal_cost(seconds, dense, skip):
-    plan = load("run").equal_cost(seconds, dense, skip)
-    assert plan.eliminated_cost <= plan.dense_cost + 1e-9
-    assert plan.dense_cost - plan.eliminated_cost < skip + 1e-9  # less than one more step of the cheap kind
-    share = plan.skip_steps * skip / plan.eliminated_cost
-    assert abs(share - 0.7) < 0.1
+    step = seconds_of(dense, skip)
+    plan = load("run").equal_cost(seconds, step)
+    spent = plan.eliminated_cost(step)
+    assert spent <= plan.dense_cost(step) + 1e-9
+    assert plan.dense_cost(step) - spent < skip + 1e-9  # less than one more step of the cheap kind
+    assert abs(plan.skip_steps * skip / spent - 0.7) < 0.1
     shared = f"skip:0.5:sampled:shared@{plan.skip_steps},dense@{plan.exact_steps}"
     assert plan.schedule("sampled_shared") == shared
 
 
 def test_equal_cost_rejects_times_that_cannot_be():
-    with pytest.raises(ValueError, match="step times must be positive"):
-        load("run").equal_cost(10, 0.0, 1.0)
+    with pytest.raises(ValueError, match="step costs must be positive"):
+        load("run").equal_cost(10, seconds_of(0.0, 1.0))
 
 
 def test_schedule_gives_the_planned_steps():
     from lemo.schedule import Schedule
     from lemo.settings import parse_schedule
 
-    plan = load("run").equal_cost(60, 1.5, 0.6)
+    plan = load("run").equal_cost(60, seconds_of(1.5, 0.6))
     schedule = Schedule(parse_schedule(plan.schedule("update_norm")))
     modes = [schedule.phase(step, plan.steps).mode for step in range(plan.steps)]
     assert modes == ["skip"] * plan.skip_steps + ["dense"] * plan.exact_steps
+
+
+def demo_operations():
+    from transformers import AutoConfig
+
+    run, config = load("run"), AutoConfig.from_pretrained(MODEL)
+    dense, skip = (sum(run.step_operations(config, keep, 100_000).values()) for keep in (1.0, 0.5))
+    return run.StepCost("operations", dense, skip)
+
+
+@pytest.mark.parametrize(
+    "device, dense, skip, unit",
+    [
+        ("cpu", 1.247, 0.623, "seconds"),
+        ("cpu", 1.0, 1.1, "seconds"),  # no launches there: what is slow is slow
+        ("cuda", 0.050, 0.053, "operations"),  # measured on an H100
+        ("cuda", 0.050, 0.030, "seconds"),
+    ],
+)
+def test_seconds_are_equal_unless_launches_bound_a_gpu(device, dense, skip, unit):
+    measured = seconds_of(dense, skip)
+    plan = load("run").plan_runs(40, measured, demo_operations(), device)
+    assert plan.step.unit == unit
+    if unit == "seconds":
+        assert plan == load("run").equal_cost(40, measured)
+
+
+@pytest.mark.parametrize("seconds", [8, 40])
+def test_equal_operations_stay_within_the_seconds(seconds):
+    measured, counted = seconds_of(0.050, 0.053), demo_operations()
+    plan = load("run").plan_runs(seconds, measured, counted, "cuda")
+    assert 0 <= plan.dense_cost(counted) - plan.eliminated_cost(counted) < counted.skip
+    assert 0.95 * seconds < plan.eliminated_cost(measured) < 1.02 * seconds
+    assert plan.dense_cost(measured) < plan.eliminated_cost(measured)
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+def tiny_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        vocab_size=32,
+        max_position_embeddings=128,
+    )
+
+
+def test_operations_by_hand():
+    parts = load("run").step_operations(tiny_config(), 0.5, predictor_weights=10, tokens=100)
+    frozen = 16 * 8 + 2 * 16 * 4 + 8 * 16 + 3 * 16 * 24  # q, k and v, o, MLP
+    adapters = 8 * ((16 + 8) + 2 * (16 + 4) + (8 + 16))
+    assert parts["projections"] == 3 * 50 * (2 * 2 * frozen + 3 * 2 * adapters)
+    assert parts["attention"] == 3 * (2 + 5) * 2 * (50 * 50 / 2) * 8
+    assert parts["head"] == 2 * 2 * 100 * 16 * 32
+    assert parts["predictors"] == 2 * 100 * 10
+
+
+def test_operations_of_a_skipped_step_that_keeps_everything_are_the_dense_ones():
+    run, config = load("run"), tiny_config()
+    assert run.step_operations(config, 1.0, 10) == run.step_operations(config, 1.0)
+    half, all_ = run.step_operations(config, 0.5, 10), run.step_operations(config, 1.0, 10)
+    assert half["projections"] == all_["projections"] / 2 and half["attention"] == all_["attention"] / 4
+    assert half["head"] == all_["head"]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_projections_are_counted_as_they_are_run(keep):
+    """torch's own counter sees the projections of a step, though not lemo's operators (attention, head, predictors)."""
+    import lemo
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+    from transformers import LlamaForCausalLM
+
+    run, config, tokens = load("run"), tiny_config(), 128
+    lora = LoraConfig(r=run.RANK, target_modules=list(run.TARGETS), task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config), lora).train()
+    phase = lemo.Phase("skip", keep=keep, policy="random") if keep < 1 else lemo.Phase("dense")
+    lemo.apply(model, lemo.LemoConfig(block_size=16, phases=[phase], recompute="none"))
+    ids = torch.randint(0, config.vocab_size, (1, tokens))
+    in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: addmm_flop(y, a, b)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    seen = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in seen.items() if str(op) in ("aten.mm", "aten.addmm", "aten.addmm_"))
+    assert products == run.step_operations(config, keep, tokens=tokens)["projections"]
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device, dense, skip", [("cpu", 1.247, 0.623), ("cuda", 0.050, 0.053)])
+def test_report_says_what_is_equal(device, dense, skip):
+    run, measured = load("run"), seconds_of(dense, skip)
+    plan = run.plan_runs(40, measured, demo_operations(), device)
+    row = {"perplexity": 9.0, "low": 8.0, "high": 10.0, "tokens": 1000, "units": 3}
+    change = {"ratio": 0.99, "ratio_low": 0.98, "ratio_high": 1.01}
+    rows = [row | {"model": "dense"}, *(row | change | {"model": m} for m in ("base", *run.POLICIES))]
+    text = run.report(plan, {"plain": 1.0, "dense": dense, "skip": skip}, rows, {"all": 200.0})
+    heading = text.splitlines()[2]
+    if device == "cpu":
+        assert "cost here" in heading and " 39.9 s" in text
+        assert "measured seconds of a step x steps, equal by construction" in text and "operations" not in text
+    else:
+        assert "TFLOP here" in heading and "operations of a step x steps, equal by construction" in text
+        assert "takes 1.06 x its time" in text
+        ours = plan.eliminated_cost(measured)
+        assert f"not equal: dense {plan.dense_cost(measured):.1f} s, with elimination {ours:.1f} s" in text
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
