@@ -35,7 +35,7 @@ struct BackwardKernelParams {
   // Deterministic mode (backward_order.cuh); null: additions to dQ in any order.
   int* turns;  // [slots, heads]
   int* ranks;  // [listed + key_slots], with lists: how many key tiles add before an entry's, and before the tile itself
-  int64_t listed;
+  int64_t listed;  // entries that lists.blocks has room for
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
