@@ -125,43 +125,41 @@ struct BackwardMainloop {
   // The producer warp.
   static __device__ __forceinline__ void load(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
     constexpr uint32_t kStatsBytes = 2 * kQueries * 4;
-    const bool leader = thread_index() % 32 == 0;
     {
-      KeyLoader loader;
-      loader.find(params.documents, work.tile, work.key_start);
-      if (leader) shared.keys.arrive_and_expect_tx(2 * KeyLoader::kBytes);
-      __syncwarp();
+      const KeyLoader loader(params.documents, work.tile);
+      const auto rows = loader.find(work.key_start);
+      if (cute::elect_one_sync()) shared.keys.arrive_and_expect_tx(2 * KeyLoader::kBytes);
       uint64_t* barrier = reinterpret_cast<uint64_t*>(&shared.keys);
-      loader.load(params.k, work.key_head, barrier, shared.k);
-      loader.load(params.v, work.key_head, barrier, shared.v);
+      loader.load(rows, params.k, work.key_head, barrier, shared.k);
+      loader.load(rows, params.v, work.key_head, barrier, shared.v);
     }
     auto query_state = Ring<kQueryStages>::producer_start();
     auto dout_state = Ring<kDoutStages>::producer_start();
-    QueryLoader loader;
+    const QueryLoader loader(params.documents, work.tile);
     Walk walk = BackwardMainloop::walk(params, shared, work);
-    loader.find(params.documents, work.tile, walk.query_tile * kQueries);
+    auto rows = loader.find(walk.query_tile * kQueries);
     publish(params, work, walk);
 #pragma unroll 1
     while (walk.steps > 0) {
       const int head = work.key_head * params.group + walk.head();
       const int item = item_of(params, work, walk);
       shared.queries.wait_empty(query_state);
-      if (leader) shared.steps[query_state.index()] = {walk.query_tile, item};
-      uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes);
-      loader.load(params.q, head, barrier, shared.q + query_state.index() * kTile);
-      if (leader) {
+      uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes,
+                                                [&] { shared.steps[query_state.index()] = {walk.query_tile, item}; });
+      loader.load(rows, params.q, head, barrier, shared.q + query_state.index() * kTile);
+      if (cute::elect_one_sync()) {
         cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
                                        shared.stats[query_state.index()], kStatsBytes);
       }
       ++query_state;
       barrier = shared.douts.acquire(dout_state, QueryLoader::kBytes);
-      loader.load(params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
+      loader.load(rows, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
       ++dout_state;
       walk.advance();
       // Behind the loads of this step, so that its latency is not theirs.
       if (walk.head_in_group == 0 && walk.steps > 0) {
         publish(params, work, walk);
-        loader.find(params.documents, work.tile, walk.query_tile * kQueries);
+        rows = loader.find(walk.query_tile * kQueries);
       }
     }
   }

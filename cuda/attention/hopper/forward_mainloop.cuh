@@ -86,28 +86,28 @@ struct ForwardMainloop {
     constexpr int kTile = kKeys * kHeadDim;
     const int key_head = head / params.group;
     {
-      QueryLoader loader;
-      loader.find(params.documents, tile, query_tile * kQueries);
+      const QueryLoader loader(params.documents, tile);
+      const auto rows = loader.find(query_tile * kQueries);
       uint64_t* barrier = shared.queries.acquire(state.query, QueryLoader::kBytes);
-      loader.load(params.q, head, barrier, shared.q);
+      loader.load(rows, params.q, head, barrier, shared.q);
       ++state.query;
     }
     // The row map is read one step ahead: under load its latency is close to the length of a step.
-    KeyLoader next, keys, values;
-    next.fetch(params.documents, tile, walk[0] * kKeys);
+    const KeyLoader loader(params.documents, tile);
+    auto next = loader.fetch(walk[0] * kKeys);
+    typename KeyLoader::Runs keys, values;
 #pragma unroll 1
     for (int step = 0; step <= walk.count; ++step) {
-      keys = next;
-      if (step + 1 < walk.count) next.fetch(params.documents, tile, walk[step + 1] * kKeys);
       if (step < walk.count) {
-        keys.resolve();
+        keys = loader.resolve(next);
+        if (step + 1 < walk.count) next = loader.fetch(walk[step + 1] * kKeys);
         uint64_t* barrier = shared.keys.acquire(state.key, KeyLoader::kBytes);
-        keys.load(params.k, key_head, barrier, shared.k + state.key.index() * kTile);
+        loader.load(keys, params.k, key_head, barrier, shared.k + state.key.index() * kTile);
         ++state.key;
       }
       if (step > 0) {
         uint64_t* barrier = shared.values.acquire(state.value, KeyLoader::kBytes);
-        values.load(params.v, key_head, barrier, shared.v + state.value.index() * kTile);
+        loader.load(values, params.v, key_head, barrier, shared.v + state.value.index() * kTile);
         ++state.value;
       }
       values = keys;

@@ -3,6 +3,7 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
 #include "cuda/common/mma.cuh"
@@ -43,16 +44,19 @@ struct Ring {
     }
   }
 
-  // By the whole producer warp; returns the barrier at which the copies report. In two steps where the leading lane has
-  // something to write into the stage itself.
+  // By the whole producer warp; returns the barrier at which the copies report. In two steps where something is written
+  // into the stage besides: `also` runs in the lane that arrives, before it does.
   __device__ __forceinline__ uint64_t* acquire(const State& state, uint32_t bytes) {
     wait_empty(state);
-    return expect(state, bytes);
+    return expect(state, bytes, [] {});
   }
   __device__ __forceinline__ void wait_empty(const State& state) { empty[state.index()].wait(state.phase()); }
-  __device__ __forceinline__ uint64_t* expect(const State& state, uint32_t bytes) {
-    if (thread_index() % 32 == 0) full[state.index()].arrive_and_expect_tx(bytes);
-    __syncwarp();
+  template <class Also>
+  __device__ __forceinline__ uint64_t* expect(const State& state, uint32_t bytes, const Also& also) {
+    if (cute::elect_one_sync()) {
+      also();
+      full[state.index()].arrive_and_expect_tx(bytes);
+    }
     return reinterpret_cast<uint64_t*>(&full[state.index()]);
   }
 

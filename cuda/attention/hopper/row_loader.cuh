@@ -1,6 +1,7 @@
 // A tile of kRows packed rows of one document into shared memory, by one producer warp.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "cuda/attention/tile.cuh"
@@ -8,104 +9,159 @@
 
 namespace lemo::cuda::attention::hopper {
 
+// Where rows [position, position + kRows) of a document lie in storage.
+template <int kRows>
+struct RowRuns {
+  static constexpr int kRuns = kRows / kRunRows;
+  int position;
+  bool consecutive;   // every run lies in consecutive storage rows, or beyond the document whole
+  int starts[kRuns];  // the storage row of a consecutive run
+};
+
 // Shared memory holds kHeadDim / kBoxColumns slabs of [kRows, kBoxColumns] elements, each swizzled: CuTe's K-major
 // SW128 (or SW64) atoms, rows first. Rows beyond the document are zeros, whatever storage holds there, so that a masked
 // probability of 0 never meets a NaN.
+//
+// A producer warp gets few issue slots beside the consumers, and what it executes between a stage's release and its
+// copy is time that the stage stands empty. So the common case, consecutive runs, is worked out before the wait and
+// issued by one lane without a branch; the other case reads the row map anew.
 template <int kRows, int kHeadDim>
 class RowLoader {
  public:
+  using Runs = RowRuns<kRows>;
   static constexpr int kColumns = kBoxColumns<kHeadDim>;
   static constexpr int kSlabs = kHeadDim / kColumns;
-  static constexpr int kRuns = kRows / kRunRows;
   static constexpr uint32_t kBytes = kRows * kHeadDim * 2;
   static_assert(kHeadDim % kColumns == 0 && kRows % kRunRows == 0);
 
-  // Finds where rows [position, position + kRows) of the document lie. By all lanes. In two steps, so that a caller can
-  // have the row map's entries on their way while it waits for something else.
-  __device__ __forceinline__ void fetch(const Documents& documents, const Tile& tile, int position) {
-    const int lane = thread_index() % 32;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = position + run * kRunRows + half * 32 + lane;
-        rows_[run][half] = row < tile.length ? static_cast<int>(storage_row(documents, tile.start + row)) : -1;
-      }
-    }
-  }
-  __device__ __forceinline__ void resolve() {
-    const int lane = thread_index() % 32;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      const int first = __shfl_sync(0xffffffffu, rows_[run][0], 0);
-      const bool mine = rows_[run][0] == first + lane && rows_[run][1] == first + 32 + lane;
-      // A box that begins at -kRunRows lies outside of the tensor whole: zeros.
-      starts_[run] = first < 0 ? -kRunRows : __all_sync(0xffffffffu, mine) ? first : -1;
-    }
-  }
-  __device__ __forceinline__ void find(const Documents& documents, const Tile& tile, int position) {
-    fetch(documents, tile, position);
-    resolve();
-  }
+  __device__ __forceinline__ RowLoader(const Documents& documents, const Tile& tile)
+      : documents_(documents), tile_(tile) {}
 
-  // Starts the copy; kBytes arrive at `barrier`, which expects them. By all lanes.
-  __device__ __forceinline__ void load(const RowTensor& tensor, int head, uint64_t* barrier, void* target) const {
-    constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    const int lane = thread_index() % 32;
-    char* base = static_cast<char*>(target);
+  // By all lanes, as everything here. In two steps, so that a caller can have the row map's entries on their way while
+  // it waits for something else.
+  struct Pending {
+    Runs runs;
+    int rows[Runs::kRuns][2];  // this lane's rows of a run; -1 beyond the document
+  };
+  __device__ __forceinline__ Pending fetch(int position) const {
+    Pending pending;
+    pending.runs.position = position;
+    pending.runs.consecutive = documents_.rows == nullptr && position + kRows <= tile_.length;
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      if (starts_[run] != -1) {
-        if (lane < kSlabs) {
-          cute::SM90_TMA_LOAD_3D::copy(&tensor.run, barrier, kHint,
-                                       base + (lane * kRows + run * kRunRows) * kColumns * 2, lane * kColumns, head,
-                                       starts_[run]);
-        }
-      } else if constexpr (kColumns == 32) {
-        copy_rows(tensor, head, barrier, base, run);
+    for (int run = 0; run < Runs::kRuns; ++run) {
+      if (pending.runs.consecutive) {
+        pending.runs.starts[run] = tile_.start + position + run * kRunRows;
       } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int slab = 0; slab < kSlabs; ++slab) {
-            cute::SM90_TMA_LOAD_3D::copy(&tensor.row, barrier, kHint,
-                                         base + (slab * kRows + run * kRunRows + half * 32 + lane) * kColumns * 2,
-                                         slab * kColumns, head, rows_[run][half]);
-          }
-        }
+        fetch_run(position + run * kRunRows, pending.rows[run]);
       }
+    }
+    return pending;
+  }
+  __device__ __forceinline__ Runs resolve(const Pending& pending) const {
+    Runs runs = pending.runs;
+    if (runs.consecutive) return runs;
+    runs.consecutive = true;
+#pragma unroll
+    for (int run = 0; run < Runs::kRuns; ++run) {
+      runs.starts[run] = start_of(pending.rows[run]);
+      if (runs.starts[run] == kScattered) runs.consecutive = false;
+    }
+    return runs;
+  }
+  __device__ __forceinline__ Runs find(int position) const { return resolve(fetch(position)); }
+
+  // Starts the copy; kBytes arrive at `barrier`, which expects them.
+  __device__ __forceinline__ void load(const Runs& runs, const RowTensor& tensor, int head, uint64_t* barrier,
+                                       void* target) const {
+    char* base = static_cast<char*>(target);
+    if (!runs.consecutive) return load_by_rows(runs.position, tensor, head, barrier, base);
+    if (cute::elect_one_sync()) {
+#pragma unroll
+      for (int run = 0; run < Runs::kRuns; ++run) copy_run(runs.starts[run], run, tensor, head, barrier, base);
     }
   }
 
  private:
-  // TMA writes to multiples of 128 bytes; a row of 32 columns has 64. Such rows go through registers.
-  __device__ __forceinline__ void copy_rows(const RowTensor& tensor, int head, uint64_t* barrier, char* base,
-                                            int run) const {
-    const int lane = thread_index() % 32;
-#pragma unroll 1
+  static constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  static constexpr int kScattered = -1;
+
+  __device__ __forceinline__ void fetch_run(int position, int (&rows)[2]) const {
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = run * kRunRows + half * 32 + lane, storage = half == 0 ? rows_[run][0] : rows_[run][1];
-      const uint16_t* from = head_pointer<uint16_t>(tensor.source, head) + storage * tensor.source.row_stride;
-#pragma unroll 1
-      for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
-        uint4 data = make_uint4(0, 0, 0, 0);
-        if (storage >= 0 && chunk * 8 < tensor.head_dim) data = *reinterpret_cast<const uint4*>(from + chunk * 8);
-        const int offset = (chunk / 4 * kRows + row) * 64 + chunk % 4 * 16;
-        *reinterpret_cast<uint4*>(base + (offset ^ (offset >> 3 & 0x30))) = data;
-      }
+      const int row = position + half * 32 + thread_index() % 32;
+      rows[half] = row < tile_.length ? static_cast<int>(storage_row(documents_, tile_.start + row)) : -1;
     }
-    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-    __syncwarp();
-    if (lane == 0) {
-      __threadfence_block();
-      asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
-                   "r"(kRunRows * kHeadDim * 2)
-                   : "memory");
+  }
+  // A box that begins at -kRunRows lies outside of the tensor whole: zeros.
+  static __device__ __forceinline__ int start_of(const int (&rows)[2]) {
+    const int lane = thread_index() % 32, first = __shfl_sync(0xffffffffu, rows[0], 0);
+    const bool consecutive = __all_sync(0xffffffffu, rows[0] == first + lane && rows[1] == first + 32 + lane);
+    return first < 0 ? -kRunRows : consecutive ? first : kScattered;
+  }
+
+  // By one lane.
+  static __device__ __forceinline__ void copy_run(int start, int run, const RowTensor& tensor, int head,
+                                                  uint64_t* barrier, char* base) {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      cute::SM90_TMA_LOAD_3D::copy(&tensor.run, barrier, kHint, base + (slab * kRows + run * kRunRows) * kColumns * 2,
+                                   slab * kColumns, head, start);
     }
   }
 
-  int starts_[kRuns];   // storage row of a whole run; -1: row by row
-  int rows_[kRuns][2];  // this lane's rows of a run; -1 beyond the document
+  __device__ __forceinline__ void load_by_rows(int position, const RowTensor& tensor, int head, uint64_t* barrier,
+                                               char* base) const {
+    const int lane = thread_index() % 32;
+#pragma unroll 1
+    for (int run = 0; run < Runs::kRuns; ++run) {
+      int rows[2];
+      fetch_run(position + run * kRunRows, rows);
+      const int start = start_of(rows);
+      if (start != kScattered) {
+        if (cute::elect_one_sync()) copy_run(start, run, tensor, head, barrier, base);
+        continue;
+      }
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        const int row = run * kRunRows + half * 32 + lane, storage = half == 0 ? rows[0] : rows[1];
+        if constexpr (kColumns == 32) {
+          copy_row(storage, row, tensor, head, base);
+        } else {
+#pragma unroll 1
+          for (int slab = 0; slab < kSlabs; ++slab) {
+            cute::SM90_TMA_LOAD_3D::copy(&tensor.row, barrier, kHint, base + (slab * kRows + row) * kColumns * 2,
+                                         slab * kColumns, head, storage);
+          }
+        }
+      }
+      if constexpr (kColumns == 32) {
+        asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+        __syncwarp();
+        if (lane == 0) {
+          __threadfence_block();
+          asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
+                       "r"(kRunRows * kHeadDim * 2)
+                       : "memory");
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  // TMA writes to multiples of 128 bytes; a row of 32 columns has 64. Such a row goes through registers.
+  static __device__ __forceinline__ void copy_row(int storage, int row, const RowTensor& tensor, int head, char* base) {
+    const uint16_t* from = head_pointer<uint16_t>(tensor.source, head) + storage * tensor.source.row_stride;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
+      uint4 data = make_uint4(0, 0, 0, 0);
+      if (storage >= 0 && chunk * 8 < tensor.head_dim) data = *reinterpret_cast<const uint4*>(from + chunk * 8);
+      const int offset = (chunk / 4 * kRows + row) * 64 + chunk % 4 * 16;
+      *reinterpret_cast<uint4*>(base + (offset ^ (offset >> 3 & 0x30))) = data;
+    }
+  }
+
+  const Documents& documents_;
+  const Tile& tile_;
 };
 
 }  // namespace lemo::cuda::attention::hopper
