@@ -1,5 +1,5 @@
-// The backward kernel: one thread block per key tile and key head, one producer warp, two consumer warpgroups, and in
-// deterministic mode a thread that adds dQ.
+// The backward kernel: one thread block per key tile and key head, one producer warp, a thread that adds dQ, and two
+// consumer warpgroups.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
     cutlass::arch::warpgroup_reg_dealloc<kBackwardProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0) Mainloop::load(params, shared, work);
-    if (threadIdx.x == 32 && params.turns != nullptr) Mainloop::add_in_order(params, shared, work);
+    if (threadIdx.x == 32) Mainloop::add(params, shared, work);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kBackwardConsumerRegisters>();
     typename Mainloop::KeyMma key_mma;

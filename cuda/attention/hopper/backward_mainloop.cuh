@@ -10,7 +10,7 @@
 // is what ptxas needs to keep products asynchronous.
 #pragma once
 
-#include "backward_order.cuh"
+#include "backward_adder.cuh"
 #include "backward_weights.cuh"
 #include "cuda/attention/softmax.cuh"
 #include "gmma.cuh"
@@ -25,12 +25,6 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                "r"(c), "r"(d)
                : "memory");
 }
-
-// What consumers need to know of a step; the producer alone walks.
-struct BackwardStep {
-  int query_tile;
-  int item;  // item_of
-};
 
 template <typename T, int kHeadDim, bool kWeighted, bool kListed>
 struct BackwardMainloop {
@@ -87,7 +81,7 @@ struct BackwardMainloop {
     Ring<kDoutStages> douts;
     FullBarrier keys;
     SumHandover sums;
-    BackwardStep steps[kQueryStages];
+    int query_tiles[kQueryStages];  // for the consumers: the producer and the adding thread alone walk
     int start, total;
     std::conditional_t<kWeighted, KeyWeights, NoWeights> weights;
   };
@@ -145,7 +139,7 @@ struct BackwardMainloop {
       const int item = item_of(params, work, walk);
       shared.queries.wait_empty(query_state);
       uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes,
-                                                [&] { shared.steps[query_state.index()] = {walk.query_tile, item}; });
+                                                [&] { shared.query_tiles[query_state.index()] = walk.query_tile; });
       loader.load(rows, params.q, head, barrier, shared.q + query_state.index() * kTile);
       if (cute::elect_one_sync()) {
         cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
@@ -164,10 +158,9 @@ struct BackwardMainloop {
     }
   }
 
-  // The adding thread of deterministic mode.
-  static __device__ __forceinline__ void add_in_order(const BackwardKernelParams& params, Shared& shared,
-                                                      const KeyWork& work) {
-    hopper::add_in_order<kHeadDim>(params, work, walk(params, shared, work), shared.dq, shared.sums);
+  // The adding thread.
+  static __device__ __forceinline__ void add(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
+    add_sums<kHeadDim>(params, work, walk(params, shared, work), shared.dq, shared.sums);
   }
 
   // A consumer warpgroup: dk (not yet scaled) and dv of its 64 keys.
@@ -229,7 +222,7 @@ struct BackwardMainloop {
       issue<true>(score_mma, v_a, dout_b(_, _, _, dout.index()), dp);
       // The step before: its product runs behind this step's exponentials. (0 in the first step.)
       if constexpr (kLateKeys) issue<false>(key_mma, ds, q_columns(_, _, _, before.index()), dk);
-      if (!first) sums.send(params);
+      if (!first) sums.send();
       const float* stats = shared.stats[query.index()] + thread_index() % 4 * 2;
 #pragma unroll
       for (int j = 0; j < kSize; j += 4) {
@@ -239,7 +232,7 @@ struct BackwardMainloop {
         s(j + 2) = exp2_fast(fmaf(s(j + 2), scale_log2, -lse.x));
         s(j + 3) = exp2_fast(fmaf(s(j + 3), scale_log2, -lse.y));
       }
-      const int query_start = shared.steps[query.index()].query_tile * kQueries;
+      const int query_start = shared.query_tiles[query.index()] * kQueries;
       if (query_start < masked_before) {
         const int hidden = lane_key - query_start - thread_index() % 4 * 2;  // columns before it do not see the key
 #pragma unroll
@@ -296,7 +289,7 @@ struct BackwardMainloop {
       issue<true>(score_mma, k_a, q_b(_, _, _, next.index()), s);  // after the last step, of whatever is there: unused
       warpgroup_wait<kLateKeys ? 1 : 2>();
       warpgroup_fence_operand(dq);
-      sums.stage(params, shared.steps[query.index()].item, buffer, dq);
+      sums.stage(buffer, dq);
       if constexpr (!kLateKeys) {
         warpgroup_wait<1>();
         warpgroup_fence_operand(dk);
@@ -314,8 +307,7 @@ struct BackwardMainloop {
       warpgroup_wait<0>();
       warpgroup_fence_operand(dk);
     }
-    sums.send(params);
-    sums.end(params);
+    sums.send();
   }
 };
 

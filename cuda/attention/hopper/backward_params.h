@@ -32,7 +32,7 @@ struct BackwardKernelParams {
   unsigned long long* sweeps;  // [slots, key_heads], where the document's first slot counts
   int key_slots;               // key tiles of all documents, an upper bound (tile.cuh: locate_tile)
   int section;                 // key heads per section of the grid
-  // Deterministic mode (backward_order.cuh); null: additions to dQ in any order.
+  // Deterministic mode (backward_adder.cuh); null: additions to dQ in any order.
   int* turns;  // [slots, heads]
   int* ranks;  // [listed + key_slots], with lists: how many key tiles add before an entry's, and before the tile itself
   int64_t listed;  // entries that lists.blocks has room for

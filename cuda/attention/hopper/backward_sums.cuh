@@ -21,7 +21,7 @@ __device__ __forceinline__ void bulk_add(float* target, const float* source, uin
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
-// Deterministic mode: a step's dQ passes from the consumer warps to the thread that adds it (backward_order.cuh).
+// A step's dQ passes from the consumer warps to the thread that adds it (backward_adder.cuh).
 struct SumHandover {
   EmptyBarrier staged, taken;
 
@@ -31,8 +31,7 @@ struct SumHandover {
   }
 };
 
-// One consumer warp's part of dQ: every warp stages its own. In any order, each sends its own too, with no barrier
-// between warps; in order (params.turns), it hands over.
+// One consumer warp's part of dQ: every warp stages its own, with no barrier between warps.
 template <int kHeadDim>
 class SumWriter {
  public:
@@ -42,16 +41,11 @@ class SumWriter {
 
   // Copies the accumulators to shared memory, once what was sent before has left it. `odd`: 1 in every other step.
   template <class Out>
-  __device__ __forceinline__ void stage(const BackwardKernelParams& params, int item, uint32_t odd, const Out& dq) {
+  __device__ __forceinline__ void stage(uint32_t odd, const Out& dq) {
     using Order = DqOrder<kHeadDim>;
     const int lane = thread_index() % 32, warpgroup = thread_index() / 128 - 1;
-    if (params.turns != nullptr) {
-      handover_.taken.wait(odd ^ 1);  // in the first step at once
-    } else if (lane == 0) {
-      bulk_wait_read();
-    }
+    handover_.taken.wait(odd ^ 1);  // in the first step at once
     __syncwarp();
-    item_ = item;
     const int chunks = Order::chunks(warpgroup);
 #pragma unroll
     for (int i = 0; i < Order::chunks(0); ++i) {
@@ -62,23 +56,12 @@ class SumWriter {
     }
   }
 
-  // Sends what was staged. A step later than staging: the fence waits for the stores, and by then they have long
+  // Hands over what was staged. A step later than staging: the fence waits for the stores, and by then they have long
   // arrived.
-  __device__ __forceinline__ void send(const BackwardKernelParams& params) {
-    using Order = DqOrder<kHeadDim>;
+  __device__ __forceinline__ void send() {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (params.turns != nullptr) {
-      arrive_as_warp(handover_.staged);
-    } else if (thread_index() % 32 == 0) {
-      bulk_add(params.dq_sums + static_cast<int64_t>(item_) * Order::kSize + part(), buffer_,
-               Order::chunks(thread_index() / 128 - 1) * Order::kChunkFloats * 4);
-    }
-  }
-
-  // After the last addition; by every lane.
-  __device__ __forceinline__ void end(const BackwardKernelParams& params) {
-    if (thread_index() % 32 == 0 && params.turns == nullptr) bulk_wait_read();
+    arrive_as_warp(handover_.staged);
   }
 
  private:
@@ -88,7 +71,6 @@ class SumWriter {
 
   SumHandover& handover_;
   float* buffer_;
-  int item_ = 0;  // staged last
 };
 
 }  // namespace lemo::cuda::attention::hopper

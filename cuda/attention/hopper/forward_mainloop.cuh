@@ -149,19 +149,35 @@ struct ForwardMainloop {
       for (int j = 0; j < size(s); j += 2) packed(j / 2) = pack<T>(s(j), s(j + 1));
     };
 
+    int step = 0;
+    shared.queries.wait(state.query);
+    if constexpr (kQueries % kKeys != 0) {
+      // This warpgroup's rows may end before the keys of the tile that is visited first: it leaves that tile out.
+      if (walk.count > 1 && query_tile * kQueries + consumer * 64 + 63 < walk[0] * kKeys) {
+        shared.keys.wait(state.key);
+        shared.keys.release(state.key);
+        ++state.key;
+        shared.values.wait(state.value);
+        shared.values.release(state.value);
+        ++state.value;
+        step = 1;
+      }
+    }
     {
       Tensor s = partition_fragment_C(score_mma, Shape<Int<kQueries>, Int<kKeys>>{});
-      shared.queries.wait(state.query);
       shared.keys.wait(state.key);
+      if (step > 0) Turns<kConsumers>::take(consumer);
       issue<true>(score_mma, q_fragments, k_fragments(_, _, _, state.key.index()), s);
+      if (step > 0) Turns<kConsumers>::pass(consumer);
       warpgroup_wait<0>();
       shared.keys.release(state.key);
       ++state.key;
-      mask(s, 0);
+      mask(s, step);
       softmax.template update<true>(s, scale_log2);
       round(s);
       clear(out);
     }
+    ++step;
     // A step: scores of this tile and values of the one before run together, with this tile's softmax behind them.
     const auto step_over = [&](int step, auto masked) {
       constexpr bool kMasked = decltype(masked)::value;
@@ -185,7 +201,6 @@ struct ForwardMainloop {
       round(s);
       softmax.rescale(out);
     };
-    int step = 1;
 #pragma unroll 1
     for (; step < walk.masked; ++step) step_over(step, true_type{});
 #pragma unroll 1

@@ -1,0 +1,58 @@
+// The thread that adds every step's dQ to the sums in device memory.
+//
+// It takes the staged dQ over from the consumers, which go on to the next step meanwhile: neither starting the addition
+// nor waiting is theirs. A lone thread, since in deterministic mode lanes that sleep at a barrier would keep the one
+// that waits for its turn from looking.
+//
+// Deterministic mode: key tiles add to a query tile's dQ in ascending order, each when its turn has come. A turn counts
+// the key tiles that have added to a (query tile, head). Thread blocks start in the order of their key tiles, so that
+// whoever is waited for already runs.
+#pragma once
+
+#include "backward_sums.cuh"
+#include "backward_walk.cuh"
+
+namespace lemo::cuda::attention::hopper {
+
+__device__ __forceinline__ void wait_turn(const int* turn, int mine) {
+  int current;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];\n" : "=r"(current) : "l"(turn) : "memory");
+  } while (current != mine);
+}
+__device__ __forceinline__ void pass_turn(int* turn, int mine) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;\n" ::"l"(turn), "r"(mine + 1) : "memory");
+}
+// Between plain and bulk accesses to device memory, which a turn alone does not order.
+__device__ __forceinline__ void fence_bulk_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
+
+// Walks as the producer does.
+template <int kHeadDim, class Walk>
+__device__ __forceinline__ void add_sums(const BackwardKernelParams& params, const KeyWork& work, Walk walk,
+                                         const float* staged, SumHandover& handover) {
+  constexpr int kSize = DqOrder<kHeadDim>::kSize;
+  const bool ordered = params.turns != nullptr;
+  uint32_t phase = 0;
+#pragma unroll 1
+  while (walk.steps > 0) {
+    const int item = item_of(params, work, walk);
+    const int rank = ordered ? walk.rank(params, work) : 0;
+    if (ordered) {
+      wait_turn(params.turns + item, rank);
+      fence_bulk_global();
+    }
+    handover.staged.wait(phase);
+    bulk_add(params.dq_sums + static_cast<int64_t>(item) * kSize, staged, kSize * 4);
+    bulk_wait_read();
+    handover.taken.arrive();
+    if (ordered) {
+      bulk_wait();
+      fence_bulk_global();
+      pass_turn(params.turns + item, rank);
+    }
+    phase ^= 1;
+    walk.advance();
+  }
+}
+
+}  // namespace lemo::cuda::attention::hopper
