@@ -26,32 +26,43 @@ __device__ __forceinline__ void pass_turn(int* turn, int mine) {
 // Between plain and bulk accesses to device memory, which a turn alone does not order.
 __device__ __forceinline__ void fence_bulk_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 
-// Walks as the producer does.
-template <int kHeadDim, class Walk>
-__device__ __forceinline__ void add_sums(const BackwardKernelParams& params, const KeyWork& work, Walk walk,
-                                         const float* staged, SumHandover& handover) {
+// What the consumers and the adding thread are told of a step, in its stage of queries; the producer alone walks.
+struct BackwardStep {
+  int query_tile;
+  int item;   // item_of
+  int entry;  // HeadWalk
+};
+
+// `total` steps, each from its stage; Walk says whose turn comes when.
+template <int kHeadDim, class Walk, int kStages>
+__device__ __forceinline__ void add_sums(const BackwardKernelParams& params, const KeyWork& work, int total,
+                                         Ring<kStages>& stages, const BackwardStep* steps, const float* staged,
+                                         SumHandover& handover) {
   constexpr int kSize = DqOrder<kHeadDim>::kSize;
   const bool ordered = params.turns != nullptr;
+  cutlass::PipelineState<kStages> stage;
   uint32_t phase = 0;
 #pragma unroll 1
-  while (walk.steps > 0) {
-    const int item = item_of(params, work, walk);
-    const int rank = ordered ? walk.rank(params, work) : 0;
+  for (int left = total; left > 0; --left) {
+    stages.wait(stage);
+    const BackwardStep step = steps[stage.index()];
+    stages.release_as_thread(stage);
+    ++stage;
+    const int rank = ordered ? Walk::rank(params, work, step.entry) : 0;
     if (ordered) {
-      wait_turn(params.turns + item, rank);
+      wait_turn(params.turns + step.item, rank);
       fence_bulk_global();
     }
     handover.staged.wait(phase);
-    bulk_add(params.dq_sums + static_cast<int64_t>(item) * kSize, staged, kSize * 4);
+    bulk_add(params.dq_sums + static_cast<int64_t>(step.item) * kSize, staged, kSize * 4);
     bulk_wait_read();
     handover.taken.arrive();
     if (ordered) {
       bulk_wait();
       fence_bulk_global();
-      pass_turn(params.turns + item, rank);
+      pass_turn(params.turns + step.item, rank);
     }
     phase ^= 1;
-    walk.advance();
   }
 }
 

@@ -81,13 +81,13 @@ struct BackwardMainloop {
     Ring<kDoutStages> douts;
     FullBarrier keys;
     SumHandover sums;
-    int query_tiles[kQueryStages];  // for the consumers: the producer and the adding thread alone walk
+    BackwardStep steps[kQueryStages];
     int start, total;
     std::conditional_t<kWeighted, KeyWeights, NoWeights> weights;
   };
 
   static __device__ __forceinline__ void init(Shared& shared) {
-    shared.queries.init(kBackwardWarps);
+    shared.queries.init(kBackwardWarps, 1);
     shared.douts.init(kBackwardWarps);
     shared.keys.init(1);
     shared.sums.init();
@@ -138,8 +138,9 @@ struct BackwardMainloop {
       const int head = work.key_head * params.group + walk.head();
       const int item = item_of(params, work, walk);
       shared.queries.wait_empty(query_state);
-      uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes,
-                                                [&] { shared.query_tiles[query_state.index()] = walk.query_tile; });
+      uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes, [&] {
+        shared.steps[query_state.index()] = {walk.query_tile, item, walk.entry};
+      });
       loader.load(rows, params.q, head, barrier, shared.q + query_state.index() * kTile);
       if (cute::elect_one_sync()) {
         cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
@@ -160,7 +161,7 @@ struct BackwardMainloop {
 
   // The adding thread.
   static __device__ __forceinline__ void add(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
-    add_sums<kHeadDim>(params, work, walk(params, shared, work), shared.dq, shared.sums);
+    add_sums<kHeadDim, Walk>(params, work, shared.total, shared.queries, shared.steps, shared.dq, shared.sums);
   }
 
   // A consumer warpgroup: dk (not yet scaled) and dv of its 64 keys.
@@ -232,7 +233,7 @@ struct BackwardMainloop {
         s(j + 2) = exp2_fast(fmaf(s(j + 2), scale_log2, -lse.x));
         s(j + 3) = exp2_fast(fmaf(s(j + 3), scale_log2, -lse.y));
       }
-      const int query_start = shared.query_tiles[query.index()] * kQueries;
+      const int query_start = shared.steps[query.index()].query_tile * kQueries;
       if (query_start < masked_before) {
         const int hidden = lane_key - query_start - thread_index() % 4 * 2;  // columns before it do not see the key
 #pragma unroll

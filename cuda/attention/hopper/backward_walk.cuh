@@ -30,6 +30,7 @@ __device__ __forceinline__ int item_of(const BackwardKernelParams& params, const
 // What both walks share: the heads of a query tile, and the count of steps.
 struct HeadWalk {
   int query_tile;  // of this step
+  int entry = 0;   // with tile lists, of this step: where in the list it stands
   int head_in_group = 0;
   int group;
   int rotation;  // thread blocks at the same query tile begin with different heads, so that their additions do not meet
@@ -75,8 +76,8 @@ struct QueryWalk : HeadWalk {
     if (!advance_head()) query_tile = query_tile == first ? last : query_tile - 1;
   }
 
-  // How many key tiles add to this query tile's dQ before this one.
-  __device__ __forceinline__ int rank(const BackwardKernelParams&, const KeyWork& work) const {
+  // How many key tiles add to a step's dQ before this one.
+  static __device__ __forceinline__ int rank(const BackwardKernelParams&, const KeyWork& work, int) {
     return work.tile.index;
   }
 };
@@ -89,7 +90,6 @@ struct ListedWalk : HeadWalk {
 
   const int32_t* tiles;
   int begin, end;  // of the list
-  int entry;       // of this step; begin - 1 stands for the key tile itself
   int own;
   int last;  // query tile of the document
 
@@ -98,11 +98,11 @@ struct ListedWalk : HeadWalk {
       : tiles(params.lists.blocks),
         begin(params.lists.offsets[work.key_slot]),
         end(params.lists.offsets[work.key_slot + 1]),
-        entry(start),
         own(work.tile.index),
         last((work.tile.length - 1) / kQueries) {
     group = params.group;
     rotation = first_head;
+    entry = start;  // begin - 1 stands for the key tile itself
     query_tile = end_of(tile_of(entry));
     // Only the document's last tile can have fewer query tiles.
     steps = total = (end_of(tile_of(end - 1)) % kPerTile + 1 + (end - begin) * kPerTile) * group;
@@ -129,8 +129,8 @@ struct ListedWalk : HeadWalk {
     }
   }
 
-  __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work) const {
-    return params.ranks[entry < begin ? params.listed + work.key_slot : entry];
+  static __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work, int entry) {
+    return params.ranks[entry < params.lists.offsets[work.key_slot] ? params.listed + work.key_slot : entry];
   }
 
  private:

@@ -20,7 +20,9 @@ constexpr int kArrivals = 32;
 #else
 constexpr int kArrivals = 1;
 #endif
-__device__ __forceinline__ void init_for_warps(EmptyBarrier& barrier, int warps) { barrier.init(warps * kArrivals); }
+__device__ __forceinline__ void init_for_warps(EmptyBarrier& barrier, int warps, int threads = 0) {
+  barrier.init(warps * kArrivals + threads);
+}
 // By the whole warp, which has met since its last access.
 __device__ __forceinline__ void arrive_as_warp(EmptyBarrier& barrier) {
   if (kArrivals == 32 || thread_index() % 32 == 0) barrier.arrive();
@@ -37,10 +39,11 @@ struct Ring {
   // The producer starts one phase ahead: its first wait for an empty stage succeeds at once.
   static __device__ __forceinline__ State producer_start() { return {0, 1, 0}; }
 
-  __device__ __forceinline__ void init(int consumer_warps) {
+  // `threads`: consumers that are single threads (release_as_thread), besides the warps.
+  __device__ __forceinline__ void init(int consumer_warps, int threads = 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       full[stage].init(1);
-      init_for_warps(empty[stage], consumer_warps);
+      init_for_warps(empty[stage], consumer_warps, threads);
     }
   }
 
@@ -64,6 +67,7 @@ struct Ring {
 
   // By the whole consumer warp, after its last read of the stage.
   __device__ __forceinline__ void release(const State& state) { arrive_as_warp(empty[state.index()]); }
+  __device__ __forceinline__ void release_as_thread(const State& state) { empty[state.index()].arrive(); }
 };
 
 // Consumer warpgroups issue their products in turn, so that one does its arithmetic while the other's products run.

@@ -47,13 +47,11 @@ class RowLoader {
     Pending pending;
     pending.runs.position = position;
     pending.runs.consecutive = documents_.rows == nullptr && position + kRows <= tile_.length;
+    if (pending.runs.consecutive) {
 #pragma unroll
-    for (int run = 0; run < Runs::kRuns; ++run) {
-      if (pending.runs.consecutive) {
-        pending.runs.starts[run] = tile_.start + position + run * kRunRows;
-      } else {
-        fetch_run(position + run * kRunRows, pending.rows[run]);
-      }
+      for (int run = 0; run < Runs::kRuns; ++run) pending.runs.starts[run] = tile_.start + position + run * kRunRows;
+    } else {
+      fetch_runs<Runs::kRuns>(position, pending.rows);
     }
     return pending;
   }
@@ -85,17 +83,27 @@ class RowLoader {
   static constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   static constexpr int kScattered = -1;
 
-  __device__ __forceinline__ void fetch_run(int position, int (&rows)[2]) const {
+  // Lane i takes rows 2 i and 2 i + 1 of every run. Without branches: all loads are on their way before one is waited
+  // for.
+  template <int kRuns>
+  __device__ __forceinline__ void fetch_runs(int position, int (&rows)[kRuns][2]) const {
+    const int left = tile_.length - position;
+    const int packed = tile_.start + position;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = position + half * 32 + thread_index() % 32;
-      rows[half] = row < tile_.length ? static_cast<int>(storage_row(documents_, tile_.start + row)) : -1;
+    for (int run = 0; run < kRuns; ++run) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = run * kRunRows + thread_index() % 32 * 2 + i;
+        const int inside = packed + min(row, left - 1);
+        const int storage = documents_.rows != nullptr ? documents_.rows[inside] : inside;
+        rows[run][i] = row < left ? storage : -1;
+      }
     }
   }
   // A box that begins at -kRunRows lies outside of the tensor whole: zeros.
   static __device__ __forceinline__ int start_of(const int (&rows)[2]) {
     const int lane = thread_index() % 32, first = __shfl_sync(0xffffffffu, rows[0], 0);
-    const bool consecutive = __all_sync(0xffffffffu, rows[0] == first + lane && rows[1] == first + 32 + lane);
+    const bool consecutive = __all_sync(0xffffffffu, rows[0] == first + 2 * lane && rows[1] == rows[0] + 1);
     return first < 0 ? -kRunRows : consecutive ? first : kScattered;
   }
 
@@ -114,16 +122,16 @@ class RowLoader {
     const int lane = thread_index() % 32;
 #pragma unroll 1
     for (int run = 0; run < Runs::kRuns; ++run) {
-      int rows[2];
-      fetch_run(position + run * kRunRows, rows);
-      const int start = start_of(rows);
+      int rows[1][2];
+      fetch_runs<1>(position + run * kRunRows, rows);
+      const int start = start_of(rows[0]);
       if (start != kScattered) {
         if (cute::elect_one_sync()) copy_run(start, run, tensor, head, barrier, base);
         continue;
       }
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        const int row = run * kRunRows + half * 32 + lane, storage = half == 0 ? rows[0] : rows[1];
+      for (int i = 0; i < 2; ++i) {
+        const int row = run * kRunRows + 2 * lane + i, storage = i == 0 ? rows[0][0] : rows[0][1];
         if constexpr (kColumns == 32) {
           copy_row(storage, row, tensor, head, base);
         } else {
