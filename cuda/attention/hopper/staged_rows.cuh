@@ -21,6 +21,9 @@ __device__ __forceinline__ void store_staged(StagedRows<kHeadDim>& staged, const
                                              const float (&factor)[2]) {
   constexpr int kPitch = StagedRows<kHeadDim>::kPitch;
   const int lane = thread_index() % 32;
+  // One load serves all rows, and is on its way while they are staged.
+  const int own_row = row_start + lane % 16;
+  const int own = own_row < tile.length ? static_cast<int>(storage_row(documents, tile.start + own_row)) : -1;
   __syncwarp();  // what was staged before has been read
 #pragma unroll
   for (int j = 0; j < decltype(cute::size(out))::value; j += 2) {
@@ -30,11 +33,15 @@ __device__ __forceinline__ void store_staged(StagedRows<kHeadDim>& staged, const
   }
   __syncwarp();
   const int chunks = kHeadDim == 96 ? head_dim / 8 : kHeadDim / 8;
-  for (int item = lane; item < 16 * chunks; item += 32) {
-    const int row = item / chunks, chunk = item % chunks;
-    if (row_start + row >= tile.length) continue;
-    T* to = head_pointer<T>(target, head) + storage_row(documents, tile.start + row_start + row) * target.row_stride;
-    *reinterpret_cast<uint4*>(to + chunk * 8) = *reinterpret_cast<const uint4*>(staged.data + row * kPitch + chunk * 8);
+#pragma unroll
+  for (int pass = 0; pass < kHeadDim / 16; ++pass) {
+    if (kHeadDim == 96 && pass * 2 >= chunks) break;
+    const int item = pass * 32 + lane, row = item / chunks, chunk = item % chunks;
+    const int storage = __shfl_sync(0xffffffffu, own, row);
+    if (storage >= 0) {
+      T* to = head_pointer<T>(target, head) + storage * target.row_stride + chunk * 8;
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(staged.data + row * kPitch + chunk * 8);
+    }
   }
 }
 
