@@ -91,6 +91,11 @@ def put(index: int, value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def swapped(x: Tensor) -> Tensor:
+    """The first two values in the other order."""
+    return torch.cat([x[:2].flip(0), x[2:]])
+
+
 def longer(x: Tensor) -> Tensor:
     return torch.cat([x, x[:1]])
 
@@ -198,6 +203,7 @@ OPERATIONS = [
     wrong("scatter_add_", "rows", lambda r: put(1, r[0].item())(r), ("no row twice",)),
     wrong("gather_norm_backward_", "rows", lambda r: put(1, r[0].item())(r), ("no row twice",)),
     wrong("attention_forward", "rows", put(3, T), (str(T), "position 3")),
+    *(wrong(op, "rows", swapped, ("ascending", "position 1")) for op in ("attention_forward", "attention_backward")),
     wrong("attention_forward", "cu_seqlens", put(0, 1), ("begin with 0", "got 1")),
     wrong("attention_forward", "cu_seqlens", put(-1, M + 1), (str(M), str(M + 1))),
     wrong("attention_forward", "max_seqlen", value(1), ("longest document", "got 1")),

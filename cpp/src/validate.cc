@@ -400,7 +400,10 @@ int64_t check_attention(const Checker& check, const lemo_tensor& q, const lemo_t
   const int64_t capacity = present(rows) ? rows.shape[0] : r;
   if (check.values()) {
     const int64_t m = check_cu_seqlens_values(cu_seqlens, capacity, max_seqlen);
-    if (present(rows)) check_rows_values(rows, m, r, false, true);
+    if (present(rows)) {
+      check_rows_values(rows, m, r, false, true);
+      check_rows_ascend(rows, cu_seqlens);
+    }
   }
   return capacity;
 }

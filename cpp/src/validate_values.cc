@@ -107,6 +107,18 @@ int64_t check_cu_seqlens_values(const lemo_tensor& cu_seqlens, int64_t capacity,
   return list[documents];
 }
 
+void check_rows_ascend(const lemo_tensor& rows, const lemo_tensor& cu_seqlens) {
+  const int32_t *list = ints(rows), *begin = ints(cu_seqlens);
+  for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
+    for (int64_t i = begin[d] + 1; i < begin[d + 1]; ++i) {
+      if (list[i] <= list[i - 1]) {
+        invalid("rows: expected ascending rows within a document, got ", list[i], " after ", list[i - 1],
+                " at position ", i);
+      }
+    }
+  }
+}
+
 void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,
                              bool transposed) {
   const int32_t* begin = ints(offsets);

@@ -2,8 +2,8 @@
  *
  * The M packed rows of D documents are given by cu_seqlens. Packed row i of q, k, v, out (and their gradients) lies
  * at storage row rows[i] of each tensor: original offsets, no copy. Absent `rows` = packed storage (storage row i).
- * Rows of a document are ascending in position, so packed order decides causality: i sees j iff j <= i in the same
- * document.
+ * Within a document they ascend (rows[i] > rows[i - 1]: kernels tell by its ends whether a run of rows is one piece of
+ * storage), and packed order decides causality: i sees j iff j <= i in the same document.
  *   out_i = sum_j P_ij v_j,  P_ij = exp(scale * q_i . k_j - lse_i),  lse_i = log sum_j exp(scale * q_i . k_j)
  * Query head h reads key/value head h / (Hq / Hk). D in {64, 80, 96, 128} on CUDA, any on the CPU.
  *

@@ -41,7 +41,7 @@ class RowLoader {
   // it waits for something else.
   struct Pending {
     Runs runs;
-    int rows[Runs::kRuns][2];  // this lane's rows of a run; -1 beyond the document
+    int row;  // lanes 2 i and 2 i + 1: the storage rows that run i begins and ends with; -1 beyond the document
   };
   __device__ __forceinline__ Pending fetch(int position) const {
     Pending pending;
@@ -51,7 +51,8 @@ class RowLoader {
 #pragma unroll
       for (int run = 0; run < Runs::kRuns; ++run) pending.runs.starts[run] = tile_.start + position + run * kRunRows;
     } else {
-      fetch_runs<Runs::kRuns>(position, pending.rows);
+      const int lane = thread_index() % 32;
+      pending.row = fetch_row(position + lane / 2 % Runs::kRuns * kRunRows + lane % 2 * (kRunRows - 1));
     }
     return pending;
   }
@@ -61,7 +62,8 @@ class RowLoader {
     runs.consecutive = true;
 #pragma unroll
     for (int run = 0; run < Runs::kRuns; ++run) {
-      runs.starts[run] = start_of(pending.rows[run]);
+      runs.starts[run] =
+          start_of(__shfl_sync(0xffffffffu, pending.row, 2 * run), __shfl_sync(0xffffffffu, pending.row, 2 * run + 1));
       if (runs.starts[run] == kScattered) runs.consecutive = false;
     }
     return runs;
@@ -83,28 +85,16 @@ class RowLoader {
   static constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   static constexpr int kScattered = -1;
 
-  // Lane i takes rows 2 i and 2 i + 1 of every run. Without branches: all loads are on their way before one is waited
-  // for.
-  template <int kRuns>
-  __device__ __forceinline__ void fetch_runs(int position, int (&rows)[kRuns][2]) const {
-    const int left = tile_.length - position;
-    const int packed = tile_.start + position;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = run * kRunRows + thread_index() % 32 * 2 + i;
-        const int inside = packed + min(row, left - 1);
-        const int storage = documents_.rows != nullptr ? documents_.rows[inside] : inside;
-        rows[run][i] = row < left ? storage : -1;
-      }
-    }
+  // The storage row of row `position` of the document.
+  __device__ __forceinline__ int fetch_row(int position) const {
+    const int inside = tile_.start + min(position, tile_.length - 1);
+    const int storage = documents_.rows != nullptr ? documents_.rows[inside] : inside;
+    return position < tile_.length ? storage : -1;
   }
-  // A box that begins at -kRunRows lies outside of the tensor whole: zeros.
-  static __device__ __forceinline__ int start_of(const int (&rows)[2]) {
-    const int lane = thread_index() % 32, first = __shfl_sync(0xffffffffu, rows[0], 0);
-    const bool consecutive = __all_sync(0xffffffffu, rows[0] == first + 2 * lane && rows[1] == rows[0] + 1);
-    return first < 0 ? -kRunRows : consecutive ? first : kScattered;
+  // Of a run by its ends: rows of a document ascend, so that ends as far apart as those of a box have a box between
+  // them. A box that begins at -kRunRows lies outside of the tensor whole: zeros.
+  static __device__ __forceinline__ int start_of(int first, int last) {
+    return first < 0 ? -kRunRows : last - first == kRunRows - 1 ? first : kScattered;
   }
 
   // By one lane.
@@ -122,16 +112,16 @@ class RowLoader {
     const int lane = thread_index() % 32;
 #pragma unroll 1
     for (int run = 0; run < Runs::kRuns; ++run) {
-      int rows[1][2];
-      fetch_runs<1>(position + run * kRunRows, rows);
-      const int start = start_of(rows[0]);
+      const int low = fetch_row(position + run * kRunRows + lane),
+                high = fetch_row(position + run * kRunRows + 32 + lane);
+      const int start = start_of(__shfl_sync(0xffffffffu, low, 0), __shfl_sync(0xffffffffu, high, 31));
       if (start != kScattered) {
         if (cute::elect_one_sync()) copy_run(start, run, tensor, head, barrier, base);
         continue;
       }
 #pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        const int row = run * kRunRows + 2 * lane + i, storage = i == 0 ? rows[0][0] : rows[0][1];
+      for (int half = 0; half < 2; ++half) {
+        const int row = run * kRunRows + half * 32 + lane, storage = half == 0 ? low : high;
         if constexpr (kColumns == 32) {
           copy_row(storage, row, tensor, head, base);
         } else {
