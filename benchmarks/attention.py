@@ -2,7 +2,7 @@
 
   python benchmarks/attention.py                     # everything, two to three minutes
   python benchmarks/attention.py --quick --cases packed blocks
-  python benchmarks/attention.py --plot benchmarks/results/attention-h200.json
+  python benchmarks/attention.py --plot benchmarks/results/attention-h100.json
 
 Cases, each beside its peers in one process and in turn with them:
   packed         one causal document, everything kept

@@ -268,14 +268,14 @@ def blocks() -> dict[Path, list[str]]:
     return {
         ROOT / "README.md": [
             *activation(),
-            *attention_in_short("attention-h200"),
+            *attention_in_short("attention-h100"),
             *quality(),
             *recall(),
             *equivalence(),
         ],
         ROOT / "docs" / "performance.md": [
             *operations(),
-            *attention("attention-h200"),
+            *attention("attention-h100"),
             *tiles(),
         ],
     }
