@@ -1,9 +1,9 @@
 """Causal attention over kept rows, forward and backward, by documents (paper section 5.1; weights: the docs on modes).
 
 M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies at row rows[i] of every tensor (``rows``
-int32 [M], or None: row i), ascending in position within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing
-Hq; rows and heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed
-rows, or more. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+int32 [M], or None: row i), ascending within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing Hq; rows and
+heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed rows, or
+more. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
 """
 
 from __future__ import annotations
