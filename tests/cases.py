@@ -470,6 +470,8 @@ ATTENTION = [
     *(Attention("gap_64", 4, 1, dim, "rows", given, magnitude=8.0) for dim in DIMS for given in (False, True)),
     *(Attention(p, 4, 1, dim, "packed", lists=True) for p in ("gap_128", "ragged_128") for dim in DIMS),
     *(Attention("gap_128", 4, 2, dim, "rows", given, lists=True) for dim in DIMS for given in (False, True)),
+    # Ratios of heads that leave a thread block of the Hopper kernel with fewer parts than it has room for.
+    *(Attention("gap_128", hq, hk, 64, "rows", lists=True) for hq, hk in ((2, 2), (6, 2), (8, 1))),
 ]
 SCORES = [
     *(Scores(p) for p in PACKINGS),

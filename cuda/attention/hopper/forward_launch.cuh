@@ -8,13 +8,12 @@
 
 namespace lemo::cuda::attention::hopper {
 
-// Heads of a section keep their keys and values within this much of the L2 cache (50 MiB on H100, 60 on H200).
+// Key heads of a section keep their keys and values within this much of the L2 cache (50 MiB on H100, 60 on H200).
 constexpr int64_t kSectionBytes = 32 << 20;
 
-inline int section_heads(int64_t rows, int heads, int group, int head_dim) {
+inline int heads_in_cache(int64_t rows, int key_heads, int head_dim) {
   const int64_t bytes = std::max<int64_t>(1, rows * head_dim * 2 * 2);
-  const int64_t key_heads = std::clamp<int64_t>(kSectionBytes / bytes, 1, heads / group);
-  return static_cast<int>(key_heads) * group;
+  return static_cast<int>(std::clamp<int64_t>(kSectionBytes / bytes, 1, key_heads));
 }
 
 template <typename T, int kHeadDim, bool kListed>
@@ -39,9 +38,9 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   kernel_params.scale_log2 = std::max(params.scale * kLog2E, 1e-30f);
   ForwardSchedule& schedule = kernel_params.schedule;
   schedule.next = params.counter;
-  schedule.slots = static_cast<int>(documents.capacity / Mainloop::kQueries + documents.count);
-  schedule.section = section_heads(documents.capacity, params.heads, params.group, params.head_dim);
-  schedule.items = schedule.slots * params.heads;
+  schedule.slots = static_cast<int>(documents.capacity / Mainloop::Order::kRows + documents.count);
+  schedule.section = heads_in_cache(documents.capacity, key_heads, params.head_dim);
+  schedule.items = schedule.slots * key_heads * Mainloop::Order::items(params.group);
 
   check(cudaMemsetAsync(params.counter, 0, sizeof(int), stream), "attention_forward");
   int device = 0;

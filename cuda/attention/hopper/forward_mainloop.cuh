@@ -1,55 +1,25 @@
-// One query tile against its key tiles: what the producer warp loads, and what the consumer warpgroups compute.
+// Work items, one after the other: what the producer warps load, and what the consumer warpgroups compute.
 #pragma once
 
-#include "config.h"
-#include "forward_params.h"
+#include "forward_work.cuh"
 #include "gmma.cuh"
-#include "pipeline.cuh"
 #include "row_loader.cuh"
 #include "softmax.cuh"
 
 namespace lemo::cuda::attention::hopper {
-
-// The key tiles of a query tile, in the order they are visited: the diagonal first, so that only the first tiles need
-// masks.
-template <int kQueries, int kKeys, bool kListed>
-struct KeyWalk {
-  int count;   // tiles
-  int masked;  // how many of them, from the first, hold keys that some query does not see
-  int last;    // without lists: the tile visited first
-  const int32_t* list;
-
-  __device__ __forceinline__ KeyWalk(const TileLists& lists, const Tile& tile, int slot, int query_tile) {
-    if constexpr (kListed) {
-      const int begin = lists.offsets[slot];
-      list = lists.blocks + begin - 1;
-      count = 1 + lists.offsets[slot + 1] - begin;
-      masked = 1;
-      last = query_tile;
-    } else {
-      const int query_start = query_tile * kQueries;
-      list = nullptr;
-      last = (min(query_start + kQueries, tile.length) + kKeys - 1) / kKeys - 1;
-      count = last + 1;
-      masked = count - (query_start + 1) / kKeys;
-    }
-  }
-  __device__ __forceinline__ int operator[](int step) const {
-    if constexpr (kListed) return step == 0 ? last : list[step];
-    return last - step;
-  }
-};
 
 template <typename T, int kHeadDim, bool kListed>
 struct ForwardMainloop {
   static constexpr ForwardTile kShape = kForwardShape<kHeadDim, kListed>;
   static constexpr int kQueries = kShape.queries, kKeys = kShape.keys, kStages = kShape.stages;
   static constexpr int kConsumers = kQueries / 64;
+  static constexpr int kQueryStages = 2;  // the next item's first scores start before this item is done
   using Element = GmmaElement<T>;
-  using Walk = KeyWalk<kQueries, kKeys, kListed>;
-  using QueryLoader = RowLoader<kQueries, kHeadDim>;
+  using Order = WorkOrder<kHeadDim, kListed>;
+  using Walk = KeyWalk<kListed>;
+  using PartLoader = RowLoader<64, kHeadDim, kQueries>;
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
-  using QueryLayout = RowLayout<Element, kQueries, kHeadDim, 1>;
+  using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, kStages>;
   using ValueLayout = TransposedLayout<Element, kKeys, kHeadDim, kStages>;
   using WarpGroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
@@ -64,61 +34,71 @@ struct ForwardMainloop {
       WarpGroups{}));
 
   struct Shared {
-    alignas(1024) Element q[kQueries * kHeadDim];
+    alignas(1024) Element q[kQueryStages * kQueries * kHeadDim];
     alignas(1024) Element k[kStages * kKeys * kHeadDim];
     alignas(1024) Element v[kStages * kKeys * kHeadDim];
-    Ring<1> queries;
+    Ring<kQueryStages> queries;
     Ring<kStages> keys, values;
+    WorkQueue queue;
   };
 
-  struct ProducerState {
-    cutlass::PipelineState<1> query = Ring<1>::producer_start();
-    cutlass::PipelineState<kStages> key = Ring<kStages>::producer_start(), value = key;
-  };
-  struct ConsumerState {
-    cutlass::PipelineState<1> query;
-    cutlass::PipelineState<kStages> key, value;
-  };
+  static __device__ __forceinline__ void init(Shared& shared) {
+    shared.queries.init(kConsumers * 4);
+    shared.keys.init(kConsumers * 4);
+    shared.values.init(kConsumers * 4);
+    shared.queue.init(kConsumers * 4 + 2);
+  }
 
-  // The producer warp. A value tile follows one key tile behind: that is the order in which they are needed.
-  static __device__ __forceinline__ void load(const ForwardKernelParams& params, Shared& shared, ProducerState& state,
-                                              const Tile& tile, const Walk& walk, int query_tile, int head) {
-    constexpr int kTile = kKeys * kHeadDim;
-    const int key_head = head / params.group;
-    {
-      const QueryLoader loader(params.documents, tile);
-      const auto rows = loader.find(query_tile * kQueries);
-      uint64_t* barrier = shared.queries.acquire(state.query, QueryLoader::kBytes);
-      loader.load(rows, params.q, head, barrier, shared.q);
-      ++state.query;
-    }
-    // The row map is read one step ahead: under load its latency is close to the length of a step.
-    const KeyLoader loader(params.documents, tile);
-    auto next = loader.fetch(walk[0] * kKeys);
-    typename KeyLoader::Runs keys, values;
-#pragma unroll 1
-    for (int step = 0; step <= walk.count; ++step) {
-      if (step < walk.count) {
-        keys = loader.resolve(next);
-        if (step + 1 < walk.count) next = loader.fetch(walk[step + 1] * kKeys);
-        uint64_t* barrier = shared.keys.acquire(state.key, KeyLoader::kBytes);
-        loader.load(keys, params.k, key_head, barrier, shared.k + state.key.index() * kTile);
-        ++state.key;
+  // The warp that hands out work items and loads their queries.
+  static __device__ __forceinline__ void hand_out(const ForwardKernelParams& params, Shared& shared) {
+    auto query = Ring<kQueryStages>::producer_start();
+    const auto claim = [&] {
+      int item = 0;
+      if (thread_index() % 32 == 0) item = static_cast<int>(gridDim.x) + atomicAdd(params.schedule.next, 1);
+      return __shfl_sync(0xffffffffu, item, 0);
+    };
+    uint32_t phase = 1;
+    for (int item = static_cast<int>(blockIdx.x);; item = claim()) {
+      Work work;
+      work.steps = 0;
+      for (; item < params.schedule.items; item = claim()) {
+        work = Order::decode(params, item);
+        if (work.steps > 0) break;
       }
-      if (step > 0) {
-        uint64_t* barrier = shared.values.acquire(state.value, KeyLoader::kBytes);
-        loader.load(values, params.v, key_head, barrier, shared.v + state.value.index() * kTile);
-        ++state.value;
+      shared.queue.put(work, phase);
+      phase ^= 1;
+      if (work.steps == 0) break;
+      const PartLoader loader(params.documents, work.tile);
+      typename PartLoader::Pending pending[kConsumers];
+#pragma unroll
+      for (int c = 0; c < kConsumers; ++c) {
+        pending[c] =
+            loader.fetch(Order::has_part(params, work, c) ? Order::part(params, work, c).row : work.tile.length);
       }
-      values = keys;
+      uint64_t* barrier = shared.queries.acquire(query, kConsumers * PartLoader::kBytes);
+#pragma unroll
+      for (int c = 0; c < kConsumers; ++c) {
+        loader.load(loader.resolve(pending[c]), params.q, Order::part(params, work, c).head, barrier,
+                    shared.q + query.index() * (kQueries * kHeadDim) + c * 64 * PartLoader::kColumns);
+      }
+      ++query;
+      shared.queue.wanted.wait(phase);
     }
   }
 
-  // A consumer warpgroup: `out` receives the sum over keys, not yet divided by the softmax's sum.
-  template <class Out>
-  static __device__ __forceinline__ void compute(const ForwardKernelParams& params, Shared& shared,
-                                                 ConsumerState& state, const Walk& walk, int query_tile, int consumer,
-                                                 RowSoftmax& softmax, Out& out) {
+  // A warp each: they wait for stages of their own.
+  static __device__ __forceinline__ void load_keys(const ForwardKernelParams& params, Shared& shared) {
+    load_tiles<true>(params, shared.queue, params.k, shared.keys, shared.k);
+  }
+  static __device__ __forceinline__ void load_values(const ForwardKernelParams& params, Shared& shared) {
+    load_tiles<false>(params, shared.queue, params.v, shared.values, shared.v);
+  }
+
+  // A consumer warpgroup. `store(work, part, softmax, out)` receives the sums over keys, not yet divided by the
+  // softmax's sums.
+  template <class Store>
+  static __device__ __forceinline__ void compute(const ForwardKernelParams& params, Shared& shared, int consumer,
+                                                 const Store& store) {
     using namespace cute;
     ScoreMma score_mma;
     ValueMma value_mma;
@@ -127,20 +107,13 @@ struct ForwardMainloop {
     const Tensor v = make_tensor(make_smem_ptr(shared.v), ValueLayout{});
     const auto score_slice = score_mma.get_slice(consumer * 128);
     const auto value_slice = value_mma.get_slice(consumer * 128);
-    const Tensor q_fragments = score_slice.partition_fragment_A(q(_, _, _0{}));
+    const Tensor q_fragments = score_slice.partition_fragment_A(q);
     const Tensor k_fragments = score_slice.partition_fragment_B(k);
     const Tensor v_fragments = value_slice.partition_fragment_B(v);
     const float scale_log2 = params.scale_log2;
-    const int lane_row =
-        query_tile * kQueries + consumer * 64 + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;
 
-    const auto mask = [&](auto& s, int step) {
-      const int visible = lane_row - walk[step] * kKeys - thread_index() % 4 * 2;  // of the upper row
-#pragma unroll
-      for (int j = 0; j < size(s); ++j) {
-        if (j / 4 * 8 + j % 2 > visible + j / 2 % 2 * 8) s(j) = -INFINITY;
-      }
-    };
+    using Scores = decltype(partition_fragment_C(score_mma, Shape<Int<kQueries>, Int<kKeys>>{}));
+    auto out = partition_fragment_C(value_mma, Shape<Int<kQueries>, Int<kHeadDim>>{});
     // P as the left operand of its product: the accumulator's layout is the operand's.
     auto p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kKeys / 16>>>{});
     const auto round = [&](auto const& s) {
@@ -148,71 +121,159 @@ struct ForwardMainloop {
 #pragma unroll
       for (int j = 0; j < size(s); j += 2) packed(j / 2) = pack<T>(s(j), s(j + 1));
     };
-
-    int step = 0;
-    shared.queries.wait(state.query);
-    if constexpr (kQueries % kKeys != 0) {
-      // This warpgroup's rows may end before the keys of the tile that is visited first: it leaves that tile out.
-      if (walk.count > 1 && query_tile * kQueries + consumer * 64 + 63 < walk[0] * kKeys) {
-        shared.keys.wait(state.key);
-        shared.keys.release(state.key);
-        ++state.key;
-        shared.values.wait(state.value);
-        shared.values.release(state.value);
-        ++state.value;
-        step = 1;
+    // Of the first tile that a part sees; the others it sees whole.
+    const auto mask = [&](auto& s, int row) {
+      const int visible = row % kKeys + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4 -
+                          thread_index() % 4 * 2;  // of the upper row
+#pragma unroll
+      for (int j = 0; j < size(s); ++j) {
+        if (j / 4 * 8 + j % 2 > visible + j / 2 % 2 * 8) s(j) = -INFINITY;
       }
-    }
-    {
-      Tensor s = partition_fragment_C(score_mma, Shape<Int<kQueries>, Int<kKeys>>{});
-      shared.keys.wait(state.key);
-      if (step > 0) Turns<kConsumers>::take(consumer);
-      issue<true>(score_mma, q_fragments, k_fragments(_, _, _, state.key.index()), s);
-      if (step > 0) Turns<kConsumers>::pass(consumer);
-      warpgroup_wait<0>();
-      shared.keys.release(state.key);
-      ++state.key;
-      mask(s, step);
-      softmax.template update<true>(s, scale_log2);
-      round(s);
-      clear(out);
-    }
-    ++step;
-    // A step: scores of this tile and values of the one before run together, with this tile's softmax behind them.
-    const auto step_over = [&](int step, auto masked) {
-      constexpr bool kMasked = decltype(masked)::value;
-      Tensor s = partition_fragment_C(score_mma, Shape<Int<kQueries>, Int<kKeys>>{});
-      shared.keys.wait(state.key);
-      Turns<kConsumers>::take(consumer);
-      issue<true>(score_mma, q_fragments, k_fragments(_, _, _, state.key.index()), s);
-      shared.values.wait(state.value);
-      issue<false>(value_mma, p, v_fragments(_, _, _, state.value.index()), out);
-      Turns<kConsumers>::pass(consumer);
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(s);
-      shared.keys.release(state.key);
-      ++state.key;
-      if constexpr (kMasked) mask(s, step);
-      softmax.template update<kMasked>(s, scale_log2);
+    };
+
+    cutlass::PipelineState<kQueryStages> query;
+    cutlass::PipelineState<kStages> key, value;
+    uint32_t phase = 0;
+    RowSoftmax softmax;
+    Work work;
+    Part part;
+    bool running = false;  // P of `work`'s last step waits for its product
+    const auto skip_keys = [&](int steps) {
+      for (int i = 0; i < steps; ++i) {
+        shared.keys.wait(key);
+        shared.keys.release(key);
+        ++key;
+      }
+    };
+    // Every warpgroup takes as many turns.
+    const auto skip_values = [&](int steps) {
+      for (int i = 0; i < steps; ++i) {
+        shared.values.wait(value);
+        shared.values.release(value);
+        ++value;
+        Turns<kConsumers>::take(consumer);
+        Turns<kConsumers>::pass(consumer);
+      }
+    };
+    const auto finish_values = [&] {
       warpgroup_wait<0>();
       warpgroup_fence_operand(out);
-      shared.values.release(state.value);
-      ++state.value;
-      round(s);
-      softmax.rescale(out);
+      shared.values.release(value);
+      ++value;
     };
+    Turns<kConsumers>::start(consumer);
+    while (true) {
+      const Work next = shared.queue.take(phase);
+      const bool has_part = next.steps > 0 && Order::has_part(params, next, consumer);
+      if (running && !(kShape.chained && has_part)) {
+        shared.values.wait(value);
+        issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
+        finish_values();
+        store(work, part, softmax, out);
+        running = false;
+      }
+      if (next.steps == 0) break;
+      shared.queries.wait(query);
+      if (!has_part) {
+        shared.queries.release(query);
+        ++query;
+        for (int step = 0; step < next.steps; ++step) {
+          skip_keys(1);
+          skip_values(1);
+        }
+        continue;
+      }
+      const Part next_part = Order::part(params, next, consumer);
+      // The part's rows may end before the tile that is visited first.
+      const int skipped = max(0, next.last_keys - next_part.row / kKeys);
+      skip_keys(skipped);
+      {
+        Scores s;
+        RowSoftmax next_softmax;
+        const auto begin_softmax = [&] {
+          warpgroup_fence_operand(s);
+          shared.keys.release(key);
+          ++key;
+          mask(s, next_part.row);
+          next_softmax.update(s, scale_log2);
+        };
+        shared.keys.wait(key);
+        Turns<kConsumers>::take(consumer);
+        issue<true>(score_mma, q_fragments(_, _, _, query.index()), k_fragments(_, _, _, key.index()), s);
+        if (kShape.chained && running) {
+          // The last product of the item before runs behind this item's first scores and softmax.
+          shared.values.wait(value);
+          issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
+          Turns<kConsumers>::pass(consumer);
+          warpgroup_wait<1>();
+          begin_softmax();
+          finish_values();
+          round(s);
+          store(work, part, softmax, out);
+        } else {
+          Turns<kConsumers>::pass(consumer);
+          warpgroup_wait<0>();
+          begin_softmax();
+          round(s);
+        }
+        softmax = next_softmax;
+      }
+      skip_values(skipped);
+      clear(out);
+      work = next;
+      part = next_part;
+      running = true;
+      // A step: scores of this tile and values of the one before run together, with this tile's softmax behind them.
 #pragma unroll 1
-    for (; step < walk.masked; ++step) step_over(step, true_type{});
+      for (int step = 1 + skipped; step < work.steps; ++step) {
+        Scores s;
+        shared.keys.wait(key);
+        Turns<kConsumers>::take(consumer);
+        issue<true>(score_mma, q_fragments(_, _, _, query.index()), k_fragments(_, _, _, key.index()), s);
+        shared.values.wait(value);
+        issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
+        Turns<kConsumers>::pass(consumer);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(s);
+        shared.keys.release(key);
+        ++key;
+        softmax.update(s, scale_log2);
+        finish_values();
+        round(s);
+        softmax.rescale(out);
+      }
+      shared.queries.release(query);
+      ++query;
+    }
+  }
+
+ private:
+  // All work items' tiles of `tensor`, by one warp.
+  template <bool kAsks>
+  static __device__ __forceinline__ void load_tiles(const ForwardKernelParams& params, WorkQueue& queue,
+                                                    const RowTensor& tensor, Ring<kStages>& ring, Element* target) {
+    // The next item is asked for this many steps before the end of one: as late as its decoding allows, so that the
+    // thread blocks end together.
+    constexpr int kAhead = 3;
+    auto state = Ring<kStages>::producer_start();
+    uint32_t phase = 0;
+    while (true) {
+      const Work work = queue.take(phase);
+      if (work.steps == 0) break;
+      const KeyLoader loader(params.documents, work.tile);
+      const Walk walk(params.lists, work);
+      // The row map is read one step ahead: under load its latency is close to the length of a step.
+      auto next = loader.fetch(walk[0] * kKeys);
 #pragma unroll 1
-    for (; step < walk.count; ++step) step_over(step, false_type{});
-    shared.queries.release(state.query);
-    ++state.query;
-    shared.values.wait(state.value);
-    issue<false>(value_mma, p, v_fragments(_, _, _, state.value.index()), out);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(out);
-    shared.values.release(state.value);
-    ++state.value;
+      for (int step = 0; step < work.steps; ++step) {
+        if (kAsks && step == max(0, work.steps - kAhead)) queue.ask();
+        const auto rows = loader.resolve(next);
+        if (step + 1 < work.steps) next = loader.fetch(walk[step + 1] * kKeys);
+        uint64_t* barrier = ring.acquire(state, KeyLoader::kBytes);
+        loader.load(rows, tensor, work.key_head, barrier, target + state.index() * (kKeys * kHeadDim));
+        ++state;
+      }
+    }
   }
 };
 

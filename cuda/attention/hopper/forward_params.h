@@ -11,8 +11,8 @@ namespace lemo::cuda::attention::hopper {
 struct ForwardSchedule {
   int* next;    // zero at the start: items handed out beyond the first one of every thread block
   int slots;    // query tiles of all documents, an upper bound (tile.cuh: locate_tile)
-  int section;  // heads per section
-  int items;    // slots * heads
+  int section;  // key heads per section
+  int items;    // slots * key heads * WorkOrder::items
 };
 
 struct ForwardKernelParams {

@@ -18,14 +18,15 @@ struct RowRuns {
   int starts[kRuns];  // the storage row of a consecutive run
 };
 
-// Shared memory holds kHeadDim / kBoxColumns slabs of [kRows, kBoxColumns] elements, each swizzled: CuTe's K-major
+// Shared memory holds kHeadDim / kBoxColumns slabs of [kSlabRows, kBoxColumns] elements, of which the target is the
+// first row; each swizzled: CuTe's K-major
 // SW128 (or SW64) atoms, rows first. Rows beyond the document are zeros, whatever storage holds there, so that a masked
 // probability of 0 never meets a NaN.
 //
 // A producer warp gets few issue slots beside the consumers, and what it executes between a stage's release and its
 // copy is time that the stage stands empty. So the common case, consecutive runs, is worked out before the wait and
 // issued by one lane without a branch; the other case reads the row map anew.
-template <int kRows, int kHeadDim>
+template <int kRows, int kHeadDim, int kSlabRows = kRows>
 class RowLoader {
  public:
   using Runs = RowRuns<kRows>;
@@ -102,8 +103,9 @@ class RowLoader {
                                                   uint64_t* barrier, char* base) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      cute::SM90_TMA_LOAD_3D::copy(&tensor.run, barrier, kHint, base + (slab * kRows + run * kRunRows) * kColumns * 2,
-                                   slab * kColumns, head, start);
+      cute::SM90_TMA_LOAD_3D::copy(&tensor.run, barrier, kHint,
+                                   base + (slab * kSlabRows + run * kRunRows) * kColumns * 2, slab * kColumns, head,
+                                   start);
     }
   }
 
@@ -127,7 +129,7 @@ class RowLoader {
         } else {
 #pragma unroll 1
           for (int slab = 0; slab < kSlabs; ++slab) {
-            cute::SM90_TMA_LOAD_3D::copy(&tensor.row, barrier, kHint, base + (slab * kRows + row) * kColumns * 2,
+            cute::SM90_TMA_LOAD_3D::copy(&tensor.row, barrier, kHint, base + (slab * kSlabRows + row) * kColumns * 2,
                                          slab * kColumns, head, storage);
           }
         }
@@ -153,7 +155,7 @@ class RowLoader {
     for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
       uint4 data = make_uint4(0, 0, 0, 0);
       if (storage >= 0 && chunk * 8 < tensor.head_dim) data = *reinterpret_cast<const uint4*>(from + chunk * 8);
-      const int offset = (chunk / 4 * kRows + row) * 64 + chunk % 4 * 16;
+      const int offset = (chunk / 4 * kSlabRows + row) * 64 + chunk % 4 * 16;
       *reinterpret_cast<uint4*>(base + (offset ^ (offset >> 3 & 0x30))) = data;
     }
   }

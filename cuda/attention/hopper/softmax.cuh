@@ -10,8 +10,9 @@ namespace lemo::cuda::attention::hopper {
 
 class RowSoftmax {
  public:
-  // Scores become exp2(scale_log2 * (score - running maximum)). kMasked: rows may be masked whole so far.
-  template <bool kMasked, class Scores>
+  // Scores become exp2(scale_log2 * (score - running maximum)). Every row has a score above -infinity from the first
+  // tile on: its own key's.
+  template <class Scores>
   __device__ __forceinline__ void update(Scores& s, float scale_log2) {
     constexpr int kSize = decltype(cute::size(s))::value;
 #pragma unroll
@@ -20,7 +21,7 @@ class RowSoftmax {
 #pragma unroll
       for (int j = 0; j < kSize; j += 4) maximum = fmaxf(maximum, fmaxf(s(j + 2 * r), s(j + 2 * r + 1)));
       maximum = quad_max(maximum);
-      const float offset = kMasked && maximum == -INFINITY ? 0.0f : maximum * scale_log2;
+      const float offset = maximum * scale_log2;
       correction_[r] = exp2_fast(fmaf(maximum_[r], scale_log2, -offset));
       maximum_[r] = maximum;
       float sum = 0.0f;
