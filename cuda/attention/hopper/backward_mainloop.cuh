@@ -6,8 +6,9 @@
 // dQ = dS K sums over the keys of both: dS passes through shared memory, double-buffered, with one barrier per step.
 //
 // The order of a step follows from what the tensor cores would otherwise wait for: the next S runs behind the stores of
-// dQ, dK (kLateKeys) behind the next exponentials. Every product is waited for in the loop body that issued it, which
-// is what ptxas needs to keep products asynchronous.
+// dQ, dK (kLateKeys) behind the next exponentials. 128 queries are taken in two parts, so that dP of one part at a time
+// takes registers, and dV of the first part runs behind the exponentials of the second. Every product is waited for in
+// the loop body that issued it, which is what ptxas needs to keep products asynchronous.
 #pragma once
 
 #include "backward_adder.cuh"
@@ -31,7 +32,8 @@ struct BackwardMainloop {
   static constexpr BackwardTile kShape = kBackwardTile<kHeadDim>;
   static constexpr int kKeys = kBackwardKeys, kQueries = kShape.queries;
   static constexpr int kQueryStages = kShape.query_stages, kDoutStages = kShape.dout_stages;
-  static constexpr bool kLateKeys = kShape.late_keys && !kWeighted;
+  static constexpr bool kLateKeys = kShape.late_keys && (!kWeighted || kQueries == 128);
+  static constexpr int kParts = kQueries / 64;
   static constexpr bool kByRows = DqOrder<kHeadDim>::kByRows;
   static constexpr int kTile = kQueries * kHeadDim;
   // Columns of the product for dQ: head_dim 96 runs as 128, so that both warpgroups have one shape. What lies behind K
@@ -47,6 +49,8 @@ struct BackwardMainloop {
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, 1>;
   using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
   using DoutLayout = RowLayout<Element, kQueries, kHeadDim, kDoutStages>;
+  using DoutParts = RowLayout<Element, 64, kHeadDim, kDoutStages * kParts>;  // the same, 64 rows at a time
+  static_assert(kParts == 1 || kHeadDim == 64);
   using QueryColumns = TransposedLayout<Element, kQueries, kHeadDim, kQueryStages>;
   using DoutColumns = TransposedLayout<Element, kQueries, kHeadDim, kDoutStages>;
   using KeyColumns = decltype(cute::tile_to_shape(ColumnAtom<Element, kHeadDim>{},
@@ -55,9 +59,14 @@ struct BackwardMainloop {
   using ScoreColumns = TransposedLayout<Element, kKeys, kQueries, 2>;  // dS^T in memory, seen as [queries, keys]
   using ByKeys = cute::Layout<cute::Shape<cute::Int<kBackwardConsumers>, cute::_1, cute::_1>>;
   using ByColumns = cute::Layout<cute::Shape<cute::_1, cute::Int<kBackwardConsumers>, cute::_1>>;
-  using ScoreMma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float,
-                                 cute::Shape<cute::Int<kKeys>, cute::Int<kQueries>, cute::Int<kHeadDim>>>(),
+  template <int kColumns>
+  using KeysBy = cute::Shape<cute::Int<kKeys>, cute::Int<kColumns>, cute::Int<kHeadDim>>;
+  using ScoreMma =
+      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, KeysBy<kQueries>>(), ByKeys{}));
+  using PartMma = decltype(cute::make_tiled_mma(
+      std::conditional_t<kShape.held_values,
+                         decltype(cute::GMMA::rs_op_selector<Element, Element, float, KeysBy<64>>()),
+                         decltype(cute::GMMA::ss_op_selector<Element, Element, float, KeysBy<64>>())>{},
       ByKeys{}));
   using KeyMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
@@ -170,17 +179,26 @@ struct BackwardMainloop {
                                                  const KeyWork& work, int consumer, Gradient& dk, Gradient& dv) {
     using namespace cute;
     ScoreMma score_mma;
+    PartMma part_mma;
     KeyMma key_mma;
     QueryMma query_mma;
     const auto score_slice = score_mma.get_slice(consumer * 128);
+    const auto part_slice = part_mma.get_slice(consumer * 128);
     const auto key_slice = key_mma.get_slice(consumer * 128);
     const auto query_slice = query_mma.get_slice(consumer * 128);
     const Tensor k_rows = make_tensor(make_smem_ptr(shared.k), KeyLayout{});
     const Tensor v_rows = make_tensor(make_smem_ptr(shared.v), KeyLayout{});
     const Tensor k_a = score_slice.partition_fragment_A(k_rows(_, _, _0{}));
-    const Tensor v_a = score_slice.partition_fragment_A(v_rows(_, _, _0{}));
+    shared.keys.wait(0);
+    const auto v_a = [&] {
+      if constexpr (kShape.held_values) {
+        return hold_rows<kKeys, kHeadDim>(shared.v, consumer * 64);
+      } else {
+        return part_slice.partition_fragment_A(v_rows(_, _, _0{}));
+      }
+    }();
     const Tensor q_b = score_slice.partition_fragment_B(make_tensor(make_smem_ptr(shared.q), QueryLayout{}));
-    const Tensor dout_b = score_slice.partition_fragment_B(make_tensor(make_smem_ptr(shared.dout), DoutLayout{}));
+    const Tensor dout_b = part_slice.partition_fragment_B(make_tensor(make_smem_ptr(shared.dout), DoutParts{}));
     const Tensor q_columns = key_slice.partition_fragment_B(make_tensor(make_smem_ptr(shared.q), QueryColumns{}));
     const Tensor dout_columns = key_slice.partition_fragment_B(make_tensor(make_smem_ptr(shared.dout), DoutColumns{}));
     const Tensor ds_a = query_slice.partition_fragment_A(make_tensor(make_smem_ptr(shared.ds), ScoreColumns{}));
@@ -188,7 +206,8 @@ struct BackwardMainloop {
 
     using Scores = decltype(partition_fragment_C(score_mma, Shape<Int<kKeys>, Int<kQueries>>{}));
     using Operand = decltype(make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kQueries / 16>>>{}));
-    constexpr int kSize = size(Scores{});
+    using PartScores = decltype(partition_fragment_C(part_mma, Shape<Int<kKeys>, _64>{}));
+    constexpr int kSize = size(PartScores{});
 
     const float scale_log2 = params.scale_log2;
     const int warp_key = consumer * 64 + thread_index() / 32 % 4 * 16;  // within the tile
@@ -209,7 +228,6 @@ struct BackwardMainloop {
     clear(dk);
     clear(dv);
     clear(ds);
-    shared.keys.wait(0);
     shared.queries.wait(query);
     issue<true>(score_mma, k_a, q_b(_, _, _, query.index()), s);
     warpgroup_wait<0>();
@@ -218,63 +236,74 @@ struct BackwardMainloop {
     bool first = true;
 #pragma unroll 1
     while (true) {
-      Scores dp;
       shared.douts.wait(dout);
-      issue<true>(score_mma, v_a, dout_b(_, _, _, dout.index()), dp);
-      // The step before: its product runs behind this step's exponentials. (0 in the first step.)
-      if constexpr (kLateKeys) issue<false>(key_mma, ds, q_columns(_, _, _, before.index()), dk);
-      if (!first) sums.send();
-      const float* stats = shared.stats[query.index()] + thread_index() % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < kSize; j += 4) {
-        const float2 lse = *reinterpret_cast<const float2*>(stats + j * 2);
-        s(j) = exp2_fast(fmaf(s(j), scale_log2, -lse.x));
-        s(j + 1) = exp2_fast(fmaf(s(j + 1), scale_log2, -lse.y));
-        s(j + 2) = exp2_fast(fmaf(s(j + 2), scale_log2, -lse.x));
-        s(j + 3) = exp2_fast(fmaf(s(j + 3), scale_log2, -lse.y));
-      }
       const int query_start = shared.steps[query.index()].query_tile * kQueries;
-      if (query_start < masked_before) {
-        const int hidden = lane_key - query_start - thread_index() % 4 * 2;  // columns before it do not see the key
+      const float* stats = shared.stats[query.index()] + thread_index() % 4 * 2;
+      const uint32_t ds_target = ds_lane + buffer * (kKeys * kQueries * 2);
+      // P and dS of 64 queries, which are elements kBegin to kEnd of S.
+      const auto differentiate = [&](auto constant) {
+        constexpr int kPart = decltype(constant)::value, kBegin = kPart * kSize, kEnd = kBegin + kSize;
+        PartScores dp;
+        issue<true>(part_mma, v_a, dout_b(_, _, _, dout.index() * kParts + kPart), dp);
+        // The step before: its product runs behind this step's exponentials. (0 in the first step.)
+        if constexpr (kLateKeys) issue<false, kPart, kParts>(key_mma, ds, q_columns(_, _, _, before.index()), dk);
+        if constexpr (kPart > 0) issue<false, kPart - 1, kParts>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
+        if (kPart == 0 && !first) sums.send();
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          if (j / 4 * 8 + j % 2 < hidden + j / 2 % 2 * 8) s(j) = 0.0f;
+        for (int j = kBegin; j < kEnd; j += 4) {
+          const float2 lse = *reinterpret_cast<const float2*>(stats + j * 2);
+          s(j) = exp2_fast(fmaf(s(j), scale_log2, -lse.x));
+          s(j + 1) = exp2_fast(fmaf(s(j + 1), scale_log2, -lse.y));
+          s(j + 2) = exp2_fast(fmaf(s(j + 2), scale_log2, -lse.x));
+          s(j + 3) = exp2_fast(fmaf(s(j + 3), scale_log2, -lse.y));
         }
-      }
-      if constexpr (kWeighted) shared.weights.apply(params, work, query_start, s);
-      const auto round_p = [&] {
+        if (query_start + kPart * 64 < masked_before) {
+          const int hidden = lane_key - query_start - thread_index() % 4 * 2;  // columns before it do not see the key
 #pragma unroll
-        for (int j = 0; j < kSize; j += 2) packed_p(j / 2) = pack<T>(s(j), s(j + 1));
+          for (int j = kBegin; j < kEnd; ++j) {
+            if (j / 4 * 8 + j % 2 < hidden + j / 2 % 2 * 8) s(j) = 0.0f;
+          }
+        }
+        if constexpr (kWeighted) shared.weights.template apply<kBegin, kEnd>(params, work, query_start, s);
+        const auto round_p = [&] {
+#pragma unroll
+          for (int j = kBegin; j < kEnd; j += 2) packed_p(j / 2) = pack<T>(s(j), s(j + 1));
+        };
+        if constexpr (!kLateKeys) round_p();
+        warpgroup_wait<(kLateKeys ? 1 : 0) + (kPart > 0 ? 1 : 0)>();
+        warpgroup_fence_operand(dp);
+#pragma unroll
+        for (int j = kBegin; j < kEnd; j += 4) {
+          const float2 delta = *reinterpret_cast<const float2*>(stats + kQueries + j * 2);
+          const int i = j - kBegin;
+          dp(i) = s(j) * (dp(i) - delta.x);
+          dp(i + 1) = s(j + 1) * (dp(i + 1) - delta.y);
+          dp(i + 2) = s(j + 2) * (dp(i + 2) - delta.x);
+          dp(i + 3) = s(j + 3) * (dp(i + 3) - delta.y);
+        }
+        if constexpr (kLateKeys) {
+          warpgroup_wait<(kPart > 0 ? 1 : 0)>();  // dK, whose operand is written next; dV goes on
+          warpgroup_fence_operand(dk);
+          round_p();
+        }
+#pragma unroll
+        for (int n = kBegin / 8; n < kEnd / 8; ++n) {
+          const int i = n * 8 - kBegin;
+#pragma unroll
+          for (int j = 0; j < 8; j += 2) packed_ds(n * 4 + j / 2) = pack<T>(dp(i + j), dp(i + j + 1));
+          store_matrices(ds_target + n / 4 * (kKeys * 128) + (ds_chunk ^ (n % 4 * 32)), packed_ds(n * 4),
+                         packed_ds(n * 4 + 1), packed_ds(n * 4 + 2), packed_ds(n * 4 + 3));
+        }
       };
-      if constexpr (!kLateKeys) round_p();
-      warpgroup_wait<kLateKeys ? 1 : 0>();
-      warpgroup_fence_operand(dp);
-#pragma unroll
-      for (int j = 0; j < kSize; j += 4) {
-        const float2 delta = *reinterpret_cast<const float2*>(stats + kQueries + j * 2);
-        dp(j) = s(j) * (dp(j) - delta.x);
-        dp(j + 1) = s(j + 1) * (dp(j + 1) - delta.y);
-        dp(j + 2) = s(j + 2) * (dp(j + 2) - delta.x);
-        dp(j + 3) = s(j + 3) * (dp(j + 3) - delta.y);
-      }
+      differentiate(_0{});
+      if constexpr (kParts == 2) differentiate(_1{});
       if constexpr (kLateKeys) {
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(dk);
         if (!first) shared.queries.release(before);
         before = query;
-        round_p();
-      }
-      const uint32_t ds_target = ds_lane + buffer * (kKeys * kQueries * 2);
-#pragma unroll
-      for (int n = 0; n < kSize / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) packed_ds(n * 4 + j / 2) = pack<T>(dp(n * 8 + j), dp(n * 8 + j + 1));
-        store_matrices(ds_target + n / 4 * (kKeys * 128) + (ds_chunk ^ (n % 4 * 32)), packed_ds(n * 4),
-                       packed_ds(n * 4 + 1), packed_ds(n * 4 + 2), packed_ds(n * 4 + 3));
       }
       cutlass::arch::fence_view_async_shared();
 
-      issue<false>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
+      issue<false, kParts - 1, kParts>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
       cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, 1);
       auto dq = partition_fragment_C(query_mma, Shape<Int<kQueries>, Int<kDqColumns>>{});
       issue<true>(query_mma, ds_a(_, _, _, buffer), k_columns, dq);

@@ -36,21 +36,21 @@ struct KeyWeights {
     __syncwarp();
   }
 
-  // Weighs the probabilities, [keys, queries], of the query tile that begins at query_start.
-  template <class Scores>
+  // Weighs the probabilities, [keys, queries], of the query tile that begins at query_start: elements kBegin to kEnd of
+  // a lane's.
+  template <int kBegin, int kEnd, class Scores>
   __device__ __forceinline__ void apply(const BackwardKernelParams& params, const KeyWork& work, int query_start,
                                         Scores& p) const {
-    constexpr int kSize = decltype(cute::size(p))::value;
     const int warp = thread_index() / 32 - 4, key = warp * 16 + thread_index() % 32 / 4;
     const float weights[2] = {weight[key], weight[key + 8]};
     if (query_start >= near_end[warp]) {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) p(j) *= weights[j / 2 % 2];
+      for (int j = kBegin; j < kEnd; ++j) p(j) *= weights[j / 2 % 2];
       return;
     }
     const int32_t* query_slots = params.row_slots + work.tile.start;
 #pragma unroll
-    for (int j = 0; j < kSize; j += 4) {
+    for (int j = kBegin; j < kEnd; j += 4) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int row = query_start + j * 2 + thread_index() % 4 * 2 + c;
