@@ -95,15 +95,15 @@ def library_row(kind: str, head_dim: int) -> Candidate:
 
 
 def forward_candidates(head_dim: int) -> Iterator[Candidate]:
-    """Queries, keys, stages, registers of the producer and of a consumer.
+    """Queries, keys, stages, registers of the producer and of a consumer, and whether work items are chained.
 
     A consumer thread holds S (keys / 2 registers), P (keys / 4) and O (head_dim / 2), and at least 32 more. A single
-    consumer warpgroup would leave the tensor cores idle during its softmax.
+    consumer warpgroup would leave the tensor cores idle during its softmax. Queries have two stages.
     """
     width = padded(head_dim)
-    for queries, keys, stages in itertools.product((128, 192), (64, 128, 192), (2, 3, 4)):
+    for queries, keys, stages, chained in itertools.product((128, 192), (64, 128, 192), (2, 3, 4), (False, True)):
         warpgroups = queries // 64
-        operands = 2 * width * (queries + 2 * stages * keys)
+        operands = 2 * width * 2 * (queries + stages * keys)
         staged = warpgroups * 4 * 16 * (width + 8) * 2
         if operands + staged + BARRIERS > SHARED_MEMORY:
             continue
@@ -112,24 +112,26 @@ def forward_candidates(head_dim: int) -> Iterator[Candidate]:
         producer = 56 if width == 96 else 40 if warpgroups < 3 else 32
         consumer = min(240, (registers - producer) // warpgroups // 8 * 8)
         if keys * 3 // 4 + width // 2 + 32 <= consumer:
-            yield Candidate("forward", head_dim, (queries, keys, stages, producer, consumer))
+            yield Candidate("forward", head_dim, (queries, keys, stages, producer, consumer, chained))
 
 
 def backward_candidates(head_dim: int) -> Iterator[Candidate]:
-    """Queries, stages of Q and of dO, and whether dK runs a step late.
+    """Queries, stages of Q and of dO, whether dK runs a step late, and whether V stays in registers.
 
     128 keys stay. The order in which dQ leaves registers asks for 128 queries at head_dim 64 and for 64 above, late dK
     for a third stage of Q, and the gradients on their way out for the space that Q had. Mode `backward` adds weights.
+    Above head_dim 64 there are no registers for V.
     """
     width = padded(head_dim)
     queries = 128 if width == 64 else 64
     weights = 128 * 8 + 32
-    for q_stages, dout_stages, late in itertools.product((2, 3, 4), (1, 2, 3), (False, True)):
+    held_values = (False, True) if width == 64 else (False,)
+    for q_stages, dout_stages, late, held in itertools.product((2, 3, 4), (1, 2, 3), (False, True), held_values):
         operands = 2 * width * (2 * 128 + (q_stages + dout_stages) * queries)
         scores, dq, stats = 2 * 2 * 128 * queries, 4 * queries * width, q_stages * queries * 8
         fits = operands + scores + dq + stats + weights + BARRIERS <= SHARED_MEMORY
         if fits and q_stages > (2 if late else 1) and 128 * (width + 8) <= q_stages * queries * width:
-            yield Candidate("backward", head_dim, (queries, q_stages, dout_stages, late))
+            yield Candidate("backward", head_dim, (queries, q_stages, dout_stages, late, held))
 
 
 def find_candidates(kind: str, head_dim: int, only: list[str] | None) -> list[Candidate]:
@@ -294,7 +296,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=[64, 80, 96, 128], default=128)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "tune", help="folder of the libraries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
-    parser.add_argument("--only", nargs="*", metavar="ROW", help='rows besides the library\'s, as "128,128,2,40,232"')
+    parser.add_argument("--only", nargs="*", metavar="ROW", help='rows besides the library\'s, as "128,128,2,40,232,false"')
     parser.add_argument("--list", action="store_true", help="only list the candidates")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="time the libraries that --build holds")
