@@ -170,6 +170,28 @@ def test_tile_lists_of_15900_tokens(dim, deterministic) -> None:
     judge(actual, *(in_strips(q, k, v, dout, t, seen) for t in (torch.float32, dtype)), dtype)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_lists_of_over_a_thousand_tiles(dim, deterministic) -> None:
+    """Every earlier tile is listed, so that the pass without lists says what comes out."""
+    torch.manual_seed(0)
+    n, heads = 140_000, (2, 1, 1, 2)
+    q, k, v, dout = (torch.randn(n, h, dim, device="cuda").bfloat16() for h in heads)
+    cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
+    slots = n // TILE_ROWS + 1
+    listed = torch.ones(slots, slots, dtype=torch.bool, device="cuda").tril(-1)
+    offsets = torch.cat((listed.new_zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0))).int()
+    lists = (offsets, listed.nonzero()[:, 1].int())
+    found = []
+    for given in (None, None), lists:
+        out, lse = ops.attention_forward(q, k, v, cu, None, n, dim**-0.5, *given)
+        transposed = given if given[0] is None else ops.transpose_tile_lists(*given, cu)
+        more = (cu, None, None, None, n, dim**-0.5, deterministic, *transposed)
+        found.append((out, lse, *ops.attention_backward(dout, q, k, v, out, lse, *more)))
+    for dense, with_lists in zip(*found, strict=True):
+        assert error(with_lists, dense) <= 2 * torch.finfo(torch.bfloat16).eps * dense.abs().max().item()
+
+
 @pytest.mark.skipif(device_gib() < 60, reason="a million rows of 32 heads take 45 GiB of GPU memory")
 @pytest.mark.parametrize("dim", [80, 128])
 def test_a_million_rows(dim) -> None:

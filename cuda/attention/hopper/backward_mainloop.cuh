@@ -110,10 +110,15 @@ struct BackwardMainloop {
     return Sweep(params.sweeps + static_cast<int64_t>(work.query_slot) * params.key_heads + work.key_head,
                  work.tile.index);
   }
+  // The query tile that the thread blocks of this key head are at; -1 in deterministic mode, where that must not
+  // matter.
+  static __device__ __forceinline__ int position(const BackwardKernelParams& params, const KeyWork& work) {
+    return params.turns == nullptr ? sweep(params, work).position() : -1;
+  }
   // Where to begin, and how many steps there are: by one warp, before the others start.
   static __device__ __forceinline__ void choose_start(const BackwardKernelParams& params, Shared& shared,
                                                       const KeyWork& work) {
-    const int start = Walk::choose_start(params, work, params.turns == nullptr ? sweep(params, work).position() : -1);
+    const int start = Walk::choose_start(params, work, position(params, work));
     if (thread_index() == 0) {
       shared.start = start;
       shared.total = Walk(params, work, start, 0).total;
@@ -159,7 +164,7 @@ struct BackwardMainloop {
       barrier = shared.douts.acquire(dout_state, QueryLoader::kBytes);
       loader.load(rows, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
       ++dout_state;
-      walk.advance();
+      walk.advance([&] { return position(params, work); });
       // Behind the loads of this step, so that its latency is not theirs.
       if (walk.head_in_group == 0 && walk.steps > 0) {
         publish(params, work, walk);

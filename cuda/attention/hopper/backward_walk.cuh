@@ -72,7 +72,9 @@ struct QueryWalk : HeadWalk {
     return position >= work.key_start / kQueries && position <= end ? position : end;
   }
 
-  __device__ __forceinline__ void advance() {
+  // `position()`: the query tile that the thread blocks of this key head are at, or -1.
+  template <class Position>
+  __device__ __forceinline__ void advance(const Position&) {
     if (!advance_head()) query_tile = query_tile == first ? last : query_tile - 1;
   }
 
@@ -82,16 +84,49 @@ struct QueryWalk : HeadWalk {
   }
 };
 
-// The same with tile lists: the circle is the key tile's own tile, then its list from the end to the front.
+// What a walk has still to visit of a list, one chunk of its entries at a time; in the registers of a warp.
+class Unvisited {
+ public:
+  static constexpr int kChunk = 32 * 32;
+
+  // Opens a chunk, of `entries` entries. The rest by whole warps.
+  __device__ __forceinline__ void open(int entries) {
+    const int mine = min(entries, kChunk) - thread_index() % 32 * 32;
+    word_ = mine >= 32 ? 0xffffffffu : mine > 0 ? (1u << mine) - 1 : 0u;
+  }
+  __device__ __forceinline__ void remove(int at) {
+    if (at / 32 == thread_index() % 32) word_ &= ~(1u << at % 32);
+  }
+  __device__ __forceinline__ bool empty() const { return !__any_sync(0xffffffffu, word_ != 0); }
+  // The last one up to `at`, or -1.
+  __device__ __forceinline__ int last_up_to(int at) const {
+    const int lane = thread_index() % 32;
+    const unsigned mine = lane < at / 32 ? word_ : lane == at / 32 ? word_ & ((2u << at % 32) - 1) : 0u;
+    const unsigned words = __ballot_sync(0xffffffffu, mine != 0);
+    if (words == 0) return -1;
+    const int word = 31 - __clz(words);
+    return word * 32 + 31 - __clz(__shfl_sync(0xffffffffu, mine, word));
+  }
+
+ private:
+  unsigned word_;  // entries 32 lane ... 32 lane + 31
+};
+
+// The same with tile lists: the circle is the key tile's own tile, then its list from the end to the front. Lists
+// differ in how fast they take their thread blocks along it, so that one that falls behind the others leaves out what
+// it has missed, until it comes round again.
 template <int kQueries>
 struct ListedWalk : HeadWalk {
   static constexpr int kPerTile = kBackwardKeys / kQueries;
   static_assert(kBackwardKeys == LEMO_TILE_ROWS);
+  static constexpr int kLag = 1;  // how many tiles behind is still with the others
 
   const int32_t* tiles;
   int begin, end;  // of the list
   int own;
   int last;  // query tile of the document
+  int base;  // the first entry of the chunk
+  Unvisited unvisited;
 
   __device__ __forceinline__ ListedWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
                                         int first_head)
@@ -106,6 +141,7 @@ struct ListedWalk : HeadWalk {
     query_tile = end_of(tile_of(entry));
     // Only the document's last tile can have fewer query tiles.
     steps = total = (end_of(tile_of(end - 1)) % kPerTile + 1 + (end - begin) * kPerTile) * group;
+    open_chunk((entry - begin + 1) / Unvisited::kChunk);
   }
 
   static __device__ __forceinline__ int choose_start(const BackwardKernelParams& params, const KeyWork& work,
@@ -119,14 +155,31 @@ struct ListedWalk : HeadWalk {
     return before > 0 || near == work.tile.index ? begin + before - 1 : end - 1;
   }
 
-  __device__ __forceinline__ void advance() {
-    if (advance_head()) return;
+  // By a whole warp.
+  template <class Position>
+  __device__ __forceinline__ void advance(const Position& position) {
+    if (advance_head() || steps == 0) return;
     if (query_tile % kPerTile != 0) {
       --query_tile;
-    } else {
-      entry = entry < begin ? end - 1 : entry - 1;
-      query_tile = end_of(tile_of(entry));
+      return;
     }
+    unvisited.remove(entry - base);
+    int before = entry - base;
+    if (unvisited.empty()) {
+      const int chunk = (base - begin + 1) / Unvisited::kChunk;
+      open_chunk(chunk > 0 ? chunk - 1 : (end - begin) / Unvisited::kChunk);
+      before = Unvisited::kChunk - 1;
+    }
+    int next = unvisited.last_up_to(before);
+    if (next < 0) next = unvisited.last_up_to(Unvisited::kChunk - 1);
+    // Lanes may have read different positions.
+    const int others = __shfl_sync(0xffffffffu, position(), 0);
+    if (others >= 0 && tile_of(base + next) > others / kPerTile + kLag) {
+      const int near = unvisited.last_up_to(entries_up_to(others / kPerTile) - 1);
+      if (near >= 0) next = near;
+    }
+    entry = base + next;
+    query_tile = end_of(tile_of(entry));
   }
 
   static __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work, int entry) {
@@ -136,6 +189,20 @@ struct ListedWalk : HeadWalk {
  private:
   __device__ __forceinline__ int tile_of(int at) const { return at < begin ? own : tiles[at]; }
   __device__ __forceinline__ int end_of(int tile) const { return min(tile * kPerTile + kPerTile - 1, last); }
+  __device__ __forceinline__ void open_chunk(int chunk) {
+    base = begin - 1 + chunk * Unvisited::kChunk;
+    unvisited.open(end - base);
+  }
+  // How many entries of the chunk are tiles up to `tile`, in two looks.
+  __device__ __forceinline__ int entries_up_to(int tile) const {
+    const int lane = thread_index() % 32;
+    const auto is_up_to = [&](int at) {
+      return at < Unvisited::kChunk && base + at < end && tile_of(base + at) <= tile;
+    };
+    const int words = __popc(__ballot_sync(0xffffffffu, is_up_to(lane * 32)));
+    if (words == 0) return 0;
+    return (words - 1) * 32 + __popc(__ballot_sync(0xffffffffu, is_up_to((words - 1) * 32 + lane)));
+  }
 };
 
 // Where the thread blocks of one document and key head are: the report of the key tile that started last, as

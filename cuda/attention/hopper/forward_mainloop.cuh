@@ -72,8 +72,8 @@ struct ForwardMainloop {
       typename PartLoader::Pending pending[kConsumers];
 #pragma unroll
       for (int c = 0; c < kConsumers; ++c) {
-        pending[c] =
-            loader.fetch(Order::has_part(params, work, c) ? Order::part(params, work, c).row : work.tile.length);
+        const int row = Order::part(params, work, c).row;
+        pending[c] = loader.fetch(row >= 0 ? row : work.tile.length);
       }
       uint64_t* barrier = shared.queries.acquire(query, kConsumers * PartLoader::kBytes);
 #pragma unroll
@@ -164,7 +164,8 @@ struct ForwardMainloop {
     Turns<kConsumers>::start(consumer);
     while (true) {
       const Work next = shared.queue.take(phase);
-      const bool has_part = next.steps > 0 && Order::has_part(params, next, consumer);
+      const Part next_part = Order::part(params, next, consumer);
+      const bool has_part = next.steps > 0 && next_part.row >= 0;
       if (running && !(kShape.chained && has_part)) {
         shared.values.wait(value);
         issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
@@ -183,7 +184,6 @@ struct ForwardMainloop {
         }
         continue;
       }
-      const Part next_part = Order::part(params, next, consumer);
       // The part's rows may end before the tile that is visited first.
       const int skipped = max(0, next.last_keys - next_part.row / kKeys);
       skip_keys(skipped);

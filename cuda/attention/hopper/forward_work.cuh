@@ -21,7 +21,7 @@ struct Work {
   int list;       // with tile lists: where in lists.blocks the others stand
   int steps;      // key tiles; 0: no work is left
   int key_head;
-  int query_tile;
+  int first_row;   // of the query tile
   int first_part;  // of the query tile's in all heads of the group
 };
 
@@ -46,18 +46,20 @@ struct WorkOrder {
     const int slot = rest / (heads * columns), column = rest % (heads * columns);
     Work work;
     work.tile = locate_tile(params.documents, kRows, slot);
-    work.query_tile = work.tile.count - 1 - work.tile.index;
+    const int query_tile = work.tile.count - 1 - work.tile.index;
+    // Without lists, tiles end where the document does: parts are missing from the first one, which has the least work.
+    work.first_row = kListed ? query_tile * kRows : (work.tile.length + 63) / 64 * 64 - (work.tile.index + 1) * kRows;
     work.key_head = first_head + column / columns;
     work.first_part = column % columns * kConsumers;
     work.steps = 0;
     if (work.tile.index < work.tile.count) {
       if constexpr (kListed) {
-        const int32_t* offsets = params.lists.offsets + slot - work.tile.index + work.query_tile;
-        work.last_keys = work.query_tile;
+        const int32_t* offsets = params.lists.offsets + slot - work.tile.index + query_tile;
+        work.last_keys = query_tile;
         work.list = offsets[0];
         work.steps = 1 + offsets[1] - offsets[0];
       } else {
-        const int end = min((work.query_tile + 1) * kRows, work.tile.length);
+        const int end = min(work.first_row + kRows, work.tile.length);
         work.steps = (end + kShape.keys - 1) / kShape.keys;
         work.last_keys = work.steps - 1;
       }
@@ -65,13 +67,12 @@ struct WorkOrder {
     return work;
   }
 
-  // Beyond the heads of the group: none.
-  static __device__ __forceinline__ bool has_part(const ForwardKernelParams& params, const Work& work, int consumer) {
-    return !kListed || work.first_part + consumer < params.group * kParts;
-  }
+  // A consumer warpgroup's; row < 0: it has none.
   static __device__ __forceinline__ Part part(const ForwardKernelParams& params, const Work& work, int consumer) {
-    const int part = work.first_part + consumer;
-    return {work.key_head * params.group + part / kParts, work.query_tile * kRows + part % kParts * 64};
+    const int index = work.first_part + consumer, head = index / kParts;
+    const int row = work.first_row + index % kParts * 64;
+    const bool missing = kListed && (head >= params.group || row >= work.tile.length);
+    return {work.key_head * params.group + head, missing ? -1 : row};
   }
 };
 
