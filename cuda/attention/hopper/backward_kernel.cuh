@@ -1,4 +1,4 @@
-// The backward kernel: one thread block per key tile and key head, one producer warp, a thread that adds dQ, and two
+// The backward kernel: one thread block per key tile and key head, one producer warp, two threads that add dQ, and two
 // consumer warpgroups.
 #pragma once
 
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
     cutlass::arch::warpgroup_reg_dealloc<kBackwardProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0) Mainloop::load(params, shared, work);
-    if (threadIdx.x == 32) Mainloop::add(params, shared, work);
+    if (warp >= 1 && warp <= kAdders && threadIdx.x % 32 == 0) Mainloop::add(params, shared, work, warp - 1);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kBackwardConsumerRegisters>();
     typename Mainloop::KeyMma key_mma;

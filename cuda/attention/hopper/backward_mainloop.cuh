@@ -173,9 +173,10 @@ struct BackwardMainloop {
     }
   }
 
-  // The adding thread.
-  static __device__ __forceinline__ void add(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
-    add_sums<kHeadDim, Walk>(params, work, shared.total, shared.queries, shared.steps, shared.dq, shared.sums);
+  // An adding thread.
+  static __device__ __forceinline__ void add(const BackwardKernelParams& params, Shared& shared, const KeyWork& work,
+                                             int adder) {
+    add_sums<kHeadDim, Walk>(params, work, adder, shared.total, shared.queries, shared.steps, shared.dq, shared.sums);
   }
 
   // A consumer warpgroup: dk (not yet scaled) and dv of its 64 keys.
@@ -253,7 +254,7 @@ struct BackwardMainloop {
         // The step before: its product runs behind this step's exponentials. (0 in the first step.)
         if constexpr (kLateKeys) issue<false, kPart, kParts>(key_mma, ds, q_columns(_, _, _, before.index()), dk);
         if constexpr (kPart > 0) issue<false, kPart - 1, kParts>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
-        if (kPart == 0 && !first) sums.send();
+        if (kPart == 0 && !first) sums.send(buffer ^ 1);
 #pragma unroll
         for (int j = kBegin; j < kEnd; j += 4) {
           const float2 lse = *reinterpret_cast<const float2*>(stats + j * 2);
@@ -342,7 +343,7 @@ struct BackwardMainloop {
       warpgroup_wait<0>();
       warpgroup_fence_operand(dk);
     }
-    sums.send();
+    sums.send(buffer ^ 1);
   }
 };
 

@@ -21,12 +21,14 @@ __device__ __forceinline__ void bulk_add(float* target, const float* source, uin
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
+constexpr int kAdders = 2;  // for a third, `odd` below would have to count
+
 // A step's dQ passes from the consumer warps to the thread that adds it (backward_adder.cuh).
 struct SumHandover {
-  EmptyBarrier staged, taken;
+  EmptyBarrier staged[kAdders], taken;
 
   __device__ __forceinline__ void init() {
-    init_for_warps(staged, kBackwardWarps);
+    for (EmptyBarrier& barrier : staged) init_for_warps(barrier, kBackwardWarps);
     taken.init(1);
   }
 };
@@ -56,12 +58,12 @@ class SumWriter {
     }
   }
 
-  // Hands over what was staged. A step later than staging: the fence waits for the stores, and by then they have long
-  // arrived.
-  __device__ __forceinline__ void send() {
+  // Hands over what was staged, with the same `odd`. A step later than staging: the fence waits for the stores, and by
+  // then they have long arrived.
+  __device__ __forceinline__ void send(uint32_t odd) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    arrive_as_warp(handover_.staged);
+    arrive_as_warp(handover_.staged[odd]);
   }
 
  private:
