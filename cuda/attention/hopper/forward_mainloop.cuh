@@ -165,7 +165,7 @@ struct ForwardMainloop {
     while (true) {
       const Work next = shared.queue.take(phase);
       const Part next_part = Order::part(params, next, consumer);
-      const bool has_part = next.steps > 0 && next_part.row >= 0;
+      const bool has_part = next.steps > 0 && (!Order::kMissing || next_part.row >= 0);
       if (running && !(kShape.chained && has_part)) {
         shared.values.wait(value);
         issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);

@@ -32,6 +32,8 @@ struct WorkOrder {
   // A list describes LEMO_TILE_ROWS queries, whatever a thread block has room for: it takes parts of several heads.
   static constexpr int kParts = kListed ? LEMO_TILE_ROWS / 64 : kConsumers;  // of a query tile and head
   static constexpr int kRows = kParts * 64;                                  // of a query tile
+  // Whether a warpgroup without rows leaves out its work. Two keep pace with each other anyhow.
+  static constexpr bool kMissing = kConsumers > 2;
 
   // Work items of a query tile and key head.
   static constexpr __host__ __device__ int items(int group) { return (group * kParts + kConsumers - 1) / kConsumers; }
@@ -47,8 +49,10 @@ struct WorkOrder {
     Work work;
     work.tile = locate_tile(params.documents, kRows, slot);
     const int query_tile = work.tile.count - 1 - work.tile.index;
-    // Without lists, tiles end where the document does: parts are missing from the first one, which has the least work.
-    work.first_row = kListed ? query_tile * kRows : (work.tile.length + 63) / 64 * 64 - (work.tile.index + 1) * kRows;
+    // Where parts can be missing and there are no lists, tiles end where the document does: parts are then missing from
+    // the first tile, which has the least work.
+    work.first_row =
+        kListed || !kMissing ? query_tile * kRows : (work.tile.length + 63) / 64 * 64 - (work.tile.index + 1) * kRows;
     work.key_head = first_head + column / columns;
     work.first_part = column % columns * kConsumers;
     work.steps = 0;
@@ -71,7 +75,7 @@ struct WorkOrder {
   static __device__ __forceinline__ Part part(const ForwardKernelParams& params, const Work& work, int consumer) {
     const int index = work.first_part + consumer, head = index / kParts;
     const int row = work.first_row + index % kParts * 64;
-    const bool missing = kListed && (head >= params.group || row >= work.tile.length);
+    const bool missing = kMissing && (row < 0 || row >= work.tile.length || head >= params.group);
     return {work.key_head * params.group + head, missing ? -1 : row};
   }
 };
