@@ -33,6 +33,7 @@ def listed() -> list:
         *(Attention("gap_64", 4, 2, dim, "rows", given=True) for dim in (64, 128)),
         *(Attention("ragged_128", 2, 2, dim) for dim in (64, 128)),
         *(Attention("gap_128", 2, 1, dim, lists=True) for dim in (64, 128)),
+        Attention("gap_128", 2, 2, 64, lists=True),
         Attention("gap_128", 2, 1, 128, "rows", given=True, lists=True),
         Attention("keep_none", given=True),
         Attention("block_64", 4, 1, 128, "strided"),
