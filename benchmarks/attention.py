@@ -1,6 +1,6 @@
 """Attention on a Hopper GPU beside the best dense kernels, in bf16, 32 query heads over 8 key heads.
 
-  python benchmarks/attention.py                     # everything, two to three minutes
+  python benchmarks/attention.py                     # everything, about three minutes
   python benchmarks/attention.py --quick --cases packed blocks
   python benchmarks/attention.py --plot benchmarks/results/attention-h100.json
 
@@ -142,7 +142,7 @@ class Bench:
 
     def __init__(self, quick: bool) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.timing = (150.0, 3) if quick else (500.0, 5)  # milliseconds of a comparison, and rounds at least
+        self.timing = (150.0, 3) if quick else (1000.0, 9)  # milliseconds of a comparison, and rounds at least
         self.quick = quick
 
     def contest(
