@@ -98,14 +98,15 @@ def forward_candidates(head_dim: int) -> Iterator[Candidate]:
     """Queries, keys, stages, registers of the producer and of a consumer, and whether work items are chained.
 
     A consumer thread holds S (keys / 2 registers), P (keys / 4) and O (head_dim / 2), and at least 32 more. A single
-    consumer warpgroup would leave the tensor cores idle during its softmax. Queries have two stages.
+    consumer warpgroup would leave the tensor cores idle during its softmax. Queries have two stages. As many key tiles
+    as the queries begin in have to be there at once.
     """
     width = padded(head_dim)
     for queries, keys, stages, chained in itertools.product((128, 192), (64, 128, 192), (2, 3, 4), (False, True)):
         warpgroups = queries // 64
         operands = 2 * width * 2 * (queries + stages * keys)
         staged = warpgroups * 4 * 16 * (width + 8) * 2
-        if operands + staged + BARRIERS > SHARED_MEMORY:
+        if operands + staged + BARRIERS > SHARED_MEMORY or stages <= (queries - 64) // keys:
             continue
         # Warpgroups pass on what the block starts with: the same multiple of 8 for every thread.
         registers = REGISTERS // ((warpgroups + 1) * 128) // 8 * 8 * (warpgroups + 1)
@@ -296,7 +297,9 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=[64, 80, 96, 128], default=128)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "tune", help="folder of the libraries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
-    parser.add_argument("--only", nargs="*", metavar="ROW", help='rows besides the library\'s, as "128,128,2,40,232,false"')
+    parser.add_argument(
+        "--only", nargs="*", metavar="ROW", help='rows besides the library\'s, as "128,128,2,40,232,false"'
+    )
     parser.add_argument("--list", action="store_true", help="only list the candidates")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="time the libraries that --build holds")

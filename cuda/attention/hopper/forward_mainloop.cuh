@@ -14,6 +14,8 @@ struct ForwardMainloop {
   static constexpr int kQueries = kShape.queries, kKeys = kShape.keys, kStages = kShape.stages;
   static constexpr int kConsumers = kQueries / 64;
   static constexpr int kQueryStages = 2;  // the next item's first scores start before this item is done
+  // A warpgroup leaves out key tiles that others still read, and waits for the one after them.
+  static_assert(kStages > (kQueries - 64) / kKeys);
   using Element = GmmaElement<T>;
   using Order = WorkOrder<kHeadDim, kListed>;
   using Walk = KeyWalk<kListed>;
