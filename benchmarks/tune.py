@@ -95,14 +95,14 @@ def library_row(kind: str, head_dim: int) -> Candidate:
 
 
 def forward_candidates(head_dim: int) -> Iterator[Candidate]:
-    """Queries, keys, stages, registers of the producer and of a consumer, and whether work items are chained.
+    """Queries, keys, stages, registers of the producer and of a consumer.
 
     A consumer thread holds S (keys / 2 registers), P (keys / 4) and O (head_dim / 2), and at least 32 more. A single
     consumer warpgroup would leave the tensor cores idle during its softmax. Queries have two stages. As many key tiles
     as the queries begin in have to be there at once.
     """
     width = padded(head_dim)
-    for queries, keys, stages, chained in itertools.product((128, 192), (64, 128, 192), (2, 3, 4), (False, True)):
+    for queries, keys, stages in itertools.product((128, 192), (64, 128, 192), (2, 3, 4)):
         warpgroups = queries // 64
         operands = 2 * width * 2 * (queries + stages * keys)
         staged = warpgroups * 4 * 16 * (width + 8) * 2
@@ -113,7 +113,7 @@ def forward_candidates(head_dim: int) -> Iterator[Candidate]:
         producer = 56 if width == 96 else 40 if warpgroups < 3 else 32
         consumer = min(240, (registers - producer) // warpgroups // 8 * 8)
         if keys * 3 // 4 + width // 2 + 32 <= consumer:
-            yield Candidate("forward", head_dim, (queries, keys, stages, producer, consumer, chained))
+            yield Candidate("forward", head_dim, (queries, keys, stages, producer, consumer))
 
 
 def backward_candidates(head_dim: int) -> Iterator[Candidate]:
@@ -297,9 +297,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=[64, 80, 96, 128], default=128)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "tune", help="folder of the libraries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
-    parser.add_argument(
-        "--only", nargs="*", metavar="ROW", help='rows besides the library\'s, as "128,128,2,40,232,false"'
-    )
+    parser.add_argument("--only", nargs="*", metavar="ROW", help='rows besides the library\'s, as "128,128,2,40,232"')
     parser.add_argument("--list", action="store_true", help="only list the candidates")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="time the libraries that --build holds")

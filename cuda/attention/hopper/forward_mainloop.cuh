@@ -168,7 +168,7 @@ struct ForwardMainloop {
       const Work next = shared.queue.take(phase);
       const Part next_part = Order::part(params, next, consumer);
       const bool has_part = next.steps > 0 && (!Order::kMissing || next_part.row >= 0);
-      if (running && !(kShape.chained && has_part)) {
+      if (running && !has_part) {
         shared.values.wait(value);
         issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
         finish_values();
@@ -202,7 +202,7 @@ struct ForwardMainloop {
         shared.keys.wait(key);
         Turns<kConsumers>::take(consumer);
         issue<true>(score_mma, q_fragments(_, _, _, query.index()), k_fragments(_, _, _, key.index()), s);
-        if (kShape.chained && running) {
+        if (running) {
           // The last product of the item before runs behind this item's first scores and softmax.
           shared.values.wait(value);
           issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
