@@ -41,10 +41,11 @@ class Result:
     error: str
 
 
-def configure(build: Path) -> list[dict[str, str]]:
+def configure(build: Path, full: bool) -> list[dict[str, str]]:
     command = [
         *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DLEMO_CUDA=ON", "-DCMAKE_BUILD_TYPE=Release"),
         *("-DLEMO_CUDA_ARCHITECTURES=90a;80", f"-DPython_EXECUTABLE={sys.executable}"),
+        f"-DLEMO_CUDA_FULL={'ON' if full else 'OFF'}",
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -121,7 +122,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--full", action="store_true", help="every kernel, not only the tuned ones")
     args = parser.parse_args()
-    entries = configure(args.build.resolve())
+    entries = configure(args.build.resolve(), args.full)
     if not args.full:
         entries = [e for e in entries if not NOT_TUNED.search(Path(e["file"]).name)]
     if not entries:

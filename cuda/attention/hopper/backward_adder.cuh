@@ -46,7 +46,7 @@ __device__ __forceinline__ void add_sums(const BackwardKernelParams& params, con
   if (adder > 0) ++stage;
   uint32_t phase = 0;
 #pragma unroll 1
-  for (int i = adder; i < total; i += kAdders) {
+  for (int left = total - adder; left > 0; left -= kAdders) {
     stages.wait(stage);
     const BackwardStep step = steps[stage.index()];
     stages.release_as_thread(stage);
