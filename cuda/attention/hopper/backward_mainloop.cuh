@@ -48,8 +48,7 @@ struct BackwardMainloop {
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, 1>;
   using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
-  using DoutLayout = RowLayout<Element, kQueries, kHeadDim, kDoutStages>;
-  using DoutParts = RowLayout<Element, 64, kHeadDim, kDoutStages * kParts>;  // the same, 64 rows at a time
+  using DoutParts = RowLayout<Element, 64, kHeadDim, kDoutStages * kParts>;
   static_assert(kParts == 1 || kHeadDim == 64);
   using QueryColumns = TransposedLayout<Element, kQueries, kHeadDim, kQueryStages>;
   using DoutColumns = TransposedLayout<Element, kQueries, kHeadDim, kDoutStages>;
