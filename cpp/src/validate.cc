@@ -323,8 +323,9 @@ void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose)
   const int64_t tokens = present(a.rows) ? a.rows.shape[0] : kAny;
   const int64_t n = check_blocks(check, a.blocks, tokens);
   check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", n}});
-  check_range("mode", a.mode >= LEMO_SELECT_THRESHOLD && a.mode <= LEMO_SELECT_SAMPLE,
-              "LEMO_SELECT_THRESHOLD (0), LEMO_SELECT_BUDGET (1) or LEMO_SELECT_SAMPLE (2)", a.mode);
+  check_range("mode", a.mode >= LEMO_SELECT_THRESHOLD && a.mode <= LEMO_SELECT_POISSON,
+              "LEMO_SELECT_THRESHOLD (0), LEMO_SELECT_BUDGET (1), LEMO_SELECT_SAMPLE (2) or LEMO_SELECT_POISSON (3)",
+              a.mode);
   if (a.mode == LEMO_SELECT_THRESHOLD) {
     check_range("threshold", !std::isnan(a.threshold), "a number", a.threshold);
   } else {

@@ -96,8 +96,13 @@ class Controller:
 
     # --- one training forward pass ---
 
-    def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
-        """The residual stream [T, d] after the last layer, before the final norm."""
+    def run(
+        self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None, labelled: Tensor | None = None
+    ) -> tuple[Tensor, Step]:
+        """The residual stream [T, d] after the last layer, before the final norm.
+
+        labelled: bool [T], tokens that have a target; None where that is unknown.
+        """
         family, decoder = self.family, self.family.decoder(self.model)
         x = family.embed(decoder, ids, embeddings, packed.positions)
         x = x.to(self._compute_dtype(x))
@@ -113,7 +118,7 @@ class Controller:
             )
         everything = Kept.everything(packed.blocks)
         if policy is not None:
-            policy.begin(self._step_context(packed, phase, layers, tables))
+            policy.begin(self._step_context(packed, phase, layers, tables, labelled))
         self.micro_batch += 1
         self.kept_ratios, self.mlp_kept_ratios = [], []
         self._tokens, self._blocks, self._last_phase = packed.blocks.num_tokens, packed.blocks.num_blocks, index
@@ -123,9 +128,10 @@ class Controller:
                 kept: tuple[Kept | None, Kept | None] = (everything, everything)
             else:
                 shared, mlp = policy.choose(i, rows)
-                # One object for all that keep everything, so that its tensors exist once.
-                shared_all = shared is not None and shared.is_everything
-                mlp_all = mlp is not None and mlp.is_everything
+                # One object for all that keep everything, so that its tensors exist once; but a weighted draw of
+                # everything still has its weights.
+                shared_all = shared is not None and shared.is_everything and not phase.weighted
+                mlp_all = mlp is not None and mlp.is_everything and not phase.weighted
                 kept = (everything if shared_all else shared, everything if mlp_all else mlp)
             for ratios, part in zip((self.kept_ratios, self.mlp_kept_ratios), kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
@@ -150,7 +156,22 @@ class Controller:
         params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
 
-    def _step_context(self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any) -> StepContext:
+    def _required(self, packed: Packed, phase: Phase, labelled: Tensor | None) -> Tensor | None:
+        """Blocks that mode "skip" has to keep for their labels, bool [nb], or None."""
+        wanted = self.config.keep_labelled
+        if phase.mode != "skip" or labelled is None or wanted is False:
+            return None
+        blocks = packed.blocks
+        count = int(labelled.sum())
+        if count == 0 or (wanted is None and 2 * count >= blocks.num_tokens):
+            return None
+        token = torch.arange(blocks.num_tokens, dtype=torch.int32, device=labelled.device)
+        block = torch.bucketize(token, blocks.offsets[1:], right=True)
+        return labelled.new_zeros(blocks.num_blocks).index_put_((block[labelled],), labelled.new_ones(()))
+
+    def _step_context(
+        self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any, labelled: Tensor | None
+    ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
             h, _ = ops.gather_norm(x, None, None, n.weight, n.bias, n.kind, n.eps)
@@ -164,6 +185,7 @@ class Controller:
             always_last=self.config.always_last,
             queries_keys=queries_keys,
             scale=lambda i: self.family.scale(layers[i]),
+            required=self._required(packed, phase, labelled),
         )
 
     def _recompute(self) -> str:
@@ -282,7 +304,7 @@ def _causal_lm_forward(
         raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {list(labels.shape)}")
     ignore_index = named.get("ignore_index", -100)
     targets = packed.take(shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
-    x, step = controller.run(packed, ids, embeddings)
+    x, step = controller.run(packed, ids, embeddings, targets != ignore_index)
     loss = causal_lm_loss(
         x,
         controller.family.final_norm(controller.family.decoder(module)),

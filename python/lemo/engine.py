@@ -57,6 +57,12 @@ def own(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
+def _rows(step: Step, kept: Kept) -> Rows:
+    if step.reduced is None or step.reduced[0] is not kept:
+        step.reduced = (kept, reduce_list(kept, step.weighted))
+    return step.reduced[1]
+
+
 def reduce_list(kept: Kept, weighted: bool) -> Rows:
     if kept.is_everything:
         # Shared by all layers of a step: nothing to own.
@@ -72,6 +78,7 @@ class Step:
     """One training forward pass: what all layers share.
 
     choose(i, x): kept lists of layer i's attention and MLP (None = nothing kept), called once per layer.
+    weighted: gradients are weighted by 1/p.
     observe: gets (i, norms [M], kept) where the policy wants to know what a layer added; None otherwise.
     borrowed: x belongs to someone else and must be copied before it is updated.
     """
@@ -92,6 +99,8 @@ class Step:
     # The gradient buffer that the loss made for this step; any other gradient is copied before it is changed.
     gradient: int = 0
     faults: list[Kept] = field(default_factory=list)
+    # The last list and what was made of it: layers that share a list share its tensors.
+    reduced: tuple[Kept, Rows] | None = None
 
     def context(self) -> Any:
         kind, dtype, enabled = self.autocast
@@ -252,17 +261,18 @@ def forward(step: Step, x: Tensor) -> list[Record]:
             continue
         if step.mode == "backward":
             assert attention is not None
-            record = _dense_forward(step, i, layer, x, reduce_list(attention, step.weighted))
+            record = _dense_forward(step, i, layer, x, _rows(step, attention))
             assert record is not None
             records.append(record)
             continue
         if attention is mlp:
             assert attention is not None
-            records.append(_skip_forward(step, i, layer, x, reduce_list(attention, False), attention))
+            records.append(_skip_forward(step, i, layer, x, _rows(step, attention), attention))
             continue
         for part, kept in (("attention", attention), ("mlp", mlp)):
             if kept is not None:
-                records.append(_part_forward(step, i, layer, x, reduce_list(kept, False), kept, part))
+                records.append(_part_forward(step, i, layer, x, _rows(step, kept), kept, part))
+    step.reduced = None
     return records
 
 
@@ -499,7 +509,12 @@ class Stack(Function):
         owned = step.gradient == dy.data_ptr() and dy.is_contiguous()
         dx = dy.detach() if owned else dy.clone(memory_format=torch.contiguous_format)
         records, ctx.records = ctx.records, None
+        drawn = {record.layer for record in records}
         with step.context() if step.autocast[2] else nullcontext():
             grads = backward(step, records, dx, ctx.params)
+        if step.weighted:  # a layer for which nothing was drawn has an estimate too: zero
+            empty = [layer for i, layer in enumerate(step.layers) if i not in drawn]
+            unseen = [p for p in grads.of(empty) if id(p) not in grads.grads]
+            grads.add(unseen, [torch.zeros_like(p) for p in unseen])
         out = tuple(grads.grads.get(id(p)) for p in ctx.params)
         return dx if ctx.needs_input_grad[0] else None, None, *out
