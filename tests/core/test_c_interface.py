@@ -46,7 +46,7 @@ def test_struct_sizes_are_those_of_the_header(tmp_path: Path) -> None:
 
 
 def test_older_and_newer_structs() -> None:
-    """Shorter structs lack optional fields, whatever lies behind them; longer ones are read while their tail is zero."""
+    """Shorter structs lack optional fields, whatever lies behind them; longer ones pass while their tail is zero."""
 
     class Newer(ctypes.Structure):
         _fields_ = (("known", capi.AttentionForward), ("tail", ctypes.c_char * 64))
