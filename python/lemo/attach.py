@@ -26,6 +26,7 @@ from .layout import Kept
 from .lora import has_dropout, projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
+from .participation import Participation, outputs_of, trains_before_layers
 from .policies import Policy, StepContext, make_policy, mix_seed
 from .schedule import LemoCallback, Schedule
 
@@ -51,6 +52,7 @@ class Controller:
         self.kept_ratios: list[float] = []
         self.mlp_kept_ratios: list[float] = []
         self._tokens = self._blocks = 0
+        self._loss_tokens: Tensor | None = None
         self._last_phase: int | None = None
         self._policies: list[Policy | None] = [
             None if p.mode == "dense" else make_policy(*config.policy(p), predictors) for p in self.schedule.phases
@@ -79,7 +81,10 @@ class Controller:
         return self.schedule.phase(self.step_index, self.total_steps)
 
     def report(self) -> dict[str, Any]:
-        """The last forward pass in plain values, for logs."""
+        """The last forward pass in plain values, for logs.
+
+        loss_tokens: targets the loss was over (read from the device); None where lemo did not compute it.
+        """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
         return {
@@ -90,6 +95,7 @@ class Controller:
             "policy": None if phase is None or phase.mode == "dense" else self.config.policy(phase)[0],
             "tokens": self._tokens,
             "blocks": self._blocks,
+            "loss_tokens": None if self._loss_tokens is None else int(self._loss_tokens),
             "kept": list(self.kept_ratios),
             "mlp_kept": list(self.mlp_kept_ratios),
         }
@@ -104,10 +110,13 @@ class Controller:
         labelled: bool [T], tokens that have a target; None where that is unknown.
         """
         family, decoder = self.family, self.family.decoder(self.model)
-        x = family.embed(decoder, ids, embeddings, packed.positions)
-        x = x.to(self._compute_dtype(x))
         index = self.schedule.index(self.step_index, self.total_steps)
         phase, policy = self.schedule.phases[index], self._policies[index]
+        with outputs_of(self.model.get_input_embeddings()) as embedded:
+            x = family.embed(decoder, ids, embeddings, packed.positions)
+        took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
+        embedded.clear()
+        x = x.to(self._compute_dtype(x))
         layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         tables = family.tables(decoder, x.detach(), packed.positions)
         random = family.dropout(self.model) > 0 or any(has_dropout(layer) for layer in layers)
@@ -120,7 +129,7 @@ class Controller:
         if policy is not None:
             policy.begin(self._step_context(packed, phase, layers, tables, labelled))
         self.micro_batch += 1
-        self.kept_ratios, self.mlp_kept_ratios = [], []
+        self.kept_ratios, self.mlp_kept_ratios, self._loss_tokens = [], [], None
         self._tokens, self._blocks, self._last_phase = packed.blocks.num_tokens, packed.blocks.num_blocks, index
 
         def choose(i: int, rows: Tensor) -> tuple[Kept | None, Kept | None]:
@@ -135,6 +144,7 @@ class Controller:
                 kept = (everything if shared_all else shared, everything if mlp_all else mlp)
             for ratios, part in zip((self.kept_ratios, self.mlp_kept_ratios), kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
+                took_part.add(part)
             return kept
 
         # Nothing is eliminated: the exact layers, with what `recompute` says. (Mode "backward" over everything too.)
@@ -152,6 +162,7 @@ class Controller:
             observe=policy.observe if policy is not None and policy.needs_update else None,
             borrowed=embeddings is not None or x.requires_grad,
             autocast=self._autocast(x),
+            part=took_part,
         )
         params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
@@ -303,15 +314,17 @@ def _causal_lm_forward(
     if tuple(labels.shape) != packed.shape:
         raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {list(labels.shape)}")
     ignore_index = named.get("ignore_index", -100)
-    targets = packed.take(shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
+    shifted = (shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
+    targets = packed.take(shifted)
     x, step = controller.run(packed, ids, embeddings, targets != ignore_index)
-    loss = causal_lm_loss(
+    loss, controller._loss_tokens = causal_lm_loss(
         x,
         controller.family.final_norm(controller.family.decoder(module)),
         head,
         targets.contiguous(),
         step,
         num_items_in_batch=named.get("num_items_in_batch"),
+        counted=(shifted != ignore_index).sum(),
         ignore_index=ignore_index,
         segment_rows=controller.config.segment_rows,
     )

@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import ops
 from .families.base import Family, NormWeights, Tables
 from .layout import Blocks, Kept
+from .participation import Participation
 
 # Rows the MLP works on at a time where its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192
@@ -101,6 +102,8 @@ class Step:
     faults: list[Kept] = field(default_factory=list)
     # The last list and what was made of it: layers that share a list share its tensors.
     reduced: tuple[Kept, Rows] | None = None
+    # The tokens that any layer kept.
+    part: Participation = field(default_factory=Participation)
 
     def context(self) -> Any:
         kind, dtype, enabled = self.autocast
