@@ -301,15 +301,17 @@ def _causal_lm_forward(
     if tuple(labels.shape) != packed.shape:
         raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {list(labels.shape)}")
     ignore_index = named.get("ignore_index", -100)
-    targets = packed.take(shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
+    shifted = (shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
+    targets = packed.take(shifted)
     x, step = controller.run(packed, ids, embeddings)
-    loss = causal_lm_loss(
+    loss, _ = causal_lm_loss(
         x,
         controller.family.final_norm(controller.family.decoder(module)),
         head,
         targets.contiguous(),
         step,
         num_items_in_batch=named.get("num_items_in_batch"),
+        counted=(shifted != ignore_index).sum(),
         ignore_index=ignore_index,
         segment_rows=controller.config.segment_rows,
     )

@@ -17,10 +17,14 @@ from . import ops
 from .engine import Step
 from .families.base import NormWeights
 from .lora import Projection
+from .ops.loss import usable
 
 
 class _NormHeadLoss(Function):
-    """Inputs: x [T, d], the norm's and the head's tensors, targets int64 [T], and settings. Output: loss, float32."""
+    """Inputs: x [T, d], the norm's and the head's tensors, targets int64 [T], and settings.
+
+    Outputs: loss, float32; number of valid targets, int64.
+    """
 
     @staticmethod
     def forward(
@@ -39,13 +43,13 @@ class _NormHeadLoss(Function):
         reduction: str,
         segment_rows: int,
         step: Step,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         need = ctx.needs_input_grad
         params = (x, norm_weight, norm_bias, weight, bias, lora_a, lora_b)
         hidden = x
         if norm is not None:
             hidden, _ = ops.gather_norm(x, None, None, norm_weight, norm_bias, *norm)
-        loss, _, dhidden, dweight, dbias, da, db = ops.linear_cross_entropy(
+        loss, valid, dhidden, dweight, dbias, da, db = ops.linear_cross_entropy(
             hidden,
             weight.to(x.dtype),
             None if bias is None else bias.to(x.dtype),
@@ -76,13 +80,16 @@ class _NormHeadLoss(Function):
         ]
         if ctx.grads[0] is not None:
             step.gradient = ctx.grads[0].data_ptr()
-        return loss.view(())
+        ctx.valid = valid
+        # A copy, since a view made here could not be scaled in place by whoever receives it.
+        return loss.view(()).clone(), valid.view(())
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError("lemo: backward through the same loss a second time: run the forward pass again")
         grads, ctx.grads = ctx.grads, None
+        dloss = usable(dloss, ctx.valid)
         return *(None if g is None else g.mul_(dloss) for g in grads), *[None] * 7
 
 
@@ -94,15 +101,17 @@ def causal_lm_loss(
     step: Step,
     *,
     num_items_in_batch: Tensor | int | None = None,
+    counted: Tensor | None = None,
     ignore_index: int = -100,
     segment_rows: int = 0,
-) -> Tensor:
-    """Mean cross-entropy over valid targets, or their sum over `num_items_in_batch`: transformers' causal-LM loss.
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch and the number of targets it is over (int64, on the device).
 
-    x [T, d]: output of the last layer; targets int64 [T], already shifted.
+    x [T, d]: output of the last layer; targets int64 [T], already shifted. Without num_items_in_batch the mean
+    cross-entropy over valid targets; with it, as in `per_item`. Over no valid target it is 0, with zero gradients.
     """
     kind = None if norm is None else (norm.kind, norm.eps)
-    loss = _NormHeadLoss.apply(
+    loss, valid = _NormHeadLoss.apply(
         x,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
@@ -118,11 +127,22 @@ def causal_lm_loss(
         segment_rows,
         step,
     )
+    return per_item(loss, valid, num_items_in_batch, counted), valid
+
+
+def per_item(loss: Tensor, valid: Tensor, num_items_in_batch: Tensor | int | None, counted: Tensor | None) -> Tensor:
+    """(loss / valid) * counted / num_items_in_batch of a sum over `valid` targets; the loss itself without a number.
+
+    The number is that of a whole accumulation window, over all ranks, and counts labels: also those that no token here
+    predicts, because it is padding or took part in no layer. counted: such labels of this batch (default: valid).
+    Weighed by them, the losses of a window add up to a mean. Nothing waits for the device.
+    """
     if num_items_in_batch is None:
         return loss
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch
+    divisor = num_items_in_batch * (torch.ones_like(loss) if counted is None else valid / counted)
+    return loss / torch.where(valid > 0, divisor, 1.0)
 
 
 def shift(labels: Tensor, ignore_index: int) -> Tensor:

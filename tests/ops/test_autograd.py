@@ -124,6 +124,34 @@ def test_linear_cross_entropy_loss_of_a_frozen_head_makes_no_weight_gradient() -
         loss.backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_valid_target_means_zero_gradients(reduction) -> None:
+    draw = Draw("cpu", torch.float32)
+    own = dict(
+        hidden=draw.normal(10, 8), weight=draw.normal(12, 8), lora_a=draw.normal(4, 8), lora_b=draw.normal(12, 4)
+    )
+    for value in own.values():
+        value.requires_grad_()
+    loss = ops.linear_cross_entropy_loss(**own, targets=torch.full((10,), -100), reduction=reduction)
+    assert loss == 0
+    (loss / 0).backward()  # by the number of targets, as the Trainer divides
+    assert all(value.grad.count_nonzero() == 0 for value in own.values())
+    loss = ops.linear_cross_entropy_loss(**own, targets=torch.arange(10), reduction=reduction)
+    (loss / 0).backward()
+    assert not any(value.grad.isfinite().all() for value in own.values())
+
+
+def test_the_loss_can_be_scaled_in_place() -> None:
+    draw = Draw("cpu", torch.float32)
+    hidden, weight = draw.normal(10, 8).requires_grad_(), draw.normal(12, 8)
+    grads = []
+    for scale in (1, 3):
+        loss = ops.linear_cross_entropy_loss(hidden, weight, torch.arange(10))
+        loss *= scale
+        grads.append(torch.autograd.grad(loss, hidden)[0])
+    torch.testing.assert_close(grads[1], 3 * grads[0])
+
+
 def test_evaluation_saves_nothing() -> None:
     draw = Draw("cpu", torch.float32)
     loss = ops.linear_cross_entropy_loss(draw.normal(10, 8), draw.normal(12, 8), draw.integers(12, 10))

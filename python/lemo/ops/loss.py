@@ -1,7 +1,8 @@
 """Output projection and cross-entropy in segments of tokens: logits never exist whole (paper section 5.2).
 
 z = h W^T (+ lora_scale (h A^T) B^T) (+ bias); softcap c > 0: z = c tanh(z / c); loss = mean or sum over tokens whose
-target is not ``ignore_index`` of logsumexp(z_t) - z_t[target_t]. The mean over no valid token is 0 with zero gradients.
+target is not ``ignore_index`` of logsumexp(z_t) - z_t[target_t]. Over no valid token, mean and sum are 0 with zero
+gradients, whatever the loss is divided by afterwards (torch's mean is NaN there; its gradients are zero as well).
 N tokens, d channels, V classes, rank r. A target outside [0, V) is a ValueError on the CPU and makes the loss NaN on
 CUDA. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
 """
@@ -211,6 +212,11 @@ def linear_cross_entropy_loss(
     )
 
 
+def usable(dloss: Tensor, valid: Tensor) -> Tensor:
+    """The gradient of a loss over ``valid`` [1] targets: 0 over none, where a division by their number made it inf."""
+    return torch.where(valid.view(()) > 0, dloss, torch.zeros_like(dloss))
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -218,7 +224,7 @@ class _Loss(torch.autograd.Function):
     ):
         wants = ctx.needs_input_grad
         small = [None if p is None else p.to(hidden.dtype) for p in (bias, lora_a, lora_b)]
-        loss, _, *grads = torch.ops.lemo.linear_cross_entropy(
+        loss, valid, *grads = torch.ops.lemo.linear_cross_entropy(
             hidden,
             weight,
             *small,
@@ -234,13 +240,16 @@ class _Loss(torch.autograd.Function):
             wants[3] or wants[4],
         )
         ctx.save_for_backward(*grads)
+        ctx.valid = valid
         ctx.dtypes = [None if p is None else p.dtype for p in (hidden, weight, bias, lora_a, lora_b)]
         ctx.wants = wants[:5]
         ctx.scaled = False
-        return loss.view(())
+        # A copy, since a view made here could not be scaled in place by whoever receives it.
+        return loss.view(()).clone()
 
     @staticmethod
     def backward(ctx, dloss):
+        dloss = usable(dloss, ctx.valid)
         if torch.compiler.is_compiling():  # a compiled graph reuses buffers by itself
             scaled = [g * dloss if w else None for g, w in zip(ctx.saved_tensors, ctx.wants, strict=True)]
         else:

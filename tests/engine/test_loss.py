@@ -1,0 +1,142 @@
+"""What the loss of a training step is over, and what it is divided by."""
+
+import lemo
+import pytest
+import torch
+import transformers
+from models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
+
+MODES = [
+    lemo.Phase("dense"),
+    lemo.Phase("skip", keep=0.5, policy="random"),
+    lemo.Phase("backward", keep=0.5, policy="random", weighted=True),
+]
+
+
+def settings(phase=MODES[0], **options):
+    return lemo.LemoConfig(block_size=8, phases=[phase], **options)
+
+
+# --- a batch without a label ---
+
+
+@pytest.mark.parametrize("phase", MODES, ids=lambda phase: phase.mode)
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)], ids=["mean", "none", "none-tensor"])
+@pytest.mark.parametrize("head", [False, True], ids=["frozen", "head"])
+def test_no_label_means_zero_gradients(phase, items, head):
+    model = lora(base("llama"), [*LINEARS["llama"], *(["lm_head"] if head else [])]).train()
+    inputs = batch("right")
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    if items is not None:
+        inputs["num_items_in_batch"] = items
+    _, plain = gradients(model, inputs)
+    lemo.apply(model, settings(phase))
+    for scale in (1.0, torch.tensor(1.0) / 0):  # a loss that divides by the labels itself
+        loss, got = gradients(model, inputs, scale)
+        assert loss == 0
+        assert got.keys() == plain.keys()
+        assert all(g.count_nonzero() == 0 for g in (*got.values(), *plain.values()))
+
+
+def test_a_real_fault_still_shows():
+    model, inputs = tuned("llama"), batch("plain")
+    lemo.apply(model, settings())
+    loss, got = gradients(model, {**inputs, "num_items_in_batch": 0})  # labels there are, but none counted
+    assert loss.isinf() and not any(g.isfinite().all() for g in got.values())
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight.fill_(float("nan"))
+    for labels in (inputs["labels"], torch.full_like(inputs["labels"], -100)):
+        _, got = gradients(model, {**inputs, "labels": labels})
+        assert any(g.isnan().any() for g in got.values())
+
+
+def test_a_batch_without_labels_does_not_end_a_run(tmp_path):
+    torch.manual_seed(0)
+    data = [{"input_ids": ids, "labels": ids.clone()} for ids in torch.randint(3, VOCAB, (4, 24))]
+    data[1]["labels"][:] = -100
+
+    def adapter(use):
+        model = tuned("llama")
+        callbacks = [lemo.apply(model, settings()).callback()] if use else []
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=1, report_to=[], save_strategy="no",
+            use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
+        trainer.train()
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    assert_close(adapter(True), adapter(False), 1e-4)
+
+
+# --- padding and the number of labels ---
+
+
+def padded(side, labels_at_padding=False):
+    """The same four documents, padded on one side."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, width = (8, 9, 10, 30), 30
+    ids, mask = torch.full((4, width), 2), torch.zeros(4, width, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        at = slice(0, n) if side == "right" else slice(width - n, width)
+        ids[i, at], mask[i, at] = torch.randint(3, VOCAB, (n,), generator=generator), 1
+    labels = ids if labels_at_padding else ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def items(*batches):
+    """As the Trainer counts them."""
+    return sum((b["labels"][:, 1:] != -100).sum() for b in batches)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("mean", [True, False])
+def test_padding_on_either_side_is_one_loss(family, mean):
+    model, right, left = tuned(family), padded("right"), padded("left")
+    if not mean:
+        right["num_items_in_batch"], left["num_items_in_batch"] = items(right), items(left)
+        assert items(left) == items(right) + 3  # the first tokens of padded rows, which padding would predict
+    loss, expected = gradients(model, right)  # right, where nothing is predicted from padding
+    lemo.apply(model, settings())
+    for inputs in (right, left):
+        ours, got = gradients(model, inputs)
+        torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
+        assert_close(got, expected)
+
+
+def test_a_window_of_batches_is_a_mean():
+    """Each batch weighs what its labels are of the window's; the losses add up to a mean whatever is left out."""
+    model = tuned("llama")
+    lemo.apply(model, settings())
+    batches = [padded("left"), batch("plain"), padded("right", labels_at_padding=True)]
+    count = items(*batches)
+    means = [gradients(model, b)[0] for b in batches]
+    got = sum(gradients(model, {**b, "num_items_in_batch": count})[0] for b in batches)
+    torch.testing.assert_close(got, sum(m * items(b) for m, b in zip(means, batches, strict=True)) / count)
+
+
+def test_labels_at_padding_are_predicted_by_tokens_only():
+    """A label at the padding that follows a document is one of its last token, as in transformers; others are nobody's."""
+    model, inputs = tuned("llama"), padded("right", labels_at_padding=True)
+    predicted = inputs["labels"].masked_fill(inputs["attention_mask"].roll(1, 1) == 0, -100)
+    loss, expected = gradients(model, {**inputs, "labels": predicted})
+    lemo.apply(model, settings())
+    ours, got = gradients(model, inputs)
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+def test_packed_documents_count_as_in_transformers(given):
+    model, inputs = tuned("llama"), batch("packed")
+    inputs["num_items_in_batch"] = items(inputs)
+    if given == "shift_labels":
+        inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+        inputs["shift_labels"][0, 16] = -100  # the first document does not predict the second
+        inputs["num_items_in_batch"] = (inputs["shift_labels"] != -100).sum()
+    loss, expected = gradients(model, inputs)
+    lemo.apply(model, settings())
+    ours, got = gradients(model, inputs)
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
+    assert_close(got, expected)
