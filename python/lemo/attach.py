@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, trl_head
 from .config import LemoConfig, Phase
 from .engine import Stack, Step
 from .families import UnsupportedModelError, find
@@ -53,6 +53,7 @@ class Controller:
         self._tokens = self._blocks = 0
         self._last_phase: int | None = None
         self._policies = self._make_policies()
+        self._seen_forward: Any = None
         self._notes: set[str] = set()
 
     def _make_policies(self) -> list[Policy | None]:
@@ -86,6 +87,13 @@ class Controller:
         if step < 0:
             raise ValueError(f"step must not be negative; got {step}")
         self.step_index, self.micro_batch = int(step), 0
+
+    def cover_heads(self) -> None:
+        """Comes out on top again where another library has put its own loss over ours since (see `lemo.trl_head`)."""
+        present = self.model.__dict__.get("forward")
+        if present is not self._seen_forward:
+            trl_head.cover(self.model)
+            self._seen_forward = self.model.__dict__.get("forward")
 
     def callback(self) -> LemoCallback:
         """The callback that moves this controller under the transformers Trainer."""
@@ -268,6 +276,7 @@ def _decoder_forward(
 ) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    controller.cover_heads()
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     packed, ids, embeddings = _packed(controller, named)
@@ -286,6 +295,14 @@ def _causal_lm_forward(
 
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
+    fused = trl_head.wanted(controller, module, original, kwargs)
+    if fused is not None:
+        packed, ids, embeddings = _packed(controller, named)
+        return trl_head.fused_output(
+            controller, module, fused, named, packed, lambda: controller.run(packed, ids, embeddings)
+        )
+    if kwargs.get("fused_lm_head"):
+        return original(*args, **kwargs)
     labels, shifted = named.get("labels"), named.get("shift_labels")
     head = projection(module.lm_head, trainable=True)
     keep = named.get("logits_to_keep", 0)
@@ -365,6 +382,7 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     controller = Controller(family, inner, config, predictors)
     attach(decoder, controller, _decoder_forward)
     attach(inner, controller, _causal_lm_forward)
+    controller.cover_heads()
     return controller
 
 
