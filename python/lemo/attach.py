@@ -25,6 +25,7 @@ from .layout import Kept
 from .lora import has_dropout, projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
+from .participation import Participation, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
 from .schedule import LemoCallback, Schedule
@@ -51,6 +52,7 @@ class Controller:
         self.kept_ratios: list[float] = []
         self.mlp_kept_ratios: list[float] = []
         self._tokens = self._blocks = 0
+        self._loss_tokens: Tensor | None = None
         self._last_phase: int | None = None
         self._policies = self._make_policies()
         self._seen_forward: Any = None
@@ -105,7 +107,10 @@ class Controller:
         return self.schedule.phase(self.step_index, self.total_steps)
 
     def report(self) -> dict[str, Any]:
-        """The last forward pass in plain values, for logs."""
+        """The last forward pass in plain values, for logs.
+
+        loss_tokens: targets the loss was over (read from the device); None where lemo did not compute it.
+        """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
         return {
@@ -116,6 +121,7 @@ class Controller:
             "policy": None if phase is None or phase.mode == "dense" else self.config.policy(phase)[0],
             "tokens": self._tokens,
             "blocks": self._blocks,
+            "loss_tokens": None if self._loss_tokens is None else int(self._loss_tokens),
             "kept": list(self.kept_ratios),
             "mlp_kept": list(self.mlp_kept_ratios),
         }
@@ -125,10 +131,13 @@ class Controller:
     def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
         """The residual stream [T, d] after the last layer, before the final norm."""
         family, decoder = self.family, self.family.decoder(self.model)
-        x = family.embed(decoder, ids, embeddings, packed.positions)
-        x = x.to(self._compute_dtype(x))
         index = self.schedule.index(self.step_index, self.total_steps)
         phase, policy = self.schedule.phases[index], self._policies[index]
+        with outputs_of(self.model.get_input_embeddings()) as embedded:
+            x = family.embed(decoder, ids, embeddings, packed.positions)
+        took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
+        embedded.clear()
+        x = x.to(self._compute_dtype(x))
         layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         tables = family.tables(decoder, x.detach(), packed.positions)
         random = family.dropout(self.model) > 0 or any(has_dropout(layer) for layer in layers)
@@ -141,7 +150,7 @@ class Controller:
         if policy is not None:
             policy.begin(self._step_context(packed, phase, layers, tables))
         self.micro_batch += 1
-        self.kept_ratios, self.mlp_kept_ratios = [], []
+        self.kept_ratios, self.mlp_kept_ratios, self._loss_tokens = [], [], None
         self._tokens, self._blocks, self._last_phase = packed.blocks.num_tokens, packed.blocks.num_blocks, index
 
         def choose(i: int, rows: Tensor) -> tuple[Kept | None, Kept | None]:
@@ -155,6 +164,7 @@ class Controller:
                 kept = (everything if shared_all else shared, everything if mlp_all else mlp)
             for ratios, part in zip((self.kept_ratios, self.mlp_kept_ratios), kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
+                took_part.add(part)
             return kept
 
         # Nothing is eliminated: the exact layers, with what `recompute` says. (Mode "backward" over everything too.)
@@ -172,6 +182,7 @@ class Controller:
             observe=policy.observe if policy is not None and policy.needs_update else None,
             borrowed=embeddings is not None or x.requires_grad,
             autocast=self._autocast(x),
+            part=took_part,
         )
         params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
@@ -321,7 +332,7 @@ def _causal_lm_forward(
     shifted = (shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
     targets = packed.take(shifted)
     x, step = controller.run(packed, ids, embeddings)
-    loss, _ = causal_lm_loss(
+    loss, controller._loss_tokens = causal_lm_loss(
         x,
         controller.family.final_norm(controller.family.decoder(module)),
         head,

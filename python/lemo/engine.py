@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import ops
 from .families.base import Family, NormWeights, Tables
 from .layout import Blocks, Kept
+from .participation import Participation
 
 # Rows the MLP works on at a time where its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192
@@ -92,6 +93,8 @@ class Step:
     # The gradient buffer that the loss made for this step; any other gradient is copied before it is changed.
     gradient: int = 0
     faults: list[Kept] = field(default_factory=list)
+    # The tokens that any layer kept.
+    part: Participation = field(default_factory=Participation)
 
     def context(self) -> Any:
         kind, dtype, enabled = self.autocast

@@ -23,6 +23,7 @@ from .ops.loss import usable
 class _NormHeadLoss(Function):
     """Inputs: x [T, d], the norm's and the head's tensors, targets int64 [T], and settings.
 
+    rows int32 [M]: the rows of x that are read, with targets [M]; then neither norm nor head trains. x is used up.
     Outputs: loss, float32; number of valid targets, int64.
     """
 
@@ -38,6 +39,7 @@ class _NormHeadLoss(Function):
         lora_b: Tensor | None,
         targets: Tensor,
         norm: tuple[str, float] | None,
+        rows: Tensor | None,
         lora_scale: float,
         ignore_index: int,
         reduction: str,
@@ -48,7 +50,10 @@ class _NormHeadLoss(Function):
         params = (x, norm_weight, norm_bias, weight, bias, lora_a, lora_b)
         hidden = x
         if norm is not None:
-            hidden, _ = ops.gather_norm(x, None, None, norm_weight, norm_bias, *norm)
+            # Without the gathered rows themselves: where backward needs them, this output is gone.
+            hidden, _ = torch.ops.lemo.gather_norm(x, rows, None, norm_weight, norm_bias, *norm, False)
+        elif rows is not None:
+            hidden = ops.gather(x, rows)
         loss, valid, dhidden, dweight, dbias, da, db = ops.linear_cross_entropy(
             hidden,
             weight.to(x.dtype),
@@ -67,7 +72,10 @@ class _NormHeadLoss(Function):
             want_dlora=need[5] or need[6],
         )
         dx, dnw, dnb = dhidden, None, None
-        if norm is not None and dhidden is not None:
+        if rows is not None and dhidden is not None:
+            del hidden
+            dx = _into_stream(x, rows, dhidden, norm_weight, norm)
+        elif norm is not None and dhidden is not None:
             # The norm's output is no longer needed: its memory takes the gradient.
             dx = hidden
             dnw, dnb = ops.gather_norm_backward_(
@@ -90,7 +98,22 @@ class _NormHeadLoss(Function):
             raise RuntimeError("lemo: backward through the same loss a second time: run the forward pass again")
         grads, ctx.grads = ctx.grads, None
         dloss = usable(dloss, ctx.valid)
-        return *(None if g is None else g.mul_(dloss) for g in grads), *[None] * 7
+        return *(None if g is None else g.mul_(dloss) for g in grads), *[None] * 8
+
+
+def _into_stream(
+    x: Tensor, rows: Tensor, dhidden: Tensor, weight: Tensor | None, norm: tuple[str, float] | None
+) -> Tensor:
+    """The gradient [T, d] of x from that of some rows' hidden states.
+
+    It takes x's memory: x is the stack's output, which nothing reads after the loss.
+    """
+    packed = None if norm is None else ops.gather(x, rows)
+    dx = x.detach().zero_()
+    if norm is None or packed is None:
+        return ops.scatter_add_(dx, rows, dhidden)
+    ops.gather_norm_backward_(dx, rows, dhidden, packed, weight, None, *norm, False)
+    return dx
 
 
 def causal_lm_loss(
@@ -107,9 +130,15 @@ def causal_lm_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch and the number of targets it is over (int64, on the device).
 
-    x [T, d]: output of the last layer; targets int64 [T], already shifted. Without num_items_in_batch the mean
-    cross-entropy over valid targets; with it, as in `per_item`. Over no valid target it is 0, with zero gradients.
+    x [T, d]: output of the last layer, used up; targets int64 [T], already shifted. Without num_items_in_batch the mean
+    cross-entropy over valid targets of tokens that took part; with it, as in `per_item`. Over none of them it is 0,
+    with zero gradients. Tokens that were in no layer only count where norm, head or something before the layers trains.
     """
+    rows = read_rows(step, norm, head.weight, head.bias, head.a, head.b)
+    if rows is not None and rows.shape[0] == 0:
+        rows, targets = None, torch.full_like(targets, ignore_index)
+    if rows is not None:
+        targets = torch.where(rows >= 0, targets[rows.clamp(min=0).long()], ignore_index)
     kind = None if norm is None else (norm.kind, norm.eps)
     loss, valid = _NormHeadLoss.apply(
         x,
@@ -121,6 +150,7 @@ def causal_lm_loss(
         head.b,
         targets,
         kind,
+        rows,
         float(head.scale),
         ignore_index,
         "mean" if num_items_in_batch is None else "sum",
@@ -128,6 +158,13 @@ def causal_lm_loss(
         step,
     )
     return per_item(loss, valid, num_items_in_batch, counted), valid
+
+
+def read_rows(step: Step, norm: NormWeights | None, *head: Tensor | None) -> Tensor | None:
+    """Rows [M] of the tokens that took part in a layer. None: all tokens did, or others have a gradient as well, since
+    something outside of the layers trains."""
+    outside = (*head, None if norm is None else norm.weight, None if norm is None else norm.bias)
+    return None if any(p is not None and p.requires_grad for p in outside) else step.part.rows()
 
 
 def per_item(loss: Tensor, valid: Tensor, num_items_in_batch: Tensor | int | None, counted: Tensor | None) -> Tensor:

@@ -2,11 +2,14 @@
 
 TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and take log-probabilities and statistics per token
 from the output; a `forward` that TRL puts on the model answers. It lies below our entry where lemo was applied after
-the trainer was built, and hides it where lemo was applied before. `cover` adds an entry on top in the second case, which
-marks the call, so that ours computes it below everything else that is wrapped around it.
+the trainer was built, and hides it where lemo was applied before. `cover` adds an entry on top in the second case,
+which marks the call, so that ours computes it below everything else that is wrapped around it.
 
 The gradient is that of the segmented loss, the sum over tokens, whose rows are then weighed by what arrives at each
 token's log-probability: exact, since no token's loss depends on another row of the residual stream.
+
+Labels that no token predicts (in mode "skip", those of tokens that were in no layer) get the mean of the others: TRL
+divides by the number of all labels, so its loss is the mean over tokens that took part, as lemo's own is.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from . import ops
 from .engine import Step
 from .families.base import NormWeights
 from .lora import Projection, projection
-from .loss import causal_lm_loss, shift
+from .loss import causal_lm_loss, read_rows, shift
 from .packing import Packed
 from .patching import add_entry, current_forward, is_entry, search
 
@@ -207,7 +210,6 @@ def fused_output(
     wide = (shift(given, -100) if shifted is None else given).to(packed.positions.device)
     mask = wide != -100
     targets = packed.take(wide).contiguous()
-    index = (targets != -100).nonzero()[:, 0]  # one synchronisation; TRL's own head has it too
     asked = inspect.getclosurevars(head).nonlocals["outputs"]
     names = ("log_probs", *(name for name in asked if name != "log_probs"))
 
@@ -215,6 +217,15 @@ def fused_output(
     norm = controller.family.final_norm(controller.family.decoder(module))
     weights = projection(module.lm_head, trainable=True)
     assert weights is not None
+    part = read_rows(step, norm, weights.weight, weights.bias, weights.a, weights.b)
+    predicted = targets != -100
+    if part is not None:
+        # -1 where a selection failed: one place more takes it.
+        places = part.to(targets)
+        places = places.where(places >= 0, targets.shape[0])
+        took_part = predicted.new_zeros(targets.shape[0] + 1).index_fill(0, places, True)
+        predicted = predicted & took_part[:-1]
+    index = predicted.nonzero()[:, 0]  # one synchronisation; TRL's own head has it too
     with torch.no_grad():
         hidden = x.index_select(0, index)
         if norm is not None:
@@ -242,10 +253,11 @@ def fused_output(
     fields["log_probs"] = _LogProbs.apply(total, fields["log_probs"], arrived)
     if "entropy" in fields:
         fields["entropy"] = _Statistic.apply(fields["entropy"], total)
-    fields = {name: in_batch(values) for name, values in fields.items()}
+    missing, count = mask & ~in_batch(predicted), predicted.sum().clamp(min=1)
+    fields = {name: torch.where(missing, values.sum() / count, in_batch(values)) for name, values in fields.items()}
     if shifted is None:
         fields, mask = {name: values[:, :-1] for name, values in fields.items()}, mask[:, :-1]
-    if "is_top1" in fields:
+    if "is_top1" in fields and part is None:
         fields["is_top1"] = fields["is_top1"] > 0
     items = named.get("num_items_in_batch")
     loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)

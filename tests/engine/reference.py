@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Lists = list[tuple[Tensor | None, Tensor | None]]
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
@@ -66,15 +68,24 @@ class Model:
         return F.cross_entropy(self.lm.lm_head(x), targets)
 
 
-def skip(m: Model, ids: Tensor, targets: Tensor, lists: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """Loss of mode "skip"; lists: rows of every layer's attention and MLP (None: all left out)."""
+def skip(m: Model, ids: Tensor, targets: Tensor, lists: Lists, everyone: bool = False) -> Tensor:
+    """Loss of mode "skip"; lists: rows of every layer's attention and MLP (None: all left out).
+
+    It is the mean over tokens that took part in a sub-layer; `everyone`: over all of them.
+    """
     x = m.embed(ids)
     for layer, (attention, mlp) in zip(m.decoder.layers, lists, strict=True):
         if attention is not None:
             x = x.index_add(0, attention, m.attention(layer, x[attention], attention))
         if mlp is not None:
             x = x.index_add(0, mlp, m.mlp(layer, x[mlp]))
-    return m.loss(x, targets)
+    return m.loss(x, targets if everyone else targets.masked_fill(~took_part(lists, len(targets)), -100))
+
+
+def took_part(lists: Lists, tokens: int) -> Tensor:
+    """bool [tokens]: whether any list names a token."""
+    named = [rows for pair in lists for rows in pair if rows is not None]
+    return torch.isin(torch.arange(tokens), torch.cat(named)) if named else torch.zeros(tokens, dtype=torch.bool)
 
 
 def backward(

@@ -1,9 +1,13 @@
 """What the loss of a training step is over, and what it is divided by."""
 
+import dataclasses
+
 import lemo
 import pytest
 import torch
 import transformers
+from lemo.layout import Blocks, Kept
+from lemo.participation import Participation
 from models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 MODES = [
@@ -117,7 +121,7 @@ def test_a_window_of_batches_is_a_mean():
 
 
 def test_labels_at_padding_are_predicted_by_tokens_only():
-    """A label at the padding that follows a document is one of its last token, as in transformers; others are nobody's."""
+    """A label at the padding behind a document is one of its last token, as in transformers; others are nobody's."""
     model, inputs = tuned("llama"), padded("right", labels_at_padding=True)
     predicted = inputs["labels"].masked_fill(inputs["attention_mask"].roll(1, 1) == 0, -100)
     loss, expected = gradients(model, {**inputs, "labels": predicted})
@@ -140,3 +144,155 @@ def test_packed_documents_count_as_in_transformers(given):
     ours, got = gradients(model, inputs)
     torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
     assert_close(got, expected)
+
+
+# --- tokens that took part in no layer ---
+
+
+def dense_over(model, inputs, kept):
+    """Plain loss and gradients where every layer kept the same rows: the other tokens are simply not there."""
+    labels = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].reshape(-1)
+    rows = kept.rows.long()
+    part = {"input_ids": inputs["input_ids"].reshape(1, -1)[:, rows], "shift_labels": labels[None, rows]}
+    document = rows // inputs["input_ids"].shape[1]
+    mask = (document[:, None] == document[None]).tril()[None, None]
+    part["attention_mask"] = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    part["position_ids"] = (rows % inputs["input_ids"].shape[1])[None]
+    return gradients(model, {**part, "labels": part["shift_labels"]})
+
+
+def shared(model, policy="random", **options):
+    """lemo applied with one draw for all layers, and the lists it chose."""
+    phase = lemo.Phase(
+        "skip", keep=0.5, policy=policy, policy_options={} if policy == "update_norm" else {"shared": True}
+    )
+    controller = lemo.apply(model, settings(phase, **options))
+    lists = []
+    original = controller._policies[0].choose
+    controller._policies[0].choose = lambda i, x: lists.append(original(i, x)) or lists[-1]
+    return controller, lists
+
+
+@pytest.mark.parametrize("policy", ["random", "update_norm"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_is_over_tokens_that_took_part(policy, checkpointing):
+    model, inputs = tuned("llama"), batch("plain")
+    controller, lists = shared(model, policy)
+    if checkpointing:  # the embedding's output then requires a gradient, but nothing before the layers trains
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    loss, got = gradients(model, inputs)
+    model.gradient_checkpointing_disable()
+    lemo.remove(model)
+    expected_loss, expected = dense_over(model, inputs, lists[0][0])
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert_close(got, expected)
+    assert 0 < controller.report()["loss_tokens"] < (inputs["labels"][:, 1:] != -100).sum()
+
+
+def test_a_batch_weighs_what_its_labels_weigh():
+    """Whether tokens were left out or not: losses of a window add up to a mean."""
+    model, inputs = tuned("llama"), batch("right")
+    controller = lemo.apply(model, settings(MODES[1]))
+    mean, expected = gradients(model, inputs)
+    controller.seek(0)
+    loss, got = gradients(model, {**inputs, "num_items_in_batch": 3 * items(inputs)})
+    torch.testing.assert_close(3 * loss, mean)
+    assert_close({n: 3 * g for n, g in got.items()}, expected)
+
+
+def test_labels_only_where_no_token_took_part():
+    model, inputs = tuned("llama"), batch("plain")
+    controller, lists = shared(model)
+    gradients(model, inputs)
+    out = torch.ones(inputs["labels"].numel() + 1, dtype=torch.bool)
+    out[lists[0][0].rows.long() + 1] = False
+    inputs["labels"] = inputs["labels"].masked_fill(~out[:-1].view_as(inputs["labels"]), -100)
+    assert (inputs["labels"] != -100).any()
+    controller.seek(0)
+    loss, got = gradients(model, {**inputs, "num_items_in_batch": items(inputs)})
+    assert (loss.item(), controller.report()["loss_tokens"]) == (0.0, 0)
+    assert got and all(g.count_nonzero() == 0 for g in got.values())
+
+
+def trained_head(model):
+    model.get_output_embeddings().weight.requires_grad_()
+
+
+def trained_norm(model):
+    model.get_base_model().model.norm.weight.requires_grad_()
+
+
+def trained_embedding(model):
+    model.get_input_embeddings().weight.requires_grad_()
+
+
+def trained_hook(model):
+    model.delta = torch.nn.Parameter(torch.zeros(32))
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output + model.delta)
+
+
+@pytest.mark.parametrize("train", [trained_head, trained_norm, trained_embedding, trained_hook])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_trains_outside_of_the_layers_learns_from_all_tokens(train, checkpointing):
+    model, inputs = tuned("llama", tie_word_embeddings=False), batch("plain")
+    train(model)
+    controller, _ = shared(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    _, got = gradients(model, inputs)
+    targets = (inputs["labels"][:, 1:] != -100).sum()
+    assert controller.report()["loss_tokens"] == targets
+    lemo.remove(model)
+    controller, _ = shared(model)
+    controller.config.layers = ()  # every layer keeps everything: the same tokens count
+    assert gradients(model, inputs)[1].keys() == got.keys()
+    assert controller.report()["loss_tokens"] == targets
+
+
+def test_given_embeddings_that_train_learn_from_all_tokens():
+    model, inputs = tuned("llama"), batch("plain")
+    _, lists = shared(model)
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    gradients(model, inputs)
+    left_out = torch.ones(3 * 37, dtype=torch.bool)
+    left_out[lists[0][0].rows.long()] = False
+    left_out &= torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].reshape(-1) != -100
+    assert (inputs["inputs_embeds"].grad.view(-1, 32)[left_out].norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("phase", [MODES[0], MODES[2]], ids=lambda phase: phase.mode)
+def test_an_exact_forward_pass_counts_every_token(phase):
+    model, inputs = tuned("llama"), batch("plain")
+    controller = lemo.apply(model, settings(phase))
+    gradients(model, inputs)
+    assert controller.report()["loss_tokens"] == (inputs["labels"][:, 1:] != -100).sum()
+
+
+def test_one_layer_that_keeps_everything_counts_every_token():
+    model, inputs = tuned("llama"), batch("plain")
+    controller = lemo.apply(model, settings(MODES[1], layers=[0, 2]))
+    gradients(model, inputs)
+    assert controller.report()["loss_tokens"] == (inputs["labels"][:, 1:] != -100).sum()
+
+
+def test_the_union_of_kept_lists():
+    blocks = Blocks.from_lengths([40], 8)
+
+    def kept(*tokens):
+        rows = torch.tensor(tokens, dtype=torch.int32)
+        return dataclasses.replace(Kept.everything(blocks), rows=rows, num_rows=len(tokens))
+
+    first, second = kept(1, 2, 9), kept(2, 30)
+    part = Participation()
+    for each in (first, None, first):
+        part.add(each)
+    assert part.rows() is first.rows  # one list, and nothing to read from the device
+    part.add(second)
+    assert part.rows().tolist() == [1, 2, 9, 30]
+    part.add(kept(-1, -1))  # what a selection on a GPU leaves behind until its fault is read
+    assert part.rows().tolist() == [1, 2, 9, 30]
+    part.add(Kept.everything(blocks))
+    assert part.rows() is None
+    assert Participation().rows().tolist() == []

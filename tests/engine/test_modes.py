@@ -40,6 +40,12 @@ def packed(family, inputs):
     return inputs["input_ids"][mask], targets[mask], positions, document
 
 
+def layers_of(family, model, inputs):
+    """Arguments of the reference functions: the model, ids and targets."""
+    ids, targets, positions, document = packed(family, inputs)
+    return reference.Model(model, positions, document), ids, targets
+
+
 def config(recompute="none", **phase):
     options = {"mode": "skip", "keep": 0.5, "policy": "random", **phase}
     return lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[lemo.Phase(**options)], seed=3)
@@ -63,13 +69,16 @@ def blocks_of(kept: Kept) -> torch.Tensor:
 def test_skip(family, recompute, kind, chosen):
     model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
     plain = clone(model)
-    lemo.apply(model, config(recompute))
+    controller = lemo.apply(model, config(recompute))
     loss, got = gradients(model, inputs)
     assert len(chosen) == 3  # once per layer, whatever is recomputed
     assert all(0 < k.num_rows < k.source.num_tokens for k in chosen)
     ids, targets, positions, document = packed(family, inputs)
     m = reference.Model(plain, positions, document)
-    expected_loss = reference.skip(m, ids, targets, [(k.rows.long(), k.rows.long()) for k in chosen])
+    lists = [(k.rows.long(), k.rows.long()) for k in chosen]
+    valid = reference.took_part(lists, len(ids)) & (targets != -100)
+    assert 0 < valid.sum() == controller.report()["loss_tokens"] < (targets != -100).sum()
+    expected_loss = reference.skip(m, ids, targets, lists)
     torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-5, atol=0)
     assert_close(got, reference_gradients(plain, expected_loss))
 
@@ -121,13 +130,14 @@ def test_backward(family, weighted, policy, kind, chosen):
 def test_nothing_kept_is_the_identity(family):
     model, inputs = tuned(family), batch("right")
     controller = lemo.apply(model, config(keep=0.0))
+    with torch.no_grad():
+        expected = reference.skip(*layers_of(family, model, inputs), [(None, None)] * 3, everyone=True)
     loss, got = gradients(model, inputs)
-    ids, targets, positions, document = packed(family, inputs)
-    m = reference.Model(model, positions, document)
-    expected = reference.skip(m, ids, targets, [(None, None)] * 3)
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
     assert not got
     assert controller.kept_ratios == [0.0] * 3
+    assert (loss.item(), controller.report()["loss_tokens"]) == (0.0, 0)  # no token took part
+    model.get_output_embeddings().weight.requires_grad_()  # the head has a gradient of every token
+    torch.testing.assert_close(gradients(model, inputs)[0], expected, rtol=1e-5, atol=0)
 
 
 def test_layers_that_do_not_eliminate(chosen):

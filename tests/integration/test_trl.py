@@ -84,11 +84,28 @@ def test_sft_in_both_orders(tmp_path, tokenizer, segmented, kind):
         segmented.clear()
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_sft_skips_tokens(tmp_path, tokenizer, segmented, order):
-    logs, controller = train(sft(tmp_path, tokenizer, "packed"), tokenizer, order, SKIP)
-    assert max(controller.kept_ratios) < 1
-    assert len(segmented) == len(logs) == 3
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_sft_skips_tokens(tmp_path, tokenizer, segmented, kind):
+    """The loss is that of lemo under transformers' own Trainer: the mean over the tokens that took part."""
+    runs = []
+    for order in ("before", "after"):
+        logs, controller = train(sft(tmp_path, tokenizer, kind), tokenizer, order, SKIP)
+        assert max(controller.kept_ratios) < 1
+        assert len(segmented) == len(logs) == 3
+        segmented.clear()
+        runs.append(logs)
+    assert_same(runs[0], runs[1])
+    plain = sft(tmp_path, tokenizer, kind)
+    monkey = pytest.MonkeyPatch()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
+
+    with monkey.context() as patch:
+        patch.setattr(SFTTrainer, "compute_loss", compute_loss)
+        logs, _ = train(plain, tokenizer, "before", SKIP)
+    keys = ("loss", "grad_norm")
+    assert_same([{k: e[k] for k in keys} for e in runs[0]], [{k: e[k] for k in keys} for e in logs])
 
 
 def test_a_head_that_trains_stays_trls(tmp_path, tokenizer, segmented, caplog):

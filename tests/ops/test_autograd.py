@@ -127,11 +127,8 @@ def test_linear_cross_entropy_loss_of_a_frozen_head_makes_no_weight_gradient() -
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_no_valid_target_means_zero_gradients(reduction) -> None:
     draw = Draw("cpu", torch.float32)
-    own = dict(
-        hidden=draw.normal(10, 8), weight=draw.normal(12, 8), lora_a=draw.normal(4, 8), lora_b=draw.normal(12, 4)
-    )
-    for value in own.values():
-        value.requires_grad_()
+    shapes = {"hidden": (10, 8), "weight": (12, 8), "lora_a": (4, 8), "lora_b": (12, 4)}
+    own = {name: draw.normal(*shape).requires_grad_() for name, shape in shapes.items()}
     loss = ops.linear_cross_entropy_loss(**own, targets=torch.full((10,), -100), reduction=reduction)
     assert loss == 0
     (loss / 0).backward()  # by the number of targets, as the Trainer divides
