@@ -1,23 +1,22 @@
 """`lemo.apply` and `lemo.remove`: one model instance trains through the engine, and is as it was afterwards.
 
-Two `forward` methods are replaced on the instance: the decoder's and the causal language model's. Both step aside
-unless the module trains and gradients are on, so evaluation and `generate` run transformers' own code.
+Two `forward` methods are covered on the instance (see `lemo.patching`): the decoder's and the causal language model's.
+Both step aside unless the module trains and gradients are on, so evaluation and `generate` run transformers' own code.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import importlib.metadata
 import inspect
 import logging
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, trl_head
 from .config import LemoConfig, Phase
 from .engine import Stack, Step
 from .families import UnsupportedModelError, find
@@ -27,6 +26,7 @@ from .lora import has_dropout, projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
 from .participation import Participation, outputs_of, trains_before_layers
+from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
 from .schedule import LemoCallback, Schedule
 
@@ -54,10 +54,29 @@ class Controller:
         self._tokens = self._blocks = 0
         self._loss_tokens: Tensor | None = None
         self._last_phase: int | None = None
-        self._policies: list[Policy | None] = [
-            None if p.mode == "dense" else make_policy(*config.policy(p), predictors) for p in self.schedule.phases
-        ]
+        self._policies = self._make_policies()
+        self._seen_forward: Any = None
         self._notes: set[str] = set()
+
+    def _make_policies(self) -> list[Policy | None]:
+        return [
+            None if p.mode == "dense" else make_policy(*self.config.policy(p), self.predictors)
+            for p in self.schedule.phases
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        """The controller of a copy of the model: at the same step, with policies that remember no batch."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        plain = {name: value for name, value in self.__dict__.items() if name != "_policies"}
+        twin.__dict__.update(copy.deepcopy(plain, memo))
+        twin._policies = twin._make_policies()
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a lemo Controller cannot be pickled: save the model (it loads without lemo), keep the LemoConfig "
+            "(`config.to_dict()`), and call lemo.apply and controller.seek(step) after loading"
+        )
 
     # --- progress ---
 
@@ -70,6 +89,13 @@ class Controller:
         if step < 0:
             raise ValueError(f"step must not be negative; got {step}")
         self.step_index, self.micro_batch = int(step), 0
+
+    def cover_heads(self) -> None:
+        """Comes out on top again where another library has put its own loss over ours since (see `lemo.trl_head`)."""
+        present = self.model.__dict__.get("forward")
+        if present is not self._seen_forward:
+            trl_head.cover(self.model)
+            self._seen_forward = self.model.__dict__.get("forward")
 
     def callback(self) -> LemoCallback:
         """The callback that moves this controller under the transformers Trainer."""
@@ -242,8 +268,10 @@ class Controller:
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name, those of **kwargs included."""
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    # Of the class: whoever wraps the instance's forward need not show its parameters.
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
     named = dict(bound.arguments)
+    del named["self"]
     named.update(named.pop("kwargs", {}))
     return named
 
@@ -281,6 +309,7 @@ def _decoder_forward(
 ) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    controller.cover_heads()
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     packed, ids, embeddings = _packed(controller, named)
@@ -299,6 +328,14 @@ def _causal_lm_forward(
 
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
+    fused = trl_head.wanted(controller, module, original, kwargs)
+    if fused is not None:
+        packed, ids, embeddings = _packed(controller, named)
+        return trl_head.fused_output(
+            controller, module, fused, named, packed, lambda: controller.run(packed, ids, embeddings)
+        )
+    if kwargs.get("fused_lm_head"):
+        return original(*args, **kwargs)
     labels, shifted = named.get("labels"), named.get("shift_labels")
     head = projection(module.lm_head, trainable=True)
     keep = named.get("logits_to_keep", 0)
@@ -332,37 +369,6 @@ def _causal_lm_forward(
     return output.to_tuple() if named.get("return_dict") is False else output
 
 
-def _patch(module: nn.Module, controller: Controller, run: Callable[..., Any]) -> None:
-    own = module.__dict__.get("forward")
-    base = type(module).forward if own is None else own
-
-    @functools.wraps(getattr(base, "__func__", base))
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = self.__dict__.get("_lemo_forward")
-        original = types.MethodType(type(self).forward, self) if before is None else before
-        active = self.__dict__.get("_lemo")
-        if active is None or not (self.training and torch.is_grad_enabled()):
-            return original(*args, **kwargs)
-        return run(active, self, original, args, kwargs)
-
-    # Bound methods follow a copy.deepcopy of the model; closures over the module would not.
-    module.__dict__["_lemo_forward"] = own
-    module.__dict__["_lemo"] = controller
-    module.__dict__["forward"] = types.MethodType(forward, module)
-    controller.__dict__.setdefault("_ours", []).append(module.__dict__["forward"].__func__)
-
-
-def _unpatch(module: nn.Module) -> None:
-    controller = module.__dict__.pop("_lemo")
-    current = module.__dict__.get("forward")
-    if getattr(current, "__func__", None) in controller.__dict__["_ours"]:
-        before = module.__dict__.pop("_lemo_forward")
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
-    # Otherwise someone wrapped it since (Accelerate does); without a controller what they wrapped steps aside.
-
-
 def _check_version() -> None:
     version = importlib.metadata.version("transformers")
     if not _TRANSFORMERS[0] <= int(version.split(".")[0]) < _TRANSFORMERS[1]:
@@ -385,7 +391,7 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
         raise ValueError(f"config must be a lemo.LemoConfig; got {type(config).__name__}")
     _check_version()
     family, inner = find(model)
-    if "_lemo" in inner.__dict__:
+    if controller_of(inner) is not None:
         raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
     decoder = family.decoder(inner)
     devices = {p.device for p in decoder.parameters()}
@@ -407,16 +413,17 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
                 f"{predictors.block_size} tokens: use that size or calibrate again"
             )
     controller = Controller(family, inner, config, predictors)
-    _patch(decoder, controller, _decoder_forward)
-    _patch(inner, controller, _causal_lm_forward)
+    attach(decoder, controller, _decoder_forward)
+    attach(inner, controller, _causal_lm_forward)
+    controller.cover_heads()
     return controller
 
 
 def remove(model: Any) -> None:
     """Gives `model` its own forward methods back. Raises ValueError if lemo is not applied to it."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    controller = inner.__dict__.get("_lemo")
+    inner = base_model(model)
+    controller = controller_of(inner)
     if controller is None:
         raise ValueError("lemo is not applied to this model; nothing to remove")
-    _unpatch(controller.family.decoder(inner))
-    _unpatch(inner)
+    detach(controller.family.decoder(inner))
+    detach(inner)

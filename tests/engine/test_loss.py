@@ -193,8 +193,7 @@ def test_the_loss_is_over_tokens_that_took_part(policy, checkpointing):
 def test_a_batch_weighs_what_its_labels_weigh():
     """Whether tokens were left out or not: losses of a window add up to a mean."""
     model, inputs = tuned("llama"), batch("right")
-    lemo.apply(model, settings(MODES[1]))
-    controller = model.get_base_model()._lemo
+    controller = lemo.apply(model, settings(MODES[1]))
     mean, expected = gradients(model, inputs)
     controller.seek(0)
     loss, got = gradients(model, {**inputs, "num_items_in_batch": 3 * items(inputs)})
