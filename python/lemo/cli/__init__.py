@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -46,8 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _let_waiting_threads_sleep() -> None:
+    """torch's OpenMP threads spin while they wait, which on a machine with more busy threads than cores (several jobs,
+    or one beside other work) slows every job down many times. OpenMP reads this once, when torch is loaded."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors become one message on stderr unless --debug is given."""
+    _let_waiting_threads_sleep()
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
