@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from lemo.cli.common import Formatter, explain
 
@@ -66,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore", DeprecationWarning)
             return args.run(args)
     except KeyboardInterrupt:
-        hint = f"; go on with: lemo finetune --out {args.out} --resume" if args.command == "finetune" else ""
+        hint = ""
+        if args.command == "finetune":
+            begun = (Path(args.out) / "run.json").exists()
+            hint = f"; go on with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
         print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
