@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_modules, check_randomness, loose_modules, trained_parameters
 from .config import LemoConfig, Phase
 from .engine import Stack, Step
 from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
-from .lora import has_dropout, projection
+from .lora import projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
 from .policies import Policy, StepContext, make_policy, mix_seed
@@ -99,18 +100,15 @@ class Controller:
     def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
         """The residual stream [T, d] after the last layer, before the final norm."""
         family, decoder = self.family, self.family.decoder(self.model)
+        check_modules(family, self.model)
+        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
+        params, loose = trained_parameters(family, layers), loose_modules(family, layers)
+        index = self.schedule.index(self.step_index, self.total_steps)
+        random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         x = family.embed(decoder, ids, embeddings, packed.positions)
         x = x.to(self._compute_dtype(x))
-        index = self.schedule.index(self.step_index, self.total_steps)
         phase, policy = self.schedule.phases[index], self._policies[index]
-        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         tables = family.tables(decoder, x.detach(), packed.positions)
-        random = family.dropout(self.model) > 0 or any(has_dropout(layer) for layer in layers)
-        if random and phase.mode == "backward":
-            raise ValueError(
-                'mode "backward" recomputes kept tokens only and cannot draw the same dropout for them again: set the '
-                "model's dropout and lora_dropout to 0"
-            )
         everything = Kept.everything(packed.blocks)
         if policy is not None:
             policy.begin(self._step_context(packed, phase, layers, tables))
@@ -142,12 +140,12 @@ class Controller:
             weighted=phase.weighted,
             deterministic=self.config.deterministic,
             random=random,
+            general=bool(loose),
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
             borrowed=embeddings is not None or x.requires_grad,
             autocast=self._autocast(x),
         )
-        params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
 
     def _step_context(self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any) -> StepContext:
@@ -350,6 +348,10 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
         raise ValueError(f"config must be a lemo.LemoConfig; got {type(config).__name__}")
     _check_version()
     family, inner = find(model)
+    check_modules(family, inner)
+    layers = family.layers(family.decoder(inner))
+    trained_parameters(family, layers)
+    check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if "_lemo" in inner.__dict__:
         raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
     decoder = family.decoder(inner)
