@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -44,9 +45,23 @@ def _function(value: Any) -> Any:
     return getattr(value, "__func__", value)
 
 
-@functools.lru_cache(maxsize=1024)
+# What `_trusted` found, by function; weak, because closures hold models.
+_known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
 def _trusted(function: Any) -> bool:
     """Whether a function and all that it wraps come from those who may define one."""
+    function = _function(function)
+    try:
+        known = _known.get(function)
+    except TypeError:  # neither a function nor hashable
+        return _defined_by_trusted(function)
+    if known is None:
+        known = _known[function] = _defined_by_trusted(function)
+    return known
+
+
+def _defined_by_trusted(function: Any) -> bool:
     while function is not None:
         function = _function(function)
         # functools.wraps copies __module__, but not the globals.
@@ -83,7 +98,7 @@ def _instance_forward(module: nn.Module) -> Any:
 
 def _foreign_hook(hooks: Iterable[Any]) -> Any:
     """A hook that is not transformers' own recording of outputs (inactive in training) or torch's (counters)."""
-    return next((h for h in hooks if not _trusted(_function(h))), None)
+    return next((h for h in hooks if not _trusted(h)), None)
 
 
 def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]]) -> None:
