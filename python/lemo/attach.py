@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, trl_head
+from .checks import check_modules, check_randomness, loose_modules, trained_parameters
 from .config import LemoConfig, Phase
 from .engine import Stack, Step
 from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
-from .lora import has_dropout, projection
+from .lora import projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
 from .participation import Participation, outputs_of, trains_before_layers
@@ -136,21 +137,18 @@ class Controller:
         labelled: bool [T], tokens that have a target; None where that is unknown.
         """
         family, decoder = self.family, self.family.decoder(self.model)
+        check_modules(family, self.model)
+        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
+        params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         index = self.schedule.index(self.step_index, self.total_steps)
+        random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         phase, policy = self.schedule.phases[index], self._policies[index]
         with outputs_of(self.model.get_input_embeddings()) as embedded:
             x = family.embed(decoder, ids, embeddings, packed.positions)
         took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
         embedded.clear()
         x = x.to(self._compute_dtype(x))
-        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         tables = family.tables(decoder, x.detach(), packed.positions)
-        random = family.dropout(self.model) > 0 or any(has_dropout(layer) for layer in layers)
-        if random and phase.mode == "backward":
-            raise ValueError(
-                'mode "backward" recomputes kept tokens only and cannot draw the same dropout for them again: set the '
-                "model's dropout and lora_dropout to 0"
-            )
         everything = Kept.everything(packed.blocks)
         if policy is not None:
             policy.begin(self._step_context(packed, phase, layers, tables, labelled))
@@ -184,13 +182,13 @@ class Controller:
             weighted=phase.weighted,
             deterministic=self.config.deterministic,
             random=random,
+            general=bool(loose),
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
             borrowed=embeddings is not None or x.requires_grad,
             autocast=self._autocast(x),
             part=took_part,
         )
-        params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
 
     def _required(self, packed: Packed, phase: Phase, labelled: Tensor | None) -> Tensor | None:
@@ -391,6 +389,10 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
         raise ValueError(f"config must be a lemo.LemoConfig; got {type(config).__name__}")
     _check_version()
     family, inner = find(model)
+    check_modules(family, inner)
+    layers = family.layers(family.decoder(inner))
+    trained_parameters(family, layers)
+    check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if controller_of(inner) is not None:
         raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
     decoder = family.decoder(inner)
