@@ -1,5 +1,5 @@
 // Every entry point: guard, read the structs, validate, check the workspace, hand over to the backend's table.
-#include <cstddef>
+#include <algorithm>
 
 #include "src/backend.h"
 #include "src/fields.h"
@@ -51,9 +51,10 @@ Args read_args(const Args* given) {
       throw Error(LEMO_INVALID_ARGUMENT, "args.struct_size: expected a size that ends between fields, got " +
                                              std::to_string(size) + ", which cuts `" + name + "` in two");
     }
-    for (int32_t i = 0; i < t.ndim && i < LEMO_MAX_DIMS; ++i) {
-      if (t.shape[i] == 0 && t.data == nullptr) t.data = no_elements;
-    }
+    const int32_t dims = t.ndim < LEMO_MAX_DIMS ? t.ndim : LEMO_MAX_DIMS;
+    if (dims <= 0 || std::find(t.shape, t.shape + dims, 0) == t.shape + dims) return;
+    if (t.data == nullptr) t.data = no_elements;
+    std::fill_n(t.stride, LEMO_MAX_DIMS, 0);  // whatever they say, nothing lies there
   });
   for_each_reserved(args, [](const char* name, int32_t value) {
     if (value != 0) {
