@@ -97,7 +97,8 @@ def _token_format(tokenizer: Any, vocab_size: int | None, dtype: str | None, end
 
 def _nothing_in(source: str, found: Sources) -> str:
     if found.left.no_records:
-        return f"{source}: no data in it; {found.left.no_records[0]}, for one, holds no records of text, tokens or messages (see --text-field)"
+        example = found.left.no_records[0]
+        return f"{source}: no data in it; {example}, for one, holds no records of text or tokens (see --text-field)"
     return f"{source}: no text in it (every document is empty or binary)"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-CHARACTERS_PER_PIECE = 1 << 18
+CHARACTERS_PER_PIECE = 1 << 17
 _OVERLAP = 1 << 12
 # Tokens that two pieces have to read alike where they are joined.
 _RUN = 24
