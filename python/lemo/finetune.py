@@ -353,12 +353,13 @@ def finetune(
     held: Documents | None = None
     fingerprints = {"data_sha256": documents.fingerprint(), "model_fingerprint": model_fingerprint(model)}
     if settings.held_out:
-        documents, held = split_held_out(documents, settings.held_out, settings.seed)
+        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
     windows = PackedWindows(
         documents,
         settings.context,
         seed=settings.seed,
         length=settings.steps * settings.batch * settings.accumulate,
+        report=report,
     )
     full_identity = {
         "settings": settings.to_json(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -150,3 +151,23 @@ def test_adapters_that_do_not_fit(model_folder: Path, new_model, text_folder: Pa
     other = make_adapter(new_model(tmp_path / "wide", hidden=64), tmp_path / "other", 0.0)
     with pytest.raises(ValueError, match="does not fit this model"):
         compare(base(), [str(other)], documents, 64)
+
+
+def test_only_labels_are_scored(model, text_folder: Path, tokenizer) -> None:
+    documents = load_documents([str(text_folder / "d0*.txt")], tokenizer, progress=False)
+    marked = np.random.default_rng(0).random(documents.num_tokens) < 0.2
+    marked[: documents.offsets[1]] = False  # a document without a label
+    masked = dataclasses.replace(documents, trained=marked)
+    scores = score(model, masked, 48)
+    nll = tokens = 0.0
+    for i in range(len(documents)):
+        mask = masked.labelled(i)
+        for start in range(0, len(documents.document(i)), 48):
+            ids = torch.from_numpy(documents.document(i)[start : start + 48].astype(np.int64))[None]
+            labels = ids.masked_fill(~torch.from_numpy(mask[start : start + 48]), -100)
+            if (labels[0, 1:] != -100).any():
+                count = int((labels[0, 1:] != -100).sum())
+                nll += model(input_ids=ids, labels=labels).loss.item() * count
+                tokens += count
+    assert scores.tokens.sum() == tokens and 0 not in scores.documents
+    assert scores.nll.sum() == pytest.approx(nll, rel=1e-5)
