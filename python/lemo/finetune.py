@@ -328,9 +328,9 @@ def finetune(
     checkpoints = run_checkpoints(out, keep_checkpoints)
     held: Documents | None = None
     if settings.held_out:
-        documents, held = split_held_out(documents, settings.held_out, settings.seed)
+        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
     length = settings.steps * settings.batch * settings.accumulate
-    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length)
+    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
     set_seed(settings.seed)
     wrapped = _with_adapter(model, settings)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it

@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not args.overwrite:
         raise CalibrationError(f"{out} exists already: choose another --out or add --overwrite")
-    model = load_model(args, args.context)
-    documents = load_data(args, model.config.vocab_size)
+    model = load_model(args, args.context, to_train=True)
+    documents = load_data(args, model.config)
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     pieces = [p for _, p in evaluation_pieces(documents, args.context) if len(p) > args.block_size]
     if len(pieces) < 2:
