@@ -170,6 +170,23 @@ def test_a_calibration_exchanged_at_its_place(
     assert resume(stopped.out) == 0 and adapter_of(stopped.out) == whole
 
 
+def test_another_split_of_the_same_data(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another version of lemo might hold other documents out."""
+    import lemo.finetune
+
+    out, real = tmp_path / "run", lemo.finetune.split_held_out
+    command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--dense", "--held-out", "0.2"]
+    assert main([*command, "--out", str(out), *OPTIONS]) == 0
+    monkeypatch.setattr(
+        lemo.finetune, "split_held_out", lambda d, fraction, seed, *_, **__: real(d, fraction, seed + 1)
+    )
+    shutil.rmtree(out / "adapter")
+    assert resume(out) == 2
+    assert "training_sha256: the run has" in capsys.readouterr().err
+
+
 # ---- changed by hand -------------------------------------------------------------------------------------------------
 
 
