@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -77,7 +74,7 @@ def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_pat
     assert not list((tmp_path / "skip").glob("checkpoint-*"))
 
 
-def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path) -> None:
+def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path, run_script) -> None:
     script = textwrap.dedent(
         """
         import sys
@@ -93,10 +90,8 @@ def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path) -
         assert not torch.equal(before, after)
         """
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(model_folder), str(finished / "adapter")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    code, said = run_script(script, str(model_folder), str(finished / "adapter"))
+    assert code == 0, said
     assert not [p.name for p in (finished / "adapter").iterdir() if "lemo" in p.name or p.name == "training_args.bin"]
 
 
@@ -107,7 +102,6 @@ def test_the_same_settings_give_the_same_adapter(
     assert_same_adapter(finished, tmp_path / "again")
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums decides the last bit
 KILLED = textwrap.dedent(
     """
     import os, signal, sys
@@ -134,15 +128,21 @@ KILLED = textwrap.dedent(
 
 @pytest.mark.parametrize(("step", "moment", "last"), [("6", "half-written", 3), ("3", "before-rename", 0)])
 def test_killed_while_saving_resumes_bit_for_bit(
-    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys, step: str, moment: str, last: int
+    finished: Path,
+    model_folder: Path,
+    text_folder: Path,
+    tmp_path: Path,
+    capsys,
+    run_script,
+    step: str,
+    moment: str,
+    last: int,
 ) -> None:
     out = tmp_path / "killed"
     command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--out", str(out), *OPTIONS]
     command += ["--schedule", SCHEDULE, "--held-out", "0.1"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, step, moment, *command], capture_output=True, text=True, env=ONE_THREAD
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, said = run_script(KILLED, step, moment, *command)
+    assert code == -signal.SIGKILL, said
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
     assert not (out / "adapter").exists()
     # Nothing but the folder is needed to go on.
