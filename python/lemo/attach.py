@@ -26,7 +26,7 @@ from .layout import Kept
 from .lora import has_dropout, projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
-from .participation import Participation, outputs_of, trains_before_layers
+from .participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from .policies import Policy, StepContext, make_policy, mix_seed
 from .schedule import LemoCallback, Schedule
 
@@ -107,7 +107,8 @@ class Controller:
         family, decoder = self.family, self.family.decoder(self.model)
         index = self.schedule.index(self.step_index, self.total_steps)
         phase, policy = self.schedule.phases[index], self._policies[index]
-        with outputs_of(self.model.get_input_embeddings()) as embedded:
+        embedding = self.model.get_input_embeddings()
+        with outputs_of(embedding) as embedded:
             x = family.embed(decoder, ids, embeddings, packed.positions)
         took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
         embedded.clear()
@@ -154,7 +155,7 @@ class Controller:
             random=random,
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
-            borrowed=embeddings is not None or x.requires_grad,
+            borrowed=embeddings is not None or x.requires_grad or may_keep_output(embedding),
             autocast=self._autocast(x),
             part=took_part,
         )

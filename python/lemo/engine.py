@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import ops
 from .families.base import Family, NormWeights, Tables
 from .layout import Blocks, Kept
+from .ops._schema import first_order
 from .participation import Participation
 
 # Rows the MLP works on at a time where its activations are not kept: bounds the largest transient of a step.
@@ -489,9 +490,11 @@ class Stack(Function):
         with step.context():
             ctx.records = forward(step, stream)
         ctx.step, ctx.params = step, params
+        ctx.depends = params
         return stream
 
     @staticmethod
+    @first_order("a training step")
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.records is None:
             raise RuntimeError(

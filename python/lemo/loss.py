@@ -6,6 +6,7 @@ gradient, which the decoder stack then updates in place.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from . import ops
 from .engine import Step
 from .families.base import NormWeights
 from .lora import Projection
+from .ops._schema import first_order, link
 from .ops.loss import usable
 
 
@@ -45,6 +47,7 @@ class _NormHeadLoss(Function):
         reduction: str,
         segment_rows: int,
         step: Step,
+        end: Tensor,
     ) -> tuple[Tensor, Tensor]:
         need = ctx.needs_input_grad
         params = (x, norm_weight, norm_bias, weight, bias, lora_a, lora_b)
@@ -88,17 +91,18 @@ class _NormHeadLoss(Function):
         ]
         if ctx.grads[0] is not None:
             step.gradient = ctx.grads[0].data_ptr()
-        ctx.valid = valid
+        ctx.valid, ctx.depends = valid, (end,)
         # A copy, since a view made here could not be scaled in place by whoever receives it.
         return loss.view(()).clone(), valid.view(())
 
     @staticmethod
+    @first_order("the loss of a step")
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError("lemo: backward through the same loss a second time: run the forward pass again")
         grads, ctx.grads = ctx.grads, None
         dloss = usable(dloss, ctx.valid)
-        return *(None if g is None else g.mul_(dloss) for g in grads), *[None] * 8
+        return *(None if g is None else g.mul_(dloss) for g in grads), *[None] * 9
 
 
 def _into_stream(
@@ -134,7 +138,8 @@ def causal_lm_loss(
     cross-entropy over valid targets of tokens that took part; with it, as in `per_item`. Over none of them it is 0,
     with zero gradients. Tokens that were in no layer only count where norm, head or something before the layers trains.
     """
-    rows = read_rows(step, norm, head.weight, head.bias, head.a, head.b)
+    outside = _outside(norm, head.weight, head.bias, head.a, head.b)
+    rows = read_rows(step, outside)
     if rows is not None and rows.shape[0] == 0:
         rows, targets = None, torch.full_like(targets, ignore_index)
     if rows is not None:
@@ -156,14 +161,19 @@ def causal_lm_loss(
         "mean" if num_items_in_batch is None else "sum",
         segment_rows,
         step,
+        link(x, *outside),
     )
     return per_item(loss, valid, num_items_in_batch, counted), valid
 
 
-def read_rows(step: Step, norm: NormWeights | None, *head: Tensor | None) -> Tensor | None:
+def _outside(norm: NormWeights | None, *head: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Parameters between the layers and the loss."""
+    return (*head, None if norm is None else norm.weight, None if norm is None else norm.bias)
+
+
+def read_rows(step: Step, outside: Iterable[Tensor | None]) -> Tensor | None:
     """Rows [M] of the tokens that took part in a layer. None: all tokens did, or others have a gradient as well, since
     something outside of the layers trains."""
-    outside = (*head, None if norm is None else norm.weight, None if norm is None else norm.bias)
     return None if any(p is not None and p.requires_grad for p in outside) else step.part.rows()
 
 

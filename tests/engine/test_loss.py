@@ -3,6 +3,7 @@
 import dataclasses
 
 import lemo
+import lemo.engine
 import pytest
 import torch
 import transformers
@@ -297,3 +298,80 @@ def test_the_union_of_kept_lists():
     part.add(Kept.everything(blocks))
     assert part.rows() is None
     assert Participation().rows().tolist() == []
+
+
+# --- what autograd sees of a step ---
+
+
+@pytest.mark.parametrize("phase", MODES, ids=lambda phase: phase.mode)
+@pytest.mark.parametrize("path", ["loss", "hidden", "logits"])
+def test_second_derivatives_of_a_step_are_refused(phase, path):
+    model, inputs = tuned("llama"), batch("plain")
+    lemo.apply(model, settings(phase))
+    params = [p for p in model.parameters() if p.requires_grad]
+    labels = inputs.pop("labels")
+
+    def loss():
+        if path == "loss":
+            return model(**inputs, labels=labels).loss
+        if path == "hidden":
+            return model.get_base_model().model(**inputs).last_hidden_state.sum()
+        return model(**inputs).logits.logsumexp(-1).sum()
+
+    controller = model.get_base_model()._lemo
+    expected = torch.autograd.grad(loss(), params)
+    controller.seek(0)
+    first = loss()
+    got = torch.autograd.grad(first, params, create_graph=True)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+    def penalty():
+        return sum(g.square().sum() for g in got)
+
+    for function in (
+        lambda: (loss() + penalty()).backward(),
+        lambda: torch.autograd.grad(params[0].sum() + penalty(), params[:1], allow_unused=True),
+    ):
+        with pytest.raises(RuntimeError, match=r"has no second derivative.*lemo\.remove"):
+            function()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("where", ["module", "every", "forward", "peft"])
+def test_who_keeps_the_embeddings_output_finds_it_unchanged(family, where):
+    model, inputs, seen = tuned(family), batch("plain"), []
+    embedding = model.get_input_embeddings()
+    handle = None
+    if where == "module":
+        handle = embedding.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    elif where == "every":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, _inputs, output: seen.append(output) if module is embedding else None
+        )
+    elif where == "forward":
+        own = embedding.forward
+        embedding.forward = lambda ids: seen.append(own(ids)) or seen[-1]
+    else:  # a LoRA embedding whose adapter is off returns what its base layer returned
+        model = lora(base(family), [*LINEARS[family], "embed_tokens"]).train()
+        embedding = model.get_input_embeddings()
+        embedding.base_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        embedding.enable_adapters(False)
+    lemo.apply(model, settings())
+    model(**inputs).loss.backward()
+    if handle is not None:
+        handle.remove()
+    weight = embedding.base_layer.weight if where == "peft" else embedding.weight
+    assert torch.equal(seen[0].reshape((*inputs["input_ids"].shape, 32)), weight[inputs["input_ids"]])
+
+
+def test_without_a_hook_the_embeddings_output_is_not_copied(monkeypatch):
+    steps = []
+    original = lemo.engine.Stack.apply
+    monkeypatch.setattr(
+        lemo.engine.Stack, "apply", lambda x, step, *rest: steps.append(step) or original(x, step, *rest)
+    )
+    model = tuned("llama")
+    lemo.apply(model, settings())
+    model(**batch("plain"))
+    assert not steps[0].borrowed
