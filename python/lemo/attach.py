@@ -24,7 +24,7 @@ from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
 from .lora import has_dropout, projection
-from .loss import causal_lm_loss, shift
+from .loss import Targets, causal_lm_logits, causal_lm_loss, causal_lm_output
 from .packing import Packed, pack
 from .participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from .policies import Policy, StepContext, make_policy, mix_seed
@@ -272,43 +272,31 @@ def _decoder_forward(
 
 
 def _causal_lm_forward(
-    controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
+    controller: Controller, module: Any, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
-    labels, shifted = named.get("labels"), named.get("shift_labels")
-    head = projection(module.lm_head, trainable=True)
     keep = named.get("logits_to_keep", 0)
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
-    if labels is None or head is None or not ordinary:
-        if labels is not None and ordinary:
-            controller._note(
-                f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
-            )
+    if named.get("labels") is None or not ordinary:
         # Only the layers run through lemo then.
         return original(*args, **kwargs)
     packed, ids, embeddings = _packed(controller, named)
-    if tuple(labels.shape) != packed.shape:
-        raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {list(labels.shape)}")
-    ignore_index = named.get("ignore_index", -100)
-    shifted = (shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
-    targets = packed.take(shifted)
+    targets = Targets.of(packed, named)
     x, step = controller.run(packed, ids, embeddings)
-    loss, controller._loss_tokens = causal_lm_loss(
-        x,
-        controller.family.final_norm(controller.family.decoder(module)),
-        head,
-        targets.contiguous(),
-        step,
-        num_items_in_batch=named.get("num_items_in_batch"),
-        counted=(shifted != ignore_index).sum(),
-        ignore_index=ignore_index,
-        segment_rows=controller.config.segment_rows,
-    )
-    output = CausalLMOutputWithPast(loss=loss)
-    return output.to_tuple() if named.get("return_dict") is False else output
+    norm = controller.family.final_norm(controller.family.decoder(module))
+    head = projection(module.lm_head, trainable=True)
+    if head is None:
+        controller._note(
+            f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
+        )
+    if head is None or controller.config.return_logits:
+        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, packed)
+    else:
+        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=controller.config.segment_rows)
+        logits = None
+    controller._loss_tokens = count
+    return causal_lm_output(loss, logits, named.get("return_dict"))
 
 
 def _patch(module: nn.Module, controller: Controller, run: Callable[..., Any]) -> None:
