@@ -279,6 +279,24 @@ def test_one_layer_that_keeps_everything_counts_every_token():
     assert controller.report()["loss_tokens"] == (inputs["labels"][:, 1:] != -100).sum()
 
 
+@pytest.mark.parametrize("phase", MODES, ids=lambda phase: phase.mode)
+def test_norm_and_head_run_for_tokens_that_took_part(phase, monkeypatch):
+    model, inputs, seen = tuned("llama"), batch("plain"), []
+    original = lemo.ops.linear_cross_entropy
+
+    def spy(hidden, *args, **options):
+        seen.append(hidden.shape[0])
+        return original(hidden, *args, **options)
+
+    monkeypatch.setattr(lemo.ops, "linear_cross_entropy", spy)
+    controller, lists = shared(model) if phase.mode == "skip" else (lemo.apply(model, settings(phase)), None)
+    gradients(model, inputs)
+    tokens = inputs["input_ids"].numel()
+    assert seen == [tokens if lists is None else lists[0][0].num_rows]
+    assert lists is None or seen[0] < 0.7 * tokens
+    assert controller.report()["tokens"] == tokens
+
+
 def test_the_union_of_kept_lists():
     blocks = Blocks.from_lengths([40], 8)
 
