@@ -69,7 +69,7 @@ $(VENV)/.demo: $(VENV)/.tools $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.tools $(SOURCES)
 	@echo "building and installing lemo with its development tools (CUDA: $(LEMO_CUDA))"
-	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) ".[dev,plots,datasets]"
+	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) ".[dev,test,plots,datasets]"
 	@touch $@ $(VENV)/.demo
 
 setup build: $(VENV)/.dev

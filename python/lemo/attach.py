@@ -1,32 +1,33 @@
 """`lemo.apply` and `lemo.remove`: one model instance trains through the engine, and is as it was afterwards.
 
-Two `forward` methods are replaced on the instance: the decoder's and the causal language model's. Both step aside
-unless the module trains and gradients are on, so evaluation and `generate` run transformers' own code.
+Two `forward` methods are covered on the instance (see `lemo.patching`): the decoder's and the causal language model's.
+Both step aside unless the module trains and gradients are on, so evaluation and `generate` run transformers' own code.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import importlib.metadata
 import inspect
 import logging
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, trl_head
+from .checks import check_modules, check_randomness, loose_modules, trained_parameters
 from .config import LemoConfig, Phase
 from .engine import Stack, Step
 from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
-from .lora import has_dropout, projection
+from .lora import projection
 from .loss import Targets, causal_lm_logits, causal_lm_loss, causal_lm_output
 from .packing import Packed, pack
 from .participation import Participation, may_keep_output, outputs_of, trains_before_layers
+from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
 from .schedule import LemoCallback, Schedule
 
@@ -54,10 +55,29 @@ class Controller:
         self._tokens = self._blocks = 0
         self._loss_tokens: Tensor | None = None
         self._last_phase: int | None = None
-        self._policies: list[Policy | None] = [
-            None if p.mode == "dense" else make_policy(*config.policy(p), predictors) for p in self.schedule.phases
-        ]
+        self._policies = self._make_policies()
+        self._seen_forward: Any = None
         self._notes: set[str] = set()
+
+    def _make_policies(self) -> list[Policy | None]:
+        return [
+            None if p.mode == "dense" else make_policy(*self.config.policy(p), self.predictors)
+            for p in self.schedule.phases
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        """The controller of a copy of the model: at the same step, with policies that remember no batch."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        plain = {name: value for name, value in self.__dict__.items() if name != "_policies"}
+        twin.__dict__.update(copy.deepcopy(plain, memo))
+        twin._policies = twin._make_policies()
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a lemo Controller cannot be pickled: save the model (it loads without lemo), keep the LemoConfig "
+            "(`config.to_dict()`), and call lemo.apply and controller.seek(step) after loading"
+        )
 
     # --- progress ---
 
@@ -70,6 +90,13 @@ class Controller:
         if step < 0:
             raise ValueError(f"step must not be negative; got {step}")
         self.step_index, self.micro_batch = int(step), 0
+
+    def cover_heads(self) -> None:
+        """Comes out on top again where another library has put its own loss over ours since (see `lemo.trl_head`)."""
+        present = self.model.__dict__.get("forward")
+        if present is not self._seen_forward:
+            trl_head.cover(self.model)
+            self._seen_forward = self.model.__dict__.get("forward")
 
     def callback(self) -> LemoCallback:
         """The callback that moves this controller under the transformers Trainer."""
@@ -102,10 +129,19 @@ class Controller:
 
     # --- one training forward pass ---
 
-    def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
-        """The residual stream [T, d] after the last layer, before the final norm."""
+    def run(
+        self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None, labelled: Tensor | None = None
+    ) -> tuple[Tensor, Step]:
+        """The residual stream [T, d] after the last layer, before the final norm.
+
+        labelled: bool [T], tokens that have a target; None where that is unknown.
+        """
         family, decoder = self.family, self.family.decoder(self.model)
+        check_modules(family, self.model)
+        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
+        params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         index = self.schedule.index(self.step_index, self.total_steps)
+        random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         phase, policy = self.schedule.phases[index], self._policies[index]
         embedding = self.model.get_input_embeddings()
         with outputs_of(embedding) as embedded:
@@ -113,17 +149,10 @@ class Controller:
         took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
         embedded.clear()
         x = x.to(self._compute_dtype(x))
-        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         tables = family.tables(decoder, x.detach(), packed.positions)
-        random = family.dropout(self.model) > 0 or any(has_dropout(layer) for layer in layers)
-        if random and phase.mode == "backward":
-            raise ValueError(
-                'mode "backward" recomputes kept tokens only and cannot draw the same dropout for them again: set the '
-                "model's dropout and lora_dropout to 0"
-            )
         everything = Kept.everything(packed.blocks)
         if policy is not None:
-            policy.begin(self._step_context(packed, phase, layers, tables))
+            policy.begin(self._step_context(packed, phase, layers, tables, labelled))
         self.micro_batch += 1
         self.kept_ratios, self.mlp_kept_ratios, self._loss_tokens = [], [], None
         self._tokens, self._blocks, self._last_phase = packed.blocks.num_tokens, packed.blocks.num_blocks, index
@@ -133,9 +162,10 @@ class Controller:
                 kept: tuple[Kept | None, Kept | None] = (everything, everything)
             else:
                 shared, mlp = policy.choose(i, rows)
-                # One object for all that keep everything, so that its tensors exist once.
-                shared_all = shared is not None and shared.is_everything
-                mlp_all = mlp is not None and mlp.is_everything
+                # One object for all that keep everything, so that its tensors exist once; but a weighted draw of
+                # everything still has its weights.
+                shared_all = shared is not None and shared.is_everything and not phase.weighted
+                mlp_all = mlp is not None and mlp.is_everything and not phase.weighted
                 kept = (everything if shared_all else shared, everything if mlp_all else mlp)
             for ratios, part in zip((self.kept_ratios, self.mlp_kept_ratios), kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
@@ -153,16 +183,31 @@ class Controller:
             weighted=phase.weighted,
             deterministic=self.config.deterministic,
             random=random,
+            general=bool(loose),
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
             borrowed=embeddings is not None or x.requires_grad or may_keep_output(embedding),
             autocast=self._autocast(x),
             part=took_part,
         )
-        params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
 
-    def _step_context(self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any) -> StepContext:
+    def _required(self, packed: Packed, phase: Phase, labelled: Tensor | None) -> Tensor | None:
+        """Blocks that mode "skip" has to keep for their labels, bool [nb], or None."""
+        wanted = self.config.keep_labelled
+        if phase.mode != "skip" or labelled is None or wanted is False:
+            return None
+        blocks = packed.blocks
+        count = int(labelled.sum())
+        if count == 0 or (wanted is None and 2 * count >= blocks.num_tokens):
+            return None
+        token = torch.arange(blocks.num_tokens, dtype=torch.int32, device=labelled.device)
+        block = torch.bucketize(token, blocks.offsets[1:], right=True)
+        return labelled.new_zeros(blocks.num_blocks).index_put_((block[labelled],), labelled.new_ones(()))
+
+    def _step_context(
+        self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any, labelled: Tensor | None
+    ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
             h, _ = ops.gather_norm(x, None, None, n.weight, n.bias, n.kind, n.eps)
@@ -176,6 +221,7 @@ class Controller:
             always_last=self.config.always_last,
             queries_keys=queries_keys,
             scale=lambda i: self.family.scale(layers[i]),
+            required=self._required(packed, phase, labelled),
         )
 
     def _recompute(self) -> str:
@@ -221,8 +267,10 @@ class Controller:
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name, those of **kwargs included."""
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    # Of the class: whoever wraps the instance's forward need not show its parameters.
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
     named = dict(bound.arguments)
+    del named["self"]
     named.update(named.pop("kwargs", {}))
     return named
 
@@ -260,6 +308,7 @@ def _decoder_forward(
 ) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    controller.cover_heads()
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     packed, ids, embeddings = _packed(controller, named)
@@ -276,6 +325,14 @@ def _causal_lm_forward(
 ) -> Any:
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
+    fused = trl_head.wanted(controller, module, original, kwargs)
+    if fused is not None:
+        packed, ids, embeddings = _packed(controller, named)
+        return trl_head.fused_output(
+            controller, module, fused, named, packed, lambda: controller.run(packed, ids, embeddings)
+        )
+    if kwargs.get("fused_lm_head"):
+        return original(*args, **kwargs)
     keep = named.get("logits_to_keep", 0)
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
     if named.get("labels") is None or not ordinary:
@@ -283,7 +340,7 @@ def _causal_lm_forward(
         return original(*args, **kwargs)
     packed, ids, embeddings = _packed(controller, named)
     targets = Targets.of(packed, named)
-    x, step = controller.run(packed, ids, embeddings)
+    x, step = controller.run(packed, ids, embeddings, targets.values != targets.ignore_index)
     norm = controller.family.final_norm(controller.family.decoder(module))
     head = projection(module.lm_head, trainable=True)
     if head is None:
@@ -297,37 +354,6 @@ def _causal_lm_forward(
         logits = None
     controller._loss_tokens = count
     return causal_lm_output(loss, logits, named.get("return_dict"))
-
-
-def _patch(module: nn.Module, controller: Controller, run: Callable[..., Any]) -> None:
-    own = module.__dict__.get("forward")
-    base = type(module).forward if own is None else own
-
-    @functools.wraps(getattr(base, "__func__", base))
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = self.__dict__.get("_lemo_forward")
-        original = types.MethodType(type(self).forward, self) if before is None else before
-        active = self.__dict__.get("_lemo")
-        if active is None or not (self.training and torch.is_grad_enabled()):
-            return original(*args, **kwargs)
-        return run(active, self, original, args, kwargs)
-
-    # Bound methods follow a copy.deepcopy of the model; closures over the module would not.
-    module.__dict__["_lemo_forward"] = own
-    module.__dict__["_lemo"] = controller
-    module.__dict__["forward"] = types.MethodType(forward, module)
-    controller.__dict__.setdefault("_ours", []).append(module.__dict__["forward"].__func__)
-
-
-def _unpatch(module: nn.Module) -> None:
-    controller = module.__dict__.pop("_lemo")
-    current = module.__dict__.get("forward")
-    if getattr(current, "__func__", None) in controller.__dict__["_ours"]:
-        before = module.__dict__.pop("_lemo_forward")
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
-    # Otherwise someone wrapped it since (Accelerate does); without a controller what they wrapped steps aside.
 
 
 def _check_version() -> None:
@@ -352,7 +378,11 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
         raise ValueError(f"config must be a lemo.LemoConfig; got {type(config).__name__}")
     _check_version()
     family, inner = find(model)
-    if "_lemo" in inner.__dict__:
+    check_modules(family, inner)
+    layers = family.layers(family.decoder(inner))
+    trained_parameters(family, layers)
+    check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
+    if controller_of(inner) is not None:
         raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
     decoder = family.decoder(inner)
     devices = {p.device for p in decoder.parameters()}
@@ -374,16 +404,17 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
                 f"{predictors.block_size} tokens: use that size or calibrate again"
             )
     controller = Controller(family, inner, config, predictors)
-    _patch(decoder, controller, _decoder_forward)
-    _patch(inner, controller, _causal_lm_forward)
+    attach(decoder, controller, _decoder_forward)
+    attach(inner, controller, _causal_lm_forward)
+    controller.cover_heads()
     return controller
 
 
 def remove(model: Any) -> None:
     """Gives `model` its own forward methods back. Raises ValueError if lemo is not applied to it."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    controller = inner.__dict__.get("_lemo")
+    inner = base_model(model)
+    controller = controller_of(inner)
     if controller is None:
         raise ValueError("lemo is not applied to this model; nothing to remove")
-    _unpatch(controller.family.decoder(inner))
-    _unpatch(inner)
+    detach(controller.family.decoder(inner))
+    detach(inner)

@@ -61,6 +61,7 @@ class LemoCallback(_TrainerCallback):
         self.controller = controller
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.controller.cover_heads()
         self.controller.total_steps = state.max_steps
         self.controller.seek(state.global_step)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..patching import base_model
 from .base import Family, NormWeights, UnsupportedModelError
 from .llama import Llama
 from .opt import OPT
@@ -16,11 +17,11 @@ __all__ = ["FAMILIES", "Family", "NormWeights", "UnsupportedModelError", "find"]
 
 
 def find(model: Any) -> tuple[Family, nn.Module]:
-    """The family and the causal language model inside `model` (itself, or what PEFT wraps).
+    """The family and the causal language model inside `model` (itself, or what PEFT and torch.compile wrap).
 
     Raises UnsupportedModelError naming what is supported.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     for family in FAMILIES:
         if family.matches(inner):
             family.check(inner)
