@@ -24,9 +24,9 @@ from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
 from .lora import projection
-from .loss import causal_lm_loss, shift
+from .loss import Targets, causal_lm_logits, causal_lm_loss, causal_lm_output
 from .packing import Packed, pack
-from .participation import Participation, outputs_of, trains_before_layers
+from .participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
 from .schedule import LemoCallback, Schedule
@@ -143,7 +143,8 @@ class Controller:
         index = self.schedule.index(self.step_index, self.total_steps)
         random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         phase, policy = self.schedule.phases[index], self._policies[index]
-        with outputs_of(self.model.get_input_embeddings()) as embedded:
+        embedding = self.model.get_input_embeddings()
+        with outputs_of(embedding) as embedded:
             x = family.embed(decoder, ids, embeddings, packed.positions)
         took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
         embedded.clear()
@@ -185,7 +186,7 @@ class Controller:
             general=bool(loose),
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
-            borrowed=embeddings is not None or x.requires_grad,
+            borrowed=embeddings is not None or x.requires_grad or may_keep_output(embedding),
             autocast=self._autocast(x),
             part=took_part,
         )
@@ -320,10 +321,8 @@ def _decoder_forward(
 
 
 def _causal_lm_forward(
-    controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
+    controller: Controller, module: Any, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     fused = trl_head.wanted(controller, module, original, kwargs)
@@ -334,37 +333,27 @@ def _causal_lm_forward(
         )
     if kwargs.get("fused_lm_head"):
         return original(*args, **kwargs)
-    labels, shifted = named.get("labels"), named.get("shift_labels")
-    head = projection(module.lm_head, trainable=True)
     keep = named.get("logits_to_keep", 0)
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
-    if labels is None or head is None or not ordinary:
-        if labels is not None and ordinary:
-            controller._note(
-                f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
-            )
+    if named.get("labels") is None or not ordinary:
         # Only the layers run through lemo then.
         return original(*args, **kwargs)
     packed, ids, embeddings = _packed(controller, named)
-    if tuple(labels.shape) != packed.shape:
-        raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {list(labels.shape)}")
-    ignore_index = named.get("ignore_index", -100)
-    shifted = (shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
-    targets = packed.take(shifted)
-    x, step = controller.run(packed, ids, embeddings, targets != ignore_index)
-    loss, controller._loss_tokens = causal_lm_loss(
-        x,
-        controller.family.final_norm(controller.family.decoder(module)),
-        head,
-        targets.contiguous(),
-        step,
-        num_items_in_batch=named.get("num_items_in_batch"),
-        counted=(shifted != ignore_index).sum(),
-        ignore_index=ignore_index,
-        segment_rows=controller.config.segment_rows,
-    )
-    output = CausalLMOutputWithPast(loss=loss)
-    return output.to_tuple() if named.get("return_dict") is False else output
+    targets = Targets.of(packed, named)
+    x, step = controller.run(packed, ids, embeddings, targets.values != targets.ignore_index)
+    norm = controller.family.final_norm(controller.family.decoder(module))
+    head = projection(module.lm_head, trainable=True)
+    if head is None:
+        controller._note(
+            f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
+        )
+    if head is None or controller.config.return_logits:
+        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, packed)
+    else:
+        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=controller.config.segment_rows)
+        logits = None
+    controller._loss_tokens = count
+    return causal_lm_output(loss, logits, named.get("return_dict"))
 
 
 def _check_version() -> None:

@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import ops
 from .families.base import Family, NormWeights, Tables
 from .layout import Blocks, Kept
+from .ops._schema import first_order
 from .participation import Participation
 from .randomness import Generators, generators, same_generators, set_generators
 
@@ -553,9 +554,11 @@ class Stack(Function):
         with step.context():
             ctx.records = forward(step, stream)
         ctx.step, ctx.params = step, params
+        ctx.depends = params
         return stream
 
     @staticmethod
+    @first_order("a training step")
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.records is None:
             raise RuntimeError(

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from .ops._schema import first_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +145,7 @@ class LinearGroup(Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order("a linear layer with its adapter")
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         n = len(ctx.scales)
         h, *rest = ctx.saved_tensors

@@ -113,7 +113,7 @@ def test_accelerate_unwraps_its_own_wrapper_only():
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=False)
     assert runs_lemo(model, controller)
-    assert model(**batch("plain")).logits is None
+    assert "logits" not in model(**batch("plain"))
     lemo.remove(model)
     assert "forward" not in model.__dict__
 
