@@ -28,6 +28,7 @@ from .packing import Packed, pack
 from .participation import Participation, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
+from .replay import Draw, Draws, under_checkpoint
 from .schedule import LemoCallback, Schedule
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Controller:
         self._loss_tokens: Tensor | None = None
         self._last_phase: int | None = None
         self._policies = self._make_policies()
+        self._draws = Draws()
         self._seen_forward: Any = None
         self._notes: set[str] = set()
 
@@ -129,12 +131,16 @@ class Controller:
     # --- one training forward pass ---
 
     def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
-        """The residual stream [T, d] after the last layer, before the final norm."""
+        """The residual stream [T, d] after the last layer, before the final norm; from ids [B, S] or embeddings."""
         family, decoder = self.family, self.family.decoder(self.model)
-        index = self.schedule.index(self.step_index, self.total_steps)
+        exact = self.phase.mode != "skip" or self.phase.keep == 1.0
+        draw, again = self._draws.next(Draw(self.step_index, self.micro_batch), exact)
+        index = self.schedule.index(draw.step, self.total_steps)
         phase, policy = self.schedule.phases[index], self._policies[index]
         with outputs_of(self.model.get_input_embeddings()) as embedded:
-            x = family.embed(decoder, ids, embeddings, packed.positions)
+            # Hooks on the embedding (NEFTune) see the batch as it is.
+            given = decoder.embed_tokens(ids) if embeddings is None else embeddings
+            x = family.embed(decoder, None, packed.take(given), packed.positions)
         took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
         embedded.clear()
         x = x.to(self._compute_dtype(x))
@@ -148,9 +154,11 @@ class Controller:
             )
         everything = Kept.everything(packed.blocks)
         if policy is not None:
-            policy.begin(self._step_context(packed, phase, layers, tables))
-        self.micro_batch += 1
-        self.kept_ratios, self.mlp_kept_ratios, self._loss_tokens = [], [], None
+            policy.begin(self._step_context(packed, phase, layers, tables, draw))
+        kept_ratios: tuple[list[float], list[float]] = ([], [])
+        if not again:  # a recomputation may end half-way, and has nothing new to report
+            self.micro_batch += 1
+            (self.kept_ratios, self.mlp_kept_ratios), self._loss_tokens = kept_ratios, None
         self._tokens, self._blocks, self._last_phase = packed.blocks.num_tokens, packed.blocks.num_blocks, index
 
         def choose(i: int, rows: Tensor) -> tuple[Kept | None, Kept | None]:
@@ -162,7 +170,7 @@ class Controller:
                 shared_all = shared is not None and shared.is_everything
                 mlp_all = mlp is not None and mlp.is_everything
                 kept = (everything if shared_all else shared, everything if mlp_all else mlp)
-            for ratios, part in zip((self.kept_ratios, self.mlp_kept_ratios), kept, strict=True):
+            for ratios, part in zip(kept_ratios, kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
                 took_part.add(part)
             return kept
@@ -187,7 +195,9 @@ class Controller:
         params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
 
-    def _step_context(self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any) -> StepContext:
+    def _step_context(
+        self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any, draw: Draw
+    ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
             h, _ = ops.gather_norm(x, None, None, n.weight, n.bias, n.kind, n.eps)
@@ -196,7 +206,7 @@ class Controller:
         return StepContext(
             blocks=packed.blocks,
             phase=phase,
-            seed=mix_seed(self.config.seed, self.step_index, self.micro_batch),
+            seed=mix_seed(self.config.seed, draw.step, draw.micro_batch),
             always_first=self.config.always_first,
             always_last=self.config.always_last,
             queries_keys=queries_keys,
@@ -204,7 +214,8 @@ class Controller:
         )
 
     def _recompute(self) -> str:
-        wanted = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
+        wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         if self.config.recompute == "auto":
             return "full" if wanted else "none"
         if wanted:
@@ -279,7 +290,7 @@ def _packed(controller: Controller, named: dict[str, Any]) -> tuple[Packed, Tens
         named.get("position_ids"),
         named,
     )
-    return packed, None if ids is None else packed.take(ids), None if embeddings is None else packed.take(embeddings)
+    return packed, ids, embeddings
 
 
 def _decoder_forward(
