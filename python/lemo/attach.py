@@ -10,7 +10,9 @@ import copy
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +30,17 @@ from .packing import Packed, pack
 from .participation import Participation, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
+from .reference import Passes, adapters_disabled
 from .replay import Draw, Draws, under_checkpoint
 from .schedule import LemoCallback, Schedule
+from .trainers import refuse_comparisons, running_trainer, skips_tokens
 
 logger = logging.getLogger(__name__)
+
+_EVAL_MODE = (
+    "the model is in eval mode, as from_pretrained returns it (inside a PeftModel too, whose own flag says otherwise). "
+    "Call model.train() to train, or use torch.no_grad() to evaluate"
+)
 
 _TRANSFORMERS = (5, 6)  # from this major version, below that one
 
@@ -57,6 +66,8 @@ class Controller:
         self._last_phase: int | None = None
         self._policies = self._make_policies()
         self._draws = Draws()
+        self._passes = Passes()
+        self.referring = False
         self._seen_forward: Any = None
         self._notes: set[str] = set()
 
@@ -82,8 +93,14 @@ class Controller:
 
     # --- progress ---
 
+    @property
+    def applied(self) -> bool:
+        """Whether lemo still is applied to this controller's model."""
+        return controller_of(self.model) is self
+
     def step(self) -> None:
         """One optimizer step is done. Call it in a loop of your own after `optimizer.step()`."""
+        self.end_step()
         self.seek(self.step_index + 1)
 
     def seek(self, step: int) -> None:
@@ -91,6 +108,63 @@ class Controller:
         if step < 0:
             raise ValueError(f"step must not be negative; got {step}")
         self.step_index, self.micro_batch = int(step), 0
+        self._passes.clear()
+
+    def begin_training(self, model: Any, arguments: Any, trainer: Any) -> None:
+        """A Trainer begins, with the model that it trains. Raises ValueError where lemo must not run."""
+        if model is not None and base_model(model) is not self.model:
+            raise ValueError(
+                f"LemoCallback: the Trainer trains another {type(base_model(model)).__name__} than the one lemo was "
+                "applied to: call lemo.apply(trainer.model) and give the Trainer the callback of that controller"
+            )
+        refuse_comparisons(self.schedule.phases, trainer, arguments)
+        self.cover_heads()
+
+    def end_step(self) -> None:
+        """Says so, once, where a step went by without a forward pass of lemo's."""
+        if self.micro_batch > 0:
+            return
+        if not self.applied:
+            reason = "lemo was removed from the model, or applied to it again with another controller"
+        elif not self.model.training:
+            reason = _EVAL_MODE
+        else:
+            reason = "no forward pass with gradients reached this model: is it the one that is trained?"
+        self._note(f"a step was made without lemo: {reason}")
+
+    def stepped_aside(self, module: nn.Module, named: dict[str, Any]) -> None:
+        """A forward pass goes to transformers. Says so, once, where it looks as if lemo should see it."""
+        if torch.is_grad_enabled():
+            if not module.training and named.get("labels") is not None:
+                self._note(f"a loss is computed with gradients, but without lemo: {_EVAL_MODE}")
+            return
+        ids = named.get("input_ids")
+        if (
+            ids is not None
+            and module.training
+            and self._passes.has_shape(tuple(ids.shape))
+            and adapters_disabled(self.model)
+        ):
+            self._note(
+                "a pass without adapters sees every token, while the training passes of this step left some out: where "
+                "the two are compared (a preference loss), run it inside `with controller.reference_pass():`"
+            )
+
+    @contextmanager
+    def reference_pass(self) -> Iterator[None]:
+        """Forward passes inside leave out what this step's training pass over the same batch did, layer by layer.
+
+        For losses that compare the two. Gradients are off inside; the model may be in any mode, its adapters disabled.
+        Raises RuntimeError, at the forward pass, where no training pass had the batch. In phases whose forward pass is
+        exact there is nothing to repeat, and transformers runs.
+        """
+        before = self.referring
+        self.referring = skips_tokens(self.phase)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.referring = before
 
     def cover_heads(self) -> None:
         """Comes out on top again where another library has put its own loss over ours since (see `lemo.trl_head`)."""
@@ -133,10 +207,18 @@ class Controller:
     def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
         """The residual stream [T, d] after the last layer, before the final norm; from ids [B, S] or embeddings."""
         family, decoder = self.family, self.family.decoder(self.model)
-        exact = self.phase.mode != "skip" or self.phase.keep == 1.0
-        draw, again = self._draws.next(Draw(self.step_index, self.micro_batch), exact)
+        if self.micro_batch == 0 and "trl" in sys.modules:
+            refuse_comparisons((self.phase,), running_trainer())
+        batch = ids if embeddings is None else embeddings
+        assert batch is not None
+        earlier = self._passes.find(batch, packed.blocks) if self.referring else None
+        draw, again = Draw(self.step_index, self.micro_batch), earlier is not None
+        if earlier is None:
+            draw, again = self._draws.next(draw, not skips_tokens(self.phase))
         index = self.schedule.index(draw.step, self.total_steps)
-        phase, policy = self.schedule.phases[index], self._policies[index]
+        phase = self.schedule.phases[index]
+        policy = self._policies[index] if earlier is None else None
+        remembered = self._passes.begin(batch, packed.blocks) if skips_tokens(phase) and not again else None
         with outputs_of(self.model.get_input_embeddings()) as embedded:
             # Hooks on the embedding (NEFTune) see the batch as it is.
             given = decoder.embed_tokens(ids) if embeddings is None else embeddings
@@ -162,6 +244,8 @@ class Controller:
         self._tokens, self._blocks, self._last_phase = packed.blocks.num_tokens, packed.blocks.num_blocks, index
 
         def choose(i: int, rows: Tensor) -> tuple[Kept | None, Kept | None]:
+            if earlier is not None:
+                return earlier.kept(i, packed.blocks)
             if policy is None or (self.config.layers is not None and i not in self.config.layers):
                 kept: tuple[Kept | None, Kept | None] = (everything, everything)
             else:
@@ -173,6 +257,8 @@ class Controller:
             for ratios, part in zip(kept_ratios, kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
                 took_part.add(part)
+            if remembered is not None:
+                remembered.add(kept)
             return kept
 
         # Nothing is eliminated: the exact layers, with what `recompute` says. (Mode "backward" over everything too.)
@@ -182,7 +268,7 @@ class Controller:
             blocks=packed.blocks,
             tables=tables,
             mode=phase.mode,
-            recompute=self._recompute(),
+            recompute=self._recompute() if earlier is None else "full",
             weighted=phase.weighted,
             deterministic=self.config.deterministic,
             random=random,
@@ -315,6 +401,8 @@ def _causal_lm_forward(
 ) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
+    if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
+        return original(*args, **kwargs)
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     fused = trl_head.wanted(controller, module, original, kwargs)
