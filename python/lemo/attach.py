@@ -10,7 +10,9 @@ import copy
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,9 +31,17 @@ from .packing import Packed, pack
 from .participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
+from .reference import Passes, adapters_disabled
+from .replay import Draw, Draws, under_checkpoint
 from .schedule import LemoCallback, Schedule
+from .trainers import refuse_comparisons, running_trainer, skips_tokens
 
 logger = logging.getLogger(__name__)
+
+_EVAL_MODE = (
+    "the model is in eval mode, as from_pretrained returns it (inside a PeftModel too, whose own flag says otherwise). "
+    "Call model.train() to train, or use torch.no_grad() to evaluate"
+)
 
 _TRANSFORMERS = (5, 6)  # from this major version, below that one
 
@@ -56,6 +66,9 @@ class Controller:
         self._loss_tokens: Tensor | None = None
         self._last_phase: int | None = None
         self._policies = self._make_policies()
+        self._draws = Draws()
+        self._passes = Passes()
+        self.referring = False
         self._seen_forward: Any = None
         self._notes: set[str] = set()
 
@@ -81,8 +94,14 @@ class Controller:
 
     # --- progress ---
 
+    @property
+    def applied(self) -> bool:
+        """Whether lemo still is applied to this controller's model."""
+        return controller_of(self.model) is self
+
     def step(self) -> None:
         """One optimizer step is done. Call it in a loop of your own after `optimizer.step()`."""
+        self.end_step()
         self.seek(self.step_index + 1)
 
     def seek(self, step: int) -> None:
@@ -90,6 +109,63 @@ class Controller:
         if step < 0:
             raise ValueError(f"step must not be negative; got {step}")
         self.step_index, self.micro_batch = int(step), 0
+        self._passes.clear()
+
+    def begin_training(self, model: Any, arguments: Any, trainer: Any) -> None:
+        """A Trainer begins, with the model that it trains. Raises ValueError where lemo must not run."""
+        if model is not None and base_model(model) is not self.model:
+            raise ValueError(
+                f"LemoCallback: the Trainer trains another {type(base_model(model)).__name__} than the one lemo was "
+                "applied to: call lemo.apply(trainer.model) and give the Trainer the callback of that controller"
+            )
+        refuse_comparisons(self.schedule.phases, trainer, arguments)
+        self.cover_heads()
+
+    def end_step(self) -> None:
+        """Says so, once, where a step went by without a forward pass of lemo's."""
+        if self.micro_batch > 0:
+            return
+        if not self.applied:
+            reason = "lemo was removed from the model, or applied to it again with another controller"
+        elif not self.model.training:
+            reason = _EVAL_MODE
+        else:
+            reason = "no forward pass with gradients reached this model: is it the one that is trained?"
+        self._note(f"a step was made without lemo: {reason}")
+
+    def stepped_aside(self, module: nn.Module, named: dict[str, Any]) -> None:
+        """A forward pass goes to transformers. Says so, once, where it looks as if lemo should see it."""
+        if torch.is_grad_enabled():
+            if not module.training and named.get("labels") is not None:
+                self._note(f"a loss is computed with gradients, but without lemo: {_EVAL_MODE}")
+            return
+        ids = named.get("input_ids")
+        if (
+            ids is not None
+            and module.training
+            and self._passes.has_shape(tuple(ids.shape))
+            and adapters_disabled(self.model)
+        ):
+            self._note(
+                "a pass without adapters sees every token, while the training passes of this step left some out: where "
+                "the two are compared (a preference loss), run it inside `with controller.reference_pass():`"
+            )
+
+    @contextmanager
+    def reference_pass(self) -> Iterator[None]:
+        """Forward passes inside leave out what this step's training pass over the same batch did, layer by layer.
+
+        For losses that compare the two. Gradients are off inside; the model may be in any mode, its adapters disabled.
+        Raises RuntimeError, at the forward pass, where no training pass had the batch. In phases whose forward pass is
+        exact there is nothing to repeat, and transformers runs.
+        """
+        before = self.referring
+        self.referring = skips_tokens(self.phase)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.referring = before
 
     def cover_heads(self) -> None:
         """Comes out on top again where another library has put its own loss over ours since (see `lemo.trl_head`)."""
@@ -132,32 +208,48 @@ class Controller:
     def run(
         self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None, labelled: Tensor | None = None
     ) -> tuple[Tensor, Step]:
-        """The residual stream [T, d] after the last layer, before the final norm.
+        """The residual stream [T, d] after the last layer, before the final norm; from ids [B, S] or embeddings.
 
         labelled: bool [T], tokens that have a target; None where that is unknown.
         """
         family, decoder = self.family, self.family.decoder(self.model)
         check_modules(family, self.model)
+        if self.micro_batch == 0 and "trl" in sys.modules:
+            refuse_comparisons((self.phase,), running_trainer())
         layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         params, loose = trained_parameters(family, layers), loose_modules(family, layers)
-        index = self.schedule.index(self.step_index, self.total_steps)
+        batch = ids if embeddings is None else embeddings
+        assert batch is not None
+        earlier = self._passes.find(batch, packed.blocks) if self.referring else None
+        draw, again = Draw(self.step_index, self.micro_batch), earlier is not None
+        if earlier is None:
+            draw, again = self._draws.next(draw, not skips_tokens(self.phase))
+        index = self.schedule.index(draw.step, self.total_steps)
         random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
-        phase, policy = self.schedule.phases[index], self._policies[index]
+        phase = self.schedule.phases[index]
+        policy = self._policies[index] if earlier is None else None
+        remembered = self._passes.begin(batch, packed.blocks) if skips_tokens(phase) and not again else None
         embedding = self.model.get_input_embeddings()
         with outputs_of(embedding) as embedded:
-            x = family.embed(decoder, ids, embeddings, packed.positions)
+            # Hooks on the embedding (NEFTune) see the batch as it is.
+            given = decoder.embed_tokens(ids) if embeddings is None else embeddings
+            x = family.embed(decoder, None, packed.take(given), packed.positions)
         took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
         embedded.clear()
         x = x.to(self._compute_dtype(x))
         tables = family.tables(decoder, x.detach(), packed.positions)
         everything = Kept.everything(packed.blocks)
         if policy is not None:
-            policy.begin(self._step_context(packed, phase, layers, tables, labelled))
-        self.micro_batch += 1
-        self.kept_ratios, self.mlp_kept_ratios, self._loss_tokens = [], [], None
+            policy.begin(self._step_context(packed, phase, layers, tables, draw, labelled))
+        kept_ratios: tuple[list[float], list[float]] = ([], [])
+        if not again:  # a recomputation may end half-way, and has nothing new to report
+            self.micro_batch += 1
+            (self.kept_ratios, self.mlp_kept_ratios), self._loss_tokens = kept_ratios, None
         self._tokens, self._blocks, self._last_phase = packed.blocks.num_tokens, packed.blocks.num_blocks, index
 
         def choose(i: int, rows: Tensor) -> tuple[Kept | None, Kept | None]:
+            if earlier is not None:
+                return earlier.kept(i, packed.blocks)
             if policy is None or (self.config.layers is not None and i not in self.config.layers):
                 kept: tuple[Kept | None, Kept | None] = (everything, everything)
             else:
@@ -167,9 +259,11 @@ class Controller:
                 shared_all = shared is not None and shared.is_everything and not phase.weighted
                 mlp_all = mlp is not None and mlp.is_everything and not phase.weighted
                 kept = (everything if shared_all else shared, everything if mlp_all else mlp)
-            for ratios, part in zip((self.kept_ratios, self.mlp_kept_ratios), kept, strict=True):
+            for ratios, part in zip(kept_ratios, kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
                 took_part.add(part)
+            if remembered is not None:
+                remembered.add(kept)
             return kept
 
         # Nothing is eliminated: the exact layers, with what `recompute` says. (Mode "backward" over everything too.)
@@ -179,7 +273,7 @@ class Controller:
             blocks=packed.blocks,
             tables=tables,
             mode=phase.mode,
-            recompute=self._recompute(),
+            recompute=self._recompute() if earlier is None else "full",
             weighted=phase.weighted,
             deterministic=self.config.deterministic,
             random=random,
@@ -206,7 +300,7 @@ class Controller:
         return labelled.new_zeros(blocks.num_blocks).index_put_((block[labelled],), labelled.new_ones(()))
 
     def _step_context(
-        self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any, labelled: Tensor | None
+        self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any, draw: Draw, labelled: Tensor | None
     ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
@@ -216,7 +310,7 @@ class Controller:
         return StepContext(
             blocks=packed.blocks,
             phase=phase,
-            seed=mix_seed(self.config.seed, self.step_index, self.micro_batch),
+            seed=mix_seed(self.config.seed, draw.step, draw.micro_batch),
             always_first=self.config.always_first,
             always_last=self.config.always_last,
             queries_keys=queries_keys,
@@ -225,7 +319,8 @@ class Controller:
         )
 
     def _recompute(self) -> str:
-        wanted = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
+        wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         if self.config.recompute == "auto":
             return "full" if wanted else "none"
         if wanted:
@@ -300,7 +395,7 @@ def _packed(controller: Controller, named: dict[str, Any]) -> tuple[Packed, Tens
         named.get("position_ids"),
         named,
     )
-    return packed, None if ids is None else packed.take(ids), None if embeddings is None else packed.take(embeddings)
+    return packed, ids, embeddings
 
 
 def _decoder_forward(
@@ -323,13 +418,15 @@ def _decoder_forward(
 def _causal_lm_forward(
     controller: Controller, module: Any, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
+    if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
+        return original(*args, **kwargs)
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     fused = trl_head.wanted(controller, module, original, kwargs)
     if fused is not None:
         packed, ids, embeddings = _packed(controller, named)
         return trl_head.fused_output(
-            controller, module, fused, named, packed, lambda: controller.run(packed, ids, embeddings)
+            controller, module, fused, named, packed, lambda labelled: controller.run(packed, ids, embeddings, labelled)
         )
     if kwargs.get("fused_lm_head"):
         return original(*args, **kwargs)

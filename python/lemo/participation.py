@@ -97,9 +97,11 @@ def _leaves(x: Tensor) -> Iterator[Tensor]:
 
 
 def trains_before_layers(x: Tensor, embedded: list[Tensor]) -> bool:
-    """Whether something in front of the layers is trained through their input x [T, d].
+    """Whether a parameter in front of the layers is trained through their input x [T, d].
 
-    embedded: what the embedding module returned. Gradient checkpointing makes it require a gradient
-    (`enable_input_require_grads`) that nobody reads: that alone does not count.
+    embedded: what the embedding module returned. Checkpoints make it (`enable_input_require_grads`), or the embeddings
+    that are given, require a gradient that nobody reads: a tensor that is no parameter does not count.
     """
-    return x.requires_grad and any(all(leaf is not e for e in embedded) for leaf in _leaves(x))
+    return x.requires_grad and any(
+        isinstance(leaf, nn.Parameter) and all(leaf is not e for e in embedded) for leaf in _leaves(x)
+    )

@@ -45,10 +45,12 @@ class Handle:
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model inside torch.compile's and PEFT's wrappers, in any order."""
+    """The transformers model inside wrappers of torch.compile, PEFT and DistributedDataParallel, in any order."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
@@ -125,9 +127,12 @@ def add_entry(module: nn.Module, run: Run) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         original = _bind(covered, self)
         controller = controller_of(self)
-        if controller is None or not (self.training and torch.is_grad_enabled()):
+        if controller is None:
             return original(*args, **kwargs)
-        return run(controller, self, original, args, kwargs)
+        if controller.referring or (self.training and torch.is_grad_enabled()):
+            return run(controller, self, original, args, kwargs)
+        controller.stepped_aside(self, kwargs)
+        return original(*args, **kwargs)
 
     kind = type(module).forward
     functools.update_wrapper(forward, kind)

@@ -7,6 +7,7 @@ from lemo import trl_head
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra lemo[test] has it)")
 
+import trl
 import trl_setup
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -171,3 +172,64 @@ def test_dpo_with_an_exact_forward(tmp_path, tokenizer, segmented, phase):
         assert_same(got, expected)
         assert len(segmented) == 3
         segmented.clear()
+
+
+# --- trainers that compare log-probabilities --------------------------------------------------------------------------
+
+
+def reward(completions, **_):
+    return [float(len(c)) for c in completions]
+
+
+def comparing(kind, model, tokenizer, folder, callbacks, **options):
+    """A trainer whose loss sets the policy against a reference or against what it sampled."""
+    options = trl_setup.arguments(folder, **{"max_steps": 1, **options})
+    common = {"model": model, "processing_class": tokenizer, "callbacks": callbacks}
+    if kind == "dpo":
+        return DPOTrainer(args=DPOConfig(**options), train_dataset=trl_setup.preferences(), **common)
+    if kind == "kto":
+        return trl.KTOTrainer(args=trl.KTOConfig(**options), train_dataset=trl_setup.preferences(), **common)
+    prompts = trl_setup.preferences().select_columns(["prompt"])
+    options |= {"num_generations": 2, "max_completion_length": 6}
+    config = trl.GRPOConfig if kind == "grpo" else trl.RLOOConfig
+    made = trl.GRPOTrainer if kind == "grpo" else trl.RLOOTrainer
+    return made(args=config(**options), train_dataset=prompts, reward_funcs=reward, **common)
+
+
+KINDS = ["dpo", "kto", "grpo", "rloo"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("callback", [True, False])
+def test_skipping_is_refused(tmp_path, tokenizer, kind, callback):
+    model = trl_setup.adapted(len(tokenizer))
+    controller = lemo.apply(model, lemo.LemoConfig(block_size=4, phases=SKIP))
+    trainer = comparing(kind, model, tokenizer, tmp_path, [controller.callback()] if callback else [])
+    with pytest.raises(ValueError, match=rf'{trainer.__class__.__name__}: mode "skip" is not available.*"backward"'):
+        trainer.train()
+
+
+def test_a_later_phase_is_refused_at_the_start(tmp_path, tokenizer):
+    model = trl_setup.adapted(len(tokenizer))
+    phases = [lemo.Phase("dense"), *SKIP]
+    controller = lemo.apply(model, lemo.LemoConfig(block_size=4, phases=phases))
+    trainer = comparing("dpo", model, tokenizer, tmp_path, [controller.callback()])
+    with pytest.raises(ValueError, match='"skip" is not available'):
+        trainer.train()
+    assert controller.report()["mode"] is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phase", [lemo.Phase("backward", keep=0.5), lemo.Phase("dense")])
+def test_exact_forward_passes_compare_like_with_like(tmp_path, tokenizer, kind, phase):
+    model = trl_setup.untouched(len(tokenizer))
+    controller = lemo.apply(model, lemo.LemoConfig(block_size=4, phases=[phase]))
+    trainer = comparing(kind, model, tokenizer, tmp_path, [controller.callback()])
+    trainer.train()
+    (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert len(controller.kept_ratios) == 2
+    if kind == "dpo":
+        assert log["loss"] == pytest.approx(0.693147, abs=1e-4)
+        assert log["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    elif kind == "kto":
+        assert log["loss"] == pytest.approx(0.5, abs=1e-4)

@@ -49,6 +49,15 @@ def adapted(vocabulary: int) -> Any:
     return lora(model(vocabulary), ATTENTION["llama"])
 
 
+def untouched(vocabulary: int) -> Any:
+    """With adapters that change nothing yet: the policy is the reference."""
+    made = adapted(vocabulary)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    return made
+
+
 WORDS = TEXT.split()
 
 
