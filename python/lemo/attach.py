@@ -24,7 +24,7 @@ from .engine import Stack, Step
 from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
-from .lora import projection
+from .lora import ordinary, projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
 from .policies import Policy, StepContext, make_policy, mix_seed
@@ -95,6 +95,30 @@ class Controller:
             "mlp_kept": list(self.mlp_kept_ratios),
         }
 
+    def warn_of_unreached(self) -> None:
+        """Says which phases a run that ends now never reached (early stopping)."""
+        last, total = self._last_phase, self.total_steps
+        if last is None or total is None:
+            return
+        for i, steps in enumerate(self.schedule.steps(total)):
+            if i > last and steps > 0:
+                self._note(
+                    f"training ended in phase {last} ({self.schedule.phases[last].mode}): phase {i} "
+                    f"({self.schedule.phases[i].mode}, {steps} of {total} steps) was never reached"
+                )
+
+    def _warn_of_empty_phases(self) -> None:
+        total = self.total_steps
+        if total is None or len(self.schedule.phases) == 1:
+            return
+        for i, steps in enumerate(self.schedule.steps(total)):
+            if steps == 0:
+                phase = self.schedule.phases[i]
+                self._note(
+                    f"phase {i} ({phase.mode}) has none of the run's {total} steps: with a share of {phase.share:g} it "
+                    "needs a longer run, or a larger share"
+                )
+
     # --- one training forward pass ---
 
     def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
@@ -104,7 +128,10 @@ class Controller:
         layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         index = self.schedule.index(self.step_index, self.total_steps)
+        self._warn_of_empty_phases()
         random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
+        # Only a plain embedding's output is ours to update in place.
+        plain = ordinary(decoder.embed_tokens, "torch.nn.modules.sparse.Embedding")
         x = family.embed(decoder, ids, embeddings, packed.positions)
         x = x.to(self._compute_dtype(x))
         phase, policy = self.schedule.phases[index], self._policies[index]
@@ -143,7 +170,7 @@ class Controller:
             general=bool(loose),
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
-            borrowed=embeddings is not None or x.requires_grad,
+            borrowed=embeddings is not None or x.requires_grad or not plain,
             autocast=self._autocast(x),
         )
         return Stack.apply(x, step, *params), step
@@ -151,7 +178,7 @@ class Controller:
     def _step_context(self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
-            h, _ = ops.gather_norm(x, None, None, n.weight, n.bias, n.kind, n.eps)
+            h, _ = ops.gather_norm(x, None, None, *n.contiguous, n.kind, n.eps)
             return self.family.queries_keys_values(layers[i], h, tables, None)[:2]
 
         return StepContext(
@@ -252,7 +279,7 @@ def _decoder_forward(
     x, _ = controller.run(packed, ids, embeddings)
     n = controller.family.final_norm(module)
     if n is not None:
-        x = ops.norm(x, n.weight, n.bias, n.kind, n.eps)
+        x = ops.norm(x, *n.contiguous, n.kind, n.eps)
     output = BaseModelOutputWithPast(last_hidden_state=packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
@@ -349,7 +376,7 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     _check_version()
     family, inner = find(model)
     check_modules(family, inner)
-    layers = family.layers(family.decoder(inner))
+    layers = family.layers(family.decoder(inner))[: inner.config.num_hidden_layers]
     trained_parameters(family, layers)
     check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if "_lemo" in inner.__dict__:
@@ -385,5 +412,6 @@ def remove(model: Any) -> None:
     controller = inner.__dict__.get("_lemo")
     if controller is None:
         raise ValueError("lemo is not applied to this model; nothing to remove")
+    controller.warn_of_unreached()
     _unpatch(controller.family.decoder(inner))
     _unpatch(inner)

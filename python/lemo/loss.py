@@ -42,15 +42,16 @@ class _NormHeadLoss(Function):
     ) -> Tensor:
         need = ctx.needs_input_grad
         params = (x, norm_weight, norm_bias, weight, bias, lora_a, lora_b)
+        norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
         hidden = x
         if norm is not None:
             hidden, _ = ops.gather_norm(x, None, None, norm_weight, norm_bias, *norm)
         loss, _, dhidden, dweight, dbias, da, db = ops.linear_cross_entropy(
             hidden,
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
-            None if lora_a is None else lora_a.to(x.dtype),
-            None if lora_b is None else lora_b.to(x.dtype),
+            weight.to(x.dtype).contiguous(),
+            None if bias is None else bias.to(x.dtype).contiguous(),
+            None if lora_a is None else lora_a.to(x.dtype).contiguous(),
+            None if lora_b is None else lora_b.to(x.dtype).contiguous(),
             lora_scale,
             targets,
             ignore_index,
@@ -76,7 +77,7 @@ class _NormHeadLoss(Function):
         ]
         if ctx.grads[0] is not None:
             step.gradient = ctx.grads[0].data_ptr()
-        return loss.view(())
+        return loss.view(()).clone()  # a view could not be divided in place, as gradient accumulation does
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:

@@ -168,7 +168,7 @@ class UpdateNorm(Policy):
     def scores(self, layer: int, x: Tensor) -> Tensor:
         if self._last is None:
             generator = torch.Generator().manual_seed(self.seed(layer))
-            return torch.rand(self.context.blocks.num_blocks, generator=generator).to(x.device)
+            return torch.rand(self.context.blocks.num_blocks, generator=generator, dtype=torch.float32).to(x.device)
         return self._last
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
@@ -193,7 +193,7 @@ class Random(Policy):
         return mix_seed(self.context.seed, 0 if self.shared else layer)
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        flat = torch.ones(self.context.blocks.num_blocks, device=x.device)
+        flat = torch.ones(self.context.blocks.num_blocks, device=x.device, dtype=torch.float32)
         return probabilities(flat, self.context, self.keep(layer), floor=1.0)
 
 
