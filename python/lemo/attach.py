@@ -376,7 +376,8 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     _check_version()
     family, inner = find(model)
     check_modules(family, inner)
-    layers = family.layers(family.decoder(inner))[: inner.config.num_hidden_layers]
+    shape: Any = inner.config
+    layers = family.layers(family.decoder(inner))[: shape.num_hidden_layers]
     trained_parameters(family, layers)
     check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if "_lemo" in inner.__dict__:
