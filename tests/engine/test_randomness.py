@@ -88,9 +88,11 @@ def seeded(model, inputs):
     return gradients(model, inputs)
 
 
-@pytest.mark.parametrize("recompute", ["attention", "full"])
 @pytest.mark.parametrize("kind", [*DRAWING, *MAY_DRAW])
-@pytest.mark.parametrize("phase", [lemo.Phase("dense"), lemo.Phase("skip", policy="random", mlp_keep=0.5)])
+@pytest.mark.parametrize(
+    ("recompute", "phase"),
+    [("full", lemo.Phase("dense")), ("attention", lemo.Phase("skip", policy="random", mlp_keep=0.25))],
+)
 def test_recomputation_draws_the_same(kind, recompute, phase):
     """Saving everything recomputes nothing: with the same seed the gradients are the same."""
     model, inputs = made({**DRAWING, **MAY_DRAW}[kind]), batch("right")
