@@ -203,6 +203,30 @@ class Controller:
             "mlp_kept": list(self.mlp_kept_ratios),
         }
 
+    def warn_of_unreached(self) -> None:
+        """Says which phases a run that ends now never reached (early stopping)."""
+        last, total = self._last_phase, self.total_steps
+        if last is None or total is None:
+            return
+        for i, steps in enumerate(self.schedule.steps(total)):
+            if i > last and steps > 0:
+                self._note(
+                    f"training ended in phase {last} ({self.schedule.phases[last].mode}): phase {i} "
+                    f"({self.schedule.phases[i].mode}, {steps} of {total} steps) was never reached"
+                )
+
+    def _warn_of_empty_phases(self) -> None:
+        total = self.total_steps
+        if total is None or len(self.schedule.phases) == 1:
+            return
+        for i, steps in enumerate(self.schedule.steps(total)):
+            if steps == 0:
+                phase = self.schedule.phases[i]
+                self._note(
+                    f"phase {i} ({phase.mode}) has none of the run's {total} steps: with a share of {phase.share:g} it "
+                    "needs a longer run, or a larger share"
+                )
+
     # --- one training forward pass ---
 
     def run(
@@ -225,6 +249,7 @@ class Controller:
         if earlier is None:
             draw, again = self._draws.next(draw, not skips_tokens(self.phase))
         index = self.schedule.index(draw.step, self.total_steps)
+        self._warn_of_empty_phases()
         random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         phase = self.schedule.phases[index]
         policy = self._policies[index] if earlier is None else None
@@ -304,7 +329,7 @@ class Controller:
     ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
-            h, _ = ops.gather_norm(x, None, None, n.weight, n.bias, n.kind, n.eps)
+            h, _ = ops.gather_norm(x, None, None, *n.contiguous, n.kind, n.eps)
             return self.family.queries_keys_values(layers[i], h, tables, None)[:2]
 
         return StepContext(
@@ -410,7 +435,7 @@ def _decoder_forward(
     x, _ = controller.run(packed, ids, embeddings)
     n = controller.family.final_norm(module)
     if n is not None:
-        x = ops.norm(x, n.weight, n.bias, n.kind, n.eps)
+        x = ops.norm(x, *n.contiguous, n.kind, n.eps)
     output = BaseModelOutputWithPast(last_hidden_state=packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
@@ -476,7 +501,8 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     _check_version()
     family, inner = find(model)
     check_modules(family, inner)
-    layers = family.layers(family.decoder(inner))
+    shape: Any = inner.config
+    layers = family.layers(family.decoder(inner))[: shape.num_hidden_layers]
     trained_parameters(family, layers)
     check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if controller_of(inner) is not None:
@@ -513,5 +539,6 @@ def remove(model: Any) -> None:
     controller = controller_of(inner)
     if controller is None:
         raise ValueError("lemo is not applied to this model; nothing to remove")
+    controller.warn_of_unreached()
     detach(controller.family.decoder(inner))
     detach(inner)

@@ -53,6 +53,7 @@ class _NormHeadLoss(Function):
     ) -> tuple[Tensor, Tensor]:
         need = ctx.needs_input_grad
         params = (x, norm_weight, norm_bias, weight, bias, lora_a, lora_b)
+        norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
         hidden = x
         if norm is not None:
             # Without the gathered rows themselves: where backward needs them, this output is gone.
@@ -61,10 +62,10 @@ class _NormHeadLoss(Function):
             hidden = ops.gather(x, rows)
         loss, valid, dhidden, dweight, dbias, da, db = ops.linear_cross_entropy(
             hidden,
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
-            None if lora_a is None else lora_a.to(x.dtype),
-            None if lora_b is None else lora_b.to(x.dtype),
+            weight.to(x.dtype).contiguous(),
+            None if bias is None else bias.to(x.dtype).contiguous(),
+            None if lora_a is None else lora_a.to(x.dtype).contiguous(),
+            None if lora_b is None else lora_b.to(x.dtype).contiguous(),
             lora_scale,
             targets,
             ignore_index,
