@@ -37,6 +37,8 @@ def _forward_out(
     tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     need("q", q, "R Hq D")
+    if rows is not None:
+        need("rows", rows, "M")
     capacity = q.shape[0] if rows is None else rows.shape[0]
     return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
 

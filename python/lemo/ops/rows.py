@@ -45,6 +45,8 @@ def _norm_out(
     want_packed: bool,
 ) -> tuple[Tensor, Tensor]:
     need("x", x, "T d")
+    if rows is not None:
+        need("rows", rows, "M")
     y = x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
     return y, torch.empty_like(y) if want_packed else x.new_empty(0)
 
