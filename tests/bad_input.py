@@ -570,6 +570,7 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
     ("nothing to evaluate", lambda w: w.evaluate("--no-base"), ("--no-base",)),
     ("unknown reference", lambda w: w.evaluate("--reference", "nobody"), ("nobody", "base")),
     ("confidence 95", lambda w: w.evaluate("--confidence", "95"), ("95", "0.95")),
+    ("answers to calibrate by", lambda w: w.calibrate("--answers-only"), ("--answers-only", "no labels")),
     ("one block of context", lambda w: w.calibrate("--block-size", "64"), ("two blocks",)),
     ("calibration there already", lambda w: w.file("out/x", "x") and w.calibrate(), ("--overwrite",)),
     ("info on nothing", lambda w: ["info", str(w.folder / "none")], ("no such folder",)),
