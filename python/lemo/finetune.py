@@ -350,12 +350,12 @@ def finetune(
     checkpoints = run_checkpoints(out, keep_checkpoints)
     held: Documents | None = None
     if settings.held_out:
-        documents, held = split_held_out(documents, settings.held_out, settings.seed)
+        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
         full_identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
     if resume:
         check_identity(out, full_identity)  # another model would also be refused by its calibration, with less to say
     length = settings.steps * settings.batch * settings.accumulate
-    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length)
+    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
     set_seed(settings.seed)
     wrapped = _with_adapter(model, settings)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
