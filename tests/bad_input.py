@@ -386,6 +386,8 @@ DAMAGE = [
     ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
     ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),
     ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * 2), "layers.0.wq1: expected shape"),
+    ("no shapes", lambda f: change_config(f, sizes=[[1] * 6] * 2), "something else than numbers"),
+    ("other thresholds", lambda f: change_config(f, thresholds=[0.1, 0.2]), "its own digest differs"),
 ]
 CALIBRATIONS = [
     *(
@@ -573,6 +575,7 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
     ("nothing to evaluate", lambda w: w.evaluate("--no-base"), ("--no-base",)),
     ("unknown reference", lambda w: w.evaluate("--reference", "nobody"), ("nobody", "base")),
     ("confidence 95", lambda w: w.evaluate("--confidence", "95"), ("95", "0.95")),
+    ("answers to calibrate by", lambda w: w.calibrate("--answers-only"), ("--answers-only", "no labels")),
     ("one block of context", lambda w: w.calibrate("--block-size", "64"), ("two blocks",)),
     ("calibration there already", lambda w: w.file("out/x", "x") and w.calibrate(), ("--overwrite",)),
     ("info on nothing", lambda w: ["info", str(w.folder / "none")], ("no such folder",)),

@@ -370,14 +370,7 @@ def finetune(
             log = RunLog(out / LOG_FILE)
             if resume:
                 log.cut(start.step if start else 0, report)
-            log.write(
-                event="resume" if start else "start",
-                step=start.step if start else 0,
-                trainable_parameters=sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
-                tokens=documents.num_tokens,
-                documents=len(documents),
-                pid=os.getpid(),
-            )
+            _log_start(log, wrapped, documents, start)
             run = _Run(wrapped, settings, log, controller, held, log_every, evaluate_every, progress, windows)
             _train(run, checkpoints, full_identity, save_every, start)
             run.check_finite(settings.steps)
@@ -386,6 +379,17 @@ def finetune(
         write_folder(out / ADAPTER, lambda folder: wrapped.save_pretrained(str(folder)), manifest=False)
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
+
+
+def _log_start(log: RunLog, model: Any, documents: Documents, start: Checkpoint | None) -> None:
+    log.write(
+        event="resume" if start else "start",
+        step=start.step if start else 0,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tokens=documents.num_tokens,
+        documents=len(documents),
+        pid=os.getpid(),
+    )
 
 
 def _begin(

@@ -177,7 +177,10 @@ def test_a_document_too_long_to_hold_out_gives_its_end() -> None:
     lines: list[str] = []
     train, held = split_held_out(documents_of([100] * 40 + [100_000]), 0.05, 1, lines.append)
     assert held.lengths().tolist() == [100, 100, 5000] and train.lengths().max() == 95_000
-    assert "2 whole documents" in lines[0] and "document 40, has 100000 tokens" in lines[0]
+    assert (
+        "2 whole documents" in lines[0]
+        and "the last 5000 tokens of document 40, from made, with 100000 tokens" in lines[0]
+    )
 
 
 def test_evaluation_pieces() -> None:

@@ -228,6 +228,16 @@ def test_conversations_that_cannot_be_used(
         read(tmp_path, chat_tokenizer(template), record, **options)
 
 
+def test_answers_need_places_in_the_text(tmp_path: Path) -> None:
+    t = ByT5Tokenizer()
+    for template in (TEMPLATE, MARKED):
+        t.chat_template = template
+        with pytest.raises(DataError, match="line 1: --answers-only needs a tokenizer that knows"):
+            read(tmp_path, t, {"messages": MESSAGES}, answers_only=True)
+    with pytest.raises(DataError, match="line 1: --answers-only needs a tokenizer that knows"):
+        read(tmp_path, t, {"prompt": "a", "completion": "b"}, answers_only=True)
+
+
 def test_answers_are_not_in_token_files(tmp_path: Path) -> None:
     np.zeros(4, np.uint16).tofile(tmp_path / "t.bin")
     with pytest.raises(DataError, match=r"t.bin: --answers-only"):

@@ -52,6 +52,14 @@ def test_saved_datasets(tmp_path: Path, tokenizer) -> None:
     assert lines == ["left out 1 empty document"] * 2
 
 
+def test_a_damaged_data_set_is_named(tmp_path: Path, tokenizer) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "one")
+    (tmp_path / "one" / "state.json").unlink()
+    with pytest.raises(DataError, match="one: cannot be loaded"):
+        load_documents([str(tmp_path / "one")], tokenizer, progress=False)
+
+
 def test_binary_files_in_a_folder_are_left_out_and_reported(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "a.txt").write_text("the block of tokens")
     (tmp_path / "b.png").write_bytes(b"\x89PNG\0\0")
@@ -283,6 +291,19 @@ def test_padding_makes_no_documents(tmp_path: Path, tokenizer) -> None:
         assert [documents.document(i).tolist() for i in range(20)] == [[*r[r > 0].tolist(), 0] for r in rows]
         dropped = rows.size - documents.num_tokens
         assert len(said) == 1 and f"left out {dropped} end-of-text or padding tokens" in said[0]
+
+
+def test_a_token_that_begins_documents_and_ends_them(tmp_path: Path, model_folder: Path) -> None:
+    """OPT's </s>: of a run, the first ends a document and the last begins the next one."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_special_tokens({"bos_token": "<eos>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    np.array([0, 5, 6, 0, 0, 7, 0, 0, 0, 0, 8, 9, 0, 0, 0], np.uint16).tofile(tmp_path / "t.bin")
+    documents = load_documents([str(tmp_path / "t.bin")], tokenizer, progress=False)
+    assert [documents.document(i).tolist() for i in range(len(documents))] == [[0, 5, 6, 0], [0, 7, 0], [0, 8, 9, 0]]
 
 
 def test_padding_tokens_of_their_own_separate_rows(tmp_path: Path, model_folder: Path) -> None:

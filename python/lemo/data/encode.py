@@ -82,10 +82,10 @@ class TextEncoder:
         # One substring search for each beginning, rather than for each of the hundreds of reserved tokens.
         self._beginnings = sorted({n[:2] for n in names})
         self._names = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)) or r"(?!)")
-        self._adds_bos = self.bos is not None and self._added is not None and self.bos in self._added[0]
+        self.adds_bos = self.bos is not None and self._added is not None and self.bos in self._added[0]
         # A text may begin with a hole or with a separator; what else it begins with, a template wrote.
         never = {tokenizer.unk_token, tokenizer.pad_token, tokenizer.mask_token, tokenizer.eos_token}
-        never -= {tokenizer.bos_token} if self._adds_bos else set()
+        never -= {tokenizer.bos_token} if self.adds_bos else set()
         self._openers = tuple(sorted(names - never))
 
     def find_special(self, text: str) -> list[str]:
@@ -147,7 +147,7 @@ class TextEncoder:
         n = 0
         if not len(ids):
             return ids, n
-        if self._adds_bos:
+        if self.adds_bos:
             while n + 1 < len(ids) and ids[n] == ids[n + 1] == self.bos:
                 n += 1
             self.notes.doubled_bos += n > 0
@@ -188,12 +188,16 @@ def _added(tokenizer: Any) -> tuple[np.ndarray, np.ndarray] | None:
     return None
 
 
-def spans_of(tokenizer: Any, text: str, where: str, split: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [n], first and last + 1 character of every token [n, 2]), without added special tokens. Raises DataError."""
+def _require_places(tokenizer: Any, where: str) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{where}: --answers-only needs a tokenizer that knows each token's place in the text (a fast one)"
         )
+
+
+def spans_of(tokenizer: Any, text: str, where: str, split: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [n], first and last + 1 character of every token [n, 2]), without added special tokens. Raises DataError."""
+    _require_places(tokenizer, where)
     options = {"split_special_tokens": True} if split else {}
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
     ids = np.asarray(encoded["input_ids"], dtype=np.int32)
@@ -221,9 +225,9 @@ class ChatEncoder:
             self.text.notes.in_messages += 1
         if not self.answers_only:
             return Tokens(compact(np.asarray(self._apply(chat, where)["input_ids"], dtype=np.int32)))
-        marks = re.search(r"\{%-?\s*generation\s*-?%\}", self._template(chat))
-        tokens = self._by_marks(chat, where) if marks and not chat.first_answer else self._by_prefixes(chat, where)
-        return tokens
+        _require_places(self.tokenizer, where)
+        marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template(chat))
+        return self._by_marks(chat, where) if marked and not chat.first_answer else self._by_prefixes(chat, where)
 
     def _template(self, chat: Chat) -> str:
         return self.tokenizer.get_chat_template(None, chat.tools)

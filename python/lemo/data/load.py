@@ -54,10 +54,11 @@ def load_documents(
     if token_dtype not in (None, *TOKEN_DTYPES):
         raise DataError(f"token_dtype {token_dtype!r}: expected uint16 or uint32")
     size = vocab_size if vocab_size is not None or tokenizer is None else len(tokenizer)
-    options = RecordOptions(text_field, answers_only, _token_format(tokenizer, size, token_dtype, end_of_text))
+    encoder = _Encoder(tokenizer, special_tokens, answers_only)
+    known = _token_format(encoder.text, size, token_dtype, end_of_text)
+    options = RecordOptions(text_field, answers_only, known)
     names: dict[str, int] = {}
     found = Sources(options, lambda label: names.setdefault(label, len(names)), per_file)
-    encoder = _Encoder(tokenizer, special_tokens, answers_only)
     parts = _Parts()
     with _progress(progress, desc="reading", unit=" tokens", unit_scale=True) as bar:
         for source in sources:
@@ -84,15 +85,18 @@ def load_documents(
     return documents
 
 
-def _token_format(tokenizer: Any, vocab_size: int | None, dtype: str | None, end_of_text: int | None) -> TokenFormat:
-    pad = None
-    if tokenizer is not None:
-        end_of_text = tokenizer.eos_token_id if end_of_text is None else end_of_text
-        pad = tokenizer.pad_token_id
-        # A token with another meaning may be text.
-        if pad in (tokenizer.unk_token_id, tokenizer.bos_token_id):
-            pad = None
-    return TokenFormat(vocab_size, dtype, end_of_text, pad)
+def _token_format(
+    text: TextEncoder | None, vocab_size: int | None, dtype: str | None, end_of_text: int | None
+) -> TokenFormat:
+    if text is None:
+        return TokenFormat(vocab_size, dtype, end_of_text)
+    if end_of_text is None:
+        end_of_text = text.eos
+    pad = text.tokenizer.pad_token_id
+    # A token with another meaning may be text.
+    if pad in (text.tokenizer.unk_token_id, text.bos):
+        pad = None
+    return TokenFormat(vocab_size, dtype, end_of_text, text.adds_bos and text.bos == end_of_text, pad)
 
 
 def _nothing_in(source: str, found: Sources) -> str:

@@ -202,7 +202,10 @@ def _load_dataset(where: str) -> Any:
             f"{where}: reading a Hugging Face data set needs a package: pip install 'lemo[datasets]'"
         ) from None
     if not where.startswith("hf:"):
-        data = datasets.load_from_disk(os.path.expanduser(where))
+        try:
+            data = datasets.load_from_disk(os.path.expanduser(where))
+        except Exception as error:  # pyarrow, json and the package itself raise their own kinds for a damaged folder
+            raise DataError(f"{where}: cannot be loaded: {_first_line(error)}") from error
         if isinstance(data, datasets.DatasetDict):
             if "train" not in data:
                 raise DataError(f"{where}: has the splits {sorted(data)}; name one: {where}/SPLIT")
@@ -215,8 +218,11 @@ def _load_dataset(where: str) -> Any:
     try:
         return datasets.load_dataset(name, split=split or "train", **safe)
     except Exception as error:  # the hub and the network all raise their own kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{where}: cannot be loaded: {lines[0]}") from error
+        raise DataError(f"{where}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_blank(content: Content) -> bool:

@@ -45,7 +45,7 @@ def split_held_out(
             "empty; give more data or another fraction"
         )
     if report:
-        report(_describe(held, lengths, fraction))
+        report(_describe(documents, held, fraction))
     return documents.cut(rest), documents.cut(spans)
 
 
@@ -71,15 +71,19 @@ def _hold_whole(held: np.ndarray, lengths: np.ndarray, cut: np.ndarray, fraction
         taken += length
 
 
-def _describe(held: np.ndarray, lengths: np.ndarray, fraction: float) -> str:
+def _describe(documents: Documents, held: np.ndarray, fraction: float) -> str:
+    lengths = documents.lengths()
     total, tokens = int(lengths.sum()), int(held.sum())
     whole = int(((held == lengths) & (held > 0)).sum())
     cut = np.flatnonzero((held > 0) & (held < lengths))
-    parts = [f"{whole} whole documents"] if whole else []
+    parts = [f"{whole} whole document{'s' if whole > 1 else ''}"] if whole else []
     if len(cut):
         longest = int(cut[np.argmax(lengths[cut])])
-        which = f"the longest, document {longest}, has {int(lengths[longest])} tokens"
-        parts.append(f"the last {int(held[cut].sum())} tokens of {len(cut)} others ({which})")
+        name = documents.names[documents.origins[longest]]
+        which = f"document {longest}, from {name}, with {int(lengths[longest])} tokens"
+        if len(cut) > 1:
+            which = f"{len(cut)} documents, the longest of them {which}"
+        parts.append(f"the last {int(held[cut].sum())} tokens of {which}")
     return (
         f"held out {tokens} of {total} tokens ({100 * tokens / total:.1f} %, asked for {100 * fraction:g} %): "
         + " and ".join(parts)

@@ -35,12 +35,14 @@ class TokenFormat:
     """What is known of token files beside their bytes.
 
     dtype: "uint16" or "uint32" of files without a header, or None to go by the vocabulary.
-    end_of_text: the token that ends a document.  pad: a token that is nothing but padding.
+    end_of_text: the token that ends a document.  begins: it begins documents too, as OPT's does.
+    pad: a token that is nothing but padding.
     """
 
     vocab_size: int | None = None
     dtype: str | None = None
     end_of_text: int | None = None
+    begins: bool = False
     pad: int | None = None
 
 
@@ -181,11 +183,13 @@ def split_stream(tokens: np.ndarray, known: TokenFormat) -> tuple[list[np.ndarra
             documents.append(part)
             continue
         is_end = part == known.end_of_text
-        after_end = np.concatenate([[True], is_end[:-1]])
-        useless = is_end & after_end
+        useless = is_end & np.concatenate([[True], is_end[:-1]])
+        last = is_end & ~useless
+        if known.begins:  # the last of a run belongs to what follows
+            useless &= np.concatenate([is_end[1:], [True]])
         pads += int(useless.sum())
         kept = part[~useless] if useless.any() else part
-        documents += np.split(kept, np.flatnonzero(kept == known.end_of_text) + 1)
+        documents += np.split(kept, np.flatnonzero(last[~useless]) + 1)
     return [d for d in documents if len(d)], pads
 
 
