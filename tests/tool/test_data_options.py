@@ -88,7 +88,7 @@ def test_padding_is_said_and_does_no_harm(model_folder: Path, tmp_path: Path, ca
         out = tmp_path / f"run-{name}"
         assert finetune("--model", model, "--data", tmp_path / "t.bin", *SIZES, *given, "--out", out) == 0
         err = capsys.readouterr().err
-        assert "end-of-text or padding tokens" in err and "in 20 documents" in err
+        assert "end-of-text and padding tokens" in err and "in 20 documents" in err
         losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines() if "loss" in line]
         assert len(losses) == 4 and all(torch.tensor(losses).isfinite())
 

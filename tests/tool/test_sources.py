@@ -192,7 +192,7 @@ def test_hidden_files_and_folders_are_left_out_and_reported(tmp_path: Path, toke
     said: list[str] = []
     documents = load_documents([str(corpus)], tokenizer, progress=False, report=said.append)
     assert texts_of(documents, tokenizer) == TEXTS[:2]
-    assert len(said) == 1 and "left out 4 hidden files and folders" in said[0] and str(corpus) in said[0]
+    assert len(said) == 1 and "left out hidden files and folders: 4 (" in said[0] and str(corpus) in said[0]
     by_glob = load_documents([str(corpus / "**")], tokenizer, progress=False)
     assert set(texts_of(by_glob, tokenizer)) == set(TEXTS[:2])
 
@@ -206,7 +206,15 @@ def test_json_that_is_no_data_is_left_out_of_folders(tmp_path: Path, tokenizer) 
     said: list[str] = []
     documents = load_documents([str(tmp_path)], tokenizer, progress=False, report=said.append)
     assert texts_of(documents, tokenizer) == TEXTS[:1]
-    assert len(said) == 1 and "left out 4 JSON files without records" in said[0]
+    assert len(said) == 1 and "left out JSON files without records of text, tokens or messages: 4 (" in said[0]
+
+
+def test_a_folder_of_records_and_texts_is_said(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text(lines())
+    (tmp_path / "README.md").write_text(TEXTS[0])
+    said: list[str] = []
+    assert len(load_documents([str(tmp_path)], tokenizer, progress=False, report=said.append)) == 4
+    assert len(said) == 1 and "beside 3 records, files read whole as text: 1 (" in said[0] and "README.md" in said[0]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -290,7 +298,7 @@ def test_padding_makes_no_documents(tmp_path: Path, tokenizer) -> None:
         assert len(documents) == 20
         assert [documents.document(i).tolist() for i in range(20)] == [[*r[r > 0].tolist(), 0] for r in rows]
         dropped = rows.size - documents.num_tokens
-        assert len(said) == 1 and f"left out {dropped} end-of-text or padding tokens" in said[0]
+        assert len(said) == 1 and f"documents of nothing else: {dropped} (" in said[0]
 
 
 def test_a_token_that_begins_documents_and_ends_them(tmp_path: Path, model_folder: Path) -> None:
@@ -334,7 +342,7 @@ def test_tokenised_records_are_used_as_they_are(tmp_path: Path, tokenizer) -> No
     assert documents.trained is not None
     assert documents.trained.tolist() == [True] * 10 + [False, False, True, True]
     assert any("'input_ids' is used, not text" in line for line in said)
-    assert any("left out 4 end-of-text or padding tokens" in line for line in said)
+    assert any("documents of nothing else: 4 (" in line for line in said)
     as_text = load_documents([str(tmp_path / "a.jsonl")], tokenizer, text_field="input_ids", progress=False)
     assert as_text.fingerprint() == documents.fingerprint()
 

@@ -37,6 +37,7 @@ class Left:
     padding: int = 0
     padded: str = ""
     ambiguous: dict[str, str] = field(default_factory=dict)
+    mixed: list[str] = field(default_factory=list)
 
     def add_padding(self, count: int, where: str) -> None:
         if count:
@@ -44,18 +45,18 @@ class Left:
             self.padded = self.padded or where
 
     def lines(self) -> Iterator[str]:
-        yield from self.ambiguous.values()
+        yield from (*self.ambiguous.values(), *self.mixed)
         for paths, what in (
             (self.binary, "files that are not UTF-8 text"),
             (self.no_records, "JSON files without records of text, tokens or messages"),
             (self.hidden, "hidden files and folders"),
         ):
             if paths:
-                yield f"left out {len(paths)} {what}, {paths[0]} for one"
+                yield f"left out {what}: {len(paths)} ({paths[0]}{', ...' if len(paths) > 1 else ''})"
         if self.padding:
             yield (
-                f"left out {self.padding} end-of-text or padding tokens that only fill up rows (documents of nothing "
-                f"else among them), {self.padded} for one"
+                "left out end-of-text and padding tokens that only fill up rows or would be documents of nothing "
+                f"else: {self.padding} (from {self.padded} on)"
             )
 
 
@@ -81,9 +82,21 @@ class Sources:
             yield from self._dataset(where, self.origin(label))
             return
         files, named = self._expand(where)
+        texts: list[str] = []
+        records = 0
         for label, path in files:
             index = self.origin(name if name and not self.per_file else label)
-            yield from self._file(path, index, named)
+            for piece in self._file(path, index, named):
+                if piece.where == str(path) and isinstance(piece.content, str):
+                    texts.append(piece.where)
+                else:
+                    records += 1
+                yield piece
+        if texts and records:
+            shown = texts[0] + (", ..." if len(texts) > 1 else "")
+            self.left.mixed.append(
+                f"{where}: beside {records} records, files read whole as text: {len(texts)} ({shown})"
+            )
 
     def _expand(self, where: str) -> tuple[list[tuple[str, Path]], bool]:
         """((label, file) of every file a path, folder or glob stands for, whether it names one file)."""
