@@ -1,6 +1,7 @@
 # make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 5 minutes on 2 cores)
 # make test    everything the project checks: lint, types, CUDA compilation, build, tests
-# Both set up what they need in .venv; only Python 3.11+ and a C++ compiler have to be there.
+# make fuzz    random calls of the C interface under sanitizers, for FUZZ_SECONDS (600); stops at the first fault
+# All set up what they need in .venv; only Python 3.11+ and a C++ compiler have to be there.
 #
 # Variables: PYTHON  interpreter that makes .venv (one that has torch already shares it)
 #            TORCH   what pip installs where torch is missing, for instance
@@ -40,7 +41,7 @@ SOURCES := $(shell find python cpp cuda cmake -type f -not -name '*.so' -not -pa
            $(wildcard cpp/include/lemo/*) CMakeLists.txt setup.py pyproject.toml
 NATIVE = $(shell find cpp cuda tests -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test setup lint format build check cuda-compile cuda-full clean
+.PHONY: demo test setup lint format build check fuzz cuda-compile cuda-full clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/run.py --out runs/demo
@@ -88,6 +89,17 @@ format: $(VENV)/.dev
 
 check: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+# Other seeds each time; a fault names its seed: build/fuzz-long/fuzz SEED 1 repeats it. `make test` has a short run with
+# fixed seeds. FUZZ_SANITIZE=thread looks for data races instead.
+FUZZ_SECONDS ?= 600
+FUZZ_SANITIZE ?= address,undefined
+fuzz: $(VENV)/.tools
+	@PATH="$(abspath $(BIN)):$$PATH"; set -e; \
+	cmake -S tests/fuzz -B $(BUILD)/fuzz-long -G Ninja -DFUZZ_SANITIZE=$(FUZZ_SANITIZE) \
+	  $(if $(filter x86_64,$(shell uname -m)),-DFUZZ_SIMD=x86) >/dev/null; \
+	cmake --build $(BUILD)/fuzz-long --parallel $(JOBS); \
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BUILD)/fuzz-long/fuzz $$(date +%s)000000 0
 
 # Compiles the CUDA kernels without a GPU and fails if one spills registers. The default is the tuned set (bf16,
 # head_dim 64 and 128); cuda-full is every kernel of the library.

@@ -224,7 +224,7 @@ OPERATIONS = [
     wrong("block_scores", "scale", value(NAN), ("finite",)),
     wrong("block_scores", "block_size", value(0), ("at least 1", "got 0")),
     wrong("predict", "pool", value("sum"), ("mean, max", "'sum'")),
-    wrong("select_blocks", "mode", value("best"), ("threshold, budget, sample", "'best'")),
+    wrong("select_blocks", "mode", value("best"), ("threshold, budget, sample, poisson", "'best'")),
     wrong("select_blocks", "seed", value(-1), ("[0, 2**64)", "got -1")),
     wrong("select_blocks", "seed", value(2**64), ("got 18446744073709551616",)),
     wrong("select_blocks", "keep", value(0.0), ("(0, 1]", "got 0")),
@@ -249,7 +249,8 @@ OPERATIONS = [
         for mode in ("threshold", "budget")
     ),
     *(
-        wrong("select_blocks", "scores", put(3, number), ("3", words), FloatingPointError, {"mode": "sample"})
+        wrong("select_blocks", "scores", put(3, number), ("3", words), FloatingPointError, {"mode": mode})
+        for mode in ("sample", "poisson")
         for number, words in ((NAN, "nan"), (0.0, "(0, 1]"), (1.25, "(0, 1]"), (-0.5, "(0, 1]"))
     ),
     wrong("select_blocks", "threshold", value(9.0), ("9",), FloatingPointError, {"mode": "threshold"}),

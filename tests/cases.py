@@ -513,7 +513,7 @@ def name_of(case: object) -> str:
 
 @dataclass(frozen=True)
 class Select:
-    """kept lists must agree exactly. scores: "random", "ties" or "probabilities"."""
+    """kept lists must agree exactly. scores: "random", "ties", "probabilities" or "nothing" (never drawn)."""
 
     packing: str
     mode: str
@@ -531,6 +531,8 @@ class Select:
             p = draw.uniform(n, low=0.05, high=0.9)
             p[::5] = 1.0
             return p
+        if self.scores == "nothing":
+            return draw.uniform(n, low=1e-9, high=1e-8)
         return draw.integers(3, n).float() if self.scores == "ties" else draw.normal(n)
 
 
@@ -541,6 +543,9 @@ SELECT = [
     *(Select("long", "budget", keep=keep, scores="ties") for keep in (0.01, 0.25, 0.3, 0.7, 1.0)),
     *(Select("documents", "sample", keep=0.4, first=1, last=2, scores="probabilities", seed=s) for s in range(4)),
     Select("documents", "sample", seed=2**64 - 1, scores="probabilities"),
+    *(Select(p, "poisson", first=1, scores="probabilities", seed=3) for p in PACKINGS),
+    *(Select("documents", "poisson", last=2, scores="probabilities", seed=s) for s in range(3)),
+    Select("one_block", "poisson", scores="nothing"),
     Select("documents", "threshold", threshold=-1e30),
     Select("documents", "threshold", threshold=1.0, scores="ties"),
     Select("batch", "budget", keep=0.34, first=2, last=2),

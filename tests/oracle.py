@@ -172,6 +172,9 @@ def select(
         elif mode == "budget":
             order = sorted(ids, key=lambda b: (b not in forced, -values[b], b))
             chosen = set(order[:k])
+        elif mode == "poisson":
+            chosen = {b for b in ids if hash_uniform(seed, b) < values[b]} | forced
+            weights.update({b: 1 / values[b] for b in chosen - forced})
         else:
             certain = {b for b in ids if b in forced or values[b] >= 0.999}
 
@@ -181,7 +184,6 @@ def select(
 
             order = sorted(ids, key=lambda b: (b not in forced, b not in certain, 0.0 if b in certain else rank(b), b))
             chosen = set(order[:k])
-            weights.update({b: 1 / values[b] for b in chosen - certain})
         kept += sorted(chosen)
         first += n
     return kept, [weights.get(b, 1.0) for b in kept]

@@ -21,7 +21,8 @@ fields    the fields of lemo_<op>_args in the order of the header, without struc
 tensor    None (absent) or (data_ptr, lemo_dtype, shape, strides in elements)
 
 Errors: ValueError (invalid argument), NotImplementedError (unsupported), FloatingPointError (numerical), RuntimeError
-(all others), with the text of lemo_last_error(). The interpreter lock is released during a call.)";
+(all others), with the text of lemo_last_error(). The interpreter lock is released during a call; signals that arrive
+meanwhile are handled, and what a handler raises (KeyboardInterrupt) ends the call. Outputs hold no result then.)";
 
 // Reads positional arguments into the fields it is shown, in order.
 class Reader {
@@ -167,8 +168,33 @@ Args read_args(const char* op, const py::args& given) {
   return args;
 }
 
+// Runs without the interpreter's lock, and takes it now and then for signals that have arrived. Python calls their
+// handlers on its main thread only.
+class Unlocked {
+ public:
+  explicit Unlocked(lemo_exec& exec) : state_(PyEval_SaveThread()) {
+    exec.cancel = &check_signals;
+    exec.cancel_context = this;
+  }
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  static int32_t check_signals(void* context) {
+    auto* self = static_cast<Unlocked*>(context);
+    PyEval_RestoreThread(self->state_);
+    const int raised = PyErr_CheckSignals();
+    self->state_ = PyEval_SaveThread();
+    return raised;
+  }
+
+  PyThreadState* state_;
+};
+
 void raise_on_error(lemo_status status) {
   if (status == LEMO_OK) return;
+  if (status == LEMO_CANCELLED && PyErr_Occurred() != nullptr) throw py::error_already_set();
   const char* message = lemo_last_error();
   PyObject* type = PyExc_RuntimeError;
   if (status == LEMO_INVALID_ARGUMENT) type = PyExc_ValueError;
@@ -197,7 +223,7 @@ void define(py::module_& m, const char* op, lemo_status (*run)(const lemo_exec*,
     }
     lemo_status status;
     {
-      py::gil_scoped_release unlocked;
+      const Unlocked unlocked(exec);
       status = run(&exec, &args);
     }
     raise_on_error(status);

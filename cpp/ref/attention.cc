@@ -10,16 +10,19 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Scratch of one tile of queries.
-struct Scratch {
-  Scratch(int64_t width)
-      : buffer(static_cast<size_t>(kQueries * (2 * width + kKeys + 2))),
-        queries(buffer.data()),
+// What a worker needs for one tile of queries.
+struct QueryTile {
+  QueryTile(float* memory, int64_t width)
+      : queries(memory),
         sums(queries + kQueries * width),
         tile(sums + kQueries * width),
         highest(tile + kQueries * kKeys),
-        total(highest + kQueries) {}
-  std::vector<float> buffer;
+        total(highest + kQueries) {
+    std::fill_n(sums, kQueries * width, 0.0f);
+    std::fill_n(highest, kQueries, -kInfinity);
+    std::fill_n(total, kQueries, 0.0f);
+  }
+  static Size floats(int64_t width) { return (Size(2) * width + kKeys + 2) * kQueries; }
   float* queries;  // [kQueries, width], scaled
   float* sums;     // [kQueries, width]: unnormalised output
   float* tile;     // [kQueries, kKeys]: scores, then probabilities
@@ -29,7 +32,7 @@ struct Scratch {
 
 // Turns the scores of `count` rows into probabilities against the running maximum. Row i sees the first
 // `visible + i` keys of the tile, rows [hidden, hidden_end) none.
-void online_softmax(Scratch& s, int64_t count, int64_t visible, int64_t hidden, int64_t hidden_end, int64_t width) {
+void online_softmax(QueryTile& s, int64_t count, int64_t visible, int64_t hidden, int64_t hidden_end, int64_t width) {
   const Simd& f = simd();
   for (int64_t i = 0; i < count; ++i) {
     float* scores = s.tile + i * kKeys;
@@ -60,6 +63,8 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   const int64_t tile_size = kKeys * width;
   auto* keys = static_cast<float*>(exec.workspace);          // [Hk, tiles, D, kKeys] in steps of tile_size
   float* values = keys + key_heads * num_tiles * tile_size;  // [Hk, tiles, kKeys, width]
+  const int64_t query_tasks = a.q.shape[1] * num_query_tiles;
+  const Scratch scratch(exec, query_tasks, "q", QueryTile::floats(width));
   parallel_for(exec, key_heads * num_tiles, [&](int64_t task) {
     const int64_t head = task / num_tiles;
     const Tile& tile = tiling.keys[static_cast<size_t>(task % num_tiles)];
@@ -68,7 +73,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     collect_tile(a.v, rows, head, document, tile.index, width, values + task * tile_size);
   });
 
-  parallel_for(exec, a.q.shape[1] * num_query_tiles, [&](int64_t task) {
+  parallel_for(exec, query_tasks, [&](int64_t task, int worker) {
     const Simd& f = simd();
     const int64_t head = task / num_query_tiles;
     // The longest rows first, so that no thread is left with one at the end.
@@ -77,9 +82,8 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     const int64_t first = tile.index * kQueries;
     const int64_t count = std::min(kQueries, document.length - first);
     const int64_t base = (head / group * num_tiles + document.first_tile) * tile_size;
-    Scratch s(width);
+    QueryTile s(scratch.of(worker), width);
     collect_rows(a.q, rows, head, document.start + first, count, a.scale, width, s.queries);
-    std::fill_n(s.highest, count, -kInfinity);
     // These rows lie in at most two of the tiles that lists speak of.
     const int64_t list_tile = first / LEMO_TILE_ROWS;
     const int64_t upper = std::min(count, (list_tile + 1) * LEMO_TILE_ROWS - first);
@@ -89,6 +93,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
       const int64_t key_tile = j * kKeys / LEMO_TILE_ROWS;
       const bool upper_sees = upper_list.sees(key_tile), lower_sees = upper < count && lower_list.sees(key_tile);
       if (!upper_sees && !lower_sees) continue;
+      poll();
       f.matmul(count, kKeys, d, s.queries, width, 1, keys + base + j * tile_size, kKeys, s.tile, kKeys, false);
       online_softmax(s, count, first - j * kKeys + 1, upper_sees ? upper : 0, lower_sees ? upper : count, width);
       f.matmul(count, width, std::min(kKeys, first + count - j * kKeys), s.tile, kKeys, 1,
@@ -106,7 +111,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
 uint64_t attention_forward_workspace(const lemo_exec&, const lemo_attention_forward_args& a) {
   const int64_t capacity = present(a.rows) ? a.rows.shape[0] : a.q.shape[0];
   const int64_t tiles = max_key_tiles(capacity, a.cu_seqlens.shape[0] - 1);
-  return static_cast<uint64_t>(2 * a.k.shape[1] * tiles * kKeys * round_up(a.q.shape[2], kLane)) * sizeof(float);
+  return (Size(2 * kKeys) * a.k.shape[1] * tiles * round_up(a.q.shape[2], kLane)).floats("q, k, v");
 }
 
 }  // namespace lemo::ref

@@ -24,6 +24,12 @@ struct Sizes {
   int64_t key_floats() const { return key_heads * tiles * kKeys * width; }
   int64_t query_floats() const { return query_heads * capacity * width; }
   int64_t gradient_floats() const { return query_heads * tiles * kKeys * width; }
+  // All together, checked; what the functions above return is a part of it.
+  Size total_floats() const {
+    const Size keys = Size(key_heads) * tiles * kKeys * width, queries = Size(query_heads) * capacity * width;
+    const Size gradients = Size(query_heads) * tiles * kKeys * width;
+    return keys * 3 + queries * 3 + gradients * 2 + Size(query_heads) * capacity;
+  }
 };
 
 struct Buffers {
@@ -37,9 +43,6 @@ struct Buffers {
         dk(dq + s.query_floats()),
         dv(dk + s.gradient_floats()),
         delta(dv + s.gradient_floats()) {}
-  static int64_t total_floats(const Sizes& s) {
-    return 3 * s.key_floats() + 3 * s.query_floats() + 2 * s.gradient_floats() + s.query_heads * s.capacity;
-  }
   float* keys;               // [Hk, tiles, kKeys, width]
   float* keys_transposed;    // [Hk, tiles, D, kKeys]
   float* values_transposed;  // [Hk, tiles, D, kKeys]
@@ -123,6 +126,7 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
       const int64_t first = tile * kQueries;
       const int64_t count = std::min(kQueries, document.length - first);
       const int64_t at = head * sizes.capacity + document.start + first;
+      poll();
       const float* q = b.queries + at * width;
       const float* dout = b.dout + at * width;
       f.matmul(count, kKeys, sizes.d, q, width, 1, k_transposed, kKeys, p, kKeys, false);
@@ -191,7 +195,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
 }
 
 uint64_t attention_backward_workspace(const lemo_exec&, const lemo_attention_backward_args& a) {
-  return static_cast<uint64_t>(Buffers::total_floats(Sizes(a))) * sizeof(float);
+  return Sizes(a).total_floats().floats("q, k, v");
 }
 
 }  // namespace lemo::ref

@@ -53,18 +53,19 @@ class TileList {
  public:
   TileList(const lemo_tensor& offsets, const lemo_tensor& tiles, const Document& document, int64_t document_index,
            int64_t tile)
-      : tile_(tile) {
-    if (offsets.ndim == 0) return;
+      : tile_(tile), listed_(present(offsets)) {
+    if (!listed_) return;
     const int64_t slot = document.start / LEMO_TILE_ROWS + document_index + tile;
     begin_ = ints(tiles) + ints(offsets)[slot];
     end_ = ints(tiles) + ints(offsets)[slot + 1];
   }
   bool sees(int64_t other) const {
-    return begin_ == nullptr || other == tile_ || std::binary_search(begin_, end_, static_cast<int32_t>(other));
+    return !listed_ || other == tile_ || std::binary_search(begin_, end_, static_cast<int32_t>(other));
   }
 
  private:
   int64_t tile_;
+  bool listed_;
   const int32_t* begin_ = nullptr;
   const int32_t* end_ = nullptr;
 };

@@ -1,23 +1,34 @@
 #include "src/backend.h"
 
 #include "ref/ops.h"
+#include "ref/parallel.h"
 
 namespace lemo {
+namespace {
+
+// Short operations end before exec.cancel is first called.
+template <auto kFunction, class Args>
+void polled(const lemo_exec& exec, const Args& args) {
+  ref::begin_polling();
+  kFunction(exec, args);
+}
+
+}  // namespace
 
 const Backend& cpu_backend() {
   static const Backend backend = {
       "cpu",
       [] { return true; },
-      ref::select,
-      ref::scores,
-      ref::predict,
-      ref::gather,
-      ref::scatter_add,
-      ref::gather_norm,
-      ref::gather_norm_backward,
-      ref::attention_forward,
-      ref::attention_backward,
-      ref::linear_cross_entropy,
+      polled<ref::select>,
+      polled<ref::scores>,
+      polled<ref::predict>,
+      polled<ref::gather>,
+      polled<ref::scatter_add>,
+      polled<ref::gather_norm>,
+      polled<ref::gather_norm_backward>,
+      polled<ref::attention_forward>,
+      polled<ref::attention_backward>,
+      polled<ref::linear_cross_entropy>,
       ref::select_workspace,
       ref::scores_workspace,
       ref::predict_workspace,

@@ -50,20 +50,20 @@ void copy_rows(const Matrix& from, int64_t i, int64_t j, int64_t rows, int64_t c
   }
 }
 
-// Block (i, j) of C.
-void block(int64_t i, int64_t j, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc,
-           bool accumulate) {
+// Block (i, j) of C. `memory` holds gemm_floats(m, n, k).
+void block(float* memory, int64_t i, int64_t j, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
+           int64_t ldc, bool accumulate) {
   const int64_t rows = std::min(kBlockRows, m - i);
   const int64_t columns = std::min(kBlockColumns, n - j);
   const int64_t width = round_up(columns, kLane);
   const bool padded = width != columns;
   const int64_t depth = std::min(kBlockDepth, k);
-  std::vector<float> buffer(static_cast<size_t>(rows * depth + depth * width + (padded ? rows * width : 0)));
-  float* a_copy = buffer.data();
+  float* a_copy = memory;
   float* b_copy = a_copy + rows * depth;
   float* out = padded ? b_copy + depth * width : c + i * ldc + j;
   const int64_t ldo = padded ? width : ldc;
   if (padded && accumulate) {
+    std::fill_n(out, rows * width, 0.0f);
     for (int64_t r = 0; r < rows; ++r) std::copy_n(c + (i + r) * ldc + j, columns, out + r * width);
   }
   if (k == 0 && !accumulate) {
@@ -71,6 +71,7 @@ void block(int64_t i, int64_t j, int64_t m, int64_t n, int64_t k, Matrix a, Matr
   }
   for (int64_t p = 0; p < k; p += kBlockDepth) {
     const int64_t part = std::min(kBlockDepth, k - p);
+    poll();
     const Matrix left = copy_block(a, i, p, rows, part, a_copy);
     copy_rows(b, p, j, part, columns, width, b_copy);
     simd().matmul(rows, width, part, left.data, left.row, left.column, b_copy, width, out, ldo, accumulate || p > 0);
@@ -83,18 +84,25 @@ void block(int64_t i, int64_t j, int64_t m, int64_t n, int64_t k, Matrix a, Matr
 }  // namespace
 
 void gemm_serial(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate) {
+  std::vector<float> buffer(static_cast<size_t>(gemm_floats(m, n, k).count("matrix product")));
   for (int64_t i = 0; i < m; i += kBlockRows) {
-    for (int64_t j = 0; j < n; j += kBlockColumns) block(i, j, m, n, k, a, b, c, ldc, accumulate);
+    for (int64_t j = 0; j < n; j += kBlockColumns) block(buffer.data(), i, j, m, n, k, a, b, c, ldc, accumulate);
   }
 }
 
-void gemm(const lemo_exec& exec, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc,
-          bool accumulate) {
+void gemm(const lemo_exec& exec, const Scratch& scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
+          int64_t ldc, bool accumulate) {
   const int64_t rows = (m + kBlockRows - 1) / kBlockRows;
   const int64_t columns = (n + kBlockColumns - 1) / kBlockColumns;
-  parallel_for(exec, rows * columns, [&](int64_t task) {
-    block(task % rows * kBlockRows, task / rows * kBlockColumns, m, n, k, a, b, c, ldc, accumulate);
+  parallel_for(exec, rows * columns, [&](int64_t task, int worker) {
+    block(scratch.of(worker), task % rows * kBlockRows, task / rows * kBlockColumns, m, n, k, a, b, c, ldc, accumulate);
   });
+}
+
+Size gemm_floats(int64_t m, int64_t n, int64_t k) {
+  const int64_t rows = std::min(kBlockRows, m), depth = std::min(kBlockDepth, k);
+  const int64_t width = round_up(std::min(kBlockColumns, n), kLane);
+  return rows * depth + depth * width + rows * width;
 }
 
 }  // namespace lemo::ref

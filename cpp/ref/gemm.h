@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "lemo/types.h"
+#include "ref/parallel.h"
 
 namespace lemo::ref {
 
@@ -20,8 +21,11 @@ inline Matrix transposed(const float* data, int64_t stride) { return {data, 1, s
 // C[m, n] = (accumulate ? C : 0) + A[m, k] B[k, n], rows of C contiguous. The caller's thread alone.
 void gemm_serial(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate);
 
-// The same on all threads of the call.
-void gemm(const lemo_exec& exec, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc,
-          bool accumulate);
+// The same on all threads of the call, with gemm_floats(m, n, k) or more floats for each worker.
+void gemm(const lemo_exec& exec, const Scratch& scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
+          int64_t ldc, bool accumulate);
+
+// Grows with each of the sizes.
+Size gemm_floats(int64_t m, int64_t n, int64_t k);
 
 }  // namespace lemo::ref

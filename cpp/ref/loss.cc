@@ -32,7 +32,11 @@ struct Sizes {
   int64_t rank;
   bool gradients;
   int64_t rows;  // of a segment
-  int64_t total_floats() const { return rows * (2 * d + classes + 2 * rank); }
+  Size total_floats() const { return (Size(2) * d + classes + Size(2) * rank) * rows; }
+  Size product_floats() const {
+    const int64_t longest = std::max({rows, d, classes, rank});
+    return gemm_floats(longest, longest, longest);
+  }
 };
 
 struct Buffers {
@@ -49,17 +53,17 @@ struct Buffers {
   float* dlow;     // [rows, r]
 };
 
-// Logits of one token become their gradient (if wanted); returns the token's loss.
-double token_loss(const lemo_linear_cross_entropy_args& a, const Sizes& s, float* z, int64_t target, float factor) {
+// Logits of one token become their gradient (if wanted); returns the token's loss. `slope` holds a float per class
+// where a soft cap has a gradient.
+double token_loss(const lemo_linear_cross_entropy_args& a, const Sizes& s, float* z, int64_t target, float factor,
+                  float* slope) {
   const Simd& f = simd();
   if (present(a.bias)) f.add(s.classes, z, floats(a.bias), 1.0f);
-  std::vector<float> slope;  // of the soft cap
   if (a.softcap > 0) {
-    if (s.gradients) slope.resize(static_cast<size_t>(s.classes));
     for (int64_t v = 0; v < s.classes; ++v) {
       const float t = std::tanh(z[v] / a.softcap);
       z[v] = a.softcap * t;
-      if (s.gradients) slope[static_cast<size_t>(v)] = 1.0f - t * t;
+      if (s.gradients) slope[v] = 1.0f - t * t;
     }
   }
   const float highest = f.max(s.classes, z);
@@ -69,7 +73,9 @@ double token_loss(const lemo_linear_cross_entropy_args& a, const Sizes& s, float
   if (!s.gradients) return loss;
   f.multiply(s.classes, z, factor / total);
   z[target] -= factor;
-  for (size_t v = 0; v < slope.size(); ++v) z[v] *= slope[v];
+  if (a.softcap > 0) {
+    for (int64_t v = 0; v < s.classes; ++v) z[v] *= slope[v];
+  }
   return loss;
 }
 
@@ -80,31 +86,32 @@ void add_column_sums(const lemo_exec& exec, int64_t rows, int64_t columns, const
 }
 
 // Gradients of one segment from the gradient of its logits.
-void segment_gradients(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, const Sizes& s, const Buffers& b,
-                       int64_t n) {
+void segment_gradients(const lemo_exec& exec, const Scratch& scratch, const lemo_linear_cross_entropy_args& a,
+                       const Sizes& s, const Buffers& b, int64_t n) {
   const Matrix dz = matrix(b.logits, s.classes);
   const Matrix dz_transposed = transposed(b.logits, s.classes);
   const Matrix hidden = matrix(b.hidden, s.d);
   if (present(a.dweight)) {
-    gemm(exec, s.classes, s.d, n, dz_transposed, hidden, floats(a.dweight), a.dweight.stride[0], true);
+    gemm(exec, scratch, s.classes, s.d, n, dz_transposed, hidden, floats(a.dweight), a.dweight.stride[0], true);
   }
   if (present(a.dbias)) add_column_sums(exec, n, s.classes, b.logits, floats(a.dbias));
   if (present(a.dlora_b)) {
-    gemm(exec, s.classes, s.rank, n, dz_transposed, matrix(b.low, s.rank), floats(a.dlora_b), a.dlora_b.stride[0],
-         true);
+    gemm(exec, scratch, s.classes, s.rank, n, dz_transposed, matrix(b.low, s.rank), floats(a.dlora_b),
+         a.dlora_b.stride[0], true);
   }
   if (present(a.dhidden)) {
-    gemm(exec, n, s.d, s.classes, dz, matrix(floats(a.weight), a.weight.stride[0]), b.dhidden, s.d, false);
+    gemm(exec, scratch, n, s.d, s.classes, dz, matrix(floats(a.weight), a.weight.stride[0]), b.dhidden, s.d, false);
   }
   if (s.rank == 0 || (!present(a.dlora_a) && !present(a.dhidden))) return;
-  gemm(exec, n, s.rank, s.classes, dz, matrix(floats(a.lora_b), a.lora_b.stride[0]), b.dlow, s.rank, false);
+  gemm(exec, scratch, n, s.rank, s.classes, dz, matrix(floats(a.lora_b), a.lora_b.stride[0]), b.dlow, s.rank, false);
   simd().multiply(n * s.rank, b.dlow, a.lora_scale);
   if (present(a.dlora_a)) {
-    gemm(exec, s.rank, s.d, n, transposed(b.dlow, s.rank), hidden, floats(a.dlora_a), a.dlora_a.stride[0], true);
+    gemm(exec, scratch, s.rank, s.d, n, transposed(b.dlow, s.rank), hidden, floats(a.dlora_a), a.dlora_a.stride[0],
+         true);
   }
   if (present(a.dhidden)) {
-    gemm(exec, n, s.d, s.rank, matrix(b.dlow, s.rank), matrix(floats(a.lora_a), a.lora_a.stride[0]), b.dhidden, s.d,
-         true);
+    gemm(exec, scratch, n, s.d, s.rank, matrix(b.dlow, s.rank), matrix(floats(a.lora_a), a.lora_a.stride[0]), b.dhidden,
+         s.d, true);
   }
 }
 
@@ -122,44 +129,49 @@ void linear_cross_entropy(const lemo_exec& exec, const lemo_linear_cross_entropy
   const auto* targets = static_cast<const int64_t*>(a.targets.data);
   std::vector<int64_t> counted;
   for (int64_t i = 0; i < a.hidden.shape[0]; ++i) {
-    if (targets[i] != a.ignore_index) {
-      counted.push_back(i);
-    } else if (present(a.dhidden)) {
-      std::fill_n(row(a.dhidden, i), s.d, 0.0f);
+    if (targets[i] != a.ignore_index) counted.push_back(i);
+  }
+  const auto num_counted = static_cast<int64_t>(counted.size());
+  std::vector<double> losses(static_cast<size_t>(num_counted));
+  const Scratch scratch(exec, INT64_MAX, "weight", s.product_floats());
+  const Scratch slopes(exec, s.rows, "weight", s.gradients && a.softcap > 0 ? s.classes : 0);
+
+  // All memory has been taken: from here on outputs are written.
+  if (present(a.dhidden)) {
+    for (int64_t i = 0; i < a.hidden.shape[0]; ++i) {
+      if (targets[i] == a.ignore_index) std::fill_n(row(a.dhidden, i), s.d, 0.0f);
     }
   }
   clear(a.dweight);
   clear(a.dbias);
   clear(a.dlora_a);
   clear(a.dlora_b);
-
-  const auto num_counted = static_cast<int64_t>(counted.size());
   const double divisor =
       a.reduction == LEMO_REDUCE_MEAN ? std::max<double>(1.0, static_cast<double>(num_counted)) : 1.0;
   const auto factor = static_cast<float>(1.0 / divisor);
-  std::vector<double> losses(static_cast<size_t>(num_counted));
   for (int64_t first = 0; first < num_counted; first += s.rows) {
     const int64_t n = std::min(s.rows, num_counted - first);
     const int64_t* tokens = counted.data() + first;
     for (int64_t i = 0; i < n; ++i) {
       std::memcpy(b.hidden + i * s.d, row(a.hidden, tokens[i]), static_cast<size_t>(s.d) * sizeof(float));
     }
-    gemm(exec, n, s.classes, s.d, matrix(b.hidden, s.d), transposed(floats(a.weight), a.weight.stride[0]), b.logits,
-         s.classes, false);
+    gemm(exec, scratch, n, s.classes, s.d, matrix(b.hidden, s.d), transposed(floats(a.weight), a.weight.stride[0]),
+         b.logits, s.classes, false);
     if (s.rank > 0) {
-      gemm(exec, n, s.rank, s.d, matrix(b.hidden, s.d), transposed(floats(a.lora_a), a.lora_a.stride[0]), b.low, s.rank,
-           false);
+      gemm(exec, scratch, n, s.rank, s.d, matrix(b.hidden, s.d), transposed(floats(a.lora_a), a.lora_a.stride[0]),
+           b.low, s.rank, false);
       simd().multiply(n * s.rank, b.low, a.lora_scale);
-      gemm(exec, n, s.classes, s.rank, matrix(b.low, s.rank), transposed(floats(a.lora_b), a.lora_b.stride[0]),
+      gemm(exec, scratch, n, s.classes, s.rank, matrix(b.low, s.rank), transposed(floats(a.lora_b), a.lora_b.stride[0]),
            b.logits, s.classes, true);
     }
-    parallel_ranges(exec, n, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_ranges(exec, n, kGrain, [&](int64_t begin, int64_t end, int worker) {
       for (int64_t i = begin; i < end; ++i) {
-        losses[static_cast<size_t>(first + i)] = token_loss(a, s, b.logits + i * s.classes, targets[tokens[i]], factor);
+        losses[static_cast<size_t>(first + i)] =
+            token_loss(a, s, b.logits + i * s.classes, targets[tokens[i]], factor, slopes.of(worker));
       }
     });
     if (!s.gradients) continue;
-    segment_gradients(exec, a, s, b, n);
+    segment_gradients(exec, scratch, a, s, b, n);
     if (!present(a.dhidden)) continue;
     for (int64_t i = 0; i < n; ++i) {
       std::memcpy(row(a.dhidden, tokens[i]), b.dhidden + i * s.d, static_cast<size_t>(s.d) * sizeof(float));
@@ -172,7 +184,7 @@ void linear_cross_entropy(const lemo_exec& exec, const lemo_linear_cross_entropy
 }
 
 uint64_t linear_cross_entropy_workspace(const lemo_exec&, const lemo_linear_cross_entropy_args& a) {
-  return static_cast<uint64_t>(Sizes(a).total_floats()) * sizeof(float);
+  return Sizes(a).total_floats().floats("hidden, weight, lora_a");
 }
 
 }  // namespace lemo::ref

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -17,6 +19,9 @@ namespace lemo::ref {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr std::chrono::milliseconds kPollInterval(50);
+
+using Clock = std::chrono::steady_clock;
 
 int available_cores() {
 #if defined(__linux__)
@@ -26,25 +31,59 @@ int available_cores() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
+// Ends a task whose result nobody wants any more.
+struct Stopped {};
+
 struct Job {
-  const std::function<void(int64_t)>* task;
+  Job(const lemo_exec& exec, int64_t count, TaskRef task) : exec(exec), count(count), task(task) {}
+
+  const lemo_exec& exec;
   int64_t count;
-  int workers;  // workers that may still join
+  TaskRef task;
+  int workers = 0;  // workers that may still join; the pool's mutex guards it
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
 
-  void work() {
-    for (int64_t i = next++; i < count; i = next++) {
-      try {
-        (*task)(i);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-        next = count;
-      }
+  // Catches what is being thrown and ends the job.
+  void fail() {
+    if (!failed.exchange(true)) error = std::current_exception();
+    next = count;
+  }
+
+  void work(int worker);
+};
+
+// What poll() needs to know, of the job that this thread works on.
+struct Here {
+  Job* job = nullptr;
+  bool caller = false;  // this thread may call exec.cancel
+};
+thread_local Here here;
+thread_local Clock::time_point next_poll;
+
+// Sets `here` for a scope. Jobs nest where exec.cancel runs an operation of its own.
+class Enter {
+ public:
+  Enter(Job& job, bool caller) : before_(here) { here = {&job, caller}; }
+  ~Enter() { here = before_; }
+  Enter(const Enter&) = delete;
+  Enter& operator=(const Enter&) = delete;
+
+ private:
+  Here before_;
+};
+
+void Job::work(int worker) {
+  for (int64_t i = next++; i < count; i = next++) {
+    try {
+      poll();
+      task(i, worker);
+    } catch (...) {
+      fail();
     }
   }
-};
+}
 
 class Pool {
  public:
@@ -58,28 +97,52 @@ class Pool {
         for (; size_ < workers; ++size_) std::thread([this] { loop(); }).detach();
       } catch (const std::system_error&) {
         // The system gives no more threads: work with those there are.
+      } catch (const std::bad_alloc&) {
+        // Nor memory for them.
       }
       job.workers = std::min(workers, size_);
       job_ = &job;
     }
     wake_.notify_all();
-    job.work();
+    job.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
     job_ = nullptr;  // late workers must not join any more
-    done_.wait(lock, [this] { return active_ == 0; });
+    wait(lock, job);
     return true;
   }
 
  private:
+  // Until no worker is left. The caller sleeps, and wakes up to ask whether it should give up.
+  void wait(std::unique_lock<std::mutex>& lock, Job& job) {
+    const auto finished = [this] { return active_ == 0; };
+    if (job.exec.cancel == nullptr) {
+      done_.wait(lock, finished);
+      return;
+    }
+    // The system's clock, which thread checkers follow; if it is set back, only polling is late.
+    while (!done_.wait_until(lock, std::chrono::system_clock::now() + kPollInterval, finished)) {
+      lock.unlock();
+      try {
+        poll();
+      } catch (...) {
+        job.fail();
+      }
+      lock.lock();
+    }
+  }
+
   void loop() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       wake_.wait(lock, [this] { return job_ != nullptr && job_->workers > 0; });
       Job& job = *job_;
-      --job.workers;
+      const int worker = job.workers--;
       ++active_;
       lock.unlock();
-      job.work();
+      {
+        const Enter enter(job, false);
+        job.work(worker);
+      }
       lock.lock();
       if (--active_ == 0) done_.notify_all();
     }
@@ -97,50 +160,48 @@ class Pool {
 std::atomic<Pool*> the_pool{nullptr};
 
 // Never destroyed: workers may outlive static destructors. A forked child has none of the parent's threads, so it
-// starts a pool of its own.
-Pool& pool() {
+// starts a pool of its own. NULL without memory for one.
+Pool* pool() {
   Pool* current = the_pool.load();
-  if (current != nullptr) return *current;
+  if (current != nullptr) return current;
 #if defined(__linux__)
   static std::once_flag once;
   std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); }); });
 #endif
-  Pool* fresh = new Pool();
-  if (the_pool.compare_exchange_strong(current, fresh)) return *fresh;
+  Pool* fresh = new (std::nothrow) Pool();
+  if (the_pool.compare_exchange_strong(current, fresh)) return fresh;
   delete fresh;
-  return *current;
+  return current;
 }
-
-thread_local bool inside_task = false;
 
 }  // namespace
 
-void parallel_for(const lemo_exec& exec, int64_t count, const std::function<void(int64_t)>& task) {
-  static const int cores = available_cores();
-  const int wanted = exec.num_threads > 0 ? std::min(exec.num_threads, kMaxThreads) : cores;
-  const int threads = static_cast<int>(std::min<int64_t>(wanted, count));
-  if (threads <= 1 || inside_task) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  const std::function<void(int64_t)> marked = [&](int64_t i) {
-    inside_task = true;
-    struct Leave {
-      ~Leave() { inside_task = false; }
-    } leave;
-    task(i);
-  };
-  Job job;
-  job.task = &marked;
-  job.count = count;
-  if (!pool().run(job, threads - 1)) job.work();
-  if (job.error) std::rethrow_exception(job.error);
+void begin_polling() { next_poll = Clock::now() + kPollInterval; }
+
+void poll() {
+  Job* job = here.job;
+  if (job == nullptr) return;
+  if (job->failed.load(std::memory_order_relaxed)) throw Stopped();
+  if (!here.caller || job->exec.cancel == nullptr || Clock::now() < next_poll) return;
+  const bool cancelled = job->exec.cancel(job->exec.cancel_context) != 0;
+  next_poll = Clock::now() + kPollInterval;
+  if (cancelled) throw Error(LEMO_CANCELLED, "exec.cancel asked to stop; outputs hold no result");
 }
 
-void parallel_ranges(const lemo_exec& exec, int64_t count, int64_t grain,
-                     const std::function<void(int64_t, int64_t)>& task) {
-  parallel_for(exec, (count + grain - 1) / grain,
-               [&](int64_t i) { task(i * grain, std::min(count, (i + 1) * grain)); });
+int worker_count(const lemo_exec& exec, int64_t count) {
+  static const int cores = available_cores();
+  const int wanted = exec.num_threads > 0 ? std::min(exec.num_threads, kMaxThreads) : cores;
+  return static_cast<int>(std::clamp<int64_t>(count, 1, wanted));
+}
+
+void run_tasks(const lemo_exec& exec, int64_t count, TaskRef task) {
+  const int threads = worker_count(exec, count);
+  const bool inside = here.job != nullptr;
+  Job job(exec, count, task);
+  const Enter enter(job, !inside || here.caller);
+  Pool* workers = threads > 1 && !inside ? pool() : nullptr;
+  if (workers == nullptr || !workers->run(job, threads - 1)) job.work(0);
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace lemo::ref

@@ -39,7 +39,8 @@ void network(const lemo_predict_args& a, const lemo_tensor& w1, const lemo_tenso
   const int64_t r = w1.shape[0];
   const int64_t s = w2.shape[0];
   const int64_t c = w3.shape[0];
-  std::vector<float> buffer(static_cast<size_t>(tokens * (r + s) + (last - first) * s));
+  const Size floats = (Size(r) + s) * tokens + Size(last - first) * s;
+  std::vector<float> buffer(static_cast<size_t>(floats.count("wq1, wq2, wk1, wk2")));
   float* hidden = buffer.data();
   float* active = hidden + tokens * r;
   float* pooled = active + tokens * s;
@@ -76,6 +77,8 @@ void predict(const lemo_exec& exec, const lemo_predict_args& a) {
   auto* queries = static_cast<float*>(exec.workspace);  // [num_blocks, c]
   float* keys = queries + num_blocks * c;
   const int64_t grain = std::max<int64_t>(1, kTaskTokens / a.blocks.block_size);
+  std::vector<double> suffix(static_cast<size_t>(c));
+  // Tasks write to the workspace only, so that one of them may run out of memory.
   parallel_ranges(exec, num_blocks, grain, [&](int64_t first, int64_t last) {
     std::vector<float> deviations;
     std::vector<float> centred;
@@ -91,7 +94,6 @@ void predict(const lemo_exec& exec, const lemo_predict_args& a) {
   }
 
   // sum over m >= n of yq_m . yk_n = (sum over m >= n of yq_m) . yk_n
-  std::vector<double> suffix(static_cast<size_t>(c));
   for (int64_t doc = 0; doc + 1 < a.blocks.documents.shape[0]; ++doc) {
     std::fill(suffix.begin(), suffix.end(), 0.0);
     for (int64_t n = documents[doc + 1] - 1; n >= documents[doc]; --n) {
@@ -107,7 +109,7 @@ void predict(const lemo_exec& exec, const lemo_predict_args& a) {
 }
 
 uint64_t predict_workspace(const lemo_exec&, const lemo_predict_args& a) {
-  return static_cast<uint64_t>(2 * (a.blocks.offsets.shape[0] - 1) * a.wq3.shape[0]) * sizeof(float);
+  return (Size(2) * (a.blocks.offsets.shape[0] - 1) * a.wq3.shape[0]).floats("offsets, wq3");
 }
 
 }  // namespace lemo::ref

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "ref/ops.h"
 #include "ref/parallel.h"
@@ -79,9 +78,9 @@ void gather_norm(const lemo_exec& exec, const lemo_gather_norm_args& a) {
   const int32_t* rows = ints(a.rows);
   const float* weight = floats(a.weight);
   const float* bias = floats(a.bias);
-  parallel_ranges(exec, a.y.shape[0], kGrain, [&](int64_t first, int64_t last) {
-    std::vector<float> scratch(static_cast<size_t>(2 * d));
-    float* sum = scratch.data();
+  const Scratch scratch(exec, a.y.shape[0], "x", Size(2) * d);
+  parallel_ranges(exec, a.y.shape[0], kGrain, [&](int64_t first, int64_t last, int worker) {
+    float* sum = scratch.of(worker);
     float* centred = sum + d;
     for (int64_t i = first; i < last; ++i) {
       const int64_t from = source(rows, i);
@@ -116,9 +115,9 @@ void gather_norm_backward(const lemo_exec& exec, const lemo_gather_norm_backward
   const bool parameters = present(a.dweight) || present(a.dbias);
   // Partial parameter gradients of every range of rows, added up in order afterwards.
   auto* partial = static_cast<float*>(exec.workspace);
-  parallel_ranges(exec, m, kGrain, [&](int64_t first, int64_t last) {
-    std::vector<float> scratch(static_cast<size_t>(2 * d));
-    float* xhat = scratch.data();
+  const Scratch scratch(exec, m, "dy", Size(2) * d);
+  parallel_ranges(exec, m, kGrain, [&](int64_t first, int64_t last, int worker) {
+    float* xhat = scratch.of(worker);
     float* g = xhat + d;
     float* dweight = parameters ? partial + first / kGrain * 2 * d : nullptr;
     if (parameters) std::fill_n(dweight, 2 * d, 0.0f);
@@ -164,7 +163,7 @@ void gather_norm_backward(const lemo_exec& exec, const lemo_gather_norm_backward
 uint64_t gather_norm_backward_workspace(const lemo_exec&, const lemo_gather_norm_backward_args& a) {
   if (!present(a.dweight) && !present(a.dbias)) return 0;
   const int64_t ranges = (a.dy.shape[0] + kGrain - 1) / kGrain;
-  return static_cast<uint64_t>(ranges * 2 * a.dy.shape[1]) * sizeof(float);
+  return (Size(2) * ranges * a.dy.shape[1]).floats("dy");
 }
 
 }  // namespace lemo::ref

@@ -23,8 +23,10 @@ void scores(const lemo_exec& exec, const lemo_scores_args& a) {
   const int32_t* offsets = ints(a.blocks.offsets);
   const int32_t* documents = ints(a.blocks.documents);
   const int64_t num_blocks = a.blocks.offsets.shape[0] - 1;
-  const int64_t size = a.blocks.block_size;
+  int64_t size = 0;  // of the largest block: block_size is only a bound
+  for (int64_t n = 0; n < num_blocks; ++n) size = std::max<int64_t>(size, offsets[n + 1] - offsets[n]);
   const int64_t width = round_up(size, kLane);
+  const Scratch scratch(exec, num_blocks, "k", Size(key_heads) * d * width + (Size(d) + 2 * width) * size);
   std::vector<Task> tasks;
   for (int64_t doc = 0; doc + 1 < a.blocks.documents.shape[0]; ++doc) {
     for (int64_t n = documents[doc]; n < documents[doc + 1]; ++n) tasks.push_back({n, documents[doc + 1]});
@@ -33,15 +35,15 @@ void scores(const lemo_exec& exec, const lemo_scores_args& a) {
     for (int64_t m = 0; m < num_blocks; ++m) std::fill_n(row(a.map, m), num_blocks, 0.0f);
   }
 
-  parallel_for(exec, num_blocks, [&](int64_t index) {
+  parallel_for(exec, num_blocks, [&](int64_t index, int worker) {
     const Simd& f = simd();
     const auto [n, last] = tasks[static_cast<size_t>(index)];
     const int64_t keys = offsets[n + 1] - offsets[n];
-    std::vector<float> buffer(static_cast<size_t>(key_heads * d * width + size * (d + 2 * width)));
-    float* keys_transposed = buffer.data();  // [Hk, D, width]
+    float* keys_transposed = scratch.of(worker);  // [Hk, D, width]
     float* queries = keys_transposed + key_heads * d * width;
     float* products = queries + size * d;
     float* mean = products + size * width;
+    std::fill_n(keys_transposed, key_heads * d * width, 0.0f);
     for (int64_t head = 0; head < key_heads; ++head) {
       for (int64_t j = 0; j < keys; ++j) {
         const float* k = row(a.k, offsets[n] + j, head);
@@ -51,6 +53,7 @@ void scores(const lemo_exec& exec, const lemo_scores_args& a) {
     double total = 0;
     for (int64_t m = n; m < last; ++m) {
       const int64_t count = offsets[m + 1] - offsets[m];
+      poll();
       std::fill_n(mean, count * width, 0.0f);
       for (int64_t head = 0; head < query_heads; ++head) {
         collect_rows(a.q, nullptr, head, offsets[m], count, 1.0f, d, queries);

@@ -9,7 +9,7 @@
 namespace lemo::ref {
 namespace {
 
-constexpr float kCertain = 0.999f;  // from this probability on a block is always drawn and weighs 1
+constexpr float kCertain = 0.999f;  // from this probability on SAMPLE always draws a block
 
 // Order in which SAMPLE takes blocks: small first.
 double pareto_rank(uint64_t seed, int64_t block, float probability) {
@@ -19,13 +19,15 @@ double pareto_rank(uint64_t seed, int64_t block, float probability) {
   return (u / (1.0 - u)) / (p / (1.0 - p));
 }
 
+bool draws(const lemo_select_args& a) { return a.mode == LEMO_SELECT_SAMPLE || a.mode == LEMO_SELECT_POISSON; }
+
 void check_scores(const lemo_select_args& a, const float* scores, int64_t num_blocks) {
   for (int64_t n = 0; n < num_blocks; ++n) {
     if (!std::isfinite(scores[n])) {
       throw Error(LEMO_NUMERICAL, "scores: expected finite scores, got " + std::to_string(scores[n]) + " for block " +
                                       std::to_string(n));
     }
-    if (a.mode == LEMO_SELECT_SAMPLE && !(scores[n] > 0.0f && scores[n] <= 1.0f)) {
+    if (draws(a) && !(scores[n] > 0.0f && scores[n] <= 1.0f)) {
       throw Error(LEMO_NUMERICAL, "scores: expected probabilities in (0, 1], got " + std::to_string(scores[n]) +
                                       " for block " + std::to_string(n));
     }
@@ -44,6 +46,13 @@ void choose(const lemo_select_args& a, const float* scores, int64_t first, int64
   if (a.mode == LEMO_SELECT_THRESHOLD) {
     for (int64_t block = first; block < last; ++block) {
       if (scores[block] >= a.threshold) keep[static_cast<size_t>(block)] = true;
+    }
+    return;
+  }
+  if (a.mode == LEMO_SELECT_POISSON) {
+    for (int64_t block = first; block < last; ++block) {
+      const double u = lemo_hash_uniform(a.seed, static_cast<uint64_t>(block));
+      if (u < static_cast<double>(scores[block])) keep[static_cast<size_t>(block)] = true;
     }
     return;
   }
@@ -75,7 +84,7 @@ void select(const lemo_exec&, const lemo_select_args& a) {
   check_scores(a, scores, num_blocks);
   std::vector<bool> keep(static_cast<size_t>(num_blocks));
   for (int64_t d = 0; d < num_documents; ++d) choose(a, scores, documents[d], documents[d + 1], keep);
-  if (std::find(keep.begin(), keep.end(), true) == keep.end()) {
+  if (a.mode == LEMO_SELECT_THRESHOLD && std::find(keep.begin(), keep.end(), true) == keep.end()) {
     throw Error(LEMO_NUMERICAL, "threshold: expected a threshold that keeps at least one block, got " +
                                     std::to_string(a.threshold) + " above every score (highest " +
                                     std::to_string(*std::max_element(scores, scores + num_blocks)) + ")");
@@ -91,7 +100,7 @@ void select(const lemo_exec&, const lemo_select_args& a) {
       ints(a.slots)[block] = kept ? slot : -1;
       if (!kept) continue;
       const bool forced = block - documents[d] < a.always_first || documents[d + 1] - block <= a.always_last;
-      const bool weighted = a.mode == LEMO_SELECT_SAMPLE && !forced && scores[block] < kCertain;
+      const bool weighted = a.mode == LEMO_SELECT_POISSON && !forced;
       ints(a.kept)[slot] = block;
       ints(a.row_offsets)[slot] = packed;
       floats(a.weights)[slot] = weighted ? 1.0f / scores[block] : 1.0f;

@@ -1,5 +1,8 @@
 // Every entry point: guard, read the structs, validate, check the workspace, hand over to the backend's table.
+#include <algorithm>
+
 #include "src/backend.h"
+#include "src/fields.h"
 #include "src/guard.h"
 #include "src/hash.h"
 #include "src/validate.h"
@@ -34,6 +37,34 @@ void check_workspace(const lemo_exec& exec, uint64_t needed) {
   }
 }
 
+// What an empty tensor points to, so that backends may read `data == nullptr` as "absent". Allocators, torch's among
+// them, give NULL for 0 elements.
+alignas(256) unsigned char no_elements[256];
+
+template <class Args>
+Args read_args(const Args* given) {
+  Args args = read_struct("args", given);
+  const uint64_t size = args.struct_size;
+  for_each_tensor(args, [&](const char* name, lemo_tensor& t) {
+    const auto begin = static_cast<uint64_t>(reinterpret_cast<const char*>(&t) - reinterpret_cast<const char*>(&args));
+    if (begin < size && size < begin + sizeof(t)) {
+      throw Error(LEMO_INVALID_ARGUMENT, "args.struct_size: expected a size that ends between fields, got " +
+                                             std::to_string(size) + ", which cuts `" + name + "` in two");
+    }
+    const int32_t dims = t.ndim < LEMO_MAX_DIMS ? t.ndim : LEMO_MAX_DIMS;
+    if (dims <= 0 || std::find(t.shape, t.shape + dims, 0) == t.shape + dims) return;
+    if (t.data == nullptr) t.data = no_elements;
+    std::fill_n(t.stride, LEMO_MAX_DIMS, 0);  // whatever they say, nothing lies there
+  });
+  for_each_reserved(args, [](const char* name, int32_t value) {
+    if (value != 0) {
+      throw Error(LEMO_INVALID_ARGUMENT, std::string("args.") + name + ": expected 0, got " + std::to_string(value) +
+                                             "; zero-initialise the struct");
+    }
+  });
+  return args;
+}
+
 template <class Args>
 using Run = void (*Backend::*)(const lemo_exec&, const Args&);
 template <class Args>
@@ -44,7 +75,7 @@ lemo_status run(const char* operation, const lemo_exec* given_exec, const Args* 
                 Size<Args> workspace = nullptr) noexcept {
   return guarded(operation, [&] {
     const lemo_exec exec = read_struct("exec", given_exec);
-    const Args args = read_struct("args", given_args);
+    const Args args = read_args(given_args);
     validate_exec(exec);
     const Backend& backend = backend_of(exec);
     validate(exec, args, Purpose::kRun);
@@ -58,7 +89,7 @@ lemo_status size(const char* operation, const lemo_exec* given_exec, const Args*
                  Size<Args> workspace) noexcept {
   return guarded(operation, [&] {
     const lemo_exec exec = read_struct("exec", given_exec);
-    const Args args = read_struct("args", given_args);
+    const Args args = read_args(given_args);
     if (bytes == nullptr) throw Error(LEMO_INVALID_ARGUMENT, "bytes: expected a pointer, got NULL");
     validate_exec(exec);
     const Backend& backend = backend_of(exec);

@@ -39,6 +39,8 @@ const char* lemo_status_string(lemo_status status) {
       return "backend error";
     case LEMO_INTERNAL_ERROR:
       return "internal error";
+    case LEMO_CANCELLED:
+      return "cancelled";
   }
   return "unknown status";
 }

@@ -26,6 +26,9 @@ lemo_status guarded(const char* operation, Function&& function) noexcept {
   } catch (const std::bad_alloc&) {
     set_last_error(operation, "out of host memory");
     return LEMO_BACKEND_ERROR;
+  } catch (const std::length_error&) {  // more than a container can ever hold
+    set_last_error(operation, "out of host memory");
+    return LEMO_BACKEND_ERROR;
   } catch (const std::exception& error) {
     set_last_error(operation, error.what());
     return LEMO_INTERNAL_ERROR;
@@ -42,7 +45,8 @@ Struct read_struct(const char* name, const Struct* given) {
   if (given == nullptr) throw Error(LEMO_INVALID_ARGUMENT, std::string(name) + ": expected a pointer, got NULL");
   uint64_t size = 0;
   std::memcpy(&size, given, sizeof(size));
-  if (size < sizeof(uint64_t) || size > (uint64_t{1} << 20)) {
+  // Every argument struct is aligned to 8 bytes, in every version.
+  if (size < sizeof(uint64_t) || size > (uint64_t{1} << 20) || size % alignof(uint64_t) != 0) {
     throw Error(LEMO_INVALID_ARGUMENT, std::string(name) + ".struct_size: expected sizeof the struct (" +
                                            std::to_string(sizeof(Struct)) + " in this build), got " +
                                            std::to_string(size));

@@ -6,6 +6,8 @@
 #include <initializer_list>
 #include <vector>
 
+#include "src/checked.h"
+
 namespace lemo {
 namespace {
 
@@ -118,8 +120,22 @@ class Checker {
     if (!fits) invalid(std::string(name) + ": expected shape " + expected(dims) + ", got " + describe(t));
   }
 
-  void layout(const char* name, const lemo_tensor& t, Role role) const {
-    if (empty(t)) return;
+  // Neither the elements nor the memory from the first to the last of them may exceed PTRDIFF_MAX bytes: what follows
+  // and the backends multiply sizes and strides of one tensor without looking again. Dimensions of 0 count as 1, since
+  // the others may be sizes of something else.
+  static void check_extent(const char* name, const lemo_tensor& t) {
+    Size elements = 1, span = 1;
+    for (int32_t i = 0; i < t.ndim; ++i) {
+      elements = elements * std::max<int64_t>(t.shape[i], 1);
+      if (t.shape[i] > 1 && !empty(t)) span = span + Size(t.shape[i] - 1) * t.stride[i];
+    }
+    const int64_t size = dtype_size(t.dtype);
+    if ((elements * size).fits() && (span * size).fits()) return;
+    invalid(std::string(name) + ": expected a tensor of at most PTRDIFF_MAX bytes, got " + describe(t) +
+            " with strides " + list(t.stride, t.ndim));
+  }
+
+  static void check_strides(const char* name, const lemo_tensor& t) {
     const int32_t last = t.ndim - 1;
     if (t.shape[last] > 1 && t.stride[last] != 1) {
       invalid(std::string(name) + ": expected the last dimension contiguous, got strides " + list(t.stride, t.ndim) +
@@ -130,6 +146,13 @@ class Checker {
         invalid(std::string(name) + ": expected strides of at least 0, got " + list(t.stride, t.ndim));
       }
     }
+  }
+
+  void layout(const char* name, const lemo_tensor& t, Role role) const {
+    if (!empty(t)) check_strides(name, t);
+    check_extent(name, t);
+    if (empty(t)) return;
+    const int32_t last = t.ndim - 1;
     if (role == Role::kOutput) no_overlap(name, t);
     if (purpose_ == Purpose::kRun) pointer(name, t);
     if (!on_cpu() && t.ndim > 1) {
@@ -191,6 +214,12 @@ void check_rows_fit(const char* name, int64_t rows) {
   check_range(name, rows <= kMaxRows, "at most 2^31 - 1 rows (row numbers are int32)", static_cast<double>(rows));
 }
 
+// For lists whose entries are numbered by int32.
+void check_list_fits(const char* name, const lemo_tensor& list) {
+  check_range(name, list.shape[0] <= kMaxRows, "at most 2^31 - 1 entries (they are numbered by int32)",
+              static_cast<double>(list.shape[0]));
+}
+
 void check_norm(int32_t norm, float eps) {
   check_range("norm", norm == LEMO_NORM_RMS || norm == LEMO_NORM_LAYER, "LEMO_NORM_RMS (0) or LEMO_NORM_LAYER (1)",
               norm);
@@ -203,6 +232,8 @@ void check_scale(float scale) { check_range("scale", std::isfinite(scale), "a fi
 int64_t check_blocks(const Checker& check, const lemo_blocks& blocks, int64_t num_tokens) {
   check.typed("offsets", blocks.offsets, LEMO_I32, {{"num_blocks + 1", kAny}});
   check.typed("documents", blocks.documents, LEMO_I32, {{"D + 1", kAny}});
+  check_list_fits("offsets", blocks.offsets);
+  check_list_fits("documents", blocks.documents);
   check_range("block_size", blocks.block_size >= 1, "at least 1", blocks.block_size);
   check_range("offsets", blocks.offsets.shape[0] >= 2, "at least one block, so 2 entries or more",
               static_cast<double>(blocks.offsets.shape[0]));
@@ -235,10 +266,14 @@ void validate(const lemo_exec& exec, const lemo_gather_args& a, Purpose purpose)
   check_rows_fit("x", a.x.shape[0]);
   const bool identity = !present(a.rows);
   const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
-  if (!identity) check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+  if (!identity) {
+    check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+    check_list_fits("rows", a.rows);
+  }
   check.like("out", a.out, "x", a.x, {{"M", m}, {"d", a.x.shape[1]}}, Role::kOutput);
   if (present(a.weights)) {
     check.typed("weights", a.weights, LEMO_F32, {{"K", kAny}});
+    check_list_fits("weights", a.weights);
     check.typed("slots", a.slots, LEMO_I32, {{"M", m}});
   } else if (present(a.slots)) {
     invalid("slots: expected weights with it, got no tensor for weights");
@@ -254,7 +289,10 @@ void validate(const lemo_exec& exec, const lemo_scatter_add_args& a, Purpose pur
   check_rows_fit("x", a.x.shape[0]);
   const bool identity = !present(a.rows);
   const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
-  if (!identity) check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+  if (!identity) {
+    check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+    check_list_fits("rows", a.rows);
+  }
   check.like("y", a.y, "x", a.x, {{"M", m}, {"d", a.x.shape[1]}});
   if (present(a.base)) check.like("base", a.base, "x", a.x, {{"M", m}, {"d", a.x.shape[1]}});
   if (check.values() && !identity) check_rows_values(a.rows, m, a.x.shape[0], true, true);
@@ -267,7 +305,10 @@ void validate(const lemo_exec& exec, const lemo_gather_norm_args& a, Purpose pur
   const bool identity = !present(a.rows);
   const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
   const int64_t d = a.x.shape[1];
-  if (!identity) check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+  if (!identity) {
+    check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+    check_list_fits("rows", a.rows);
+  }
   if (present(a.residual)) check.like("residual", a.residual, "x", a.x, {{"M", m}, {"d", d}});
   if (present(a.weight)) {
     if (a.weight.dtype == LEMO_F32) {
@@ -323,8 +364,9 @@ void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose)
   const int64_t tokens = present(a.rows) ? a.rows.shape[0] : kAny;
   const int64_t n = check_blocks(check, a.blocks, tokens);
   check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", n}});
-  check_range("mode", a.mode >= LEMO_SELECT_THRESHOLD && a.mode <= LEMO_SELECT_SAMPLE,
-              "LEMO_SELECT_THRESHOLD (0), LEMO_SELECT_BUDGET (1) or LEMO_SELECT_SAMPLE (2)", a.mode);
+  check_range("mode", a.mode >= LEMO_SELECT_THRESHOLD && a.mode <= LEMO_SELECT_POISSON,
+              "LEMO_SELECT_THRESHOLD (0), LEMO_SELECT_BUDGET (1), LEMO_SELECT_SAMPLE (2) or LEMO_SELECT_POISSON (3)",
+              a.mode);
   if (a.mode == LEMO_SELECT_THRESHOLD) {
     check_range("threshold", !std::isnan(a.threshold), "a number", a.threshold);
   } else {
@@ -394,7 +436,11 @@ int64_t check_attention(const Checker& check, const lemo_tensor& q, const lemo_t
   check.typed("cu_seqlens", cu_seqlens, LEMO_I32, {{"D + 1", kAny}});
   check_range("cu_seqlens", cu_seqlens.shape[0] >= 2, "at least one document, so 2 entries or more",
               static_cast<double>(cu_seqlens.shape[0]));
-  if (present(rows)) check.typed("rows", rows, LEMO_I32, {{"capacity", kAny}});
+  check_list_fits("cu_seqlens", cu_seqlens);
+  if (present(rows)) {
+    check.typed("rows", rows, LEMO_I32, {{"capacity", kAny}});
+    check_list_fits("rows", rows);
+  }
   check_range("max_seqlen", max_seqlen >= 0, "at least 0", static_cast<double>(max_seqlen));
   check_scale(scale);
   const int64_t capacity = present(rows) ? rows.shape[0] : r;
@@ -418,6 +464,7 @@ void check_tile_lists(const Checker& check, const lemo_tensor& offsets, const le
   const int64_t slots = capacity / LEMO_TILE_ROWS + cu_seqlens.shape[0] - 1;
   check.typed("tile_offsets", offsets, LEMO_I32, {{"S + 1", slots + 1}});
   check.typed("tiles", tiles, LEMO_I32, {{"L", kAny}});
+  check_list_fits("tiles", tiles);
   if (check.values()) check_tile_lists_values(offsets, tiles, cu_seqlens, transposed);
 }
 
@@ -445,6 +492,7 @@ void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purp
   check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacity}});
   if (present(a.key_weights)) {
     check.typed("key_weights", a.key_weights, LEMO_F32, {{"K", kAny}});
+    check_list_fits("key_weights", a.key_weights);
     check.typed("row_slots", a.row_slots, LEMO_I32, {{"capacity", capacity}});
     if (check.values()) {
       const auto* cu_seqlens = static_cast<const int32_t*>(a.cu_seqlens.data);

@@ -134,7 +134,7 @@ void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tile
   }
   int64_t next = 0;  // slots before it have been looked at
   for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
-    const int64_t count = (starts[d + 1] - starts[d] + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS;
+    const int64_t count = (int64_t{starts[d + 1]} - starts[d] + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS;
     const int64_t first = starts[d] / LEMO_TILE_ROWS + d;
     for (; next < first + count; ++next) {
       const int64_t tile = next - first;

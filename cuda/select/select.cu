@@ -14,7 +14,7 @@ namespace lemo::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr float kCertain = 0.999f;  // from this probability on a block is always drawn and weighs 1
+constexpr float kCertain = 0.999f;  // from this probability on SAMPLE always draws a block
 constexpr int kCached = 2048;       // ranks of a document up to this length stay in shared memory
 constexpr int kItems = 4;           // blocks per thread and step of pack_blocks
 
@@ -96,13 +96,14 @@ __device__ void choose(const Problem& p, int document, Shared& storage) {
   const int forced_blocks = min(n, p.always_first + p.always_last);
   const int wanted = static_cast<int>(floor(static_cast<double>(p.keep) * n + 0.5));
   const int k = min(n, max(max(wanted, forced_blocks), 1));
-  const bool sample = p.mode == LEMO_SELECT_SAMPLE, threshold = p.mode == LEMO_SELECT_THRESHOLD;
+  const bool sample = p.mode == LEMO_SELECT_SAMPLE, poisson = p.mode == LEMO_SELECT_POISSON;
+  const bool threshold = p.mode == LEMO_SELECT_THRESHOLD;
   uint64_t* ranks = n <= kCached ? shared.ranks : p.ranks + first;
 
   for (int i = threadIdx.x; i < 8 * 256; i += kThreads) shared.histograms[0][i] = 0;
   for (int i = threadIdx.x; i < n; i += kThreads) {
     const float score = p.scores[first + i];
-    const bool bad = !isfinite(score) || (sample && !(score > 0.0f && score <= 1.0f));
+    const bool bad = !isfinite(score) || ((sample || poisson) && !(score > 0.0f && score <= 1.0f));
     const bool always = i < p.always_first || n - i <= p.always_last;
     double rank = -static_cast<double>(score);
     if (sample && score >= kCertain) {
@@ -111,12 +112,13 @@ __device__ void choose(const Problem& p, int document, Shared& storage) {
       const double u = hash_uniform(p.seed, static_cast<uint64_t>(first + i)), q = score;
       rank = (u / (1.0 - u)) / (q / (1.0 - q));
     }
-    if (!threshold) ranks[i] = always ? 0 : sortable(rank);
-    p.flags[first + i] = (bad ? kBad : 0) | (sample && score < kCertain && !always ? kWeighted : 0) |
-                         (threshold && (always || score >= p.threshold) ? kKept : 0);
+    if (!threshold && !poisson) ranks[i] = always ? 0 : sortable(rank);
+    const bool drawn = poisson && hash_uniform(p.seed, static_cast<uint64_t>(first + i)) < static_cast<double>(score);
+    const bool kept = drawn || (threshold && score >= p.threshold) || (always && (threshold || poisson));
+    p.flags[first + i] = (bad ? kBad : 0) | (poisson && !always ? kWeighted : 0) | (kept ? kKept : 0);
   }
   __syncthreads();
-  if (threshold) return;
+  if (threshold || poisson) return;
 
   // The k-th smallest rank, one byte at a time from the top: `remaining` blocks are still to be found among those that
   // share the bytes fixed so far, until all of them are wanted.
@@ -239,7 +241,7 @@ __device__ void pack(const Problem& p, Shared& storage) {
     p.info[0] = kept_blocks;
     p.info[1] = kept_tokens;
     p.info[2] = storage.longest;
-    p.info[3] = bad ? first_bad + 1 : kept_blocks == 0 ? -1 : 0;
+    p.info[3] = bad ? first_bad + 1 : kept_blocks == 0 && p.mode != LEMO_SELECT_POISSON ? -1 : 0;
   }
 }
 

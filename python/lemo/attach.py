@@ -19,18 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, trl_head
+from .checks import check_modules, check_randomness, loose_modules, trained_parameters
 from .config import LemoConfig, Phase
 from .engine import Stack, Step
 from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
-from .lora import has_dropout, projection
+from .lora import projection
 from .loss import causal_lm_loss, shift
 from .packing import Packed, pack
 from .participation import Participation, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
-from .reference import Passes, adapters_disabled
+from .reference import Pass, Passes, adapters_disabled
 from .replay import Draw, Draws, under_checkpoint
 from .schedule import LemoCallback, Schedule
 from .trainers import refuse_comparisons, running_trainer, skips_tokens
@@ -204,18 +205,24 @@ class Controller:
 
     # --- one training forward pass ---
 
-    def run(self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Step]:
-        """The residual stream [T, d] after the last layer, before the final norm; from ids [B, S] or embeddings."""
+    def run(
+        self, packed: Packed, ids: Tensor | None, embeddings: Tensor | None, labelled: Tensor | None = None
+    ) -> tuple[Tensor, Step]:
+        """The residual stream [T, d] after the last layer, before the final norm; from ids [B, S] or embeddings.
+
+        labelled: bool [T], tokens that have a target; None where that is unknown.
+        """
         family, decoder = self.family, self.family.decoder(self.model)
+        check_modules(family, self.model)
         if self.micro_batch == 0 and "trl" in sys.modules:
             refuse_comparisons((self.phase,), running_trainer())
+        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
+        params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         batch = ids if embeddings is None else embeddings
         assert batch is not None
-        earlier = self._passes.find(batch, packed.blocks) if self.referring else None
-        draw, again = Draw(self.step_index, self.micro_batch), earlier is not None
-        if earlier is None:
-            draw, again = self._draws.next(draw, not skips_tokens(self.phase))
+        draw, again, earlier = self._which_pass(batch, packed)
         index = self.schedule.index(draw.step, self.total_steps)
+        random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         phase = self.schedule.phases[index]
         policy = self._policies[index] if earlier is None else None
         remembered = self._passes.begin(batch, packed.blocks) if skips_tokens(phase) and not again else None
@@ -226,17 +233,10 @@ class Controller:
         took_part = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
         embedded.clear()
         x = x.to(self._compute_dtype(x))
-        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
         tables = family.tables(decoder, x.detach(), packed.positions)
-        random = family.dropout(self.model) > 0 or any(has_dropout(layer) for layer in layers)
-        if random and phase.mode == "backward":
-            raise ValueError(
-                'mode "backward" recomputes kept tokens only and cannot draw the same dropout for them again: set the '
-                "model's dropout and lora_dropout to 0"
-            )
         everything = Kept.everything(packed.blocks)
         if policy is not None:
-            policy.begin(self._step_context(packed, phase, layers, tables, draw))
+            policy.begin(self._step_context(packed, phase, layers, tables, draw, labelled))
         kept_ratios: tuple[list[float], list[float]] = ([], [])
         if not again:  # a recomputation may end half-way, and has nothing new to report
             self.micro_batch += 1
@@ -246,14 +246,7 @@ class Controller:
         def choose(i: int, rows: Tensor) -> tuple[Kept | None, Kept | None]:
             if earlier is not None:
                 return earlier.kept(i, packed.blocks)
-            if policy is None or (self.config.layers is not None and i not in self.config.layers):
-                kept: tuple[Kept | None, Kept | None] = (everything, everything)
-            else:
-                shared, mlp = policy.choose(i, rows)
-                # One object for all that keep everything, so that its tensors exist once.
-                shared_all = shared is not None and shared.is_everything
-                mlp_all = mlp is not None and mlp.is_everything
-                kept = (everything if shared_all else shared, everything if mlp_all else mlp)
+            kept = self._choose(policy, phase, everything, i, rows)
             for ratios, part in zip(kept_ratios, kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
                 took_part.add(part)
@@ -272,17 +265,49 @@ class Controller:
             weighted=phase.weighted,
             deterministic=self.config.deterministic,
             random=random,
+            general=bool(loose),
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
             borrowed=embeddings is not None or x.requires_grad,
             autocast=self._autocast(x),
             part=took_part,
         )
-        params = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         return Stack.apply(x, step, *params), step
 
+    def _which_pass(self, batch: Tensor, packed: Packed) -> tuple[Draw, bool, Pass | None]:
+        """The draw of a pass; whether an earlier pass had it; that pass, where its very lists are to be repeated."""
+        draw = Draw(self.step_index, self.micro_batch)
+        if self.referring:
+            return draw, True, self._passes.find(batch, packed.blocks)
+        return *self._draws.next(draw, not skips_tokens(self.phase)), None
+
+    def _choose(
+        self, policy: Policy | None, phase: Phase, everything: Kept, layer: int, rows: Tensor
+    ) -> tuple[Kept | None, Kept | None]:
+        if policy is None or (self.config.layers is not None and layer not in self.config.layers):
+            return everything, everything
+        shared, mlp = policy.choose(layer, rows)
+        # One object for all that keep everything, so that its tensors exist once; but a weighted draw of everything
+        # still has its weights.
+        shared_all = shared is not None and shared.is_everything and not phase.weighted
+        mlp_all = mlp is not None and mlp.is_everything and not phase.weighted
+        return everything if shared_all else shared, everything if mlp_all else mlp
+
+    def _required(self, packed: Packed, phase: Phase, labelled: Tensor | None) -> Tensor | None:
+        """Blocks that mode "skip" has to keep for their labels, bool [nb], or None."""
+        wanted = self.config.keep_labelled
+        if phase.mode != "skip" or labelled is None or wanted is False:
+            return None
+        blocks = packed.blocks
+        count = int(labelled.sum())
+        if count == 0 or (wanted is None and 2 * count >= blocks.num_tokens):
+            return None
+        token = torch.arange(blocks.num_tokens, dtype=torch.int32, device=labelled.device)
+        block = torch.bucketize(token, blocks.offsets[1:], right=True)
+        return labelled.new_zeros(blocks.num_blocks).index_put_((block[labelled],), labelled.new_ones(()))
+
     def _step_context(
-        self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any, draw: Draw
+        self, packed: Packed, phase: Phase, layers: list[nn.Module], tables: Any, draw: Draw, labelled: Tensor | None
     ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
@@ -297,6 +322,7 @@ class Controller:
             always_last=self.config.always_last,
             queries_keys=queries_keys,
             scale=lambda i: self.family.scale(layers[i]),
+            required=self._required(packed, phase, labelled),
         )
 
     def _recompute(self) -> str:
@@ -409,7 +435,7 @@ def _causal_lm_forward(
     if fused is not None:
         packed, ids, embeddings = _packed(controller, named)
         return trl_head.fused_output(
-            controller, module, fused, named, packed, lambda: controller.run(packed, ids, embeddings)
+            controller, module, fused, named, packed, lambda labelled: controller.run(packed, ids, embeddings, labelled)
         )
     if kwargs.get("fused_lm_head"):
         return original(*args, **kwargs)
@@ -430,7 +456,7 @@ def _causal_lm_forward(
     ignore_index = named.get("ignore_index", -100)
     shifted = (shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
     targets = packed.take(shifted)
-    x, step = controller.run(packed, ids, embeddings)
+    x, step = controller.run(packed, ids, embeddings, targets != ignore_index)
     loss, controller._loss_tokens = causal_lm_loss(
         x,
         controller.family.final_norm(controller.family.decoder(module)),
@@ -468,6 +494,10 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
         raise ValueError(f"config must be a lemo.LemoConfig; got {type(config).__name__}")
     _check_version()
     family, inner = find(model)
+    check_modules(family, inner)
+    layers = family.layers(family.decoder(inner))
+    trained_parameters(family, layers)
+    check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if controller_of(inner) is not None:
         raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
     decoder = family.decoder(inner)

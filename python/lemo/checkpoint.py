@@ -3,7 +3,8 @@
 A folder is written under a hidden temporary name, every file of it is flushed to the disk, a manifest with sizes and
 digests is added, and only then does one rename give it its name. A process killed at any moment leaves the previous
 checkpoints as they were; what it had half-written keeps the temporary name, is never read, and is reported. A folder
-that was damaged afterwards does not match its manifest, is reported, and the next older one is used.
+that was damaged afterwards does not match its manifest, and a damaged manifest does not match its own digest: either
+is reported, and the next older checkpoint is used.
 """
 
 from __future__ import annotations
@@ -14,22 +15,34 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "lemo_manifest.json"
 _TEMPORARY = ".writing-"
-_FORMAT = 1
+_STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
+_FORMAT = 2  # 1 had no digest of the manifest itself
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or continued; nothing that was there before has changed."""
 
 
+class ForeignFormat(CheckpointError):
+    """A checkpoint of another version of lemo: not damaged, but not readable here."""
+
+
 # ---- one folder, atomically ------------------------------------------------------------------------------------------
+
+
+def content_digest(values: dict[str, Any]) -> str:
+    """Hex digest of JSON values, whatever their order and spacing in a file; a "digest" among them does not count."""
+    counted = {k: v for k, v in values.items() if k != "digest"}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
 def _fsync(path: Path) -> None:
@@ -88,7 +101,7 @@ def write_folder(
         if manifest:
             entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
             content = {"format": _FORMAT, "files": entries, **(extra or {})}
-            (temporary / MANIFEST).write_text(json.dumps(content, indent=1))
+            (temporary / MANIFEST).write_text(json.dumps(content | {"digest": content_digest(content)}, indent=1))
             files.append(temporary / MANIFEST)
         for path in files:
             _fsync(path)
@@ -123,22 +136,52 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"cannot write {path}: {error.strerror}; the previous file is intact") from error
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete folder. Raises CheckpointError naming what is missing or damaged."""
+def is_leftover(path: Path) -> bool:
+    """Whether this was left half-written by a process that was stopped."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def _manifest_content(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is not known to be complete") from None
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder}: written in format {manifest.get('format')}, this lemo reads {_FORMAT}")
-    for name, expected in files.items():
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{folder}: {MANIFEST} holds no fields, so the folder is not known to be complete")
+    intact = manifest.get("digest") == content_digest(manifest)
+    if manifest.get("format") != _FORMAT and (intact or "digest" not in manifest):
+        raise ForeignFormat(
+            f"{folder}: written by another version of lemo (format {manifest.get('format')}, this one reads {_FORMAT})"
+        )
+    if not intact:
+        raise CheckpointError(f"{folder}: {MANIFEST} is not what was written (its own digest differs)")
+    return manifest
+
+
+def read_manifest(folder: Path, required: Sequence[str] = ()) -> dict[str, Any]:
+    """The manifest of a complete folder. Raises CheckpointError naming what is missing or damaged.
+
+    required: names of files that a complete folder lists.
+    """
+    manifest = _manifest_content(folder)
+    try:
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder}: {MANIFEST} does not list files with their sizes and digests") from None
+    for name in required:
+        if name not in files:
+            raise CheckpointError(f"{folder}: {MANIFEST} lists no {name}, without which the run cannot be continued")
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        if _digest(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, expected {size}")
+        try:
+            digest = _digest(path)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from None
+        if digest != sha256:
             raise CheckpointError(f"{folder}: {name} is not what was written (its digest differs)")
     return manifest
 
@@ -155,19 +198,27 @@ class Checkpoint:
 
 @dataclass
 class Found:
-    """Complete checkpoints, oldest first, and a line on everything that was not used."""
+    """Complete checkpoints, oldest first, and a line on everything that was not used.
+
+    stopping: those of the lines that say that going on would destroy something: checkpoints of another version of lemo,
+    and things that are in the way of checkpoints to come.
+    """
 
     checkpoints: list[Checkpoint] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    stopping: list[str] = field(default_factory=list)
 
 
 class Checkpoints:
-    """The folders `checkpoint-STEP` of one run, of which the last `keep` stay."""
+    """The folders `checkpoint-STEP` of one run, of which the last `keep` stay.
 
-    def __init__(self, root: Path | str, keep: int = 2) -> None:
+    required: files without which a folder is no checkpoint, whatever its manifest lists.
+    """
+
+    def __init__(self, root: Path | str, keep: int = 2, required: Sequence[str] = ()) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}, expected at least 1 checkpoint")
-        self.root, self.keep = Path(root), keep
+        self.root, self.keep, self.required = Path(root), keep, tuple(required)
 
     def folder(self, step: int) -> Path:
         return self.root / f"checkpoint-{step}"
@@ -175,44 +226,69 @@ class Checkpoints:
     def save(self, step: int, write: Callable[[Path], None], settings: dict[str, Any] | None = None) -> Path:
         """Write `checkpoint-STEP` with `write(folder)`, then drop all but the last `keep`."""
         target = self.folder(step)
-        if target.exists():
+        if target.is_dir():
             try:
-                read_manifest(target)
+                read_manifest(target, self.required)
             except CheckpointError:
-                shutil.rmtree(target)  # damaged: it could not be continued from, and this step is being redone
+                _remove(target)  # damaged: it could not be continued from, and this step is being redone
         write_folder(target, write, {"step": step, "settings": settings or {}})
-        for old in self._steps()[: -self.keep]:
+        # Later ones are damaged, or this step would not be done again; they must not push out what was just written.
+        for old in [s for s in self._steps() if s <= step][: -self.keep]:
             # Renamed first: a process killed while deleting leaves no folder that looks like a checkpoint.
             doomed = self.root / f"{_TEMPORARY}old-{old}-{os.getpid()}"
             os.rename(self.folder(old), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(doomed)
         return target
 
     def _steps(self) -> list[int]:
+        """Steps of the folders that are named as `save` names them."""
         names = [p.name.removeprefix("checkpoint-") for p in self.root.glob("checkpoint-*") if p.is_dir()]
-        return sorted(int(n) for n in names if n.isdigit())
+        return sorted(int(n) for n in names if _STEP.fullmatch(n))
+
+    def _others(self) -> Iterator[tuple[str, bool]]:
+        """(line, whether it is in the way) on everything called checkpoint-* that is no folder of `save`."""
+        for path in sorted(self.root.glob("checkpoint-*")):
+            ours = _STEP.fullmatch(path.name.removeprefix("checkpoint-")) is not None
+            if path.is_dir() and ours:
+                continue
+            if not ours:
+                yield f"{path}: not the name of a checkpoint (checkpoint-STEP without leading zeros)", False
+            elif path.is_symlink() and not path.exists():
+                yield f"{path}: a symbolic link to {os.readlink(path)}, which does not exist", True
+            else:
+                yield f"{path}: not a folder, though it has the name of one; move it elsewhere", True
 
     def find(self) -> Found:
         """Look at every folder; half-written and damaged ones are listed in `ignored`."""
         found = Found()
         for path in sorted(self.root.glob(f"{_TEMPORARY}*")):
             found.ignored.append(f"{path.name}: left by a run that was stopped while writing")
+        for line, in_the_way in self._others():
+            (found.stopping if in_the_way else found.ignored).append(line)
         for step in self._steps():
+            folder = self.folder(step)
             try:
-                manifest = read_manifest(self.folder(step))
+                manifest = read_manifest(folder, self.required)
+                if manifest.get("step") != step:
+                    raise CheckpointError(f"{folder}: written at step {manifest.get('step')}, so it has another's name")
             except CheckpointError as error:
-                found.ignored.append(str(error))
+                (found.stopping if isinstance(error, ForeignFormat) else found.ignored).append(str(error))
                 continue
-            found.checkpoints.append(Checkpoint(step, self.folder(step), manifest.get("settings", {})))
+            found.checkpoints.append(Checkpoint(step, folder, manifest.get("settings", {})))
         return found
 
     def remove_leftovers(self) -> None:
         """Delete what stopped runs left half-written. Only while holding the run's lock."""
         for path in self.root.glob(f"{_TEMPORARY}*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder or a file; of a symbolic link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def compare_settings(saved: dict[str, Any], now: dict[str, Any], what: str = "the run") -> None:

@@ -35,8 +35,9 @@ class Phase:
     policy: how blocks are chosen (see `lemo.policies`). Default in "skip": where the run has calibrated predictors,
         "sampled" with their scores, one draw for all layers ("predictors" with `select` "threshold" or `mlp_keep`), and
         "update_norm" where not. Default in "backward": "random", because informed choices bias the gradient there.
-    weighted: weigh gradients by 1/p so that their expectation is the dense gradient. "backward" with "random" or
-        "sampled" only.
+    weighted: weigh gradients by inverse probabilities so that their expectation is the dense gradient. "backward" with
+        "random" or "sampled" only. Blocks are then drawn independently of one another (Poisson sampling), so the number
+        kept varies around `keep`: with n blocks by a standard deviation of at most sqrt(n) / 2.
     policy_options: keyword arguments of the policy.
     select: "budget" keeps `keep` of the blocks; "threshold" keeps blocks that score at least the layer's calibrated
         threshold ("predictors" only; `keep` is then ignored).
@@ -81,6 +82,14 @@ class Phase:
                 'Phase.weighted needs mode "backward" and policy "random" or "sampled" (weights are inverse '
                 f"probabilities); got mode {self.mode!r}, policy {self.policy!r}"
             )
+        if self.weighted and self.keep == 0.0:
+            raise ValueError("Phase.keep must be above 0 with Phase.weighted: a block that is never kept has no weight")
+        if self.weighted and self.policy_options.get("shared"):
+            raise ValueError(
+                "Phase.weighted needs a separate draw in every layer: a block drawn once for all layers would be "
+                "weighted by 1/p again in each layer that uses it, and the gradient would grow with depth. Leave out "
+                "`shared`, or `weighted`"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -111,6 +120,8 @@ class LemoConfig:
     seed: of all random choices, with the step and the layer.
     always_first, always_last: blocks at either end of every document that are always kept.
     layers: indices of the layers that eliminate; the others keep everything. None: all of them.
+    keep_labelled: in mode "skip", whether blocks with labels are always kept, beyond the budget if need be. None: where
+        fewer than half of a batch's tokens have one (answers only); a token left out of all layers teaches nothing.
     calibration: folder written by `lemo calibrate`; needed by the policies that predict.
     deterministic: bitwise repeatable gradients on CUDA, slower. (The CPU is repeatable anyway.)
     segment_rows: tokens per segment of the loss; 0 chooses.
@@ -123,6 +134,7 @@ class LemoConfig:
     always_first: int = 1
     always_last: int = 0
     layers: Sequence[int] | None = None
+    keep_labelled: bool | None = None
     calibration: str | os.PathLike[str] | None = None
     deterministic: bool = False
     segment_rows: int = 0
@@ -134,6 +146,8 @@ class LemoConfig:
                 raise ValueError(f"LemoConfig.{name} must be an integer of at least {least}; got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"LemoConfig.seed must be an integer; got {self.seed!r}")
+        if self.keep_labelled not in (None, True, False):
+            raise ValueError(f"LemoConfig.keep_labelled must be True, False or None; got {self.keep_labelled!r}")
         _choice("LemoConfig.recompute", self.recompute, RECOMPUTE)
         phases = default_phases() if self.phases is None else tuple(self.phases)
         if not phases:

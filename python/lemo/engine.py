@@ -16,7 +16,7 @@ backward is then the recomputation of "attention" on kept rows, with the weights
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from . import ops
 from .families.base import Family, NormWeights, Tables
 from .layout import Blocks, Kept
 from .participation import Participation
+from .randomness import Generators, generators, same_generators, set_generators
 
 # Rows the MLP works on at a time where its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192
@@ -58,6 +59,12 @@ def own(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
+def _rows(step: Step, kept: Kept) -> Rows:
+    if step.reduced is None or step.reduced[0] is not kept:
+        step.reduced = (kept, reduce_list(kept, step.weighted))
+    return step.reduced[1]
+
+
 def reduce_list(kept: Kept, weighted: bool) -> Rows:
     if kept.is_everything:
         # Shared by all layers of a step: nothing to own.
@@ -73,8 +80,11 @@ class Step:
     """One training forward pass: what all layers share.
 
     choose(i, x): kept lists of layer i's attention and MLP (None = nothing kept), called once per layer.
+    weighted: gradients are weighted by 1/p.
     observe: gets (i, norms [M], kept) where the policy wants to know what a layer added; None otherwise.
     borrowed: x belongs to someone else and must be copied before it is updated.
+    random: whether layers draw random numbers; None: they may. general: some modules are called as they are; what their
+        graphs reach is then checked.
     """
 
     family: Family
@@ -85,20 +95,27 @@ class Step:
     recompute: str
     weighted: bool
     deterministic: bool
-    random: bool
+    random: bool | None
     choose: Callable[[int, Tensor], tuple[Kept | None, Kept | None]]
     observe: Callable[[int, Tensor, Kept], None] | None
     borrowed: bool
     autocast: tuple[str, torch.dtype, bool]
+    general: bool = True
     # The gradient buffer that the loss made for this step; any other gradient is copied before it is changed.
     gradient: int = 0
     faults: list[Kept] = field(default_factory=list)
+    # The last list and what was made of it: layers that share a list share its tensors.
+    reduced: tuple[Kept, Rows] | None = None
     # The tokens that any layer kept.
     part: Participation = field(default_factory=Participation)
 
     def context(self) -> Any:
+        """Autocast as the layers want it, whatever the caller of forward or backward has switched on.
+
+        Without its cache: weights cast while gradients are off would have none when they are recomputed.
+        """
         kind, dtype, enabled = self.autocast
-        return torch.autocast(kind, dtype=dtype, enabled=enabled)
+        return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 @dataclass(eq=False)
@@ -114,7 +131,7 @@ class Record:
     lse: Tensor | None = None
     attention: Segment | None = None
     mlp: Segment | None = None
-    rng: tuple[Tensor, Tensor | None] | None = None
+    rng: Generators | None = None
 
 
 # --- local graphs -----------------------------------------------------------------------------------------------------
@@ -138,6 +155,21 @@ class Segment:
 
     enter: GradientEdge
     leave: GradientEdge
+
+    def leaves(self) -> list[Tensor]:
+        """Every leaf that the graph reaches beside h."""
+        seen: set[Any] = {self.enter.node, None}
+        found: list[Tensor] = []
+        todo: list[Any] = [self.leave.node]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found.append(node.variable)
+            todo += [following for following, _ in node.next_functions]
+        return found
 
     def backward(self, dy: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
         """dh, and the gradients of params (None where the graph does not reach one). Frees the graph."""
@@ -187,7 +219,7 @@ def _attend(
 
 
 def _chunks(step: Step, rows: int) -> Iterator[slice]:
-    # Random numbers are drawn in one piece, or the replay would draw others.
+    # What is known to draw does so once for all rows, as without lemo. (Pieces replay in order, so any would be right.)
     size = rows if step.random else MLP_ROWS
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
@@ -196,18 +228,29 @@ def _chunks(step: Step, rows: int) -> Iterator[slice]:
 class _Params:
     """Gradients of the trained parameters, by parameter; and which of them each piece of a layer holds."""
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], strict: bool) -> None:
         self.wanted = {id(p) for p in params}
+        self.strict = strict
         self.grads: dict[int, Tensor] = {}
 
     def of(self, modules: Sequence[nn.Module]) -> list[Tensor]:
-        return [p for m in modules for p in m.parameters() if id(p) in self.wanted]
+        """Each once, however many of the modules share it: autograd gives every mention the whole gradient."""
+        return list({id(p): p for m in modules for p in m.parameters() if id(p) in self.wanted}.values())
 
-    def of_mlp(self, layer: nn.Module, attention: Sequence[nn.Module], norms: Sequence[NormWeights]) -> list[Tensor]:
-        """Those of a layer that are neither attention's nor a norm's."""
-        taken = {id(p) for m in attention for p in m.parameters()}
-        taken |= {id(p) for n in norms for p in (n.weight, n.bias) if p is not None}
-        return [p for p in layer.parameters() if id(p) in self.wanted and id(p) not in taken]
+    def through(self, segment: Segment, dy: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """dh; adds the gradients of params. Frees the graph."""
+        if self.strict:
+            known = {id(p) for p in params}
+            for leaf in segment.leaves():
+                if id(leaf) not in known:
+                    raise RuntimeError(
+                        f"lemo: a trained tensor of shape {list(leaf.shape)} takes part in an attention or MLP whose "
+                        "modules do not hold it, so it would get no gradient: register it as a parameter of the "
+                        "module that uses it, or train without lemo (lemo.remove)"
+                    )
+        dh, grads = segment.backward(dy, params)
+        self.add(params, grads)
+        return dh
 
     def wants(self, weight: Tensor | None) -> bool:
         return weight is not None and id(weight) in self.wanted
@@ -222,23 +265,34 @@ class _Params:
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _rng_state(step: Step, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
-    if not step.random or (step.recompute == "none" and step.mode != "backward"):
-        return None
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _rng_state(step: Step, device: torch.device) -> Generators | None:
+    return generators(device) if step.random is not False and step.recompute != "none" else None
 
 
 @contextmanager
-def _replay(rng: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+def _replay(rng: Generators | None, device: torch.device) -> Iterator[None]:
     """The random numbers of the forward pass again; the generators are left as they were found."""
     if rng is None:
         yield
         return
-    with torch.random.fork_rng([device] if rng[1] is not None else []):
-        torch.set_rng_state(rng[0])
-        if rng[1] is not None:
-            torch.cuda.set_rng_state(rng[1], device)
+    before = generators(device)
+    set_generators(rng, device)
+    try:
         yield
+    finally:
+        set_generators(before, device)
+
+
+@contextmanager
+def _no_draws(step: Step, i: int, device: torch.device) -> Iterator[None]:
+    """Mode "backward" draws for all rows and could not draw the same for the kept ones again."""
+    before = generators(device) if step.random is not False else None
+    yield
+    if before is not None and not same_generators(before, generators(device)):
+        raise ValueError(
+            f'layer {i} drew random numbers, and mode "backward" recomputes kept tokens only and cannot draw the same '
+            "for them again: switch the randomness of its adapter off, or use modes skip and dense"
+        )
 
 
 def forward(step: Step, x: Tensor) -> list[Record]:
@@ -251,21 +305,24 @@ def forward(step: Step, x: Tensor) -> list[Record]:
                 step.faults.append(kept)
         if attention is None and mlp is None:
             if step.mode == "backward":
-                _dense_forward(step, i, layer, x, None)
+                with _no_draws(step, i, x.device):
+                    _dense_forward(step, i, layer, x, None)
             continue
         if step.mode == "backward":
             assert attention is not None
-            record = _dense_forward(step, i, layer, x, reduce_list(attention, step.weighted))
+            with _no_draws(step, i, x.device):
+                record = _dense_forward(step, i, layer, x, _rows(step, attention))
             assert record is not None
             records.append(record)
             continue
         if attention is mlp:
             assert attention is not None
-            records.append(_skip_forward(step, i, layer, x, reduce_list(attention, False), attention))
+            records.append(_skip_forward(step, i, layer, x, _rows(step, attention), attention))
             continue
         for part, kept in (("attention", attention), ("mlp", mlp)):
             if kept is not None:
-                records.append(_part_forward(step, i, layer, x, reduce_list(kept, False), kept, part))
+                records.append(_part_forward(step, i, layer, x, _rows(step, kept), kept, part))
+    step.reduced = None
     return records
 
 
@@ -364,7 +421,7 @@ def _dense_forward(step: Step, i: int, layer: nn.Module, x: Tensor, rows: Rows |
 
 def backward(step: Step, records: list[Record], dx: Tensor, params: Sequence[Tensor]) -> _Params:
     """Runs the layers' gradients over dx in place, from the last; every record is dropped when it is done."""
-    grads = _Params(params)
+    grads = _Params(params, step.general)
     while records:
         record = records.pop()
         layer = step.layers[record.layer]
@@ -411,7 +468,7 @@ def _attention_again(
     """The attention sub-layer of the kept rows, recomputed with its graph."""
     h, _ = _gather_norm(record.xk, None, None, n)
     run = _attend(step, layer, record.rows, record.out, record.lse)
-    want_output = want_output or step.random
+    want_output = want_output or bool(step.random)
     return trace(lambda leaf: step.family.attention_output(layer, run(leaf), want_output), h)
 
 
@@ -419,35 +476,31 @@ def _layer_backward(step: Step, layer: nn.Module, record: Record, dx: Tensor, gr
     family, rows = step.family, record.rows
     n1, n2 = family.norms(layer)
     attention = family.attention_modules(layer)
-    mlp_params = grads.of_mlp(layer, attention, (n1, n2))
+    mlp_params = grads.of(family.mlp_modules(layer))
     weighted = rows.weights is not None
     # Gradient of what the layer adds to the kept rows.
     g = ops.gather(dx, rows.rows, rows.weights, rows.slots)
     if record.mlp is not None:
         assert record.x2 is not None and record.attention is not None
-        dh2, dp = record.mlp.backward(g, mlp_params)
-        grads.add(mlp_params, dp)
+        dh2 = grads.through(record.mlp, g, mlp_params)
         record.mlp = None
         ds2 = branch = _norm_backward(dh2, record.x2, n2, g, grads)
         segment, record.attention, record.x2 = record.attention, None, None
     else:
         a, segment = _attention_again(step, layer, record, n1, True)
         branch = torch.empty_like(g)
-        want_output = step.random
+        want_output = bool(step.random)
         for c in _chunks(step, rows.count):
             h2, x2 = _gather_norm(a[c], None, record.xk[c], n2)
             _, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
             del h2
-            dh2, dp = mlp.backward(g[c], mlp_params)
-            grads.add(mlp_params, dp)
+            dh2 = grads.through(mlp, g[c], mlp_params)
             # With weights the identity path keeps its own gradient, so g is added to the attention branch only.
             branch[c] = _norm_backward(dh2, x2, n2, None if weighted else g[c], grads)
         del a
         ds2 = g.add_(branch) if weighted else branch
     del g
-    params = grads.of(attention)
-    dh, dp = segment.backward(ds2, params)
-    grads.add(params, dp)
+    dh = grads.through(segment, ds2, grads.of(attention))
     # Unweighted: g reached the input through x2, so the rows are replaced. Weighted: they still hold the identity's.
     _norm_backward_into(dx, rows.rows, dh, record.xk, n1, branch, weighted, grads)
 
@@ -457,31 +510,42 @@ def _attention_part_backward(step: Step, layer: nn.Module, record: Record, dx: T
     segment = record.attention or _attention_again(step, layer, record, n1, False)[1]
     record.attention = None
     params = grads.of(step.family.attention_modules(layer))
-    dh, dp = segment.backward(ops.gather(dx, record.rows.rows), params)
-    grads.add(params, dp)
+    dh = grads.through(segment, ops.gather(dx, record.rows.rows), params)
     _norm_backward_into(dx, record.rows.rows, dh, record.xk, n1, None, True, grads)
 
 
 def _mlp_part_backward(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: _Params) -> None:
     family, rows = step.family, record.rows.rows
     norms = family.norms(layer)
-    params = grads.of_mlp(layer, family.attention_modules(layer), norms)
+    params = grads.of(family.mlp_modules(layer))
     for c in (slice(0, record.rows.count),) if record.mlp is not None else _chunks(step, record.rows.count):
         segment = record.mlp
         if segment is None:
             h, _ = _gather_norm(record.xk[c], None, None, norms[1])
-            segment = trace(lambda leaf: family.mlp(layer, leaf, step.random), h)[1]
+            segment = trace(lambda leaf: family.mlp(layer, leaf, bool(step.random)), h)[1]
         record.mlp = None
-        dh, dp = segment.backward(ops.gather(dx, rows[c]), params)
-        grads.add(params, dp)
+        dh = grads.through(segment, ops.gather(dx, rows[c]), params)
         _norm_backward_into(dx, rows[c], dh, record.xk[c], norms[1], None, True, grads)
+
+
+@contextmanager
+def _silent(params: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks of the parameters see the whole gradient, once, when `Stack` hands it out; not the local graphs' shares."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.update(before)
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
 class Stack(Function):
-    """All layers at once. Inputs: x [T, d], the step, and the trained parameters of the layers."""
+    """All layers at once. Inputs: x [T, d], the step, and the trained parameters of the layers, each once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Step, *params: Tensor) -> Tensor:
@@ -502,7 +566,16 @@ class Stack(Function):
         owned = step.gradient == dy.data_ptr() and dy.is_contiguous()
         dx = dy.detach() if owned else dy.clone(memory_format=torch.contiguous_format)
         records, ctx.records = ctx.records, None
-        with step.context() if step.autocast[2] else nullcontext():
+        drawn = {record.layer for record in records}
+        with step.context(), _silent(ctx.params):
             grads = backward(step, records, dx, ctx.params)
-        out = tuple(grads.grads.get(id(p)) for p in ctx.params)
+        if step.weighted:  # a layer for which nothing was drawn has an estimate too: zero
+            empty = [layer for i, layer in enumerate(step.layers) if i not in drawn]
+            unseen = [p for p in grads.of(empty) if id(p) not in grads.grads]
+            grads.add(unseen, [torch.zeros_like(p) for p in unseen])
+        found = grads.grads
+        # What no kept row reached has no gradient, but hooks cannot take None.
+        out = (
+            torch.zeros_like(p) if p._backward_hooks and id(p) not in found else found.get(id(p)) for p in ctx.params
+        )
         return dx if ctx.needs_input_grad[0] else None, None, *out

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lemo.adapters import adapter_name, check_adapter, loaded_adapter
 from lemo.data import Documents, evaluation_pieces
 
 # Fewer documents than this say too little about the spread between documents; windows are the units then.
 _MIN_DOCUMENTS_AS_UNITS = 10
 _TOKENS_PER_HEAD_CALL = 1024
+_PROBE_TOKENS = 16
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -134,6 +134,22 @@ def _batches(pieces: Sequence[tuple[int, np.ndarray]], tokens_per_batch: int) ->
         start += rows
 
 
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return _base_of(model).get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    base = _base_of(model)
+    logits = base.get_output_embeddings()(hidden).float()
+    cap = getattr(base.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 @torch.no_grad()
 def _piece_losses(model: Any, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Summed negative log-likelihood of each row. ids: int64 [B, T], right-padded; lengths: int64 [B]. float64 [B].
@@ -141,21 +157,15 @@ def _piece_losses(model: Any, ids: torch.Tensor, lengths: torch.Tensor) -> torch
     Attention is causal and padding stands at the right, so no mask is needed. The output head runs over slices of
     tokens: logits of the whole window never exist.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    hidden = base.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    head = base.get_output_embeddings()
-    cap = getattr(base.config, "final_logit_softcapping", None)
+    hidden = _hidden(model, ids)
     targets = ids[:, 1:].masked_fill(positions[:, 1:] >= lengths[:, None], -100).reshape(-1)
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     losses = torch.zeros(len(targets), dtype=torch.float64, device=ids.device)
     for start in range(0, len(targets), _TOKENS_PER_HEAD_CALL):
         part = slice(start, start + _TOKENS_PER_HEAD_CALL)
-        logits = head(hidden[part]).float()
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
         losses[part] = torch.nn.functional.cross_entropy(
-            logits, targets[part], ignore_index=-100, reduction="none"
+            _logits(model, hidden[part]), targets[part], ignore_index=-100, reduction="none"
         ).double()
     return losses.view(ids.shape[0], -1).sum(1)
 
@@ -310,73 +320,66 @@ def compare(
 ) -> Comparison:
     """Measure the base model and each adapter folder (`[NAME=]FOLDER`) on each domain, all on the same pieces.
 
-    model: a transformers causal LM without adapters; adapters are loaded into it with PEFT, one at a time.
+    model: a transformers causal LM without adapters. Each adapter is loaded into it alone, with PEFT, and the model is
+    bit for bit what it was afterwards.
     Raises ValueError for a folder that is no adapter of this model.
     """
     result = Comparison(context, level)
     labels = model_labels(adapters, include_base)
     named = (
-        [(label, _adapter_name(a)[1]) for label, a in zip(labels[-len(adapters) :], adapters, strict=True)]
+        [(label, adapter_name(a)[1]) for label, a in zip(labels[-len(adapters) :], adapters, strict=True)]
         if adapters
         else []
     )
     for _, folder in named:
-        _check_adapter(folder)
+        check_adapter(folder)
 
-    def measure(label: str, m: torch.nn.Module, context_manager: AbstractContextManager[Any]) -> None:
-        with context_manager:
-            result.scores[label] = {
-                d: score(m, documents, context, max_tokens=max_tokens, tick=tick) for d, documents in domains.items()
-            }
+    def measure(label: str, m: torch.nn.Module) -> None:
+        _check_path(m, label, next(iter(domains.values())), context)
+        result.scores[label] = {
+            d: score(m, documents, context, max_tokens=max_tokens, tick=tick) for d, documents in domains.items()
+        }
 
     if include_base or not adapters:
-        measure("base", model, nullcontext())
-    if adapters:
-        wrapped: Any = None
-        for label, folder in named:
-            wrapped = _load_adapter(wrapped if wrapped is not None else model, folder, label)
-            measure(label, wrapped, nullcontext())
-        wrapped.unload()
+        measure("base", model)
+    for label, folder in named:
+        with loaded_adapter(model, folder) as wrapped:
+            measure(label, wrapped)
     return result
+
+
+@torch.no_grad()
+def _check_path(model: Any, label: str, documents: Documents, context: int) -> None:
+    """Raises ValueError unless decoder and head, called as `score` does, give the logits of the model itself.
+
+    Where a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
+    """
+    pieces = evaluation_pieces(documents, min(context, _PROBE_TOKENS), _PROBE_TOKENS)
+    if not pieces:
+        return  # `score` says that there is nothing to evaluate
+    ids = torch.from_numpy(pieces[0][1].astype(np.int64))[None].to(next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits
+        got = _logits(model, _hidden(model, ids))
+    finally:
+        model.train(was_training)
+    # A few roundings of the model's own type: the products may run in another shape.
+    limit = 16 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    if got.shape != expected.shape or not float((got - expected.float()).abs().max()) <= limit:
+        if not expected.isfinite().all():
+            return  # `score` says what is wrong
+        raise ValueError(
+            f"{label}: its logits are not its decoder's output through its head (the model scales them, or the adapter "
+            "acts elsewhere), so lemo evaluate would measure something else; use the model's own forward pass"
+        )
 
 
 def model_labels(adapters: Sequence[str], include_base: bool = True) -> list[str]:
     """Names of what `compare` measures, in its order. Raises ValueError where two are the same."""
-    labels = [_adapter_name(a)[0] for a in adapters]
-    if len(set(labels)) < len(labels) or "base" in labels:
-        raise ValueError(f"adapters need names of their own, got {labels}; write NAME=FOLDER ('base' is taken)")
-    return ["base", *labels] if include_base or not adapters else labels
-
-
-def _adapter_name(adapter: str) -> tuple[str, str]:
-    name, equals, folder = adapter.partition("=")
-    if equals and name and "/" not in name and not Path(adapter).exists():
-        return name, folder
-    path = Path(adapter).resolve()
-    # A run's adapter lies in RUN/adapter: the run's name says more.
-    return (path.parent.name if path.name == "adapter" else path.name), adapter
-
-
-def _check_adapter(folder: str) -> None:
-    if not (Path(folder) / "adapter_config.json").is_file():
-        nested = Path(folder) / "adapter"
-        hint = f"; did you mean {nested}?" if (nested / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{folder}: no adapter_config.json, so this is no PEFT adapter{hint}")
-
-
-def _load_adapter(model: Any, folder: str, label: str) -> Any:
-    """The model with this adapter active, wrapped by PEFT. Raises ValueError."""
-    from peft import PeftModel
-
-    name = label.replace(".", "_")  # adapter names become module names
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, adapter_name=name, is_trainable=False)
-            model.set_adapter(name)
-            return model
-        return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=False)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{folder}: the adapter does not fit this model ({first}); was it trained on another?"
-        ) from error
+    labels = [adapter_name(a)[0] for a in adapters]
+    labels = ["base", *labels] if include_base or not adapters else labels
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"models need names of their own in the table, got {labels}; write NAME=FOLDER for an adapter")
+    return labels

@@ -2,7 +2,7 @@
 
 A run folder holds
 
-  run.json          the settings, versions and fingerprints of model and data; written before the first step
+  run.json          the run's identity (lemo.run_folder), written before the first step, and what changed since
   log.jsonl         one line per logged step, and one per event (start, resume, held-out evaluation, end)
   checkpoint-STEP/  the last few complete checkpoints (lemo.checkpoint), in transformers' own layout
   adapter/          the finished PEFT adapter; exists only when the run is complete
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import sys
@@ -28,46 +27,26 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from lemo.checkpoint import Checkpoint, CheckpointError, Checkpoints, compare_settings, locked, write_folder, write_text
+from lemo.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.config import LemoConfig
 from lemo.data import Documents, PackedWindows, split_held_out
 from lemo.evaluate import score
+from lemo.run_folder import (
+    ADAPTER,
+    RUN_FILE,
+    check_complete,
+    check_identity,
+    continue_run,
+    environment,
+    is_complete,
+    run_checkpoints,
+    run_settings,
+    start_run,
+)
+from lemo.run_log import LOG_FILE, RunLog, read_log
 from lemo.settings import FinetuneSettings
 
-RUN_FILE, LOG_FILE, ADAPTER = "run.json", "log.jsonl", "adapter"
-
-
-# ---- the log ---------------------------------------------------------------------------------------------------------
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; a last line cut short by a crash is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-class RunLog:
-    """Appends JSON lines, each flushed at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def cut(self, step: int) -> None:
-        """Drop what was logged after `step`: those steps are about to be done again."""
-        records = [r for r in read_log(self.path) if r.get("step", 0) <= step and r.get("event") != "end"]
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
-
-    def write(self, **record: Any) -> None:
-        try:
-            with self.path.open("a") as f:
-                f.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}; checkpoints are intact") from error
+__all__ = ["ADAPTER", "LOG_FILE", "RUN_FILE", "FinetuneResult", "RunLog", "finetune", "read_log", "run_settings"]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -241,47 +220,6 @@ class FinetuneResult:
     resumed_from: int | None
 
 
-def run_settings(folder: Path | str) -> dict[str, Any]:
-    """What `run.json` of a run folder holds. Raises CheckpointError."""
-    path = Path(folder) / RUN_FILE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(
-            f"{folder}: no readable {RUN_FILE}, so this is no run folder; start a run with lemo finetune --out {folder}"
-        ) from None
-
-
-def _prepare_folder(
-    out: Path, identity: dict[str, Any], resume: bool, checkpoints: Checkpoints, report: Callable[[str], None]
-) -> Checkpoint | None:
-    """Create or check the run folder; the checkpoint to go on from, or None for a fresh start."""
-    if not (out / RUN_FILE).exists():
-        if resume:
-            run_settings(out)
-        others = sorted(p.name for p in out.iterdir() if p.name != ".lock") if out.exists() else []
-        if others:
-            raise CheckpointError(f"{out} is not empty (it holds {others[0]}) and is no run; choose another --out")
-        write_text(out / RUN_FILE, json.dumps({**identity, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=1))
-        return None
-    if not resume:
-        raise CheckpointError(f"{out} holds a run already; continue it with --resume, or choose another --out")
-    saved = run_settings(out)
-    now = json.loads(json.dumps(identity))
-    compare_settings(_flat(saved, now), _flat(now, now))
-    found = checkpoints.find()
-    for line in found.ignored:
-        report(f"not used: {line}")
-    checkpoints.remove_leftovers()
-    return found.checkpoints[-1] if found.checkpoints else None
-
-
-def _flat(values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """Settings and identity as one level of names, so that an error can name the field."""
-    flat = {k: v for k, v in values.items() if k in like and k != "settings"}
-    return {**flat, **values.get("settings", {})}
-
-
 def _training_arguments(
     settings: FinetuneSettings, out: Path, device: torch.device, save_every: int, log_every: int
 ) -> TrainingArguments:
@@ -321,6 +259,44 @@ def _applied(model: Any, config: LemoConfig) -> Iterator[Any]:
         lemo.remove(model)
 
 
+def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
+    """The model wrapped by PEFT with a fresh LoRA adapter. Raises ValueError."""
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = list(settings.lora_targets)
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=targets[0] if targets == ["all-linear"] else targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ValueError(f"lora_targets {targets}: {str(error).splitlines()[0]}") from error
+
+
+def _identity(model: Any, documents: Documents, settings: FinetuneSettings, more: dict[str, Any]) -> dict[str, Any]:
+    """What the run is (see lemo.run_folder). Raises CalibrationError where the calibration cannot be read."""
+    from lemo.predictors import model_fingerprint
+    from lemo.predictors.store import calibration_digest
+
+    parameter = next(model.parameters())
+    return {
+        "settings": settings.to_json(),
+        "device": parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "data_sha256": documents.fingerprint(),
+        "model_fingerprint": model_fingerprint(model),
+        "calibration_sha256": None if settings.calibration is None else calibration_digest(settings.calibration),
+        "environment": environment(parameter.device),
+        **more,
+    }
+
+
 def finetune(
     model: Any,
     documents: Documents,
@@ -339,91 +315,86 @@ def finetune(
     """Train a LoRA adapter on `documents` and leave it in OUT/adapter.
 
     model: a transformers causal LM on its device; it is wrapped by PEFT in place.
-    identity: what else must be equal for a resumed run to be the same run (merged into run.json).
+    identity: what else must be equal for a resumed run to be the same run (merged into run.json). Under "inputs", the
+    places "model", "tokenizer" and "data" may differ: what they hold is compared instead.
     save_every: steps between checkpoints, 0 = none.  log_every: steps per log line.
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
     Raises ValueError for settings or data, CheckpointError for the run folder.
     """
-    from peft import LoraConfig, get_peft_model
-
-    from lemo.predictors import model_fingerprint
-
     out = Path(out)
-    device = next(model.parameters()).device
+    full_identity = _identity(model, documents, settings, identity or {})
+    if resume:
+        check_identity(out, full_identity)  # another model would also be refused by its calibration, with less to say
+    checkpoints = run_checkpoints(out, keep_checkpoints)
     held: Documents | None = None
-    fingerprints = {"data_sha256": documents.fingerprint(), "model_fingerprint": model_fingerprint(model)}
     if settings.held_out:
         documents, held = split_held_out(documents, settings.held_out, settings.seed)
-    windows = PackedWindows(
-        documents,
-        settings.context,
-        seed=settings.seed,
-        length=settings.steps * settings.batch * settings.accumulate,
-    )
-    full_identity = {
-        "settings": settings.to_json(),
-        "device": device.type,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        **fingerprints,
-        **(identity or {}),
-    }
+    length = settings.steps * settings.batch * settings.accumulate
+    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length)
     set_seed(settings.seed)
-    targets: Any = list(settings.lora_targets)
-    try:
-        wrapped: Any = get_peft_model(
-            model,
-            LoraConfig(
-                r=settings.lora_rank,
-                lora_alpha=settings.lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=targets[0] if targets == ["all-linear"] else targets,
-                task_type="CAUSAL_LM",
-            ),
-        )
-    except ValueError as error:
-        raise ValueError(f"lora_targets {targets}: {str(error).splitlines()[0]}") from error
-    checkpoints = Checkpoints(out, keep_checkpoints)
-    # Everything that can be wrong with the settings shows before the run folder is made.
-    with _applied(wrapped, settings.lemo_config()) as controller, locked(out):
-        if resume and (out / ADAPTER).is_dir():
-            compare_settings(
-                _flat(run_settings(out), full_identity), _flat(json.loads(json.dumps(full_identity)), full_identity)
+    wrapped = _with_adapter(model, settings)
+    with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
+        # Everything that can be wrong with the settings shows before the run folder is made.
+        with _applied(wrapped, settings.lemo_config()) as controller:
+            lock.enter_context(locked(out))
+            if resume and is_complete(out):
+                check_complete(out, full_identity, checkpoints, report)
+                report(f"{out} is complete already: {settings.steps} steps")
+                return FinetuneResult(out / ADAPTER, 0, settings.steps)
+            start = _begin(out, full_identity, resume, checkpoints, report)
+            log = RunLog(out / LOG_FILE)
+            if resume:
+                log.cut(start.step if start else 0, report)
+            log.write(
+                event="resume" if start else "start",
+                step=start.step if start else 0,
+                trainable_parameters=sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
+                tokens=documents.num_tokens,
+                documents=len(documents),
+                pid=os.getpid(),
             )
-            report(f"{out} is complete already: {settings.steps} steps")
-            return FinetuneResult(out / ADAPTER, 0, settings.steps)
-        start = _prepare_folder(out, full_identity, resume, checkpoints, report)
-        log = RunLog(out / LOG_FILE)
-        if resume:
-            log.cut(start.step if start else 0)
-            report(
-                f"going on from step {start.step}" if start else "no complete checkpoint: starting again from step 0"
-            )
-        log.write(
-            event="resume" if start else "start",
-            step=start.step if start else 0,
-            trainable_parameters=sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
-            tokens=documents.num_tokens,
-            documents=len(documents),
-            pid=os.getpid(),
-        )
-        run = _Run(wrapped, settings, log, controller, held, log_every, evaluate_every, progress)
-        trainer = _Trainer(
-            model=wrapped,
-            args=_training_arguments(settings, out, device, save_every, log_every),
-            train_dataset=windows,
-            callbacks=[controller.callback(), _Report(run)],
-            checkpoints=checkpoints,
-            settings=settings,
-            identity=full_identity,
-        )
-        from transformers import PrinterCallback
-
-        trainer.remove_callback(PrinterCallback)
-        wrapped.config.use_cache = False
-        trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
-        if not evaluate_every or settings.steps % evaluate_every:
-            run.evaluate(settings.steps)
-    with locked(out):
+            run = _Run(wrapped, settings, log, controller, held, log_every, evaluate_every, progress)
+            _train(run, windows, checkpoints, full_identity, save_every, start)
+            if not evaluate_every or settings.steps % evaluate_every:
+                run.evaluate(settings.steps)
         write_folder(out / ADAPTER, lambda folder: wrapped.save_pretrained(str(folder)), manifest=False)
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
+
+
+def _begin(
+    out: Path, identity: dict[str, Any], resume: bool, checkpoints: Checkpoints, report: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint that training goes on from, or None. Raises CheckpointError."""
+    if not resume:
+        if (out / RUN_FILE).exists():
+            raise CheckpointError(f"{out} holds a run already; continue it with --resume, or choose another --out")
+        start_run(out, identity)
+        return None
+    start = continue_run(out, identity, checkpoints, report)
+    report(f"going on from step {start.step}" if start else "no complete checkpoint: starting again from step 0")
+    return start
+
+
+def _train(
+    run: _Run,
+    windows: PackedWindows,
+    checkpoints: Checkpoints,
+    identity: dict[str, Any],
+    save_every: int,
+    start: Checkpoint | None,
+) -> None:
+    from transformers import PrinterCallback
+
+    trainer = _Trainer(
+        model=run.model,
+        args=_training_arguments(run.settings, checkpoints.root, run.device, save_every, run.log_every),
+        train_dataset=windows,
+        callbacks=[run.controller.callback(), _Report(run)],
+        checkpoints=checkpoints,
+        settings=run.settings,
+        identity=identity,
+    )
+    trainer.remove_callback(PrinterCallback)
+    run.model.config.use_cache = False
+    trainer.train(resume_from_checkpoint=str(start.folder) if start else None)

@@ -104,8 +104,8 @@ class Kept:
     blocks: int32 [K], kept block ids ascending; slots: int32 [nb], position of a block in ``blocks`` or -1;
     row_offsets: int32 [K + 1], first packed row of every kept block; cu_seqlens: int32 [D + 1], packed rows of every
     document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every
-    packed row's block; weights: float32 [K], 1/p of a sampled block, else 1. max_seqlen: the longest document in packed
-    rows, or an upper bound of it.
+    packed row's block; weights: float32 [K], 1/p of a block drawn by Poisson sampling, else 1. max_seqlen: the longest
+    document in packed rows, or an upper bound of it. chosen_by: who made the list, for error messages.
     """
 
     blocks: Tensor
@@ -120,6 +120,7 @@ class Kept:
     max_seqlen: int
     source: Blocks
     info: Tensor | None = field(default=None, repr=False)
+    chosen_by: str = ""
 
     @classmethod
     def everything(cls, blocks: Blocks) -> Kept:
@@ -151,7 +152,7 @@ class Kept:
         Only needed after a selection that was made without a synchronisation; see ``select``.
         """
         if self.info is not None:
-            _raise_fault(int(self.info[3]))
+            _raise_fault(int(self.info[3]), self.chosen_by)
 
 
 def kept_per_document(blocks: Blocks, keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
@@ -173,40 +174,38 @@ def select(
     always_first: int = 1,
     always_last: int = 0,
     seed: int = 0,
+    chosen_by: str = "",
 ) -> Kept:
     """Chooses blocks by score (paper section 4.2) and returns tensors of exact size.
 
-    scores: float32 [nb]; for mode "sample" inclusion probabilities in (0, 1].
+    scores: float32 [nb]; for modes "sample" and "poisson" probabilities in (0, 1].
     mode: "threshold" keeps scores >= threshold; "budget" the highest share ``keep`` of each document's blocks;
-    "sample" draws that many by Pareto sampling with ``seed`` and sets weights to 1/p.
-    always_first, always_last: blocks of each document that are kept whatever their score.
+    "sample" draws that many by Pareto sampling with ``seed``, which follows the probabilities only approximately where
+    they differ; "poisson" draws every block independently with exactly its probability, so that the number kept varies
+    (``keep`` is not used) and may be 0, and sets weights to 1/p.
+    always_first, always_last: blocks of each document that are kept whatever their score, with weight 1.
+    chosen_by: prefix of error messages, for instance the layer and policy.
 
-    Raises FloatingPointError, naming the block, for a score that is not finite (or no probability), and where nothing
-    is kept. Costs one host synchronisation on a GPU, except where sizes are known beforehand (a budget or sample over
-    documents whose lengths are multiples of the block size): then faults wait until ``Kept.raise_on_fault``.
+    Raises FloatingPointError, naming the block, for a score that is not finite (or not a probability), and where a
+    threshold keeps nothing. Costs one host synchronisation on a GPU, except where sizes are known beforehand (a budget
+    or sample over documents whose lengths are multiples of the block size): then faults wait until
+    ``Kept.raise_on_fault``.
     """
     b = blocks.block_size
-    kept, slots, row_offsets, cu_seqlens, rows, row_slots, weights, info = ops.select_blocks(
-        scores,
-        blocks.offsets,
-        blocks.documents,
-        b,
-        blocks.num_tokens,
-        mode,
-        keep,
-        threshold,
-        always_first,
-        always_last,
-        seed,
-    )
+    how = (mode, keep, threshold, always_first, always_last, seed)
+    try:
+        outputs = ops.select_blocks(scores, blocks.offsets, blocks.documents, b, blocks.num_tokens, *how)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{chosen_by}: {error}" if chosen_by else str(error)) from None
+    kept, slots, row_offsets, cu_seqlens, rows, row_slots, weights, info = outputs
     pending = None
-    if mode != "threshold" and scores.is_cuda and all(n % b == 0 for n in blocks.lengths):
+    if mode in ("budget", "sample") and scores.is_cuda and all(n % b == 0 for n in blocks.lengths):
         counts = kept_per_document(blocks, keep, always_first, always_last)
         num_blocks, num_rows, max_seqlen = sum(counts), sum(counts) * b, max(counts) * b
         pending = info
     else:
         num_blocks, num_rows, max_seqlen, fault = info.tolist()
-        _raise_fault(fault)
+        _raise_fault(fault, chosen_by)
     return Kept(
         blocks=kept[:num_blocks],
         slots=slots,
@@ -220,17 +219,19 @@ def select(
         max_seqlen=max_seqlen,
         source=blocks,
         info=pending,
+        chosen_by=chosen_by,
     )
 
 
-def _raise_fault(fault: int) -> None:
+def _raise_fault(fault: int, chosen_by: str) -> None:
+    where = f"{chosen_by}: " if chosen_by else ""
     if fault > 0:
         raise FloatingPointError(
-            f"scores: block {fault - 1} is not a finite number (sample: not in (0, 1]): expected finite scores; "
-            "nothing was selected"
+            f"{where}scores: block {fault - 1} is not finite (or, as a probability, not in (0, 1]): expected finite "
+            "scores; nothing was selected"
         )
     if fault < 0:
         raise FloatingPointError(
-            "scores: no block reaches the threshold: expected at least one kept block; lower the "
+            f"{where}scores: no block reaches the threshold: expected at least one kept block; lower the "
             "threshold or force blocks with always_first"
         )

@@ -41,8 +41,20 @@ def unwrap(module: Any) -> Any:
     return saved[active[0]]
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+# Where torch keeps a module's hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks, or a forward method that is the instance's own."""
+    state = module.__dict__
+    return "forward" in state or any(state[name] for name in HOOKS)
+
+
+def ordinary(module: nn.Module, *kinds: str) -> bool:
+    """Whether a module is of one of these very classes (full names), without hooks or a forward method of its own."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" in kinds and not hooked(module)
 
 
 def _plain_lora(module: Any) -> bool:
@@ -55,8 +67,8 @@ def _plain_lora(module: Any) -> bool:
 
 def projection(module: Any, *, trainable: bool = False) -> Projection | None:
     """The weights of a module the cheap path covers, or None. `trainable`: also cover a base weight that trains."""
-    module = unwrap(module)
-    if _hooked(module) or "forward" in module.__dict__:
+    outer, module = module, unwrap(module)
+    if hooked(module) or (outer is not module and hooked(outer)):
         return None
     if type(module) is nn.Linear:
         frozen = not any(p.requires_grad for p in module.parameters())
@@ -64,7 +76,7 @@ def projection(module: Any, *, trainable: bool = False) -> Projection | None:
     if not _plain_lora(module):
         return None
     base: nn.Linear = module.base_layer
-    if _hooked(base) or "forward" in base.__dict__:
+    if hooked(base):
         return None
     if not trainable and any(p.requires_grad for p in base.parameters()):
         return None
@@ -76,18 +88,14 @@ def projection(module: Any, *, trainable: bool = False) -> Projection | None:
     b: Any = module.lora_B[name]
     plain = (
         len(active) == 1
-        and all(type(m) is nn.Linear and not _hooked(m) for m in (a, b))
+        and all(type(m) is nn.Linear and not hooked(m) for m in (a, b))
         and b.bias is None
-        and isinstance(module.lora_dropout[name], nn.Identity)
+        and type(module.lora_dropout[name]) is nn.Identity
+        and not hooked(module.lora_dropout[name])
         and name not in module.lora_variant
         and not module.fan_in_fan_out
     )
     return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name])) if plain else None
-
-
-def has_dropout(module: nn.Module) -> bool:
-    """Whether a module draws random numbers in training (LoRA dropout)."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
 
 
 def _product_fp32(x: Tensor, y: Tensor) -> Tensor:

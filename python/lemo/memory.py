@@ -159,7 +159,8 @@ def estimate(
     """Memory of every phase of a fine-tuning run. What the largest phase needs decides what fits.
 
     model_config: a transformers Llama or OPT configuration; batch documents of `context` tokens each; element: bytes of
-    an activation. `saved` is exact for plain LoRA without dropout; `working` is an estimate.
+    an activation. `saved` is exact for plain LoRA without dropout, except in weighted phases, where the number of kept
+    blocks varies and three standard deviations are added; `working` is an estimate.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
@@ -185,7 +186,10 @@ def estimate(
                 everything=rows == tokens,
             )
 
-        rows = min(tokens, round(keep * tokens))
+        rows = keep * tokens
+        if phase.weighted:  # independent draws: three standard deviations of their number above its mean
+            rows += 3.0 * config.block_size * (tokens / config.block_size * keep * (1.0 - keep)) ** 0.5
+        rows = min(tokens, round(rows))
         total = eliminating * saved(rows) + (layers - eliminating) * saved(tokens)
         largest = rows if eliminating == layers else tokens
         working = _working(shape, tokens, largest, phase.mode, recompute)

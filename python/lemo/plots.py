@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ import numpy as np
 def steps_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines that report a training step, in order."""
     return [r for r in records if "loss" in r]
+
+
+def _numbers(records: list[dict[str, Any]], name: str) -> np.ndarray:
+    """The field as floats; nan where it is null or was not logged."""
+    return np.array([math.nan if r.get(name) is None else r[name] for r in records], float)
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    """Without what is nan; one nan where nothing is left."""
+    known = values[~np.isnan(values)]
+    return known if len(known) else np.array([math.nan])
 
 
 def summary(records: list[dict[str, Any]]) -> str:
@@ -25,17 +37,19 @@ def summary(records: list[dict[str, Any]]) -> str:
             continue
         part, start = steps[start:i], i
         # The first step of a run pays for set-up; the median is not moved by it.
-        speed = float(np.median([r["tokens_per_second"] for r in part]))
+        speed = float(np.median(_known(_numbers(part, "tokens_per_second"))))
+        loss = _numbers(part, "loss")
         kept = [k for r in part for k in r.get("kept", [])]
         lines.append(
             f"{_phase(part[0]):28}  {part[0]['step']:>5}-{part[-1]['step']:<5}  "
-            f"{np.mean([r['loss'] for r in part]):8.4f}  {part[-1]['loss']:8.4f}  {speed:9.1f}  "
-            f"{np.mean(kept) if kept else 1.0:6.3f}  {max(r['peak_memory_bytes'] for r in part) / 2**20:9.0f}"
+            f"{_known(loss).mean():8.4f}  {loss[-1]:8.4f}  {speed:9.1f}  "
+            f"{np.mean(kept) if kept else 1.0:6.3f}  {_known(_numbers(part, 'peak_memory_bytes')).max() / 2**20:9.0f}"
         )
     for r in records:
         if r.get("event") == "held-out":
             interval = f"  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" if r.get("interval") else ""
-            lines.append(f"held-out perplexity after step {r['step']}: {r['perplexity']:.3f}{interval}")
+            value = "not finite" if r["perplexity"] is None else f"{r['perplexity']:.3f}"
+            lines.append(f"held-out perplexity after step {r['step']}: {value}{interval}")
     return "\n".join(lines)
 
 
@@ -62,7 +76,7 @@ def plot_run(records: list[dict[str, Any]], path: Path, title: str = "") -> None
     if not steps:
         raise ValueError("no step has been logged yet, so there is nothing to draw")
     x = np.array([r["step"] for r in steps])
-    loss = np.array([r["loss"] for r in steps])
+    loss = _numbers(steps, "loss")
     mapped = [r for r in steps if r.get("kept")]
     figure, axes = plt.subplots(
         2 if mapped else 1, 1, figsize=(8, 6 if mapped else 3.2), sharex=True, squeeze=False, layout="constrained"

@@ -7,6 +7,8 @@ and the layer, so that a repeated run draws the same.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ class StepContext:
     """What is fixed during one forward pass.
 
     blocks: of the packed batch; seed: of this micro-batch; queries_keys(layer, x): the layer's own q [T, Hq, D] and
-    k [T, Hk, D] for residual rows x [T, d], position embedding applied; scale: of their product.
+    k [T, Hk, D] for residual rows x [T, d], position embedding applied; scale: of their product; required: bool [nb],
+    blocks that are kept whatever their score and the budget (mode "skip": those with labels), or None.
     """
 
     blocks: Blocks
@@ -48,6 +51,7 @@ class StepContext:
     always_last: int
     queries_keys: Callable[[int, Tensor], tuple[Tensor, Tensor]]
     scale: Callable[[int], float]
+    required: Tensor | None = None
 
 
 class Policy(ABC):
@@ -56,12 +60,15 @@ class Policy(ABC):
     name: str
     # Whether `observe` wants the norms of what a layer added to the residual stream.
     needs_update = False
-    # "budget": the highest scores; "sample": scores are inclusion probabilities.
+    # "budget": the highest scores; "sample": scores are probabilities.
     mode = "budget"
+    # Whether all layers of a step share the first layer's choice, as one object.
+    shared = False
 
     def begin(self, context: StepContext) -> None:
         """A new forward pass; forgets the last one."""
         self.context = context
+        self._pair: tuple[Kept | None, Kept | None] | None = None
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
         """float32 [nb] for layer `layer` with input x [T, d]."""
@@ -84,6 +91,11 @@ class Policy(ABC):
 
     def choose(self, layer: int, x: Tensor) -> tuple[Kept | None, Kept | None]:
         """Kept lists of the layer's attention and MLP; None = nothing kept. The same object where they share one."""
+        if self._pair is None or not self.shared:
+            self._pair = self._choose(layer, x)
+        return self._pair
+
+    def _choose(self, layer: int, x: Tensor) -> tuple[Kept | None, Kept | None]:
         phase = self.context.phase
         if phase.select == "threshold":
             scores = self.scores(layer, x)
@@ -103,20 +115,27 @@ class Policy(ABC):
             return Kept.everything(self.context.blocks)
         return self._select(layer, scores, self.mode, keep, 0.0)
 
-    def _select(self, layer: int, scores: Tensor, mode: str, keep: float, threshold: float) -> Kept:
-        try:
-            return select(
-                scores,
-                self.context.blocks,
-                mode=mode,
-                keep=keep,
-                threshold=threshold,
-                always_first=self.context.always_first,
-                always_last=self.context.always_last,
-                seed=self.seed(layer),
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"layer {layer}, policy {self.name!r}: {error}") from None
+    def _select(self, layer: int, scores: Tensor, mode: str, keep: float, threshold: float) -> Kept | None:
+        context = self.context
+        options: dict[str, Any] = {
+            "always_first": context.always_first,
+            "always_last": context.always_last,
+            "seed": self.seed(layer),
+            "chosen_by": f"layer {layer}, policy {self.name!r}",
+        }
+        if context.phase.weighted:
+            # Certain blocks have probability 1 already; see `inclusion_probabilities`.
+            kept = select(scores, context.blocks, mode="poisson", **{**options, "always_first": 0, "always_last": 0})
+            return kept if kept.num_blocks else None
+        required = context.required
+        if required is None:
+            return select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
+        # Required blocks come first within the budget; where they exceed it, the list grows by what is missing.
+        if mode != "sample":
+            scores = torch.where(required & scores.isfinite(), torch.finfo(scores.dtype).max, scores)
+        kept = select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
+        union = ((kept.slots >= 0) | required).float()
+        return select(union, context.blocks, mode="threshold", threshold=0.5, **options)
 
 
 class Predictors(Policy):
@@ -168,7 +187,8 @@ class UpdateNorm(Policy):
     def scores(self, layer: int, x: Tensor) -> Tensor:
         if self._last is None:
             generator = torch.Generator().manual_seed(self.seed(layer))
-            return torch.rand(self.context.blocks.num_blocks, generator=generator).to(x.device)
+            drawn = torch.rand(self.context.blocks.num_blocks, generator=generator, dtype=torch.float32)
+            return drawn.to(x.device)
         return self._last
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
@@ -193,7 +213,7 @@ class Random(Policy):
         return mix_seed(self.context.seed, 0 if self.shared else layer)
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        flat = torch.ones(self.context.blocks.num_blocks, device=x.device)
+        flat = torch.ones(self.context.blocks.num_blocks, dtype=torch.float32, device=x.device)
         return probabilities(flat, self.context, self.keep(layer), floor=1.0)
 
 
@@ -222,17 +242,13 @@ class Sampled(Policy):
     def begin(self, context: StepContext) -> None:
         super().begin(context)
         self.source.begin(context)
-        self._first: Tensor | None = None
 
     def seed(self, layer: int) -> int:
         return mix_seed(self.context.seed, 0 if self.shared else layer)
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        if self.shared and self._first is not None:
-            return self._first
         scores = self.source.scores(layer, x).float()
-        self._first = probabilities(scores, self.context, self.keep(layer), floor=self.floor)
-        return self._first
+        return probabilities(scores, self.context, self.keep(layer), floor=self.floor)
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
         self.source.observe(layer, norms, kept)
@@ -270,10 +286,17 @@ def make_policy(name: str, options: Mapping[str, Any], predictors: Any = None) -
 
 
 def probabilities(scores: Tensor, context: StepContext, keep: float, *, floor: float) -> Tensor:
-    """Inclusion probabilities float32 [nb] whose sum in every document is the number of blocks a budget keeps.
+    """Probabilities float32 [nb] of drawing every block, floor + (1 - floor) score / mean score before scaling.
 
-    Forced blocks get 1, the others floor + (1 - floor) score / mean score, scaled to the rest of the budget and capped
-    at 1. All on the device.
+    Without weights the draw has a fixed size: forced and required blocks get 1 and the others share what is left of the
+    document's budget, min(n, max(floor(keep n + 1/2), forced, 1)) of its n blocks.
+
+    With weights (`Phase.weighted`) every block needs a positive probability, and the sum is keep n, not rounded: forced
+    blocks get 1 only while they use at most half of that, and are drawn like the others in shorter documents. No block
+    gets less than about floor keep / 2.
+
+    A non-finite score yields NaN for its block, which the selection reports; other blocks are unaffected. All on the
+    device.
     """
     blocks = context.blocks
     counts = (blocks.documents[1:] - blocks.documents[:-1]).long()
@@ -282,29 +305,37 @@ def probabilities(scores: Tensor, context: StepContext, keep: float, *, floor: f
     )
     place = torch.arange(scores.shape[0], device=scores.device) - blocks.documents[:-1].long()[document]
     size = counts[document]
-    forced = (place < context.always_first) | (place >= size - context.always_last)
 
     def per_document(values: Tensor) -> Tensor:
         sums = torch.zeros(counts.shape[0], dtype=values.dtype, device=values.device)
         return sums.scatter_add_(0, document, values)
 
-    fixed = per_document(forced.double())
-    share = float(torch.tensor(keep, dtype=torch.float32))
-    budget = torch.minimum(torch.floor(share * counts.double() + 0.5).clamp(min=1.0).maximum(fixed), counts.double())
-    free = (~forced).double()
-    values = scores.double() * free
+    certain = (place < context.always_first) | (place >= size - context.always_last)
+    share = ctypes.c_float(keep).value  # as the kernels count
+    if context.phase.weighted:
+        budget = share * counts.double()
+        certain &= (2.0 * per_document(certain.double()) <= budget)[document]
+    else:
+        if context.required is not None:
+            certain |= context.required
+        fixed = per_document(certain.double())
+        budget = torch.floor(share * counts.double() + 0.5).clamp(min=1.0).maximum(fixed)
+        budget = torch.minimum(budget, counts.double())
+    finite = scores.isfinite()
+    free = (~certain).double()
+    values = torch.where(finite, scores, 0.0).double() * free
     mean = per_document(values) / per_document(free).clamp(min=1.0)
     # A document whose scores are all zero has no information: every block alike.
     relative = torch.where(mean[document] > 0, values / mean[document].clamp(min=1e-300), torch.ones_like(values))
     weight = (floor + (1.0 - floor) * relative.clamp(min=0.0)) * free
-    p = forced.double()
+    p = certain.double()
     open_ = free.bool()
-    for _ in range(8):  # every round caps what went over 1 and shares the rest among the others
+    for _ in range(8):  # every round caps what exceeded 1 and shares the rest among the others
         rest = budget - per_document(torch.where(open_, 0.0, p))
         total = per_document(torch.where(open_, weight, 0.0)).clamp(min=1e-300)
         p = torch.where(open_, weight * (rest / total)[document], p)
         over = open_ & (p >= 1.0)
         p = p.clamp(max=1.0)
         open_ = open_ & ~over
-    # NaN scores stay NaN, for selection to name; the lower bound keeps weights 1/p finite.
-    return p.clamp(min=1e-3).float()
+    # The lower bound keeps weights 1/p finite.
+    return torch.where(finite, p.clamp(min=1e-3), math.nan).float()

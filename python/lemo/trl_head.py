@@ -199,9 +199,9 @@ def fused_output(
     head: Any,
     named: dict[str, Any],
     packed: Packed,
-    run: Callable[[], tuple[Tensor, Step]],
+    run: Callable[[Tensor], tuple[Tensor, Step]],
 ) -> Any:
-    """TRL's FusedCausalLMOutput for one training call."""
+    """TRL's FusedCausalLMOutput for one training call. run: gets which tokens have a target, bool [T]."""
     labels, shifted = named.get("labels"), named.get("shift_labels")
     given = labels if shifted is None else shifted
     if given is None or tuple(given.shape) != packed.shape:
@@ -213,7 +213,7 @@ def fused_output(
     asked = inspect.getclosurevars(head).nonlocals["outputs"]
     names = ("log_probs", *(name for name in asked if name != "log_probs"))
 
-    x, step = run()
+    x, step = run(targets != -100)
     norm = controller.family.final_norm(controller.family.decoder(module))
     weights = projection(module.lm_head, trainable=True)
     assert weights is not None

@@ -1,4 +1,5 @@
-"""A C99 and a C++17 project find the installed library with find_package, link lemo::lemo and run operations."""
+"""A C99 and a C++17 project find the installed library with find_package, link lemo::lemo and run operations; another
+has the library inside of it and stays as it was."""
 
 import os
 import shutil
@@ -51,3 +52,38 @@ def test_install_has_headers_and_one_library(prefix: Path) -> None:
     headers = {path.name for path in (prefix / "include" / "lemo").iterdir()}
     assert headers == {path.name for path in (ROOT / "cpp" / "include" / "lemo").iterdir()}
     assert [path.name for path in prefix.glob("lib*/*.so*")] == ["liblemo.so"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the library is built from, and nothing else of this folder."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("cpp", "cmake", "cuda"):
+        shutil.copytree(ROOT / name, source / name)
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    return source
+
+
+@pytest.mark.parametrize("how", ["add_subdirectory", "FetchContent"])
+@pytest.mark.parametrize(("build_type", "asserts"), [(None, True), ("Debug", True), ("Release", False)])
+def test_inside_another_project(how: str, build_type: str | None, asserts: bool, source: Path, tmp_path: Path) -> None:
+    """The project itself checks that no setting has changed (its CMakeLists.txt); its build type is its own."""
+    project = Path(__file__).parent / "subproject"
+    options = [f"-DLEMO_SOURCE={source}", f"-DFETCH={'ON' if how == 'FetchContent' else 'OFF'}"]
+    options += [] if build_type is None else [f"-DCMAKE_BUILD_TYPE={build_type}"]
+    run("cmake", "-S", project, "-B", tmp_path / "build", *options)
+    run("cmake", "--build", tmp_path / "build", "--target", "own")
+    assert subprocess.run([tmp_path / "build" / "own"]).returncode == (0 if asserts else 3)
+    cache = (tmp_path / "build" / "CMakeCache.txt").read_text()
+    assert f"CMAKE_BUILD_TYPE:STRING={build_type or ''}\n" in cache
+    assert not (tmp_path / "build" / "compile_commands.json").exists()
+    run("cmake", "--install", tmp_path / "build", "--prefix", tmp_path / "installed")
+    installed = [path.relative_to(tmp_path / "installed") for path in (tmp_path / "installed").rglob("*")]
+    assert sorted(map(str, installed)) == ["bin", "bin/own"]
+
+
+def test_a_project_around_it_links_and_runs(source: Path, tmp_path: Path) -> None:
+    project = Path(__file__).parent / "subproject"
+    run("cmake", "-S", project, "-B", tmp_path, f"-DLEMO_SOURCE={source}")
+    run("cmake", "--build", tmp_path, "--target", "consumer", "--parallel", "2")
+    assert run(tmp_path / "consumer").strip() == "lemo 0.1.0 ok"

@@ -188,6 +188,7 @@ def test_random_shared_is_one_draw_for_all_layers():
         (lemo.Phase("skip", mlp_keep=0.25), "folder", ("predictors", {})),
         (lemo.Phase("skip", policy="predictors"), "folder", ("predictors", {})),
         (lemo.Phase("backward"), "folder", ("random", {})),
+        (lemo.Phase("backward", weighted=True), None, ("random", {})),
     ],
 )
 def test_default_policies(phase, calibration, expected):
@@ -205,12 +206,13 @@ def test_sampled_shared_keeps_the_first_layers_draw(shared):
     second, _ = policy.choose(1, x)
     assert first.num_blocks == second.num_blocks == 20
     assert torch.equal(first.blocks, second.blocks) == shared
+    assert (first is second) == shared  # so that layers share its tensors
 
 
 def test_config_survives_json():
     import json
 
-    config = settings(phases=[lemo.Phase("backward", policy="random", weighted=True, policy_options={"shared": True})])
+    config = settings(phases=[lemo.Phase("backward", policy="random", policy_options={"shared": True})])
     again = lemo.LemoConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
     assert again.phases[0].policy_options == {"shared": True}

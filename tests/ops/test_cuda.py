@@ -50,7 +50,7 @@ def test_deterministic_mode_repeats_bit_by_bit(case, monkeypatch) -> None:
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("mode", ["threshold", "budget", "sample"])
+@pytest.mark.parametrize("mode", ["threshold", "budget", "sample", "poisson"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_fault_stays_on_the_device_until_asked(mode, bad) -> None:
     ragged, whole = Blocks.from_lengths([100, 30], 16, "cuda"), Blocks.from_lengths([128, 64], 16, "cuda")

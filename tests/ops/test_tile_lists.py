@@ -115,6 +115,17 @@ def test_cuda(case: Case, dtype: torch.dtype, dim: int) -> None:
         assert error(result, exact[name]) <= allowed, name
 
 
+def test_lists_that_are_all_empty_and_hold_nothing() -> None:
+    """A tensor of no elements has no address; it is a list all the same, not the absence of lists."""
+    case = Case((513, 130), density=0.0)
+    t = case.inputs("cpu", torch.float32)
+    t["tiles"] = torch.empty(0, dtype=torch.int32)
+    assert t["tiles"].data_ptr() == 0
+    exact = case.expect(t)
+    for name, result in case.run(t).items():
+        assert error(result, exact[name]) <= 1e-5 * exact[name].abs().max().item() + 1e-6, name
+
+
 def test_everything_listed_is_the_dense_result() -> None:
     case = Case((513, 130), density=1.0)
     t = case.inputs("cpu", torch.float32)

@@ -60,7 +60,7 @@ def calls_of(run) -> list[tuple]:
 def select_everywhere() -> None:
     b = PACKINGS["documents"].blocks("cpu")
     scores = torch.rand(b.num_blocks, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
-    for mode in ("threshold", "budget", "sample"):
+    for mode in ("threshold", "budget", "sample", "poisson"):
         ops.select_blocks(scores, b.offsets, b.documents, b.block_size, b.num_tokens, mode, 0.5, 0.3, 1, 0, 7)
 
 

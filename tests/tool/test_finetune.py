@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from lemo.cli import main
+from lemo.data import PackedWindows
 from lemo.finetune import learning_rate_factor
 from lemo.settings import FinetuneSettings, parse_schedule
 from safetensors.torch import load_file
@@ -259,9 +260,33 @@ def test_schedules() -> None:
     assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
 
 
+@pytest.mark.parametrize(("window", "last"), [(0, 0), (9, 3)])
 def test_keyboard_interrupt_says_how_to_go_on(
+    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys, window: int, last: int
+) -> None:
+    """The signal is raised in the thread that reads the window, so it is there before the next line of code runs."""
+    out, real = tmp_path / "run", PackedWindows.__getitem__
+
+    def read(self, i: int):
+        if i == window:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, i)
+
+    options = ["--schedule", SCHEDULE, "--held-out", "0.1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedWindows, "__getitem__", read)
+        assert finetune(model_folder, text_folder, out, *options) == 130
+    assert f"go on with: lemo finetune --out {out} --resume" in capsys.readouterr().err
+    assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
+    assert_same_adapter(finished, out)
+
+
+def test_keyboard_interrupt_before_the_run_began(
     model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lemo.finetune.PackedWindows.__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert finetune(model_folder, text_folder, tmp_path / "run", "--dense") == 130
-    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr("lemo.cli.finetune.load_data", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert finetune(model_folder, text_folder, tmp_path / "run") == 130
+    said = capsys.readouterr().err
+    assert "interrupted before the run began" in said and "--resume" not in said
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,8 @@ extern "C" {
 typedef enum lemo_select_mode {
   LEMO_SELECT_THRESHOLD = 0, /* keep block n where score[n] >= threshold */
   LEMO_SELECT_BUDGET = 1,    /* per document, the k highest scores; ties go to the lower block */
-  LEMO_SELECT_SAMPLE = 2     /* per document, k blocks by Pareto sampling with inclusion probabilities `scores` */
+  LEMO_SELECT_SAMPLE = 2,    /* per document, k blocks by Pareto sampling; `scores` are target probabilities */
+  LEMO_SELECT_POISSON = 3    /* block n with probability score[n], independently of all others */
 } lemo_select_mode;
 
 /* k of a document of n blocks = min(n, max(floor(keep * n + 0.5), forced blocks, 1)) (BUDGET, SAMPLE).
@@ -19,11 +20,16 @@ typedef enum lemo_select_mode {
  * Forced blocks, kept whatever their score: the first `always_first` and the last `always_last` of each document.
  *
  * Pareto sampling: u_n = hash(seed, n) uniform in (0, 1); the k smallest of (u / (1 - u)) / (p / (1 - p)), in
- * double precision; forced blocks and p >= 0.999 come first and weigh 1. The hash is the one of
- * `lemo_hash_uniform`, so that every backend draws the same blocks. */
+ * double precision; forced blocks and p >= 0.999 come first. The hash is the one of `lemo_hash_uniform`, so that every
+ * backend draws the same blocks. The size of the draw is fixed, at a price: inclusion probabilities equal p only for
+ * equal p, and those of pairs are not products. Weights are therefore 1.
+ *
+ * Poisson sampling: block n is kept where u_n < p_n. Inclusion probabilities are p and those of pairs are products,
+ * both exactly, so weights 1/p_m 1/p_n make any sum over pairs of blocks unbiased (Horvitz-Thompson). The number of
+ * kept blocks varies around the sum of p and may be 0, which is not a fault. */
 typedef struct lemo_select_args {
   uint64_t struct_size;
-  lemo_tensor scores; /* float32 [num_blocks]; SAMPLE: probabilities in (0, 1] */
+  lemo_tensor scores; /* float32 [num_blocks]; SAMPLE, POISSON: probabilities in (0, 1] */
   lemo_blocks blocks;
   int32_t mode;    /* lemo_select_mode */
   float keep;      /* BUDGET, SAMPLE: fraction of the blocks, in (0, 1] */
@@ -31,7 +37,7 @@ typedef struct lemo_select_args {
   int32_t always_first;
   int32_t always_last;
   int32_t reserved;
-  uint64_t seed; /* SAMPLE */
+  uint64_t seed; /* SAMPLE, POISSON */
 
   /* Outputs. K = kept blocks, M = kept tokens. */
   lemo_tensor kept;        /* int32 [num_blocks]: kept block ids ascending, -1 from K on */
@@ -40,10 +46,10 @@ typedef struct lemo_select_args {
   lemo_tensor cu_seqlens;  /* int32 [D + 1]: packed rows of every document */
   lemo_tensor rows;        /* int32 [T]: original token of every packed row, -1 from M on */
   lemo_tensor row_slots;   /* int32 [T]: position in `kept` of every packed row's block, -1 from M on */
-  lemo_tensor weights;     /* float32 [num_blocks]: by position in `kept`: 1/p (SAMPLE) or 1; 0 from K on */
-  lemo_tensor info;        /* int32 [4]: {K, M, longest document in packed rows, fault}; fault = 0, or 1 + first
-                              block whose score is not finite (or, for SAMPLE, not in (0, 1]), or -1 if nothing is
-                              kept; with a fault K = M = 0 */
+  lemo_tensor weights; /* float32 [num_blocks]: by position in `kept`: 1/p (POISSON, not forced) or 1; 0 from K on */
+  lemo_tensor info;    /* int32 [4]: {K, M, longest document in packed rows, fault}; fault = 0, or 1 + first
+                          block whose score is not finite (or, for SAMPLE and POISSON, not in (0, 1]), or -1 if
+                          nothing is kept (except POISSON); with a fault K = M = 0 */
 } lemo_select_args;
 
 /* LEMO_NUMERICAL (CPU only, nothing written) in place of a fault; on CUDA the fault is in `info`. */

@@ -5,8 +5,10 @@
  *    (= sizeof of the struct the caller compiled against), so fields can be appended later.
  *  - The library owns no memory: outputs and workspace come from the caller. It never allocates
  *    device memory and never synchronises a stream.
- *  - Arguments are checked before anything is written: a call that returns LEMO_INVALID_ARGUMENT,
- *    LEMO_UNSUPPORTED or LEMO_WORKSPACE_TOO_SMALL has left every output as it was.
+ *  - Arguments are checked and memory is taken before anything is written: a call that fails has left
+ *    every output as it was, whatever its status. Only LEMO_CANCELLED leaves outputs undefined, and on
+ *    CUDA a LEMO_BACKEND_ERROR of a kernel that was already running.
+ *  - Reserved fields are 0. A tensor of 0 elements may have data == NULL; it is still present.
  *  - Strides count elements, not bytes. The last dimension is contiguous unless a field says otherwise.
  */
 #ifndef LEMO_TYPES_H
@@ -38,8 +40,9 @@ typedef enum lemo_status {
   LEMO_UNSUPPORTED = 2,         /* valid, but this backend or build has no kernel for it */
   LEMO_WORKSPACE_TOO_SMALL = 3, /* exec.workspace holds fewer bytes than lemo_X_workspace() asked for */
   LEMO_NUMERICAL = 4,           /* non-finite scores, or a selection that keeps nothing (CPU only) */
-  LEMO_BACKEND_ERROR = 5,       /* the CUDA runtime reported an error; its text is in lemo_last_error() */
-  LEMO_INTERNAL_ERROR = 6       /* a bug in lemo */
+  LEMO_BACKEND_ERROR = 5,       /* out of host memory, or the text of the CUDA runtime's error in lemo_last_error() */
+  LEMO_INTERNAL_ERROR = 6,      /* a bug in lemo */
+  LEMO_CANCELLED = 7            /* exec.cancel asked to stop (CPU only); outputs are undefined */
 } lemo_status;
 
 typedef enum lemo_dtype {
@@ -72,6 +75,12 @@ typedef struct lemo_exec {
   uint64_t workspace_size; /* bytes */
   int32_t deterministic;   /* 1: bitwise repeatable results, slower where it says so */
   int32_t num_threads;     /* CPU threads, 0 = all cores; ignored on CUDA. Results do not depend on it. */
+
+  /* Optional: whether to give up a long operation on the CPU. Called every 50 ms or so by the thread that made the call
+   * and by no other, between tiles of work; the call then ends with LEMO_CANCELLED where it returned a value other than
+   * 0. It may call lemo itself and must not throw. Ignored on CUDA, where a call returns once its work is queued. */
+  int32_t (*cancel)(void* context);
+  void* cancel_context;
 } lemo_exec;
 
 /* The blocks of a packed batch: `b` consecutive tokens of one document each, the last block of a document

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from lemo.cli.common import Formatter, explain
 
@@ -46,8 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _let_waiting_threads_sleep() -> None:
+    """torch's OpenMP threads spin while they wait, which on a machine with more busy threads than cores (several jobs,
+    or one beside other work) slows every job down many times. OpenMP reads this once, when torch is loaded."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors become one message on stderr unless --debug is given."""
+    _let_waiting_threads_sleep()
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
@@ -57,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore", DeprecationWarning)
             return args.run(args)
     except KeyboardInterrupt:
-        hint = f"; go on with: lemo finetune --out {args.out} --resume" if args.command == "finetune" else ""
+        hint = ""
+        if args.command == "finetune":
+            begun = (Path(args.out) / "run.json").exists()
+            hint = f"; go on with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
         print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ examples:
       nothing ever needs a dense step's memory
 
   lemo finetune --out run --resume
-      go on where a stopped run left off; its settings are in run/run.json
+      go on where a stopped run left off; its settings are in run/run.json. Where model, data or calibration were moved:
+      --resume --model NEW (--data NEW, --calibration NEW), accepted if they hold what they held
 
 schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]
   default      skip most of the steps, then dense: the best result for the time spent
@@ -104,9 +107,6 @@ _INPUTS = ("model", "tokenizer", "data", "text_field", "joined", "interpolate_po
 
 
 def _settings(args: argparse.Namespace) -> FinetuneSettings:
-    from lemo.checkpoint import compare_settings
-    from lemo.finetune import run_settings
-
     given = {name: getattr(args, name) for name in [*_SETTINGS, "lora_targets"] if getattr(args, name) is not None}
     if args.dense:
         if args.schedule not in (None, "dense"):
@@ -115,21 +115,52 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
     if "lora_targets" in given:
         given["lora_targets"] = tuple(given["lora_targets"])
     if "calibration" in given:
-        given["calibration"] = str(Path(given["calibration"]).resolve())
-    if not args.resume:
-        missing = [f"--{n}" for n in ("model", "data") if getattr(args, n) is None]
-        if missing:
-            raise ValueError(f"{' and '.join(missing)} needed to start a run (see lemo finetune --help)")
-        return FinetuneSettings(**given)
+        given["calibration"] = os.path.abspath(given["calibration"])
+    if args.resume:
+        return _resumed_settings(args, given)
+    missing = [f"--{n}" for n in ("model", "data") if getattr(args, n) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} needed to start a run (see lemo finetune --help)")
+    return FinetuneSettings(**given)
+
+
+def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> FinetuneSettings:
+    """The run's own settings and inputs, but for places of model, data and calibration given anew.
+
+    What lies at such a place is compared with the run's fingerprints once it has been read.
+    """
+    from lemo.checkpoint import compare_settings
+    from lemo.run_folder import PLACES, run_settings, saved_settings
+
     saved = run_settings(args.out)
-    before = FinetuneSettings.from_json(saved["settings"])
+    before = saved_settings(saved, args.out)
+    calibration = given.pop("calibration", before.calibration)
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
-    compare_settings({n: inputs.get(n) for n in named}, named)
+    fixed = {n: named[n] for n in named if n not in PLACES}
+    compare_settings({n: inputs.get(n) for n in fixed}, fixed)
     for name in _INPUTS:
-        setattr(args, name, inputs.get(name))
-    return before
+        setattr(args, name, named.get(name, inputs.get(name)))
+    if not isinstance(args.model, str) or not isinstance(args.data, list):
+        raise ValueError(f"{args.out}/run.json does not say where model and data are: give --model and --data")
+    for option, place in [("model", args.model), *(("data", str(source)) for source in args.data)]:
+        _check_there(args.out, option, place)
+    if calibration is not None:
+        _check_there(args.out, "calibration", calibration)
+    return dataclasses.replace(before, calibration=calibration)
+
+
+def _check_there(out: str, option: str, place: str) -> None:
+    """Raises ValueError where an input of the run is gone, as it is after its folder was moved."""
+    name, equals, where = place.partition("=")
+    path = where if equals and "/" not in name and not os.path.exists(place) else place
+    on_the_hub = path.startswith("hf:") if option == "data" else not os.path.isabs(path)
+    if not on_the_hub and not os.path.exists(path) and not glob.glob(path, recursive=True):
+        raise ValueError(
+            f"--{option} {place}: no such file or folder. If the run's {option} was moved, name its new place: lemo "
+            f"finetune --out {out} --resume --{option} NEW; what it holds is compared with the run's fingerprint"
+        )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -144,24 +144,22 @@ def calibration(folder: Path) -> dict[str, Any]:
 
 def run_folder(folder: Path) -> dict[str, Any]:
     """Settings, progress and checkpoints of a run folder."""
-    from lemo.checkpoint import Checkpoints
-    from lemo.finetune import ADAPTER, LOG_FILE, read_log, run_settings
     from lemo.plots import steps_of
+    from lemo.run_folder import is_complete, run_checkpoints, run_settings
+    from lemo.run_log import LOG_FILE, read_log
 
     saved = run_settings(folder)
     steps = steps_of(read_log(folder / LOG_FILE))
-    found = Checkpoints(folder).find()
+    found = run_checkpoints(folder).find()
     values: dict[str, Any] = {
         "run": str(folder),
-        "state": "complete"
-        if (folder / ADAPTER).is_dir()
-        else "not complete; go on with lemo finetune --out ... --resume",
-        "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings']['steps']}",
+        "state": "complete" if is_complete(folder) else "not complete; go on with lemo finetune --out ... --resume",
+        "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings'].get('steps', 'an unknown number')}",
         "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
     }
-    if found.ignored:
-        values["not used"] = found.ignored
-    values.update({k: saved[k] for k in ("settings", "inputs") if k in saved})
+    if found.ignored or found.stopping:
+        values["not used"] = found.ignored + found.stopping
+    values.update({k: saved[k] for k in ("settings", "inputs", "events") if saved.get(k)})
     return values
 
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.run_folder)
     run_settings(folder)
-    records = read_log(folder / LOG_FILE)
+    records = read_log(folder / LOG_FILE, say)
     print(summary(records))
     if not args.no_png:
         target = Path(args.png) if args.png else folder / "report.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ..lora import unwrap
 
+# (module, name) of classes.
+Classes = tuple[tuple[str, str], ...]
 # Rotary tables cos, sin [T, D] of a step's tokens; None where positions enter with the embedding.
 Tables = tuple[Tensor, Tensor] | None
 
@@ -46,6 +49,14 @@ class Family(ABC):
 
     model_class: str
     model_type: str
+    # The module of transformers that defines the family, and its functions that lemo stands in for.
+    modeling: str
+    functions: tuple[str, ...]
+    # Modules whose forward lemo stands in for, by path from the language model and from a layer ("" is the layer
+    # itself), each with the classes it may have as (module, name).
+    outer_modules: Mapping[str, Classes]
+    layer_modules: Mapping[str, Classes]
+    layers_path: str
 
     def matches(self, lm: nn.Module) -> bool:
         """Whether `lm` is this family's causal language model of transformers itself, not one derived from it."""
@@ -55,6 +66,15 @@ class Family(ABC):
     @abstractmethod
     def check(self, lm: Any) -> None:
         """Raises UnsupportedModelError for settings of the family that lemo does not compute."""
+
+    def check_layer(self, layer: Any, path: str) -> None:
+        """Raises UnsupportedModelError for attributes of one layer's attention that lemo does not compute."""
+        attention = layer.self_attn
+        if not getattr(attention, "is_causal", True):
+            refuse(f"attention that is not causal ({path}.self_attn.is_causal=False)", "train this model without lemo")
+        p = getattr(attention, "attention_dropout", getattr(attention, "dropout", 0.0))
+        if isinstance(p, float) and p > 0:
+            refuse(f"attention dropout ({p} in {path}.self_attn)", "set it to 0")
 
     @abstractmethod
     def decoder(self, lm: Any) -> Any:
@@ -79,11 +99,19 @@ class Family(ABC):
         """The norms before attention and before the MLP."""
 
     @abstractmethod
+    def norm_modules(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        """The modules that hold the weights of `norms`."""
+
+    @abstractmethod
     def final_norm(self, decoder: Any) -> NormWeights | None: ...
 
     @abstractmethod
     def attention_modules(self, layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         """Query, key, value and output projections."""
+
+    @abstractmethod
+    def mlp_modules(self, layer: Any) -> tuple[nn.Module, ...]:
+        """The modules that `mlp` calls."""
 
     @abstractmethod
     def queries_keys_values(

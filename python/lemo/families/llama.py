@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functions import Rope, SwiGLU
-from ..lora import linear_group
-from .base import Family, NormWeights, Tables, refuse, rms_norm
+from ..lora import linear_group, ordinary, unwrap
+from .base import Classes, Family, NormWeights, Tables, refuse, rms_norm
+
+_MODELING = "transformers.models.llama.modeling_llama"
+_SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+_NORM: Classes = ((_MODELING, "LlamaRMSNorm"),)
 
 
 class Llama(Family):
     model_class = "LlamaForCausalLM"
     model_type = "llama"
+    modeling = _MODELING
+    functions = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward", "create_causal_mask")
+    outer_modules: Mapping[str, Classes] = {
+        "model": ((_MODELING, "LlamaModel"),),
+        "model.norm": _NORM,
+        "model.rotary_emb": ((_MODELING, "LlamaRotaryEmbedding"),),
+    }
+    layer_modules: Mapping[str, Classes] = {
+        "": ((_MODELING, "LlamaDecoderLayer"),),
+        "self_attn": ((_MODELING, "LlamaAttention"),),
+        "mlp": ((_MODELING, "LlamaMLP"),),
+        "input_layernorm": _NORM,
+        "post_attention_layernorm": _NORM,
+    }
+    layers_path = "model.layers"
 
     def check(self, lm: Any) -> None:
         config = lm.config
@@ -40,12 +60,20 @@ class Llama(Family):
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
         return rms_norm(layer.input_layernorm), rms_norm(layer.post_attention_layernorm)
 
+    def norm_modules(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        return unwrap(layer.input_layernorm), unwrap(layer.post_attention_layernorm)
+
     def final_norm(self, decoder: Any) -> NormWeights:
         return rms_norm(decoder.norm)
 
     def attention_modules(self, layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         a = layer.self_attn
         return a.q_proj, a.k_proj, a.v_proj, a.o_proj
+
+    def mlp_modules(self, layer: Any) -> tuple[nn.Module, ...]:
+        mlp = unwrap(layer.mlp)
+        modules = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return (*modules, mlp.act_fn) if hasattr(mlp, "act_fn") else modules  # Liger's has SiLU built in
 
     def queries_keys_values(
         self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None
@@ -61,10 +89,11 @@ class Llama(Family):
         return linear_group((layer.self_attn.o_proj,), out, want_output)[0]
 
     def mlp(self, layer: Any, h: Tensor, want_output: bool = True) -> Tensor:
-        mlp = layer.mlp
+        mlp: Any = unwrap(layer.mlp)
         gate, up = linear_group((mlp.gate_proj, mlp.up_proj), h)
-        silu = mlp.config.hidden_act in ("silu", "swish")
-        inner = SwiGLU.apply(gate, up) if silu else mlp.act_fn(gate) * up
+        act: Any = getattr(mlp, "act_fn", None)
+        silu = act is None or ordinary(act, *_SILU)
+        inner = SwiGLU.apply(gate, up) if silu else act(gate) * up
         return linear_group((mlp.down_proj,), inner, want_output)[0]
 
     def scale(self, layer: Any) -> float:

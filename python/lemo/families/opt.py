@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functions import ReLU
-from ..lora import linear_group
-from .base import Family, NormWeights, Tables, layer_norm, refuse
+from ..lora import linear_group, ordinary, projection, unwrap
+from .base import Classes, Family, NormWeights, Tables, layer_norm, refuse
+
+_MODELING = "transformers.models.opt.modeling_opt"
+_NORM: Classes = (("torch.nn.modules.normalization", "LayerNorm"),)
 
 
 class OPT(Family):
     model_class = "OPTForCausalLM"
     model_type = "opt"
+    modeling = _MODELING
+    functions = ("eager_attention_forward", "create_causal_mask")
+    outer_modules: Mapping[str, Classes] = {
+        "model": ((_MODELING, "OPTModel"),),
+        "model.decoder": ((_MODELING, "OPTDecoder"),),
+        "model.decoder.final_layer_norm": _NORM,
+    }
+    layer_modules: Mapping[str, Classes] = {
+        "": ((_MODELING, "OPTDecoderLayer"),),
+        "self_attn": ((_MODELING, "OPTAttention"),),
+        "self_attn_layer_norm": _NORM,
+        "final_layer_norm": _NORM,
+    }
+    layers_path = "model.decoder.layers"
 
     def check(self, lm: Any) -> None:
         config = lm.config
@@ -46,12 +64,18 @@ class OPT(Family):
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
         return layer_norm(layer.self_attn_layer_norm), layer_norm(layer.final_layer_norm)
 
+    def norm_modules(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        return unwrap(layer.self_attn_layer_norm), unwrap(layer.final_layer_norm)
+
     def final_norm(self, decoder: Any) -> NormWeights | None:
         return None if decoder.final_layer_norm is None else layer_norm(decoder.final_layer_norm)
 
     def attention_modules(self, layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         a = layer.self_attn
         return a.q_proj, a.k_proj, a.v_proj, a.out_proj
+
+    def mlp_modules(self, layer: Any) -> tuple[nn.Module, ...]:
+        return layer.fc1, layer.fc2, layer.activation_fn
 
     def queries_keys_values(
         self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None
@@ -65,16 +89,17 @@ class OPT(Family):
 
     def mlp(self, layer: Any, h: Tensor, want_output: bool = True) -> Tensor:
         (inner,) = linear_group((layer.fc1,), h)
-        relu = isinstance(layer.activation_fn, nn.ReLU)
+        # In place of what fc1 gave, unless someone else may hold that too.
+        relu = ordinary(layer.activation_fn, "torch.nn.modules.activation.ReLU") and projection(layer.fc1) is not None
         (y,) = linear_group((layer.fc2,), ReLU.apply(inner) if relu else layer.activation_fn(inner), want_output)
         return self._drop(layer, y)
 
     @staticmethod
     def _drop(layer: Any, y: Tensor) -> Tensor:
-        return F.dropout(y, layer.dropout, training=True) if layer.dropout > 0 else y
+        return F.dropout(y, layer.dropout, training=True) if layer.dropout > 0 and layer.training else y
 
     def scale(self, layer: Any) -> float:
         return float(layer.self_attn.scaling)
 
     def dropout(self, lm: Any) -> float:
-        return float(lm.config.dropout)
+        return max(float(layer.dropout) for layer in self.decoder(lm).layers)

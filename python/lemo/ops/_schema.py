@@ -39,5 +39,5 @@ def choice(name: str, value: str, known: dict[str, int]) -> int:
 
 NORMS = {"rms": 0, "layer": 1}
 POOLS = {"mean": 0, "max": 1}
-MODES = {"threshold": 0, "budget": 1, "sample": 2}
+MODES = {"threshold": 0, "budget": 1, "sample": 2, "poisson": 3}
 REDUCTIONS = {"mean": 0, "sum": 1}

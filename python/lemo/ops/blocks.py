@@ -224,16 +224,17 @@ def select_blocks(
 ) -> tuple[Tensor, ...]:
     """Chooses blocks; the list stays on the device, in buffers of capacity nb and T. ``lemo.layout.select`` cuts them.
 
-    scores float32 [nb] (mode "sample": probabilities in (0, 1]). mode "threshold" keeps scores >= threshold; "budget"
-    the min(n, max(floor(keep n + 1/2), forced, 1)) highest of the n blocks of each document, ties to the lower block;
-    "sample" as many by Pareto sampling. The first ``always_first`` and last ``always_last`` blocks of a document are
-    forced.
+    scores float32 [nb] (modes "sample" and "poisson": probabilities in (0, 1]). mode "threshold" keeps scores >=
+    threshold; "budget" the min(n, max(floor(keep n + 1/2), forced, 1)) highest of the n blocks of each document, ties
+    to the lower block; "sample" as many by Pareto sampling; "poisson" every block with its own probability,
+    independently of the others, possibly none. The first ``always_first`` and last ``always_last`` blocks of a document
+    are forced.
 
     Returns, with K kept blocks and M kept tokens: kept int32 [nb] (ascending, -1 from K on), slots int32 [nb] (position
     in kept or -1), row_offsets int32 [nb + 1] (M from K on), cu_seqlens int32 [D + 1], rows int32 [T] and row_slots
-    int32 [T] (-1 from M on), weights float32 [nb] (1/p or 1, 0 from K on), info int32 [4] = (K, M, longest document in
-    packed rows, fault). A fault (1 + first block whose score is not finite, or -1: nothing kept) is a
-    FloatingPointError on the CPU and only this number, with K = M = 0, on CUDA.
+    int32 [T] (-1 from M on), weights float32 [nb] ("poisson": 1/p, else 1; 0 from K on), info int32 [4] = (K, M,
+    longest document in packed rows, fault). A fault (1 + first block whose score is not finite, or -1: nothing kept) is
+    a FloatingPointError on the CPU and only this number, with K = M = 0, on CUDA.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected an integer in [0, 2**64), got {seed}")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo.checkpoint import content_digest
 from lemo.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights
@@ -170,6 +171,7 @@ class PredictorSet:
             "model": self.fingerprint,
             "report": self.report,
         }
+        config["digest"] = content_digest(config)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             _flush(folder / name)
@@ -227,6 +229,13 @@ class PredictorSet:
         return predictors.to(device=device, dtype=dtype)
 
 
+def calibration_digest(folder: str | os.PathLike[str]) -> str:
+    """Hex digest of the content of a calibration folder. Raises CalibrationError where it is not complete."""
+    folder = Path(folder)
+    _read_weights(folder, _read_config(folder))
+    return hashlib.sha256((_digest(folder / CONFIG_NAME) + _digest(folder / WEIGHTS_NAME)).encode()).hexdigest()
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not folder.is_dir():
@@ -235,10 +244,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             hint = f"an interrupted overwrite left the previous one at {folder.with_name(f'.replaced-{folder.name}')}"
         raise CalibrationError(f"calibration folder {folder} does not exist: {hint}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CalibrationError(f"{folder}: {CONFIG_NAME} is missing: not a folder of `lemo calibrate`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} cannot be read ({error}): calibrate again") from None
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
@@ -267,7 +276,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CalibrationError(f"{path}: sizes, thresholds and keep differ in their number of layers: calibrate again")
     if config["norm"] not in NORMS or config["pool"] not in POOLS:
         raise CalibrationError(f"{path}: unknown norm {config['norm']!r} or pool {config['pool']!r}: calibrate again")
+    if not _has_shapes(config["sizes"]) or not all(
+        isinstance(v, number) for v in config["thresholds"] + config["keep"]
+    ):
+        raise CalibrationError(f"{path}: sizes, thresholds or keep hold something else than numbers: calibrate again")
+    if "digest" in config and config["digest"] != content_digest(config):  # absent in calibrations of lemo 0.1.0
+        raise CalibrationError(f"{path} is not what was written (its own digest differs): calibrate again")
     return config
+
+
+def _has_shapes(sizes: list[Any]) -> bool:
+    """Whether every layer has a shape, a list of whole numbers, for every weight."""
+    layers = [layer for layer in sizes if isinstance(layer, list) and len(layer) == len(WEIGHT_NAMES)]
+    shapes = [shape for layer in layers for shape in layer]
+    return len(layers) == len(sizes) and all(isinstance(s, list) and all(isinstance(n, int) for n in s) for s in shapes)
 
 
 def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -291,10 +313,12 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    fields = ours.get("config")
+    fields = fields if isinstance(fields, dict) else {}
     differences = [
-        f"{name}: calibrated for {ours.get('config', {}).get(name)}, the model has {value}"
+        f"{name}: calibrated for {fields.get(name)}, the model has {value}"
         for name, value in theirs["config"].items()
-        if ours.get("config", {}).get(name) != value
+        if fields.get(name) != value
     ]
     if not differences:
         for part in ("embeddings_and_norms", "linear"):  # quantised linear weights have no fingerprint to compare

@@ -1,0 +1,314 @@
+// Valid random arguments of every operation.
+#pragma once
+
+#include <string>
+
+#include "memory.h"
+
+namespace fuzz {
+
+// A packed batch: documents of blocks, and a kept list of some of the blocks.
+struct Packing {
+  int32_t block_size = 1;
+  std::vector<int32_t> offsets{0}, documents{0};
+  std::vector<int32_t> rows, row_slots, cu_seqlens{0};  // of the kept blocks
+  int32_t kept = 0, longest = 0;
+
+  Packing(Random& random, int64_t most_blocks, int64_t largest_block) {
+    block_size = static_cast<int32_t>(random.in(1, largest_block));
+    const int64_t keep = random.in(0, 3);  // of 3
+    for (int64_t d = random.in(1, 3); d > 0; --d) {
+      for (int64_t n = random.in(1, most_blocks); n > 0; --n) {
+        const auto tokens = n > 1 ? block_size : static_cast<int32_t>(random.in(1, block_size));
+        if (random.in(1, 3) <= keep) {
+          for (int32_t i = 0; i < tokens; ++i) rows.push_back(offsets.back() + i), row_slots.push_back(kept);
+          ++kept;
+        }
+        offsets.push_back(offsets.back() + tokens);
+      }
+      documents.push_back(static_cast<int32_t>(offsets.size()) - 1);
+      longest = std::max(longest, static_cast<int32_t>(rows.size()) - cu_seqlens.back());
+      cu_seqlens.push_back(static_cast<int32_t>(rows.size()));
+    }
+  }
+  int64_t tokens() const { return offsets.back(); }
+  int64_t num_blocks() const { return static_cast<int64_t>(offsets.size()) - 1; }
+
+  lemo_blocks blocks(Memory& memory) const {
+    lemo_blocks out = {};
+    out.offsets = memory.ints(offsets);
+    out.documents = memory.ints(documents);
+    out.block_size = block_size;
+    return out;
+  }
+  // Rows with padding at the end.
+  void pad(Random& random) {
+    for (int64_t n = random.in(0, 4); n > 0; --n) rows.push_back(-1), row_slots.push_back(-1);
+  }
+};
+
+template <class Args>
+struct Operation;
+
+#define FUZZ_OPERATION(op, size, ...)                                                                             \
+  template <>                                                                                                     \
+  struct Operation<lemo_##op##_args> {                                                                            \
+    static constexpr const char* name = #op;                                                                      \
+    static lemo_status run(const lemo_exec* exec, const lemo_##op##_args* args) { return lemo_##op(exec, args); } \
+    static lemo_status workspace(const lemo_exec* exec, const lemo_##op##_args* args, uint64_t* bytes) {          \
+      (void)exec, (void)args, (void)bytes;                                                                        \
+      return size;                                                                                                \
+    }                                                                                                             \
+    static bool writes(const std::string& field) {                                                                \
+      for (const char* output : {__VA_ARGS__}) {                                                                  \
+        if (field == output) return true;                                                                         \
+      }                                                                                                           \
+      return false;                                                                                               \
+    }                                                                                                             \
+  };
+FUZZ_OPERATION(gather, (*bytes = 0, LEMO_OK), "out")
+FUZZ_OPERATION(scatter_add, (*bytes = 0, LEMO_OK), "x")
+FUZZ_OPERATION(gather_norm, (*bytes = 0, LEMO_OK), "y", "packed", "mean", "rstd")
+FUZZ_OPERATION(gather_norm_backward, lemo_gather_norm_backward_workspace(exec, args, bytes), "dx", "dweight", "dbias")
+FUZZ_OPERATION(select, lemo_select_workspace(exec, args, bytes), "kept", "slots", "row_offsets", "cu_seqlens", "rows",
+               "row_slots", "weights", "info")
+FUZZ_OPERATION(scores, lemo_scores_workspace(exec, args, bytes), "scores", "map")
+FUZZ_OPERATION(predict, lemo_predict_workspace(exec, args, bytes), "scores", "queries", "keys")
+FUZZ_OPERATION(attention_forward, lemo_attention_forward_workspace(exec, args, bytes), "out", "lse")
+FUZZ_OPERATION(attention_backward, lemo_attention_backward_workspace(exec, args, bytes), "dq", "dk", "dv")
+FUZZ_OPERATION(linear_cross_entropy, lemo_linear_cross_entropy_workspace(exec, args, bytes), "loss", "valid", "dhidden",
+               "dweight", "dbias", "dlora_a", "dlora_b")
+#undef FUZZ_OPERATION
+
+inline void fill(Random& random, Memory& m, lemo_gather_args& a) {
+  Packing p(random, 5, 6);
+  const int64_t d = random.in(0, 40);
+  p.pad(random);
+  a.x = m.floats({p.tokens(), d});
+  const bool identity = random.once_in(4);
+  const int64_t count = identity ? p.tokens() : static_cast<int64_t>(p.rows.size());
+  if (!identity) a.rows = m.ints(p.rows);
+  if (!identity && p.kept > 0 && random.once_in(2)) {
+    a.weights = m.tensor(LEMO_F32, {p.kept}, false);
+    a.slots = m.ints(p.row_slots);
+  }
+  a.out = m.floats({count, d});
+}
+
+inline void fill(Random& random, Memory& m, lemo_scatter_add_args& a) {
+  Packing p(random, 5, 6);
+  const int64_t d = random.in(0, 40);
+  p.pad(random);
+  a.x = m.floats({p.tokens(), d});
+  const bool identity = random.once_in(4);
+  const int64_t count = identity ? p.tokens() : static_cast<int64_t>(p.rows.size());
+  if (!identity) a.rows = m.ints(p.rows);
+  a.y = m.floats({count, d});
+  if (random.once_in(2)) a.base = m.floats({count, d});
+}
+
+inline void fill(Random& random, Memory& m, lemo_gather_norm_args& a) {
+  Packing p(random, 5, 20);
+  const int64_t d = random.in(1, 40);
+  p.pad(random);
+  a.x = m.floats({p.tokens(), d});
+  const bool identity = random.once_in(4);
+  const int64_t count = identity ? p.tokens() : static_cast<int64_t>(p.rows.size());
+  if (!identity) a.rows = m.ints(p.rows);
+  if (random.once_in(2)) a.residual = m.floats({count, d});
+  if (random.once_in(2)) a.weight = m.floats({d});
+  if (a.weight.ndim != 0 && random.once_in(2)) a.bias = m.floats({d});
+  a.norm = static_cast<int32_t>(random.in(0, 1));
+  a.eps = 1e-3f;
+  a.y = m.floats({count, d});
+  if (random.once_in(2)) a.packed = m.floats({count, d});
+  if (random.once_in(2)) a.mean = m.floats({count});
+  if (random.once_in(2)) a.rstd = m.floats({count});
+}
+
+inline void fill(Random& random, Memory& m, lemo_gather_norm_backward_args& a) {
+  Packing p(random, 5, 20);
+  const int64_t d = random.in(1, 40);
+  p.pad(random);
+  const bool identity = random.once_in(4);
+  const int64_t count = identity ? p.tokens() : static_cast<int64_t>(p.rows.size());
+  a.dy = m.floats({count, d});
+  a.s = m.floats({count, d});
+  if (random.once_in(2)) a.weight = m.floats({d});
+  if (random.once_in(2)) a.ds_extra = m.floats({count, d});
+  if (!identity) a.rows = m.ints(p.rows);
+  a.norm = static_cast<int32_t>(random.in(0, 1));
+  a.eps = 1e-3f;
+  a.accumulate = static_cast<int32_t>(random.in(0, 1));
+  a.dx = m.floats({p.tokens(), d});
+  if (random.once_in(2)) a.dweight = m.floats({d});
+  if (random.once_in(2)) a.dbias = m.floats({d});
+}
+
+inline void fill(Random& random, Memory& m, lemo_select_args& a) {
+  const Packing p(random, 8, 6);
+  const int64_t n = p.num_blocks();
+  std::vector<float> scores;
+  for (int64_t i = 0; i < n; ++i) scores.push_back(static_cast<float>(random.in(1, 1000)) / 1000.0f);
+  a.scores = m.list(LEMO_F32, scores);
+  a.blocks = p.blocks(m);
+  a.mode = static_cast<int32_t>(random.in(LEMO_SELECT_THRESHOLD, LEMO_SELECT_SAMPLE));
+  a.keep = static_cast<float>(random.in(1, 10)) / 10.0f;
+  a.threshold = 0.0f;
+  a.always_first = static_cast<int32_t>(random.in(0, 2));
+  a.always_last = static_cast<int32_t>(random.in(0, 2));
+  a.seed = static_cast<uint64_t>(random.in(0, 1 << 30));
+  a.kept = m.tensor(LEMO_I32, {n});
+  a.slots = m.tensor(LEMO_I32, {n});
+  a.row_offsets = m.tensor(LEMO_I32, {n + 1});
+  a.cu_seqlens = m.tensor(LEMO_I32, {static_cast<int64_t>(p.documents.size())});
+  a.rows = m.tensor(LEMO_I32, {p.tokens()});
+  a.row_slots = m.tensor(LEMO_I32, {p.tokens()});
+  a.weights = m.floats({n});
+  a.info = m.tensor(LEMO_I32, {4});
+}
+
+inline void fill(Random& random, Memory& m, lemo_scores_args& a) {
+  const Packing p(random, 6, random.once_in(4) ? 70 : 6);
+  const int64_t key_heads = random.in(1, 3), d = random.in(0, 20), n = p.num_blocks();
+  a.q = m.floats({p.tokens(), key_heads * random.in(1, 3), d});
+  a.k = m.floats({p.tokens(), key_heads, d});
+  a.blocks = p.blocks(m);
+  a.scale = random.number();
+  a.normalize = static_cast<int32_t>(random.in(0, 1));
+  a.scores = m.floats({n});
+  if (random.once_in(2)) a.map = m.floats({n, n});
+}
+
+inline void fill(Random& random, Memory& m, lemo_predict_args& a) {
+  const Packing p(random, 8, random.once_in(4) ? 70 : 6);
+  const int64_t d = random.in(1, 40), c = random.in(0, 20), n = p.num_blocks();
+  a.x = m.floats({p.tokens(), d});
+  const auto network = [&](lemo_tensor& w1, lemo_tensor& w2, lemo_tensor& w3) {
+    const int64_t r = random.in(0, 40), s = random.in(0, 20);
+    w1 = m.floats({r, d});
+    w2 = m.floats({s, r});
+    w3 = m.floats({c, s});
+  };
+  network(a.wq1, a.wq2, a.wq3);
+  network(a.wk1, a.wk2, a.wk3);
+  a.blocks = p.blocks(m);
+  a.norm = static_cast<int32_t>(random.in(0, 1));
+  a.pool = static_cast<int32_t>(random.in(0, 1));
+  a.eps = 1e-3f;
+  a.normalize = static_cast<int32_t>(random.in(0, 1));
+  a.scores = m.floats({n});
+  if (random.once_in(2)) a.queries = m.floats({n, c});
+  if (random.once_in(2)) a.keys = m.floats({n, c});
+}
+
+// What both passes of attention share.
+struct Attention {
+  Packing packing;
+  bool packed;  // without a list of rows
+  int64_t key_heads, query_heads, d, storage, capacity;
+  lemo_tensor cu_seqlens, rows{}, tile_offsets{}, tiles{};
+
+  Attention(Random& random, Memory& m, bool transposed) : packing(random, 4, random.once_in(4) ? 200 : 20) {
+    packed = random.once_in(3);
+    key_heads = random.in(1, 2);
+    query_heads = key_heads * random.in(1, 2);
+    d = random.in(1, 24);
+    const auto count = static_cast<int64_t>(packing.rows.size());
+    if (!packed) packing.pad(random);
+    storage = packed ? count + random.in(0, 3) : packing.tokens();
+    capacity = packed ? storage : static_cast<int64_t>(packing.rows.size());
+    cu_seqlens = m.ints(packing.cu_seqlens);
+    if (!packed) rows = m.ints(packing.rows);
+    if (random.once_in(2)) lists(random, m, transposed);
+  }
+
+  void lists(Random& random, Memory& m, bool transposed) {
+    const auto documents = static_cast<int64_t>(packing.cu_seqlens.size()) - 1;
+    const int64_t slots = capacity / LEMO_TILE_ROWS + documents;
+    std::vector<int32_t> offsets, entries;
+    int64_t next = 0;
+    for (int64_t d = 0; d < documents; ++d) {
+      const int32_t begin = packing.cu_seqlens[static_cast<size_t>(d)];
+      const int32_t length = packing.cu_seqlens[static_cast<size_t>(d + 1)] - begin;
+      const int64_t first = begin / LEMO_TILE_ROWS + d, count = (length + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS;
+      for (; next < first; ++next) offsets.push_back(static_cast<int32_t>(entries.size()));
+      for (int64_t tile = 0; tile < count; ++tile, ++next) {
+        offsets.push_back(static_cast<int32_t>(entries.size()));
+        for (int64_t other = transposed ? tile + 1 : 0; other < (transposed ? count : tile); ++other) {
+          if (random.once_in(2)) entries.push_back(static_cast<int32_t>(other));
+        }
+      }
+    }
+    for (; next <= slots; ++next) offsets.push_back(static_cast<int32_t>(entries.size()));
+    tile_offsets = m.ints(offsets);
+    tiles = m.ints(entries);
+  }
+};
+
+inline void fill(Random& random, Memory& m, lemo_attention_forward_args& a) {
+  const Attention t(random, m, false);
+  a.q = m.floats({t.storage, t.query_heads, t.d});
+  a.k = m.floats({t.storage, t.key_heads, t.d});
+  a.v = m.floats({t.storage, t.key_heads, t.d});
+  a.cu_seqlens = t.cu_seqlens;
+  a.rows = t.rows;
+  a.max_seqlen = t.packing.longest;
+  a.scale = random.number();
+  a.out = m.floats({t.storage, t.query_heads, t.d});
+  a.lse = m.floats({t.query_heads, t.capacity});
+  a.tile_offsets = t.tile_offsets;
+  a.tiles = t.tiles;
+}
+
+inline void fill(Random& random, Memory& m, lemo_attention_backward_args& a) {
+  const Attention t(random, m, true);
+  a.dout = m.floats({t.storage, t.query_heads, t.d});
+  a.q = m.floats({t.storage, t.query_heads, t.d});
+  a.k = m.floats({t.storage, t.key_heads, t.d});
+  a.v = m.floats({t.storage, t.key_heads, t.d});
+  a.out = m.floats({t.storage, t.query_heads, t.d});
+  a.lse = m.floats({t.query_heads, t.capacity});
+  a.cu_seqlens = t.cu_seqlens;
+  a.rows = t.rows;
+  if (!t.packed && random.once_in(2)) {
+    a.key_weights = m.tensor(LEMO_F32, {t.packing.kept}, false);
+    a.row_slots = m.ints(t.packing.row_slots);
+  }
+  a.max_seqlen = t.packing.longest;
+  a.scale = 0.1f;
+  a.dq = m.floats({t.storage, t.query_heads, t.d});
+  a.dk = m.floats({t.storage, t.key_heads, t.d});
+  a.dv = m.floats({t.storage, t.key_heads, t.d});
+  a.tile_offsets = t.tile_offsets;
+  a.tiles = t.tiles;
+}
+
+inline void fill(Random& random, Memory& m, lemo_linear_cross_entropy_args& a) {
+  const int64_t n = random.in(0, 30), d = random.in(0, 40), v = random.in(1, 150), r = random.in(0, 5);
+  std::vector<int64_t> targets;
+  for (int64_t i = 0; i < n; ++i) targets.push_back(random.once_in(3) ? -100 : random.in(0, v - 1));
+  a.hidden = m.floats({n, d});
+  a.weight = m.floats({v, d});
+  if (random.once_in(2)) a.bias = m.floats({v});
+  const bool lora = random.once_in(2);
+  if (lora) {
+    a.lora_a = m.floats({r, d});
+    a.lora_b = m.floats({v, r});
+    a.lora_scale = random.number();
+  }
+  a.targets = m.list(LEMO_I64, targets);
+  a.ignore_index = -100;
+  a.softcap = random.once_in(2) ? 4.0f : 0.0f;
+  a.reduction = static_cast<int32_t>(random.in(0, 1));
+  a.segment_rows = static_cast<int32_t>(random.in(0, 10));
+  a.loss = m.floats({1});
+  a.valid = m.tensor(LEMO_I64, {1});
+  if (random.once_in(2)) a.dhidden = random.once_in(4) ? a.hidden : m.floats({n, d});
+  if (random.once_in(2)) a.dweight = m.floats({v, d});
+  if (random.once_in(2)) a.dbias = m.floats({v});
+  if (lora && random.once_in(2)) a.dlora_a = m.floats({r, d});
+  if (lora && random.once_in(2)) a.dlora_b = m.floats({v, r});
+}
+
+}  // namespace fuzz

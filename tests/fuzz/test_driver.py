@@ -1,0 +1,32 @@
+"""A short run of the fuzz driver with fixed seeds; `make fuzz` goes on for as long as it is told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+BUILD = Path(os.environ.get("LEMO_TEST_BUILD_DIR", HERE.parents[1] / "build")) / "fuzz"
+
+
+@pytest.fixture(scope="module")
+def driver() -> Path:
+    """Built with the address and undefined-behaviour sanitizers, and kept between test runs."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    for command in (["-S", HERE, "-B", BUILD, *generator], ["--build", BUILD, "--parallel", "2"]):
+        done = subprocess.run(["cmake", *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return BUILD / "fuzz"
+
+
+def test_random_calls_of_the_c_interface(driver: Path) -> None:
+    done = subprocess.run([driver, "1", "2000"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Every operation was accepted, refused, and short of memory.
+    lines = [line for line in done.stdout.splitlines() if "invalid argument" in line]
+    assert len(lines) == 10
+    assert all("ok" in line and "backend error" in line for line in lines)
