@@ -31,7 +31,7 @@ from .packing import Packed, pack
 from .participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
-from .reference import Passes, adapters_disabled
+from .reference import Pass, Passes, adapters_disabled
 from .replay import Draw, Draws, under_checkpoint
 from .schedule import LemoCallback, Schedule
 from .trainers import refuse_comparisons, running_trainer, skips_tokens
@@ -244,10 +244,7 @@ class Controller:
         params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         batch = ids if embeddings is None else embeddings
         assert batch is not None
-        earlier = self._passes.find(batch, packed.blocks) if self.referring else None
-        draw, again = Draw(self.step_index, self.micro_batch), earlier is not None
-        if earlier is None:
-            draw, again = self._draws.next(draw, not skips_tokens(self.phase))
+        draw, again, earlier = self._which_pass(batch, packed)
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
         random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
@@ -275,15 +272,7 @@ class Controller:
         def choose(i: int, rows: Tensor) -> tuple[Kept | None, Kept | None]:
             if earlier is not None:
                 return earlier.kept(i, packed.blocks)
-            if policy is None or (self.config.layers is not None and i not in self.config.layers):
-                kept: tuple[Kept | None, Kept | None] = (everything, everything)
-            else:
-                shared, mlp = policy.choose(i, rows)
-                # One object for all that keep everything, so that its tensors exist once; but a weighted draw of
-                # everything still has its weights.
-                shared_all = shared is not None and shared.is_everything and not phase.weighted
-                mlp_all = mlp is not None and mlp.is_everything and not phase.weighted
-                kept = (everything if shared_all else shared, everything if mlp_all else mlp)
+            kept = self._choose(policy, phase, everything, i, rows)
             for ratios, part in zip(kept_ratios, kept, strict=True):
                 ratios.append(0.0 if part is None else part.num_blocks / packed.blocks.num_blocks)
                 took_part.add(part)
@@ -310,6 +299,25 @@ class Controller:
             part=took_part,
         )
         return Stack.apply(x, step, *params), step
+
+    def _which_pass(self, batch: Tensor, packed: Packed) -> tuple[Draw, bool, Pass | None]:
+        """The draw of a pass; whether an earlier pass had it; that pass, where its very lists are to be repeated."""
+        draw = Draw(self.step_index, self.micro_batch)
+        if self.referring:
+            return draw, True, self._passes.find(batch, packed.blocks)
+        return *self._draws.next(draw, not skips_tokens(self.phase)), None
+
+    def _choose(
+        self, policy: Policy | None, phase: Phase, everything: Kept, layer: int, rows: Tensor
+    ) -> tuple[Kept | None, Kept | None]:
+        if policy is None or (self.config.layers is not None and layer not in self.config.layers):
+            return everything, everything
+        shared, mlp = policy.choose(layer, rows)
+        # One object for all that keep everything, so that its tensors exist once; but a weighted draw of everything
+        # still has its weights.
+        shared_all = shared is not None and shared.is_everything and not phase.weighted
+        mlp_all = mlp is not None and mlp.is_everything and not phase.weighted
+        return everything if shared_all else shared, everything if mlp_all else mlp
 
     def _required(self, packed: Packed, phase: Phase, labelled: Tensor | None) -> Tensor | None:
         """Blocks that mode "skip" has to keep for their labels, bool [nb], or None."""

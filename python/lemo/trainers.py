@@ -6,6 +6,7 @@ the callback (the trainer also of the model's forward pass), so they are looked 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,22 +15,25 @@ from .config import Phase
 
 
 def _callers() -> Iterator[Any]:
-    """The objects whose methods, as transformers or TRL define them, are being executed; the innermost first."""
-    frame = sys._getframe(1)
+    """The objects of transformers and TRL whose methods are being executed, the innermost first."""
+    frame: Any = sys._getframe(1)
     while frame is not None:
-        # A look at a frame's locals keeps them alive until it ends: only libraries' frames are looked at.
-        if str(frame.f_globals.get("__name__")).startswith(("transformers.", "trl.")):
-            owner = frame.f_locals.get("self")
-            if owner is not None:
-                yield owner
-        frame = frame.f_back  # type: ignore[assignment]
+        code = frame.f_code
+        library = str(frame.f_globals.get("__name__", "")).startswith(("transformers.trainer", "trl."))
+        if library and code.co_varnames[:1] == ("self",) and code.co_flags & inspect.CO_OPTIMIZED:
+            variables = frame.f_locals
+            yield variables.get("self")
+            if sys.version_info < (3, 13):
+                variables.clear()  # a copy, which the frame would hold on to with everything in it
+        frame = frame.f_back
 
 
 def running_trainer() -> Any | None:
     """The transformers Trainer that this code runs under, or None."""
     from transformers import Trainer
 
-    return next((owner for owner in _callers() if isinstance(owner, Trainer)), None)
+    callers = list(_callers())
+    return next((owner for owner in callers if isinstance(owner, Trainer)), None)
 
 
 def go_first(callback: Any) -> None:
@@ -38,7 +42,7 @@ def go_first(callback: Any) -> None:
     Reporters (TensorBoard and others) stand before the callbacks a user gives, and would write a step's logs down
     before those have added to them.
     """
-    for owner in _callers():
+    for owner in list(_callers()):
         callbacks = getattr(owner, "callbacks", None)
         if isinstance(callbacks, list) and any(c is callback for c in callbacks):
             if callbacks[0] is not callback:

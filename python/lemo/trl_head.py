@@ -201,7 +201,7 @@ def fused_output(
     packed: Packed,
     run: Callable[[Tensor], tuple[Tensor, Step]],
 ) -> Any:
-    """TRL's FusedCausalLMOutput for one training call. run: the layers, given which tokens have a target."""
+    """TRL's FusedCausalLMOutput for one training call. run: gets which tokens have a target, bool [T]."""
     labels, shifted = named.get("labels"), named.get("shift_labels")
     given = labels if shifted is None else shifted
     if given is None or tuple(given.shape) != packed.shape:

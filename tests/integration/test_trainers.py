@@ -1,11 +1,13 @@
 """Under transformers' Trainer and in a loop of one's own: what was not run is said, and numbers reach reporters."""
 
 import logging
+import weakref
 
 import lemo
 import pytest
 import torch
 import transformers
+from lemo.trainers import running_trainer
 from models import ATTENTION, VOCAB, base, batch, gradients, lora, tuned
 
 SKIP = [lemo.Phase("skip", keep=0.5, policy="update_norm")]
@@ -19,8 +21,8 @@ def trainer(model, folder, callbacks, **options):
     torch.manual_seed(0)
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (8, 24)).tolist()]
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, **{"logging_steps": 1, "report_to": [], **options},
+        output_dir=str(folder), per_device_train_batch_size=2, save_strategy="no", use_cpu=True,
+        disable_tqdm=True, **{"max_steps": 2, "logging_steps": 1, "report_to": [], **options},
     )  # fmt: skip
     return transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
 
@@ -74,6 +76,17 @@ def test_tensorboard(tmp_path):
     events.Reload()
     assert {"train/lemo_kept", "train/lemo_phase"} <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("train/lemo_phase")] == [0, 0]
+
+
+def test_looking_for_the_trainer_holds_nothing():
+    """Asking a running function for its variables makes a copy of them, which lives as long as the function runs."""
+    space = {"__name__": "transformers.trainer", "weakref": weakref, "look": running_trainer, "new": torch.nn.Identity}
+    lines = ("found, batch = look(), new()", "look()", "ref = weakref.ref(batch)", "del batch", "return found, ref()")
+    loop = "\n ".join(("def loop(self):", *lines))
+    exec(loop, space)
+    running = transformers.Trainer.__new__(transformers.Trainer)
+    assert space["loop"](running) == (running, None)
+    assert running_trainer() is None
 
 
 # --- where lemo did not run -------------------------------------------------------------------------------------------
