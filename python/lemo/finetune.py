@@ -219,6 +219,8 @@ class _Run:
             "phase": {"index": report["phase"], **{k: report[k] for k in ("mode", "keep", "policy")}},
             "kept": [round(r, 4) for r in report["kept"]],
         }
+        if report["loss_tokens"] is not None:
+            record["loss_tokens"] = report["loss_tokens"]
         if report["mlp_kept"] != report["kept"]:
             record["mlp_kept"] = [round(r, 4) for r in report["mlp_kept"]]
         return record

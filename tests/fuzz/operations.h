@@ -152,7 +152,7 @@ inline void fill(Random& random, Memory& m, lemo_select_args& a) {
   for (int64_t i = 0; i < n; ++i) scores.push_back(static_cast<float>(random.in(1, 1000)) / 1000.0f);
   a.scores = m.list(LEMO_F32, scores);
   a.blocks = p.blocks(m);
-  a.mode = static_cast<int32_t>(random.in(LEMO_SELECT_THRESHOLD, LEMO_SELECT_SAMPLE));
+  a.mode = static_cast<int32_t>(random.in(LEMO_SELECT_THRESHOLD, LEMO_SELECT_POISSON));
   a.keep = static_cast<float>(random.in(1, 10)) / 10.0f;
   a.threshold = 0.0f;
   a.always_first = static_cast<int32_t>(random.in(0, 2));

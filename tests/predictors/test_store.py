@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BLOCK, HIDDEN, LAYERS, build
 from lemo.layout import Blocks
 from lemo.predictors import CalibrationError, PredictorNetwork, PredictorSet, model_fingerprint
 from lemo.predictors import store as store_module
+from tiny import BLOCK, HIDDEN, LAYERS, build
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import BLOCK, HIDDEN, LAYERS, build
 from lemo import ops
 from lemo.layout import Blocks
 from lemo.predictors import calibrate, evaluate_recall, format_report
@@ -16,6 +15,7 @@ from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.teacher import Teacher, documents
 from lemo.predictors.thresholds import search_thresholds
 from lemo.predictors.train import score_loss
+from tiny import BLOCK, HIDDEN, LAYERS, build
 
 SETTINGS = {"block_size": BLOCK, "steps": 100, "rank": 16, "features": 8, "progress": False, "max_documents": 32}
 

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from texts import WORDS, make_text
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "engine")]
-
-SENTENCE = "the block of tokens keeps its own place while every other layer may leave it out and come back later"
-WORDS = SENTENCE.split(" ")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,12 +76,6 @@ def run_script(tmp_path_factory: pytest.TempPathFactory):
     yield run
     server.kill()
     server.wait()
-
-
-def make_text(seed: int, words: int) -> str:
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(WORDS), (words,), generator=generator).tolist()
-    return " ".join(WORDS[i] for i in picks) + "."
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCE, make_text
 from lemo.cli import main
+from texts import SENTENCE, make_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} . {% endfor %}"
