@@ -107,7 +107,8 @@ def value(v: object) -> Callable[[object], object]:
 def change_config(folder: Path, **values: object) -> None:
     path = folder / "lemo_config.json"
     config = json.loads(path.read_text()) | values
-    config.pop("digest")  # as in calibrations that have none: the value itself is checked
+    if config.get("digest") is None:  # as in calibrations that have none: the value itself is checked
+        config.pop("digest", None)
     path.write_text(json.dumps(config))
 
 
@@ -385,7 +386,7 @@ DAMAGE = [
     ("no block size", lambda f: change_config(f, block_size=None), "block_size is missing"),
     ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
     ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),
-    ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * 2), "layers.0.wq1: expected shape"),
+    ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * 2, digest=None), "layers.0.wq1: expected shape"),
     ("no shapes", lambda f: change_config(f, sizes=[[1] * 6] * 2), "something else than numbers"),
     ("other thresholds", lambda f: change_config(f, thresholds=[0.1, 0.2]), "its own digest differs"),
 ]
