@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import ops, trl_head
 from .checks import check_modules, check_randomness, loose_modules, trained_parameters
+from .checks_peft import check_adapters, check_device, check_weights
 from .config import LemoConfig, Phase
 from .engine import Stack, Step
 from .families import UnsupportedModelError, find
@@ -237,10 +238,10 @@ class Controller:
         labelled: bool [T], tokens that have a target; None where that is unknown.
         """
         family, decoder = self.family, self.family.decoder(self.model)
-        check_modules(family, self.model)
-        if self.micro_batch == 0 and "trl" in sys.modules:
-            refuse_comparisons((self.phase,), running_trainer())
         layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
+        if self.micro_batch == 0:
+            self._check_surroundings(layers, ids if embeddings is None else embeddings)
+        check_modules(family, self.model)
         params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         batch = ids if embeddings is None else embeddings
         assert batch is not None
@@ -301,6 +302,15 @@ class Controller:
             part=took_part,
         )
         return Stack.apply(x, step, *params), step
+
+    def _check_surroundings(self, layers: list[nn.Module], batch: Tensor | None) -> None:
+        """What may have changed since `lemo.apply`: who trains, adapters, how weights are spread."""
+        if "trl" in sys.modules:
+            refuse_comparisons((self.phase,), running_trainer())
+        check_adapters(self.model)
+        if batch is not None:
+            check_device(batch, self.model.get_input_embeddings().weight.device)
+        check_weights(layers)
 
     def _which_pass(self, batch: Tensor, packed: Packed) -> tuple[Draw, bool, Pass | None]:
         """The draw of a pass; whether an earlier pass had it; that pass, where its very lists are to be repeated."""
@@ -410,7 +420,10 @@ def _check_arguments(named: dict[str, Any]) -> None:
         if named.get(name):
             raise ValueError(f"{name}=True is not available in training with lemo: call model.eval() or lemo.remove")
     if named.get("past_key_values") is not None:
-        raise ValueError("past_key_values is not available in training with lemo: call model.eval() to generate")
+        raise ValueError(
+            "past_key_values is not available in training with lemo: call model.eval() to generate; adapters that "
+            "train them (prefix tuning, cartridges) are not supported"
+        )
     if (named.get("input_ids") is None) == (named.get("inputs_embeds") is None):
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
 
@@ -510,9 +523,11 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
         raise ValueError(f"config must be a lemo.LemoConfig; got {type(config).__name__}")
     _check_version()
     family, inner = find(model)
-    check_modules(family, inner)
+    check_adapters(model)
     shape: Any = inner.config
     layers = family.layers(family.decoder(inner))[: shape.num_hidden_layers]
+    check_weights(layers)
+    check_modules(family, inner)
     trained_parameters(family, layers)
     check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if controller_of(inner) is not None:
@@ -521,7 +536,10 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     devices = {p.device for p in decoder.parameters()}
     if len(devices) > 1:
         names = ", ".join(sorted(str(d) for d in devices))
-        raise UnsupportedModelError(f"lemo needs the whole model on one device; its weights are on {names}")
+        raise UnsupportedModelError(
+            f"lemo needs the whole model on one device; its weights are on {names}: load it without a device_map, or "
+            'with device_map={"": 0}'
+        )
     count = len(family.layers(decoder))
     outside = [i for i in config.layers or () if not 0 <= i < count]
     if outside:

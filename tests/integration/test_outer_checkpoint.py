@@ -5,7 +5,7 @@ import contextlib
 import lemo
 import pytest
 import torch
-from models import VOCAB, assert_close, base, gradients, tuned
+from models import VOCAB, assert_close, base, tuned
 from torch.utils.checkpoint import checkpoint
 
 PHASES = {
@@ -168,15 +168,3 @@ def test_full_fine_tuning():
     expected = collect(model, lambda: loss(model, ids).backward())
     controller.seek(0)
     assert_close(collect(model, lambda: checkpointed(model, ids).backward()), expected)
-
-
-def test_hooks_on_the_embedding_see_the_batch():
-    for family in ("llama", "opt"):
-        model, (ids,) = tuned(family), batches(1)
-        shapes = []
-        model.get_input_embeddings().register_forward_hook(lambda _m, i, o, s=shapes: s.append((i[0].shape, o.shape)))
-        mask = torch.ones_like(ids)
-        mask[1, 20:] = 0
-        apply(model, "dense")
-        gradients(model, {"input_ids": ids, "labels": ids, "attention_mask": mask})
-        assert shapes == [((2, 48), (2, 48, 32))]

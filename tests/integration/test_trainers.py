@@ -161,6 +161,38 @@ def test_mixed_precision_training_twice(tmp_path):
     assert model.eval()(**batch("plain")).logits.shape == (3, 37, VOCAB)
 
 
+# --- hooks on the embedding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_hooks_on_the_embedding_see_the_batch(family):
+    model, inputs = tuned(family), batch("right")
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(lambda _, i, o: shapes.append((*i[0].shape, *o.shape)))
+    lemo.apply(model, settings())
+    gradients(model, inputs)
+    assert shapes == [(3, 37, 3, 37, 32)]
+
+
+def test_neftune_noise_has_the_size_of_plain_training(tmp_path):
+    """Uniform up to alpha / sqrt(length of a row * width)."""
+    model = tuned("llama")
+    controller = lemo.apply(model, settings())
+    noise = []
+
+    def watch(module, inputs, output):
+        noise.append((output - torch.nn.functional.embedding(inputs[0], module.weight)).abs().max().item())
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # NEFTune's own hook is there by now
+            model.get_input_embeddings().register_forward_hook(watch)
+
+    trainer(model, tmp_path, [controller.callback(), Watch()], neftune_noise_alpha=5.0).train()
+    limit = 5.0 / (24 * 32) ** 0.5
+    assert len(noise) == 2
+    assert all(0.95 * limit < value <= 1.0001 * limit for value in noise)
+
+
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
