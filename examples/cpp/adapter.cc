@@ -124,10 +124,7 @@ void Adapter::upload() {
 }
 
 void Adapter::zero_gradients() {
-  for (const Matrix& matrix : matrices_) {
-    const std::vector<float> zeros(matrix.value.size());
-    backend_.upload(matrix.gradient, zeros.data());
-  }
+  for (const Matrix& matrix : matrices_) backend_.zero(matrix.gradient);
 }
 
 double Adapter::step(const AdamW& settings) {

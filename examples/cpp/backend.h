@@ -56,7 +56,9 @@ class Backend {
   virtual void upload(const lemo_tensor& to, const void* from) = 0;
   virtual void download(void* to, const lemo_tensor& from) = 0;
 
-  // The same with floats on the host, whatever the tensor's dtype.
+  virtual void zero(const lemo_tensor& tensor) = 0;
+
+  // Uploads and downloads with floats on the host, whatever the tensor's dtype.
   void upload_floats(const lemo_tensor& to, const float* from);
   std::vector<float> download_floats(const lemo_tensor& from);
 
@@ -103,7 +105,8 @@ std::unique_ptr<Backend> make_cpu_backend(int threads);
 // Throws Error where the program was built without CUDA, or liblemo was, or there is no GPU.
 std::unique_ptr<Backend> make_cuda_backend();
 
-// ---- workspaces of liblemo's operations; nullptr where an operation needs none ---------------------------------------
+// ---- workspaces of liblemo's operations; nullptr where an operation needs none
+// ---------------------------------------
 
 constexpr std::nullptr_t workspace_of(const lemo_gather_args*) { return nullptr; }
 constexpr std::nullptr_t workspace_of(const lemo_scatter_add_args*) { return nullptr; }

@@ -26,6 +26,8 @@ class CpuBackend final : public Backend {
   void upload(const lemo_tensor& to, const void* from) override { std::memcpy(to.data, from, bytes(to)); }
   void download(void* to, const lemo_tensor& from) override { std::memcpy(to, from.data, bytes(from)); }
 
+  void zero(const lemo_tensor& tensor) override { std::memset(tensor.data, 0, bytes(tensor)); }
+
   void matmul(const lemo_tensor& out, float alpha, const lemo_tensor& a, Op op_a, const lemo_tensor& b, Op op_b,
               float beta) override {
     const int64_t k = op_a == Op::kPlain ? a.shape[1] : a.shape[0];

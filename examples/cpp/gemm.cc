@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -11,6 +12,11 @@ namespace {
 // The micro-kernel keeps a kPanelA x kPanelB piece of C in registers: 12 of 16 with AVX2.
 constexpr int64_t kPanelA = 6;
 constexpr int64_t kPanelB = 16;
+
+// A vector type of GCC and Clang, as wide as AVX2's registers: the sums stay in them. Plain loops over an array do not
+// get that from every compiler, and are ten times slower where they do not.
+constexpr int64_t kLanes = 8;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
 // A tile of C is one piece of work. Its panels of A and B (96 and 192 KiB) stay in the second-level cache.
 constexpr int64_t kTileRows = 96;
@@ -36,14 +42,23 @@ void pack(const float* from, int64_t line, int64_t step, int64_t lines, int64_t 
 
 // c [kPanelA, kPanelB] += a b; c has rows of kTileColumns.
 void micro_kernel(const float* __restrict a, const float* __restrict b, int64_t depth, float* __restrict c) {
-  float sum[kPanelA][kPanelB] = {};
+  Lanes low[kPanelA] = {};   // columns 0 to 7
+  Lanes high[kPanelA] = {};  // columns 8 to 15
   for (int64_t p = 0; p < depth; ++p) {
+    Lanes line[2];
+    std::memcpy(line, b + p * kPanelB, sizeof line);
+#pragma GCC unroll 6
     for (int64_t i = 0; i < kPanelA; ++i) {
-      for (int64_t j = 0; j < kPanelB; ++j) sum[i][j] += a[p * kPanelA + i] * b[p * kPanelB + j];
+      low[i] += a[p * kPanelA + i] * line[0];
+      high[i] += a[p * kPanelA + i] * line[1];
     }
   }
+#pragma GCC unroll 6
   for (int64_t i = 0; i < kPanelA; ++i) {
-    for (int64_t j = 0; j < kPanelB; ++j) c[i * kTileColumns + j] += sum[i][j];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      c[i * kTileColumns + j] += low[i][j];
+      c[i * kTileColumns + kLanes + j] += high[i][j];
+    }
   }
 }
 

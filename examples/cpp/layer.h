@@ -16,8 +16,8 @@ void linear_forward(Backend& backend, const Linear& linear, const Tensor& x, con
 void linear_backward(Backend& backend, const Linear& linear, const Tensor& x, const Tensor& dy, const Tensor& dx,
                      bool accumulate);
 
-// What a layer keeps for its backward pass: its input at the kept rows and the list of them. Everything else is computed
-// again, one layer at a time, so that memory grows with layers * M * d.
+// What a layer keeps for its backward pass: its input at the kept rows and the list of them. Everything else is
+// computed again, one layer at a time, so that memory grows with layers * M * d.
 struct Saved {
   std::shared_ptr<const Kept> kept;
   Tensor input;  // [M, d]

@@ -34,25 +34,22 @@ Windows read_windows(const CommandLine& options, const Config& config) {
   windows.training = all - windows.held_out;
   if (windows.training < (options.steps > 0 ? 1 : 0)) {
     fail(options.tokens.empty() ? options.text : options.tokens, ": ", windows.tokens.size(), " tokens make ", all,
-         " windows of ", options.context, "; ", windows.held_out, " of them are held out (--eval-windows) and at least ",
+         " windows of ", options.context, "; ", windows.held_out,
+         " of them are held out (--eval-windows) and at least ",
          "one is needed to train on: shorten --context or bring more text");
   }
   return windows;
 }
 
-void dump_gradients(const std::string& path, const StepResult& result, const Adapter& adapter, Backend& backend) {
+void dump_gradients(const std::string& path, const StepResult& result, const Adapter& adapter) {
   const std::vector<Adapter::Gradient> gradients = adapter.gradients();
   std::vector<NamedTensor> tensors;
   for (const auto& [name, shape, values] : gradients) tensors.push_back({name, LEMO_F32, shape, values.data()});
   const auto loss = static_cast<float>(result.loss);
   tensors.push_back({"loss", LEMO_F32, {1}, &loss});
-  std::vector<std::vector<int32_t>> rows;
-  for (const auto& kept : result.lists) {
-    rows.emplace_back(static_cast<size_t>(kept->count));
-    backend.download(rows.back().data(), kept->rows());
-  }
-  for (size_t i = 0; i < rows.size(); ++i) {
-    tensors.push_back({"rows." + std::to_string(i), LEMO_I32, {static_cast<int64_t>(rows[i].size())}, rows[i].data()});
+  for (size_t i = 0; i < result.lists.size(); ++i) {
+    const Kept& kept = *result.lists[i];
+    tensors.push_back({"rows." + std::to_string(i), LEMO_I32, {kept.count}, kept.on_host.data()});
   }
   write_safetensors(path, tensors);
 }
@@ -76,7 +73,7 @@ void train(const CommandLine& options, Backend& backend, const Model& model, Ada
     adapter.zero_gradients();
     const StepResult result = train_step(backend, model, selector, windows.training_window(step), windows.context);
     if (!(result.loss < 1e30)) fail("step ", step + 1, ": the loss is ", result.loss, "; lower --lr");
-    if (step == 0 && !options.dump_gradients.empty()) dump_gradients(options.dump_gradients, result, adapter, backend);
+    if (step == 0 && !options.dump_gradients.empty()) dump_gradients(options.dump_gradients, result, adapter);
     const double norm = adapter.step(settings);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     std::printf("step %lld/%lld  %s  loss %.6f  kept %.3f  gradient %.4f  %.0f tokens/s\n",

@@ -30,9 +30,7 @@ class Fields {
     if (value < 1) fail(name(field), ": expected at least 1, got ", value);
     return value;
   }
-  int64_t size(const char* field, int64_t otherwise) const {
-    return find(field) == nullptr ? otherwise : size(field);
-  }
+  int64_t size(const char* field, int64_t otherwise) const { return find(field) == nullptr ? otherwise : size(field); }
   double number(const char* field) const { return need(field).number(name(field)); }
   double number(const char* field, double otherwise) const {
     return find(field) == nullptr ? otherwise : number(field);
@@ -101,8 +99,8 @@ void refuse_what_differs(const Fields& config) {
 }
 
 Tensor to_device(Backend& backend, const StoredTensor& stored) {
-  Tensor tensor = stored.shape.size() == 1 ? backend.make({stored.shape[0]})
-                                           : backend.make({stored.shape[0], stored.shape[1]});
+  Tensor tensor =
+      stored.shape.size() == 1 ? backend.make({stored.shape[0]}) : backend.make({stored.shape[0], stored.shape[1]});
   if (stored.dtype == backend.dtype()) {
     backend.upload(tensor, stored.data);
   } else {

@@ -12,8 +12,8 @@
 namespace trainer {
 namespace {
 
-// One 63-bit seed from several integers, by splitmix64 steps. The same function as in lemo's Python engine, so that both
-// draw the same blocks for one seed and step.
+// One 63-bit seed from several integers, by splitmix64 steps. The same function as in lemo's Python engine, so that
+// both draw the same blocks for one seed and step.
 template <class... Values>
 uint64_t mix_seed(Values... values) {
   uint64_t z = 0;
@@ -78,8 +78,8 @@ Selector::Selector(Backend& backend, const Model& model, const Options& options,
   if (options.policy == Policy::kPredictors) {
     predictors_ = Predictors::load(backend, options.calibration, model.config);
     if (predictors_.block_size != options.block) {
-      fail("--block: ", options.calibration, " was calibrated for blocks of ", predictors_.block_size,
-           " tokens, got ", options.block);
+      fail("--block: ", options.calibration, " was calibrated for blocks of ", predictors_.block_size, " tokens, got ",
+           options.block);
     }
   }
   std::vector<int32_t> offsets;
@@ -159,6 +159,8 @@ std::shared_ptr<const Kept> Selector::select(lemo_select_args args) {
   backend_.download(values.data(), info);
   if (values[3] != 0) fail("selection: the score of block ", values[3] - 1, " is not finite; lower --lr");
   kept->count = values[1];
+  kept->on_host.resize(static_cast<size_t>(kept->count));
+  backend_.download(kept->on_host.data(), kept->rows());
   return kept;
 }
 

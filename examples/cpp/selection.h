@@ -13,9 +13,10 @@ namespace trainer {
 
 // The rows of the residual stream that a layer works on: M of T, ascending, whole blocks.
 struct Kept {
-  Tensor list;        // int32 [T]: rows() are its first M
-  Tensor cu_seqlens;  // int32 [2]: {0, M}
-  int64_t count = 0;  // M
+  Tensor list;                   // int32 [T]: rows() are its first M
+  Tensor cu_seqlens;             // int32 [2]: {0, M}
+  int64_t count = 0;             // M
+  std::vector<int32_t> on_host;  // the same M rows
 
   lemo_tensor rows() const { return list.first(count); }  // int32 [M]
 };
@@ -67,8 +68,8 @@ class Selector {
   Options options_;
   int64_t context_;
   int64_t num_blocks_;
-  Tensor offsets_;       // int32 [num_blocks + 1]: first token of every block
-  Tensor documents_;     // int32 [2]: {0, num_blocks}
+  Tensor offsets_;        // int32 [num_blocks + 1]: first token of every block
+  Tensor documents_;      // int32 [2]: {0, num_blocks}
   Tensor probabilities_;  // float32 [num_blocks]: `keep` for every block
   lemo_blocks blocks_;
   Predictors predictors_;

@@ -13,7 +13,8 @@ namespace {
 
 bool is_space(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
 
-// Byte-level BPE writes every byte as a printable character: itself where it is one, else the next free one from U+0100.
+// Byte-level BPE writes every byte as a printable character: itself where it is one, else the next free one from
+// U+0100.
 std::array<std::string, 256> byte_characters() {
   std::array<std::string, 256> characters;
   uint32_t free = 0x100;

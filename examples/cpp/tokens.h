@@ -7,8 +7,8 @@
 
 namespace trainer {
 
-// Little-endian uint16 tokens without a header, the format that `lemo finetune` reads from *.bin files. Throws Error for
-// tokens outside the vocabulary: the file was made with another tokenizer.
+// Little-endian uint16 tokens without a header, the format that `lemo finetune` reads from *.bin files. Throws Error
+// for tokens outside the vocabulary: the file was made with another tokenizer.
 std::vector<int32_t> read_tokens(const std::string& path, int64_t vocabulary);
 
 // UTF-8 text as tokens of the model's tokenizer.json, which must be byte-level BPE (GPT-2, Llama 3). The merges are

@@ -1,5 +1,8 @@
 #include "training.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "layer.h"
 
 namespace trainer {
@@ -15,17 +18,44 @@ Tensor embed(Backend& backend, const Model& model, const int32_t* window, int64_
   return x;
 }
 
-// Mean loss of predicting each next token from x [T, d], the last layer's output. The head's logits [T, V] exist one
-// segment at a time only. With `dx` [T, d] also the gradient at x; the pass that makes the loss makes it too.
-double loss(Backend& backend, const Model& model, const Tensor& x, const int32_t* window, const Tensor* dx) {
-  const int64_t context = x.rows();
-  std::vector<int64_t> next(window + 1, window + context);
-  next.push_back(kIgnore);  // what follows the last token is not in the window
-  const Tensor targets = backend.make({context}, LEMO_I64);
-  backend.upload(targets, next.data());
+// The rows that took part in some layer, ascending. A token that no layer kept would predict from its embedding alone:
+// its loss is far off, and no gradient of it reaches a LoRA matrix.
+std::vector<int32_t> took_part(const std::vector<std::shared_ptr<const Kept>>& lists) {
+  std::vector<int32_t> all = lists.front()->on_host;
+  for (size_t i = 1; i < lists.size(); ++i) {
+    if (lists[i] == lists[i - 1]) continue;  // shared by layers
+    std::vector<int32_t> both;
+    std::set_union(all.begin(), all.end(), lists[i]->on_host.begin(), lists[i]->on_host.end(),
+                   std::back_inserter(both));
+    all = std::move(both);
+  }
+  return all;
+}
 
-  const Tensor hidden = backend.make({context, model.config.hidden});
-  norm_forward(backend, model.config, model.final_norm, x, hidden);
+// Mean loss of predicting the next token at `rows` [M] of x [T, d], the last layer's output. The head's logits [M, V]
+// exist one segment at a time only. With `dx` [T, d] also the gradient at x: the pass that makes the loss makes it too.
+double loss(Backend& backend, const Model& model, const Tensor& x, const int32_t* window,
+            const std::vector<int32_t>& rows, const Tensor* dx) {
+  const auto m = static_cast<int64_t>(rows.size());
+  std::vector<int64_t> next;
+  // What follows the last token is not in the window.
+  for (const int32_t row : rows) next.push_back(row + 1 < x.rows() ? window[row + 1] : kIgnore);
+  const Tensor targets = backend.make({m}, LEMO_I64);
+  const Tensor list = backend.make({m}, LEMO_I32);
+  backend.upload(targets, next.data());
+  backend.upload(list, rows.data());
+
+  const Tensor hidden = backend.make({m, model.config.hidden});
+  const Tensor last = backend.make({m, model.config.hidden});  // x at `rows`
+  auto norm = lemo::make<lemo_gather_norm_args>();
+  norm.x = x;
+  norm.rows = list;
+  norm.weight = model.final_norm;
+  norm.norm = LEMO_NORM_RMS;
+  norm.eps = model.config.norm_eps;
+  norm.packed = last;
+  norm.y = hidden;
+  backend.run(norm);
 
   const Tensor value = backend.make({1}, LEMO_F32);
   const Tensor valid = backend.make({1}, LEMO_I64);
@@ -41,14 +71,16 @@ double loss(Backend& backend, const Model& model, const Tensor& x, const int32_t
   backend.run(args);
 
   if (dx != nullptr) {
-    auto norm = lemo::make<lemo_gather_norm_backward_args>();
-    norm.dy = hidden;
-    norm.s = x;
-    norm.weight = model.final_norm;
-    norm.norm = LEMO_NORM_RMS;
-    norm.eps = model.config.norm_eps;
-    norm.dx = *dx;
-    backend.run(norm);
+    backend.zero(*dx);
+    auto back = lemo::make<lemo_gather_norm_backward_args>();
+    back.dy = hidden;
+    back.s = last;
+    back.rows = list;
+    back.weight = model.final_norm;
+    back.norm = LEMO_NORM_RMS;
+    back.eps = model.config.norm_eps;
+    back.dx = *dx;
+    backend.run(back);
   }
   return backend.download_floats(value)[0];
 }
@@ -68,9 +100,8 @@ StepResult train_step(Backend& backend, const Model& model, Selector& selector, 
   }
   result.kept /= static_cast<double>(model.layers.size());
 
-  // Eliminated tokens predict, too: their residual stream went through fewer layers, or none.
   const Tensor dx = backend.make({context, model.config.hidden});
-  result.loss = loss(backend, model, x, window, &dx);
+  result.loss = loss(backend, model, x, window, took_part(result.lists), &dx);
 
   for (size_t i = model.layers.size(); i-- > 0;) {
     layer_backward(backend, model, model.layers[i], saved[i], dx);
@@ -85,7 +116,7 @@ double evaluate(Backend& backend, const Model& model, const Selector& selector, 
   for (const LayerWeights& layer : model.layers) {
     layer_forward(backend, model, layer, x, selector.everything(), false);
   }
-  return loss(backend, model, x, window, nullptr);
+  return loss(backend, model, x, window, selector.everything()->on_host, nullptr);
 }
 
 }  // namespace trainer

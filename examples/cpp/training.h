@@ -11,7 +11,7 @@
 namespace trainer {
 
 struct StepResult {
-  double loss;                                     // mean cross-entropy of the next token
+  double loss;                                     // mean cross-entropy of the next token, over tokens that took part
   double kept;                                     // fraction of the tokens that the layers worked on, mean over layers
   std::vector<std::shared_ptr<const Kept>> lists;  // of every layer
 };
