@@ -1,5 +1,6 @@
 // Fine-tunes LoRA matrices on a text with token elimination. See README.md for a walk through the files.
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
@@ -59,7 +60,9 @@ double held_out_loss(Backend& backend, const Model& model, const Selector& selec
   for (int64_t i = 0; i < windows.held_out; ++i) {
     sum += evaluate(backend, model, selector, windows.held_out_window(i), windows.context);
   }
-  return sum / static_cast<double>(windows.held_out);
+  const double mean = sum / static_cast<double>(windows.held_out);
+  if (!std::isfinite(mean)) fail("the held-out loss is ", mean, ": a weight of the model or the adapter is not finite");
+  return mean;
 }
 
 void train(const CommandLine& options, Backend& backend, const Model& model, Adapter& adapter, Selector& selector,
@@ -72,7 +75,7 @@ void train(const CommandLine& options, Backend& backend, const Model& model, Ada
     selector.begin(step, dense);
     adapter.zero_gradients();
     const StepResult result = train_step(backend, model, selector, windows.training_window(step), windows.context);
-    if (!(result.loss < 1e30)) fail("step ", step + 1, ": the loss is ", result.loss, "; lower --lr");
+    if (!std::isfinite(result.loss)) fail("step ", step + 1, ": the loss is ", result.loss, "; lower --lr");
     if (step == 0 && !options.dump_gradients.empty()) dump_gradients(options.dump_gradients, result, adapter);
     const double norm = adapter.step(settings);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
@@ -83,10 +86,20 @@ void train(const CommandLine& options, Backend& backend, const Model& model, Ada
   }
 }
 
-void run(const CommandLine& options) {
-  if (!options.out.empty() && std::filesystem::exists(options.out)) {
-    fail("--out: ", options.out, " exists already; choose another folder");
+// What would keep the adapter from being saved is found before the training, not after it.
+void prepare_output(const std::string& out) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  if (fs::symlink_status(out, error).type() != fs::file_type::not_found) {
+    if (error) fail("--out: ", out, ": ", error.message());
+    fail("--out: ", out, " exists already; choose another folder");
   }
+  fs::create_directories(fs::absolute(out).lexically_normal().parent_path(), error);
+  if (error) fail("--out: the folder of ", out, " cannot be made: ", error.message());
+}
+
+void run(const CommandLine& options) {
+  if (!options.out.empty()) prepare_output(options.out);
   const Config config = Config::read(options.model);
   if (options.context > config.max_positions) {
     fail("--context: the model has ", config.max_positions, " positions (max_position_embeddings), got ",
