@@ -39,7 +39,7 @@ INSTALL := $(PIP) --no-build-isolation
 
 SOURCES := $(shell find python cpp cuda cmake -type f -not -name '*.so' -not -path '*/__pycache__/*' -not -path '*/include/lemo/*' 2>/dev/null) \
            $(wildcard cpp/include/lemo/*) CMakeLists.txt setup.py pyproject.toml
-NATIVE = $(shell find cpp cuda tests -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE = $(shell find cpp cuda examples tests -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test setup lint format build check fuzz cuda-compile cuda-full clean
 
