@@ -113,15 +113,15 @@ def dev_perplexity(args: argparse.Namespace, model) -> dict[str, float]:
 def load_base(folder: str, context: int, device: torch.device, dtype: torch.dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.max_position_embeddings < context:
         rope = dict(config.rope_parameters)
         rope.update(rope_type="linear", factor=context / config.max_position_embeddings)
         config.rope_parameters = rope
         config.max_position_embeddings = context
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa").to(
-        device
-    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    ).to(device)
 
 
 def extend_base(args: argparse.Namespace, out: Path, device: torch.device) -> None:

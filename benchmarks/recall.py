@@ -56,12 +56,14 @@ def main() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     cuda = torch.cuda.is_available()
-    config = AutoConfig.from_pretrained(args.model)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
     if args.rope_factor != 1.0:
         config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": args.rope_factor}
         config.max_position_embeddings = int(config.max_position_embeddings * args.rope_factor)
     dtype = torch.bfloat16 if cuda else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype).to("cuda" if cuda else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, trust_remote_code=False).to(
+        "cuda" if cuda else "cpu"
+    )
     train = [windows(path, args.context) for path in args.train]
 
     def batches() -> Iterator[torch.Tensor]:

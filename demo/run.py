@@ -161,7 +161,7 @@ def count_operations(calibration: Path) -> dict[str, dict[str, float]]:
     from lemo.predictors import PredictorSet
     from transformers import AutoConfig
 
-    config, predictors = AutoConfig.from_pretrained(MODEL), PredictorSet.load(calibration)
+    config, predictors = AutoConfig.from_pretrained(MODEL, trust_remote_code=False), PredictorSet.load(calibration)
     return {"dense": step_operations(config, 1.0), "skip": step_operations(config, KEEP, predictors.num_parameters)}
 
 
@@ -183,7 +183,7 @@ def load(device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).to(device)
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, trust_remote_code=False).to(device)
 
 
 def shortest_seconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:

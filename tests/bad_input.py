@@ -106,7 +106,9 @@ def value(v: object) -> Callable[[object], object]:
 
 def change_config(folder: Path, **values: object) -> None:
     path = folder / "lemo_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    config = json.loads(path.read_text()) | values
+    config.pop("digest")  # as in calibrations that have none: the value itself is checked
+    path.write_text(json.dumps(config))
 
 
 def truncate(folder: Path, size: int) -> None:
@@ -384,6 +386,8 @@ DAMAGE = [
     ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
     ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),
     ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * 2), "layers.0.wq1: expected shape"),
+    ("no shapes", lambda f: change_config(f, sizes=[[1] * 6] * 2), "something else than numbers"),
+    ("other thresholds", lambda f: change_config(f, thresholds=[0.1, 0.2]), "its own digest differs"),
 ]
 CALIBRATIONS = [
     *(
@@ -430,6 +434,25 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
         lambda w: w.finetune(data=w.file("x.bin", np.array([1, 60000], np.uint16).tobytes())),
         ("60000", "position 1", "vocabulary of 48"),
     ),
+    (
+        "tokens of another width",
+        lambda w: w.finetune(data=w.file("x.bin", np.arange(40, dtype=np.uint32).tobytes())),
+        ("x.bin", "wider numbers than uint16", "--token-dtype uint32"),
+    ),
+    ("settings as data", lambda w: w.finetune(data=w.file("x.json", '{"a": 1,\n"b": 2}')), ("x.json", "keys a, b")),
+    ("CSV without text", lambda w: w.finetune(data=w.file("x.csv", "a,b\n1,2\n")), ("x.csv, line 2", "--text-field")),
+    ("cut compression", lambda w: w.finetune(data=w.file("x.txt.gz", b"\x1f\x8b\x08")), ("x.txt.gz", "damaged")),
+    (
+        "conversation without a template",
+        lambda w: w.finetune(data=w.file("x.jsonl", '{"messages": [{"role": "user", "content": "a"}]}')),
+        ("x.jsonl, line 1", "chat template", "--tokenizer"),
+    ),
+    ("answers of a text", lambda w: w.finetune("--answers-only"), ("d00.txt", "--answers-only", "conversations")),
+    (
+        "other tokens in records",
+        lambda w: w.finetune(data=w.file("x.jsonl", '{"input_ids": [1]}\n{"input_ids": [1, 99]}')),
+        ("x.jsonl, line 2", "token 99", "vocabulary of 48"),
+    ),
     ("too little data", lambda w: w.finetune(data=w.file("x.txt", "the block of")), ("tokens", "one context")),
     ("held-out too small", lambda w: w.finetune("--held-out", "0.1", data=w.file("x.txt", "the")), ("empty",)),
     # ---- settings
@@ -471,6 +494,22 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
         ("another model", "num_hidden_layers"),
     ),
     ("unsupported family", lambda w: w.finetune(model=w.another_model("mistral")), ("Mistral", "Llama", "OPT")),
+    (
+        "unsupported family, before the data",
+        lambda w: w.finetune(model=w.another_model("mistral"), data="nowhere.txt"),
+        ("Mistral", "Llama", "OPT"),
+    ),
+    (
+        "unsupported family, before the weights",
+        lambda w: w.calibrate("--model", w.broken_model("m", lambda f: (f / "model.safetensors").unlink(), "mistral")),
+        ("Mistral", "Llama", "OPT"),
+    ),
+    ("a model of no text", lambda w: w.finetune(model=w.settings_alone(model_type="vit")), ("'vit'", "not support")),
+    (
+        "a head of another task",
+        lambda w: w.finetune(model=w.classifier()),
+        ("not a complete causal language model", "lm_head"),
+    ),
     ("no GPU", lambda w: w.finetune("--device", "cuda:99"), ("cuda:99", "--device cpu")),
     ("unknown device", lambda w: w.finetune("--device", "abacus"), ("abacus",)),
     ("float16 on the CPU", lambda w: w.finetune("--device", "cpu", "--dtype", "float16"), ("float16", "float32")),
@@ -536,6 +575,7 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
     ("nothing to evaluate", lambda w: w.evaluate("--no-base"), ("--no-base",)),
     ("unknown reference", lambda w: w.evaluate("--reference", "nobody"), ("nobody", "base")),
     ("confidence 95", lambda w: w.evaluate("--confidence", "95"), ("95", "0.95")),
+    ("answers to calibrate by", lambda w: w.calibrate("--answers-only"), ("--answers-only", "no labels")),
     ("one block of context", lambda w: w.calibrate("--block-size", "64"), ("two blocks",)),
     ("calibration there already", lambda w: w.file("out/x", "x") and w.calibrate(), ("--overwrite",)),
     ("info on nothing", lambda w: ["info", str(w.folder / "none")], ("no such folder",)),

@@ -120,6 +120,15 @@ class Checker {
     if (!fits) invalid(std::string(name) + ": expected shape " + expected(dims) + ", got " + describe(t));
   }
 
+  // Kernels count sizes in int32.
+  void check_counts(const char* name, const lemo_tensor& t) const {
+    for (int32_t i = 0; !on_cpu() && i < t.ndim; ++i) {
+      if (t.shape[i] > kMaxRows) {
+        invalid(std::string(name) + ": expected sizes of at most 2^31 - 1 on CUDA, got " + describe(t));
+      }
+    }
+  }
+
   // Neither the elements nor the memory from the first to the last of them may exceed PTRDIFF_MAX bytes: what follows
   // and the backends multiply sizes and strides of one tensor without looking again. Dimensions of 0 count as 1, since
   // the others may be sizes of something else.
@@ -151,6 +160,7 @@ class Checker {
   void layout(const char* name, const lemo_tensor& t, Role role) const {
     if (!empty(t)) check_strides(name, t);
     check_extent(name, t);
+    check_counts(name, t);
     if (empty(t)) return;
     const int32_t last = t.ndim - 1;
     if (role == Role::kOutput) no_overlap(name, t);

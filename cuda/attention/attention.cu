@@ -56,6 +56,10 @@ struct BackwardWorkspace {
 
 BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args, void* base) {
   const int64_t heads = args.q.shape[1], capacity = args.lse.shape[1];
+  // Before the layouts multiply these: the most that any of them keeps for a row of a head, in bytes, with room to
+  // spare, and as many rows as tiles of 128 can have.
+  const Size rows = Size(capacity) + Size(args.cu_seqlens.shape[0]) * LEMO_TILE_ROWS + listed_entries(args.tiles);
+  (rows * heads * (Size(args.q.shape[2]) + 256)).bytes("exec.workspace", 8);
 #ifdef LEMO_CUDA_SM90
   if (use_hopper(exec)) {
     BackwardWorkspace workspace{};
@@ -69,8 +73,8 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
 #endif
   Arena arena(base);
   BackwardWorkspace workspace{};
-  workspace.delta = arena.take<float>(heads * capacity);
-  if (!exec.deterministic) workspace.dq_float = arena.take<float>(capacity * heads * args.q.shape[2]);
+  workspace.delta = arena.take<float>(Size(heads) * capacity);
+  if (!exec.deterministic) workspace.dq_float = arena.take<float>(Size(capacity) * heads * args.q.shape[2]);
   workspace.bytes = arena.size();
   return workspace;
 }
@@ -128,7 +132,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.lse_stride = args.lse.stride[0];
   params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
   params.key_weights = data<const float>(args.key_weights);
-  if (params.key_weights != nullptr) params.row_slots = data<const int32_t>(args.row_slots);
+  if (present(args.key_weights)) params.row_slots = data<const int32_t>(args.row_slots);
   params.heads = static_cast<int32_t>(args.q.shape[1]);
   params.key_heads = static_cast<int32_t>(args.k.shape[1]);
   params.group = params.heads / params.key_heads;

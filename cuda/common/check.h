@@ -7,6 +7,7 @@
 #include <string>
 
 #include "src/backend.h"
+#include "src/checked.h"
 
 namespace lemo::cuda {
 
@@ -65,16 +66,18 @@ class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
-  T* take(int64_t count) {
+  T* take(Size count) {
     char* at = base_ == nullptr ? nullptr : base_ + size_;
-    size_ += static_cast<uint64_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 256));
+    constexpr int64_t kAlignment = 256;
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + (kAlignment - 1)).count("exec.workspace");
+    size_ = (Size(size_) + bytes / kAlignment * kAlignment).count("exec.workspace");
     return reinterpret_cast<T*>(at);
   }
-  uint64_t size() const { return size_; }
+  uint64_t size() const { return static_cast<uint64_t>(size_); }
 
  private:
   char* base_;
-  uint64_t size_ = 0;
+  int64_t size_ = 0;
 };
 
 }  // namespace lemo::cuda

@@ -54,9 +54,9 @@ class Loss {
     w_ = {};
     w_.scales = arena.take<LossScales>(1);
     w_.losses = arena.take<float>(n_);
-    w_.logits = arena.take<uint16_t>(segment_ * columns_);
-    w_.lora = arena.take<uint16_t>(segment_ * r_);
-    w_.dlora = arena.take<uint16_t>(lora_gradient_ ? segment_ * r_ : 0);
+    w_.logits = arena.take<uint16_t>(Size(segment_) * columns_);
+    w_.lora = arena.take<uint16_t>(Size(segment_) * r_);
+    w_.dlora = arena.take<uint16_t>(lora_gradient_ ? Size(segment_) * r_ : Size(0));
     gemm_bytes_ = 0;
     measuring_ = true;
     if (n_ > 0) {

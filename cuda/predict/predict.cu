@@ -73,14 +73,14 @@ Workspace layout(const lemo_exec& exec, const lemo_predict_args& a, void* base) 
   Arena arena(base);
   Workspace w = {};
   w.rstd = arena.take<float>(size.tokens);
-  w.w1 = arena.take<uint16_t>(r * a.x.shape[1]);
-  w.hidden = arena.take<uint16_t>(size.chunk * r);
-  w.active = arena.take<uint16_t>(size.chunk * size.s);
-  w.pooled_q = arena.take<float>(size.blocks * size.sq);
-  w.pooled_k = arena.take<float>(size.blocks * size.sk);
-  w.queries = arena.take<float>(size.blocks * size.c);
-  w.keys = arena.take<float>(size.blocks * size.c);
-  w.suffix = arena.take<float>(size.blocks * size.c);
+  w.w1 = arena.take<uint16_t>(Size(r) * a.x.shape[1]);
+  w.hidden = arena.take<uint16_t>(Size(size.chunk) * r);
+  w.active = arena.take<uint16_t>(Size(size.chunk) * size.s);
+  w.pooled_q = arena.take<float>(Size(size.blocks) * size.sq);
+  w.pooled_k = arena.take<float>(Size(size.blocks) * size.sk);
+  w.queries = arena.take<float>(Size(size.blocks) * size.c);
+  w.keys = arena.take<float>(Size(size.blocks) * size.c);
+  w.suffix = arena.take<float>(Size(size.blocks) * size.c);
   uint64_t bytes = 0;
   const auto need = [&](const lemo_tensor& weight, int64_t n) {
     const Gemm g = layer(weight, n, size.chunk, nullptr, 0, nullptr, 0);

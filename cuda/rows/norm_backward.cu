@@ -188,7 +188,7 @@ struct Workspace {
 
 Workspace layout(const lemo_gather_norm_backward_args& a, void* base) {
   if (!present(a.dweight) && !present(a.dbias)) return {};
-  const int64_t size = partial_groups(a.dy.shape[0], a.dy.shape[1]) * a.dy.shape[1];
+  const Size size = Size(partial_groups(a.dy.shape[0], a.dy.shape[1])) * a.dy.shape[1];
   Arena arena(base);
   Workspace w = {};
   w.dweight = arena.take<float>(size);

@@ -62,7 +62,7 @@ Workspace layout(const lemo_exec& exec, const lemo_scores_args& args, void* base
   Workspace workspace{};
   workspace.splits = hopper ? scoring::hopper::split_count(blocks, documents, args.blocks.block_size)
                             : scoring::split_count(scoring::key_unit_slots(blocks, documents, args.blocks.block_size));
-  workspace.partial = arena.take<float>(blocks * workspace.splits);
+  workspace.partial = arena.take<float>(Size(blocks) * workspace.splits);
   if (hopper) workspace.counter = arena.take<int>(1);
   workspace.bytes = arena.size();
   return workspace;
@@ -94,7 +94,7 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
   params.normalize = args.normalize;
   params.scores = data<float>(args.scores);
   params.map = data<float>(args.map);
-  params.map_stride = args.map.stride[0];
+  params.map_stride = row_stride(args.map);
   if (params.block_count <= 0) return;
   const Workspace workspace = layout(exec, args, exec.workspace);
   params.splits = workspace.splits;

@@ -27,9 +27,9 @@ from .families import UnsupportedModelError, find
 from .families.base import Family
 from .layout import Kept
 from .lora import projection
-from .loss import causal_lm_loss, shift
+from .loss import Targets, causal_lm_logits, causal_lm_loss, causal_lm_output
 from .packing import Packed, pack
-from .participation import Participation, outputs_of, trains_before_layers
+from .participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from .patching import attach, base_model, controller_of, detach
 from .policies import Policy, StepContext, make_policy, mix_seed
 from .reference import Pass, Passes, adapters_disabled
@@ -204,6 +204,30 @@ class Controller:
             "mlp_kept": list(self.mlp_kept_ratios),
         }
 
+    def warn_of_unreached(self) -> None:
+        """Says which phases a run that ends now never reached (early stopping)."""
+        last, total = self._last_phase, self.total_steps
+        if last is None or total is None:
+            return
+        for i, steps in enumerate(self.schedule.steps(total)):
+            if i > last and steps > 0:
+                self._note(
+                    f"training ended in phase {last} ({self.schedule.phases[last].mode}): phase {i} "
+                    f"({self.schedule.phases[i].mode}, {steps} of {total} steps) was never reached"
+                )
+
+    def _warn_of_empty_phases(self) -> None:
+        total = self.total_steps
+        if total is None or len(self.schedule.phases) == 1:
+            return
+        for i, steps in enumerate(self.schedule.steps(total)):
+            if steps == 0:
+                phase = self.schedule.phases[i]
+                self._note(
+                    f"phase {i} ({phase.mode}) has none of the run's {total} steps: with a share of {phase.share:g} it "
+                    "needs a longer run, or a larger share"
+                )
+
     # --- one training forward pass ---
 
     def run(
@@ -223,11 +247,13 @@ class Controller:
         assert batch is not None
         draw, again, earlier = self._which_pass(batch, packed)
         index = self.schedule.index(draw.step, self.total_steps)
+        self._warn_of_empty_phases()
         random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         phase = self.schedule.phases[index]
         policy = self._policies[index] if earlier is None else None
         remembered = self._passes.begin(batch, packed.blocks) if skips_tokens(phase) and not again else None
-        with outputs_of(self.model.get_input_embeddings()) as embedded:
+        embedding = self.model.get_input_embeddings()
+        with outputs_of(embedding) as embedded:
             # Hooks on the embedding (NEFTune) see the batch as it is.
             given = decoder.embed_tokens(ids) if embeddings is None else embeddings
             x = family.embed(decoder, None, packed.take(given), packed.positions)
@@ -269,7 +295,7 @@ class Controller:
             general=bool(loose),
             choose=choose,
             observe=policy.observe if policy is not None and policy.needs_update else None,
-            borrowed=embeddings is not None or x.requires_grad,
+            borrowed=embeddings is not None or x.requires_grad or may_keep_output(embedding),
             autocast=self._autocast(x),
             part=took_part,
         )
@@ -321,7 +347,7 @@ class Controller:
     ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
-            h, _ = ops.gather_norm(x, None, None, n.weight, n.bias, n.kind, n.eps)
+            h, _ = ops.gather_norm(x, None, None, *n.contiguous, n.kind, n.eps)
             return self.family.queries_keys_values(layers[i], h, tables, None)[:2]
 
         return StepContext(
@@ -430,16 +456,14 @@ def _decoder_forward(
     x, _ = controller.run(packed, ids, embeddings)
     n = controller.family.final_norm(module)
     if n is not None:
-        x = ops.norm(x, n.weight, n.bias, n.kind, n.eps)
+        x = ops.norm(x, *n.contiguous, n.kind, n.eps)
     output = BaseModelOutputWithPast(last_hidden_state=packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
 
 def _causal_lm_forward(
-    controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
+    controller: Controller, module: Any, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
         return original(*args, **kwargs)
     named = _arguments(module, args, kwargs)
@@ -452,37 +476,27 @@ def _causal_lm_forward(
         )
     if kwargs.get("fused_lm_head"):
         return original(*args, **kwargs)
-    labels, shifted = named.get("labels"), named.get("shift_labels")
-    head = projection(module.lm_head, trainable=True)
     keep = named.get("logits_to_keep", 0)
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
-    if labels is None or head is None or not ordinary:
-        if labels is not None and ordinary:
-            controller._note(
-                f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
-            )
+    if named.get("labels") is None or not ordinary:
         # Only the layers run through lemo then.
         return original(*args, **kwargs)
     packed, ids, embeddings = _packed(controller, named)
-    if tuple(labels.shape) != packed.shape:
-        raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {list(labels.shape)}")
-    ignore_index = named.get("ignore_index", -100)
-    shifted = (shift(labels, ignore_index) if shifted is None else shifted).to(packed.positions.device)
-    targets = packed.take(shifted)
-    x, step = controller.run(packed, ids, embeddings, targets != ignore_index)
-    loss, controller._loss_tokens = causal_lm_loss(
-        x,
-        controller.family.final_norm(controller.family.decoder(module)),
-        head,
-        targets.contiguous(),
-        step,
-        num_items_in_batch=named.get("num_items_in_batch"),
-        counted=(shifted != ignore_index).sum(),
-        ignore_index=ignore_index,
-        segment_rows=controller.config.segment_rows,
-    )
-    output = CausalLMOutputWithPast(loss=loss)
-    return output.to_tuple() if named.get("return_dict") is False else output
+    targets = Targets.of(packed, named)
+    x, step = controller.run(packed, ids, embeddings, targets.values != targets.ignore_index)
+    norm = controller.family.final_norm(controller.family.decoder(module))
+    head = projection(module.lm_head, trainable=True)
+    if head is None:
+        controller._note(
+            f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
+        )
+    if head is None or controller.config.return_logits:
+        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, packed)
+    else:
+        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=controller.config.segment_rows)
+        logits = None
+    controller._loss_tokens = count
+    return causal_lm_output(loss, logits, named.get("return_dict"))
 
 
 def _check_version() -> None:
@@ -508,7 +522,8 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     _check_version()
     family, inner = find(model)
     check_adapters(model)
-    layers = family.layers(family.decoder(inner))
+    shape: Any = inner.config
+    layers = family.layers(family.decoder(inner))[: shape.num_hidden_layers]
     check_weights(layers)
     check_modules(family, inner)
     trained_parameters(family, layers)
@@ -550,5 +565,6 @@ def remove(model: Any) -> None:
     controller = controller_of(inner)
     if controller is None:
         raise ValueError("lemo is not applied to this model; nothing to remove")
+    controller.warn_of_unreached()
     detach(controller.family.decoder(inner))
     detach(inner)

@@ -23,6 +23,7 @@ from .randomness import draws
 
 # Who may define what runs in a layer: transformers itself, torch's wrappers (compile), Liger's equivalents, ourselves.
 _TRUSTED = ("transformers.", "torch.", "kernels.", "liger_kernel.", "lemo.")
+_WATCHING = ("transformers.utils.output_capturing", "torch.utils.")
 _LIGER = {"LigerRMSNorm", "LigerRMSNormForLlama", "LigerSwiGLUMLP", "LigerLayerNorm"}
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
@@ -45,6 +46,12 @@ def _function(value: Any) -> Any:
     return getattr(value, "__func__", value)
 
 
+def _home(function: Any) -> str:
+    """The module that defines a function: functools.wraps copies __module__, but not the globals."""
+    names = getattr(function, "__globals__", {})
+    return str(names.get("__name__", type(function).__module__))
+
+
 # What `_trusted` found, by function; weak, because closures hold models.
 _known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
@@ -64,10 +71,7 @@ def _trusted(function: Any) -> bool:
 def _defined_by_trusted(function: Any) -> bool:
     while function is not None:
         function = _function(function)
-        # functools.wraps copies __module__, but not the globals.
-        names = getattr(function, "__globals__", None)
-        home = names.get("__name__") if names is not None else type(function).__module__
-        if not str(home).startswith(_TRUSTED):
+        if not _home(function).startswith(_TRUSTED):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
@@ -75,8 +79,7 @@ def _defined_by_trusted(function: Any) -> bool:
 
 def _name(function: Any) -> str:
     function = _function(function)
-    names = getattr(function, "__globals__", {})
-    return f"{names.get('__name__', type(function).__module__)}.{getattr(function, '__qualname__', function)}"
+    return f"{_home(function)}.{getattr(function, '__qualname__', function)}"
 
 
 def _stays_on_device(hook: Any) -> bool:
@@ -97,8 +100,8 @@ def _instance_forward(module: nn.Module) -> Any:
 
 
 def _foreign_hook(hooks: Iterable[Any]) -> Any:
-    """A hook that is not transformers' own recording of outputs (inactive in training) or torch's (counters)."""
-    return next((h for h in hooks if not _trusted(h)), None)
+    """A hook that is neither transformers' own recording of outputs (inactive in training) nor a counter of torch's."""
+    return next((h for h in hooks if not _home(_function(h)).startswith(_WATCHING)), None)
 
 
 def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]]) -> None:

@@ -125,6 +125,9 @@ class LemoConfig:
     calibration: folder written by `lemo calibrate`; needed by the policies that predict.
     deterministic: bitwise repeatable gradients on CUDA, slower. (The CPU is repeatable anyway.)
     segment_rows: tokens per segment of the loss; 0 chooses.
+    return_logits: make the logits of a training forward pass with labels whole and return them beside the loss, as
+        transformers does and for its memory (tokens x vocabulary). Tokens that were in no layer have logits that mean
+        little.
     """
 
     block_size: int = 64
@@ -138,6 +141,7 @@ class LemoConfig:
     calibration: str | os.PathLike[str] | None = None
     deterministic: bool = False
     segment_rows: int = 0
+    return_logits: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("always_first", 0), ("always_last", 0), ("segment_rows", 0)):
@@ -146,6 +150,8 @@ class LemoConfig:
                 raise ValueError(f"LemoConfig.{name} must be an integer of at least {least}; got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"LemoConfig.seed must be an integer; got {self.seed!r}")
+        if not isinstance(self.return_logits, bool):
+            raise ValueError(f"LemoConfig.return_logits must be True or False; got {self.return_logits!r}")
         if self.keep_labelled not in (None, True, False):
             raise ValueError(f"LemoConfig.keep_labelled must be True, False or None; got {self.keep_labelled!r}")
         _choice("LemoConfig.recompute", self.recompute, RECOMPUTE)

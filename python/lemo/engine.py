@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import ops
 from .families.base import Family, NormWeights, Tables
 from .layout import Blocks, Kept
+from .ops._schema import first_order
 from .participation import Participation
 from .randomness import Generators, generators, same_generators, set_generators
 
@@ -190,7 +191,7 @@ def trace(function: Callable[[Tensor], Tensor], h: Tensor) -> tuple[Tensor, Segm
 
 
 def _gather_norm(x: Tensor, rows: Tensor | None, residual: Tensor | None, n: NormWeights) -> tuple[Tensor, Tensor]:
-    return ops.gather_norm(x, rows, residual, n.weight, n.bias, n.kind, n.eps)
+    return ops.gather_norm(x, rows, residual, *n.contiguous, n.kind, n.eps)
 
 
 def _attend(
@@ -362,7 +363,7 @@ def _skip_forward(step: Step, i: int, layer: nn.Module, x: Tensor, rows: Rows, k
             m = step.family.mlp(layer, h2)
             ops.scatter_add_(x, rows.rows[c], m, x2)
             if step.observe is not None:
-                norms.append(torch.linalg.vector_norm(m.add_(a[c]), dim=1, dtype=torch.float32))
+                norms.append(torch.linalg.vector_norm(m + a[c], dim=1, dtype=torch.float32))
     if step.observe is not None:
         step.observe(i, torch.cat(norms), kept)
     return record
@@ -410,7 +411,7 @@ def _dense_forward(step: Step, i: int, layer: nn.Module, x: Tensor, rows: Rows |
         m = step.family.mlp(layer, h2)
         torch.add(x2, m, out=x[c])
         if step.observe is not None:
-            norms.append(torch.linalg.vector_norm(m.add_(a[c]), dim=1, dtype=torch.float32))
+            norms.append(torch.linalg.vector_norm(m + a[c], dim=1, dtype=torch.float32))
     if step.observe is not None:
         step.observe(i, torch.cat(norms), Kept.everything(blocks))
     return record
@@ -440,7 +441,7 @@ def backward(step: Step, records: list[Record], dx: Tensor, params: Sequence[Ten
 
 def _norm_backward(dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, grads: _Params) -> Tensor:
     ds, dw, db = ops.gather_norm_backward(
-        dy, s, n.weight, extra, n.kind, n.eps, grads.wants(n.weight), grads.wants(n.bias)
+        dy, s, n.contiguous[0], extra, n.kind, n.eps, grads.wants(n.weight), grads.wants(n.bias)
     )
     grads.add((n.weight, n.bias), (dw, db))
     return ds
@@ -457,7 +458,7 @@ def _norm_backward_into(
     grads: _Params,
 ) -> None:
     dw, db = ops.gather_norm_backward_(
-        dx, rows, dy, s, n.weight, extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
+        dx, rows, dy, s, n.contiguous[0], extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
     )
     grads.add((n.weight, n.bias), (dw, db))
 
@@ -553,9 +554,11 @@ class Stack(Function):
         with step.context():
             ctx.records = forward(step, stream)
         ctx.step, ctx.params = step, params
+        ctx.depends = params
         return stream
 
     @staticmethod
+    @first_order("a training step")
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.records is None:
             raise RuntimeError(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lemo.adapters import adapter_name, check_adapter, loaded_adapter
-from lemo.data import Documents, evaluation_pieces
+from lemo.data import Documents, evaluation_pieces, evaluation_spans
 
 # Fewer documents than this say too little about the spread between documents; windows are the units then.
 _MIN_DOCUMENTS_AS_UNITS = 10
@@ -93,7 +93,7 @@ def _exp(interval: Interval) -> Interval:
 
 @dataclass
 class Scores:
-    """Negative log-likelihoods of one domain under one model: float64 [pieces], with token counts and documents."""
+    """Negative log-likelihoods of one domain under one model: float64 [pieces], with label counts and documents."""
 
     nll: np.ndarray
     tokens: np.ndarray
@@ -151,15 +151,14 @@ def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _piece_losses(model: Any, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Summed negative log-likelihood of each row. ids: int64 [B, T], right-padded; lengths: int64 [B]. float64 [B].
+def _piece_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed negative log-likelihood of each row's labels. ids, labels: int64 [B, T], right-padded. float64 [B].
 
     Attention is causal and padding stands at the right, so no mask is needed. The output head runs over slices of
     tokens: logits of the whole window never exist.
     """
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     hidden = _hidden(model, ids)
-    targets = ids[:, 1:].masked_fill(positions[:, 1:] >= lengths[:, None], -100).reshape(-1)
+    targets = labels[:, 1:].reshape(-1)
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     losses = torch.zeros(len(targets), dtype=torch.float64, device=ids.device)
     for start in range(0, len(targets), _TOKENS_PER_HEAD_CALL):
@@ -179,15 +178,17 @@ def score(
     tokens_per_batch: int | None = None,
     tick: Callable[[int], None] = lambda n: None,
 ) -> Scores:
-    """Score every document densely. The model's training mode is put back afterwards.
+    """Score every document densely, over its labels. The model's training mode is put back afterwards.
 
     tokens_per_batch: tokens of one forward pass (default: one context). tick: called with tokens done.
     """
-    pieces = evaluation_pieces(documents, context, max_tokens)
-    if not pieces:
+    spans = evaluation_spans(documents, context, max_tokens)
+    if not spans:
         raise ValueError(
-            f"no document of {', '.join(documents.names) or 'the data'} has two tokens; nothing to evaluate"
+            f"no document of {', '.join(documents.names) or 'the data'} has a token to predict; nothing to evaluate"
         )
+    pieces = [(d, documents.document(d)[start:stop]) for d, start, stop in spans]
+    masks = [None if (m := documents.labelled(d)) is None else m[start:stop] for d, start, stop in spans]
     device = next(model.parameters()).device
     nll = np.zeros(len(pieces))
     was_training = model.training
@@ -196,9 +197,13 @@ def score(
         for rows in _batches(pieces, tokens_per_batch or context):
             lengths = torch.tensor([len(pieces[i][1]) for i in rows])
             ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+            labels = torch.full_like(ids, -100)
             for r, i in enumerate(rows):
                 ids[r, : lengths[r]] = torch.from_numpy(pieces[i][1].astype(np.int64))
-            nll[rows] = _piece_losses(model, ids.to(device), lengths.to(device)).cpu().numpy()
+                labels[r, : lengths[r]] = ids[r, : lengths[r]]
+                if (mask := masks[i]) is not None:
+                    labels[r, : lengths[r]][torch.from_numpy(~mask)] = -100
+            nll[rows] = _piece_losses(model, ids.to(device), labels.to(device)).cpu().numpy()
             tick(int(lengths.sum()))
     finally:
         model.train(was_training)
@@ -206,7 +211,9 @@ def score(
         raise FloatingPointError(
             "the model's loss is not finite on this text; check the weights, the dtype and the context"
         )
-    tokens = np.array([len(p) - 1 for _, p in pieces], float)
+    tokens = np.array(
+        [len(p) - 1 if m is None else m[1:].sum() for (_, p), m in zip(pieces, masks, strict=True)], float
+    )
     return Scores(nll, tokens, np.array([d for d, _ in pieces]))
 
 

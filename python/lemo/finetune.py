@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lemo.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.config import LemoConfig
-from lemo.data import Documents, PackedWindows, split_held_out
+from lemo.data import IGNORE_INDEX, Documents, PackedWindows, split_held_out
 from lemo.evaluate import score
 from lemo.run_folder import (
     ADAPTER,
@@ -78,15 +78,15 @@ class _Trainer(Trainer):
     """Trainer that reads its windows in order (they are shuffled already) and publishes checkpoints atomically."""
 
     def __init__(
-        self, *args: Any, checkpoints: Checkpoints, settings: FinetuneSettings, identity: dict[str, Any], **kwargs: Any
+        self, *args: Any, checkpoints: Checkpoints, run: _Run, identity: dict[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpoints, self._finetune, self._identity = checkpoints, settings, identity
+        self._checkpoints, self._run, self._identity = checkpoints, run, identity
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         scheduler: Any = getattr(self, "lr_scheduler", None)
         if scheduler is None:
-            rate = functools.partial(learning_rate_factor, self._finetune, num_training_steps)
+            rate = functools.partial(learning_rate_factor, self._run.settings, num_training_steps)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
             self.lr_scheduler, self._created_lr_scheduler = scheduler, True
         return scheduler
@@ -96,6 +96,7 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         root = self.args.output_dir
+        self._run.check_finite(self.state.global_step)
 
         def write(folder: Path) -> None:
             # Trainer names the folder itself, below its output folder: let it write there, then lift the files out.
@@ -156,8 +157,8 @@ class _Report(TrainerCallback):
         self.started = now
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss} at step {state.global_step}; earlier checkpoints are intact. Lower --lr or raise "
-                "--warmup, and check the data"
+                f"the loss is {loss} at step {state.global_step}; earlier checkpoints are intact. "
+                + self.run.advice(state.global_step)
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -183,10 +184,33 @@ class _Run:
         log_every: int,
         evaluate_every: int,
         progress: bool,
+        windows: PackedWindows,
     ) -> None:
         self.model, self.settings, self.log, self.controller, self.held = model, settings, log, controller, held
+        self.windows = windows
         self.log_every, self.evaluate_every, self.progress = log_every, evaluate_every, progress
         self.device = next(model.parameters()).device
+
+    def check_finite(self, step: int) -> None:
+        """Raises FloatingPointError before weights that are no numbers reach the disk."""
+        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
+        if bad:
+            raise FloatingPointError(
+                f"{len(bad)} weights of the adapter are not finite at step {step}, {bad[0]} for one. They were not "
+                f"saved; earlier checkpoints are intact. {self.advice(step)}"
+            )
+
+    def advice(self, step: int) -> str:
+        """What to look at after a step without a finite result."""
+        per_step = self.settings.batch * self.settings.accumulate
+        read = range(max(0, step - self.log_every) * per_step, min(step * per_step, len(self.windows)))
+        empty = sum(bool((self.windows[i]["labels"] == IGNORE_INDEX).all()) for i in read)
+        if empty:
+            return (
+                f"{empty} of the {len(read)} windows since the last line of the log have no label to learn from "
+                "(documents of one token?): look at the data"
+            )
+        return "Lower --lr or raise --warmup, and check the data"
 
     def elimination(self) -> dict[str, Any]:
         """The phase of the step just done and the kept ratio of every layer in it."""
@@ -323,14 +347,15 @@ def finetune(
     """
     out = Path(out)
     full_identity = _identity(model, documents, settings, identity or {})
-    if resume:
-        check_identity(out, full_identity)  # another model would also be refused by its calibration, with less to say
     checkpoints = run_checkpoints(out, keep_checkpoints)
     held: Documents | None = None
     if settings.held_out:
-        documents, held = split_held_out(documents, settings.held_out, settings.seed)
+        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
+        full_identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
+    if resume:
+        check_identity(out, full_identity)  # another model would also be refused by its calibration, with less to say
     length = settings.steps * settings.batch * settings.accumulate
-    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length)
+    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
     set_seed(settings.seed)
     wrapped = _with_adapter(model, settings)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
@@ -345,21 +370,26 @@ def finetune(
             log = RunLog(out / LOG_FILE)
             if resume:
                 log.cut(start.step if start else 0, report)
-            log.write(
-                event="resume" if start else "start",
-                step=start.step if start else 0,
-                trainable_parameters=sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
-                tokens=documents.num_tokens,
-                documents=len(documents),
-                pid=os.getpid(),
-            )
-            run = _Run(wrapped, settings, log, controller, held, log_every, evaluate_every, progress)
-            _train(run, windows, checkpoints, full_identity, save_every, start)
+            _log_start(log, wrapped, documents, start)
+            run = _Run(wrapped, settings, log, controller, held, log_every, evaluate_every, progress, windows)
+            _train(run, checkpoints, full_identity, save_every, start)
+            run.check_finite(settings.steps)
             if not evaluate_every or settings.steps % evaluate_every:
                 run.evaluate(settings.steps)
         write_folder(out / ADAPTER, lambda folder: wrapped.save_pretrained(str(folder)), manifest=False)
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
+
+
+def _log_start(log: RunLog, model: Any, documents: Documents, start: Checkpoint | None) -> None:
+    log.write(
+        event="resume" if start else "start",
+        step=start.step if start else 0,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tokens=documents.num_tokens,
+        documents=len(documents),
+        pid=os.getpid(),
+    )
 
 
 def _begin(
@@ -378,7 +408,6 @@ def _begin(
 
 def _train(
     run: _Run,
-    windows: PackedWindows,
     checkpoints: Checkpoints,
     identity: dict[str, Any],
     save_every: int,
@@ -389,10 +418,10 @@ def _train(
     trainer = _Trainer(
         model=run.model,
         args=_training_arguments(run.settings, checkpoints.root, run.device, save_every, run.log_every),
-        train_dataset=windows,
+        train_dataset=run.windows,
         callbacks=[run.controller.callback(), _Report(run)],
         checkpoints=checkpoints,
-        settings=run.settings,
+        run=run,
         identity=identity,
     )
     trainer.remove_callback(PrinterCallback)

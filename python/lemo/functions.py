@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from .ops._schema import first_order
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -29,24 +30,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 class Rope(Function):
     """Rotary position embedding of packed rows at their original positions.
 
-    x [M, H, D]; cos, sin [T, D] of the whole batch; rows int32 [M], or None where packed rows are all tokens.
-    The tables belong to the step and the rows to the layer's kept list: nothing is saved for x.
+    x [M, H, D]; cos, sin [T, D] of the whole batch; rows int32 [M], or None where packed rows are all tokens; sign -1
+    rotates back. The tables belong to the step and the rows to the layer's kept list: nothing is saved for x.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None) -> Tensor:
-        ctx.tables = (cos, sin, rows)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, sign: float = 1.0) -> Tensor:
+        ctx.tables, ctx.sign = (cos, sin, rows), sign
         if rows is not None:
             cos, sin = cos.index_select(0, rows), sin.index_select(0, rows)
-        return _rotate(x, cos, sin, 1.0)
+        return _rotate(x, cos, sin, sign)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin, rows = ctx.tables
-        if rows is not None:
-            cos, sin = cos.index_select(0, rows), sin.index_select(0, rows)
-        return _rotate(dy, cos, sin, -1.0), None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Linear in x, so that every derivative is a rotation.
+        return Rope.apply(dy, *ctx.tables, -ctx.sign), None, None, None, None
 
 
 class SwiGLU(Function):
@@ -58,7 +56,7 @@ class SwiGLU(Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @first_order("SwiGLU")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dup = F.silu(gate).mul_(dy)
@@ -76,7 +74,7 @@ class ReLU(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("ReLU")
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(dy, y, 0.0)

@@ -135,7 +135,7 @@ class Kept:
             cu_seqlens=blocks.cu_seqlens,
             rows=torch.arange(tokens, dtype=torch.int32, device=device),
             row_slots=torch.repeat_interleave(ids, sizes, output_size=tokens),
-            weights=torch.ones(nb, device=device),
+            weights=torch.ones(nb, dtype=torch.float32, device=device),
             num_blocks=nb,
             num_rows=tokens,
             max_seqlen=blocks.max_seqlen,

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from .ops._schema import first_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +33,10 @@ class Projection:
 
 def unwrap(module: Any) -> Any:
     """The module that runs in place of PEFT's `modules_to_save` wrapper; any other module itself."""
-    saved = getattr(module, "modules_to_save", None)
-    if saved is None or not hasattr(module, "original_module"):
+    children = getattr(module, "_modules", ())
+    if "modules_to_save" not in children or "original_module" not in children:
         return module
+    saved = module.modules_to_save
     active = [name for name in getattr(module, "active_adapters", []) if name in saved]
     if getattr(module, "disable_adapters", False) or not active:
         return module.original_module
@@ -47,14 +49,19 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module runs hooks, or a forward method that is the instance's own."""
-    state = module.__dict__
-    return "forward" in state or any(state[name] for name in HOOKS)
+    s = module.__dict__
+    hooks = s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in s
 
 
 def ordinary(module: nn.Module, *kinds: str) -> bool:
     """Whether a module is of one of these very classes (full names), without hooks or a forward method of its own."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}" in kinds and not hooked(module)
+
+
+def _frozen(linear: nn.Linear) -> bool:
+    return not any(p is not None and p.requires_grad for p in linear._parameters.values())
 
 
 def _plain_lora(module: Any) -> bool:
@@ -71,14 +78,13 @@ def projection(module: Any, *, trainable: bool = False) -> Projection | None:
     if hooked(module) or (outer is not module and hooked(outer)):
         return None
     if type(module) is nn.Linear:
-        frozen = not any(p.requires_grad for p in module.parameters())
-        return Projection(module.weight, module.bias) if frozen or trainable else None
+        return Projection(module.weight, module.bias) if trainable or _frozen(module) else None
     if not _plain_lora(module):
         return None
     base: nn.Linear = module.base_layer
     if hooked(base):
         return None
-    if not trainable and any(p.requires_grad for p in base.parameters()):
+    if not trainable and not _frozen(base):
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
     if module.merged or module.disable_adapters or not active:
@@ -144,7 +150,7 @@ class LinearGroup(Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order("a linear layer with its adapter")
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         n = len(ctx.scales)
         h, *rest = ctx.saved_tensors

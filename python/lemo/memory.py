@@ -193,6 +193,8 @@ def estimate(
         total = eliminating * saved(rows) + (layers - eliminating) * saved(tokens)
         largest = rows if eliminating == layers else tokens
         working = _working(shape, tokens, largest, phase.mode, recompute)
+        if config.return_logits:  # they and their gradient, and both in fp32 for the loss
+            working += 2 * (element + 4) * tokens * model_config.vocab_size
         phases.append(
             {
                 "mode": phase.mode,

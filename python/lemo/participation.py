@@ -60,6 +60,15 @@ class Participation:
 # --- what trains before the layers ------------------------------------------------------------------------------------
 
 
+def may_keep_output(module: nn.Module) -> bool:
+    """Whether anyone may hold what `module` returns: a hook (on it, or on every module), or code not torch's."""
+    return (
+        type(module) is not nn.Embedding
+        or "forward" in module.__dict__
+        or bool(module._forward_hooks or torch.nn.modules.module._global_forward_hooks)
+    )
+
+
 @contextmanager
 def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what `module` returns, after all of its forward hooks."""

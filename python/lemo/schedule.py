@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ class Schedule:
             ends.append(int(total * done / whole + 0.5))
         ends[-1] = total
         return ends
+
+    def steps(self, total: int) -> list[int]:
+        """Steps of every phase in a run of `total`; few steps may leave a phase none."""
+        ends = self.boundaries(total)
+        return [b - a for a, b in itertools.pairwise([0, *ends])]
 
     def index(self, step: int, total: int | None) -> int:
         """Number of the phase that step `step` (from 0) of `total` belongs to; steps past the end: the last."""
@@ -80,6 +86,9 @@ class LemoCallback(_TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.controller.end_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.controller.warn_of_unreached()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.controller.kept_ratios and self.controller.applied:

@@ -29,7 +29,7 @@ from . import ops
 from .engine import Step
 from .families.base import NormWeights
 from .lora import Projection, projection
-from .loss import causal_lm_loss, read_rows, shift
+from .loss import Targets, causal_lm_loss, read_rows, shift
 from .packing import Packed
 from .patching import add_entry, current_forward, is_entry, search
 
@@ -217,7 +217,7 @@ def fused_output(
     norm = controller.family.final_norm(controller.family.decoder(module))
     weights = projection(module.lm_head, trainable=True)
     assert weights is not None
-    part = read_rows(step, norm, weights.weight, weights.bias, weights.a, weights.b)
+    part = read_rows(step, _outside(norm, weights))
     predicted = targets != -100
     if part is not None:
         # -1 where a selection failed: one place more takes it.
@@ -237,9 +237,8 @@ def fused_output(
         _WeighRows.apply(x, arrived),
         norm,
         weights,
-        targets,
+        Targets(targets, items=1),  # their sum
         step,
-        num_items_in_batch=1,
         segment_rows=controller.config.segment_rows,
     )
 

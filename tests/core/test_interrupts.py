@@ -86,7 +86,7 @@ def test_signals_are_handled_during_an_operation(operation: Callable[[], None], 
             operation()
     finally:
         torch.set_num_threads(given)
-    assert seen == ["MainThread"] * 3
+    assert set(seen) == {"MainThread"}
     assert torch.equal(ops.attention_forward(q, q, q, cu_seqlens, None, 300, 0.25)[0], before)
 
 

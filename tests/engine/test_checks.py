@@ -58,8 +58,11 @@ PLACES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(("family", "place"), [(f, p) for f, places in PLACES.items() for p in places])
+@pytest.mark.parametrize(
+    ("family", "place", "change"),
+    [("llama", place, change) for place in PLACES["llama"] for change in CHANGES]
+    + [("opt", place, change) for place in PLACES["opt"] for change in ("subclass", "forward hook")],
+)
 def test_changed_modules_are_refused_at_apply_and_later(family, place, change):
     inputs = batch("plain")
     model = tuned(family)
@@ -84,6 +87,24 @@ def test_a_module_exchanged_for_another():
     model.get_base_model().model.layers[2].mlp = nn.Linear(32, 32)
     with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp: expected LlamaMLP .* got torch\.nn\..*Linear"):
         model(**batch("plain"))
+
+
+def test_calibration_refuses_it_too():
+    from lemo.predictors.teacher import Teacher
+
+    model = base("llama")
+    Teacher(model, 8, False)
+    instance_forward(model.model.layers[1].mlp)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp"):
+        Teacher(model, 8, False)
+
+
+def test_torchs_own_hooks_that_change_a_module_are_refused():
+    model = base("llama")
+    model.model.norm.g = nn.Parameter(torch.ones(32, 4))
+    torch.nn.utils.spectral_norm(model.model.norm, "g")
+    with pytest.raises(UnsupportedModelError, match=r"model\.norm: it has a hook, torch\.nn\.utils"):
+        lemo.apply(model, settings())
 
 
 def test_a_removed_hook_is_forgotten():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import lemo
+import lemo.engine
 import pytest
 import torch
 import transformers
@@ -279,6 +280,24 @@ def test_one_layer_that_keeps_everything_counts_every_token():
     assert controller.report()["loss_tokens"] == (inputs["labels"][:, 1:] != -100).sum()
 
 
+@pytest.mark.parametrize("phase", MODES, ids=lambda phase: phase.mode)
+def test_norm_and_head_run_for_tokens_that_took_part(phase, monkeypatch):
+    model, inputs, seen = tuned("llama"), batch("plain"), []
+    original = lemo.ops.linear_cross_entropy
+
+    def spy(hidden, *args, **options):
+        seen.append(hidden.shape[0])
+        return original(hidden, *args, **options)
+
+    monkeypatch.setattr(lemo.ops, "linear_cross_entropy", spy)
+    controller, lists = shared(model) if phase.mode == "skip" else (lemo.apply(model, settings(phase)), None)
+    gradients(model, inputs)
+    tokens = inputs["input_ids"].numel()
+    assert seen == [tokens if lists is None else lists[0][0].num_rows]
+    assert lists is None or seen[0] < 0.7 * tokens
+    assert controller.report()["tokens"] == tokens
+
+
 def test_the_union_of_kept_lists():
     blocks = Blocks.from_lengths([40], 8)
 
@@ -298,3 +317,69 @@ def test_the_union_of_kept_lists():
     part.add(Kept.everything(blocks))
     assert part.rows() is None
     assert Participation().rows().tolist() == []
+
+
+# --- what autograd sees of a step ---
+
+
+@pytest.mark.parametrize("phase", MODES, ids=lambda phase: phase.mode)
+@pytest.mark.parametrize("path", ["loss", "hidden", "logits"])
+def test_second_derivatives_of_a_step_are_refused(phase, path):
+    model, inputs = tuned("llama"), batch("plain")
+    controller = lemo.apply(model, settings(phase))
+    params = [p for p in model.parameters() if p.requires_grad]
+    labels = inputs.pop("labels")
+
+    def loss():
+        if path == "loss":
+            return model(**inputs, labels=labels).loss
+        if path == "hidden":
+            return model.get_base_model().model(**inputs).last_hidden_state.sum()
+        return model(**inputs).logits.logsumexp(-1).sum()
+
+    expected = torch.autograd.grad(loss(), params)
+    controller.seek(0)
+    first = loss()
+    got = torch.autograd.grad(first, params, create_graph=True)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+    def penalty():
+        return sum(g.square().sum() for g in got)
+
+    for function in (
+        lambda: (loss() + penalty()).backward(),
+        lambda: torch.autograd.grad(params[0].sum() + penalty(), params[:1], allow_unused=True),
+    ):
+        with pytest.raises(RuntimeError, match=r"has no second derivative.*lemo\.remove"):
+            function()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("where", ["module", "peft"])
+def test_who_keeps_the_embeddings_output_finds_it_unchanged(family, where):
+    model, inputs, seen = tuned(family), batch("plain"), []
+    embedding = model.get_input_embeddings()
+    if where == "module":
+        embedding.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    else:  # a LoRA embedding whose adapter is off returns what its base layer returned
+        model = lora(base(family), [*LINEARS[family], "embed_tokens"]).train()
+        embedding = model.get_input_embeddings()
+        embedding.base_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        embedding.enable_adapters(False)
+    lemo.apply(model, settings())
+    model(**inputs).loss.backward()
+    weight = embedding.base_layer.weight if where == "peft" else embedding.weight
+    assert torch.equal(seen[0].reshape((*inputs["input_ids"].shape, 32)), weight[inputs["input_ids"]])
+
+
+def test_without_a_hook_the_embeddings_output_is_not_copied(monkeypatch):
+    steps = []
+    original = lemo.engine.Stack.apply
+    monkeypatch.setattr(
+        lemo.engine.Stack, "apply", lambda x, step, *rest: steps.append(step) or original(x, step, *rest)
+    )
+    model = tuned("llama")
+    lemo.apply(model, settings())
+    model(**batch("plain"))
+    assert not steps[0].borrowed

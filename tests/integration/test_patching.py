@@ -68,7 +68,7 @@ def test_remove_and_apply_again_under_a_wrapper(wrap):
         assert_same(model(**inputs).logits, expected)
         controller = lemo.apply(model, settings())
         assert runs_lemo(model, controller)
-        assert model(**inputs).logits is None  # through the segmented loss, not the wrapper's way around it
+        assert "logits" not in model(**inputs)  # through the segmented loss, not the wrapper's way around it
     wrap(model)
     assert runs_lemo(model, controller)
     lemo.remove(model)
@@ -113,7 +113,7 @@ def test_accelerate_unwraps_its_own_wrapper_only():
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=False)
     assert runs_lemo(model, controller)
-    assert model(**batch("plain")).logits is None
+    assert "logits" not in model(**batch("plain"))
     lemo.remove(model)
     assert "forward" not in model.__dict__
 

@@ -143,7 +143,7 @@ def test_evaluation_and_removal_leave_trls_head(tmp_path, tokenizer, segmented):
     model.train()
     batch = {"input_ids": torch.arange(8, 20)[None], "labels": torch.arange(8, 20)[None]}
     assert model(**batch, fused_lm_head=True).log_probs.shape == (1, 11)
-    assert model(**batch).logits is not None
+    assert torch.is_tensor(model(**batch).logits)
     assert not segmented
 
 

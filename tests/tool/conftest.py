@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,60 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# Imports what takes seconds to import once, and then forks a fresh process for each script. The server itself computes
+# nothing, so that no thread pool is there to be lost in a fork, and never imports lemo, so that a script may forbid it.
+_SERVER = """
+import json, os, sys, traceback
+import torch, peft, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+        null, said = os.open(os.devnull, os.O_RDWR), os.open(request["said"], os.O_RDWR | os.O_CREAT)
+        os.dup2(null, 0), os.dup2(said, 1), os.dup2(said, 2)
+        sys.argv = ["script", *request["arguments"]]
+        code = 1
+        try:
+            exec(request["script"], {"__name__": "__main__"})
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory: pytest.TempPathFactory):
+    """run_script(script, *arguments): (exit code, or minus the signal; what it printed), in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums decides the last bit
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert server.stdin is not None and server.stdout is not None
+    stdin, stdout = server.stdin, server.stdout
+
+    def run(script: str, *arguments: str) -> tuple[int, str]:
+        said = tmp_path_factory.mktemp("script") / "said"
+        stdin.write(json.dumps({"script": script, "arguments": arguments, "said": str(said)}) + "\n")
+        stdin.flush()
+        answer = stdout.readline()
+        assert answer, "the server of scripts has died"
+        return int(answer), said.read_text()
+
+    yield run
+    server.kill()
+    server.wait()
 
 
 def make_text(seed: int, words: int) -> str:

@@ -282,9 +282,20 @@ class World:
         tokenizer.save_pretrained(self.folder / "tokenizer")
         return str(self.folder / "tokenizer")
 
-    def broken_model(self, name: str, change: Callable[[Path], None]) -> str:
+    def classifier(self) -> str:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.from_pretrained(self.model_folder)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(self.folder / "classifier")
+        return str(self.folder / "classifier")
+
+    def settings_alone(self, **values: object) -> str:
+        self.file("alone/config.json", json.dumps(values))
+        return str(self.folder / "alone")
+
+    def broken_model(self, name: str, change: Callable[[Path], None], kind: str | None = None) -> str:
         folder = self.folder / name
-        shutil.copytree(self.model_folder, folder)
+        shutil.copytree(self.another_model(kind) if kind else self.model_folder, folder)
         change(folder)
         return str(folder)
 

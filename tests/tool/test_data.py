@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import hashlib
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from lemo.data import (
     Documents,
     PackedWindows,
     evaluation_pieces,
-    load_documents,
+    evaluation_spans,
     permutation,
     split_held_out,
 )
@@ -30,11 +29,14 @@ def documents_of(lengths: list[int]) -> Documents:
 @pytest.mark.parametrize("context", [2, 5, 64])
 def test_packing_properties(lengths: list[int], context: int) -> None:
     documents = documents_of(lengths)
-    if documents.num_tokens < context:
-        with pytest.raises(DataError, match="fewer than one context"):
+    if documents.num_tokens < context or max(lengths) == 1:
+        with pytest.raises(DataError, match=r"fewer than one context|no window of .* has a token to predict"):
             PackedWindows(documents, context, seed=3)
         return
-    windows = PackedWindows(documents, context, seed=3)
+    lines: list[str] = []
+    windows = PackedWindows(documents, context, seed=3, report=lines.append)
+    dropped = documents.num_tokens // context - len(windows)
+    assert len(lines) == (dropped > 0) and (context == 2 or not dropped)
     seen: list[int] = []
     for i in range(len(windows)):
         item = windows[i]
@@ -51,8 +53,51 @@ def test_packing_properties(lengths: list[int], context: int) -> None:
         cu = windows.cu_seqlens(i)
         assert cu[0] == 0 and cu[-1] == context
         assert torch.equal(cu[:-1], torch.nonzero(starts).flatten().int())
-    # Nothing twice, and all but the tail that fills no window is there.
-    assert len(set(seen)) == len(seen) == documents.num_tokens // context * context
+        assert (labels != IGNORE_INDEX).any()
+    # Nothing twice, and all but the tail that fills no window and windows without a label is there.
+    assert len(set(seen)) == len(seen) == (documents.num_tokens // context - dropped) * context
+
+
+def test_masked_tokens_are_no_labels_and_windows_without_one_are_left_out() -> None:
+    documents = documents_of([70, 40, 90])
+    # One answer in each of two documents, and a document without any.
+    masks = [np.zeros(n, bool) for n in (70, 40, 90)]
+    masks[0][50:60] = True
+    masks[2][5:9] = True
+    documents = Documents.from_arrays([documents.document(i) for i in range(3)], [0, 0, 0], ["made"], masks)
+    answers = {*range(50, 60), *range(2005, 2009)}
+    lines: list[str] = []
+    windows = PackedWindows(documents, 10, seed=2, report=lines.append)
+    assert len(windows) < 20 and f"left out {20 - len(windows)} of 20 windows" in lines[0]
+    long = PackedWindows(documents, 10, seed=2, length=60)
+    seen = [long[i] for i in range(60)]
+    # Pass after pass holds every answer but for those that begin a window or stand in the tail of the pass.
+    for start in range(0, 60 - len(windows), len(windows)):
+        labels = torch.cat([x["labels"] for x in seen[start : start + len(windows)]])
+        assert set(labels.tolist()) - {IGNORE_INDEX} <= answers
+    for item in seen:
+        kept = item["labels"] != IGNORE_INDEX
+        assert kept.any() and torch.equal(item["labels"][kept], item["input_ids"][kept])
+    # The place in the data is the index, in whatever order windows are read.
+    again = PackedWindows(documents, 10, seed=2, length=60)
+    assert all(torch.equal(again[i]["input_ids"], seen[i]["input_ids"]) for i in (57, 3, 40, 0))
+    assert sum(stop - start for d, start, stop in evaluation_spans(documents, 10)) == 20
+    with pytest.raises(DataError, match="labels of the data are all ignored"):
+        PackedWindows(documents.select([1]), 10, seed=2)
+
+
+def test_the_mask_goes_where_its_tokens_go() -> None:
+    masks = [np.array([False, True]), None, np.array([True, False, False])]
+    arrays = [np.array([1, 2]), np.array([3, 4]), np.array([5, 6, 7])]
+    documents = Documents.from_arrays(arrays, [0, 1, 0], ["a", "b"], masks)
+    assert documents.trained is not None and documents.trained.tolist() == [False, True, True, True, True, False, False]
+    picked = documents.select([2, 0])
+    assert picked.trained is not None and picked.trained.tolist() == [True, False, False, False, True]
+    plain = Documents.from_arrays(arrays, [0, 1, 0], ["a", "b"])
+    assert plain.trained is None and plain.fingerprint() != documents.fingerprint()
+    # The digest of what older runs recorded: int64 tokens, then int64 offsets.
+    expected = hashlib.sha256(np.arange(1, 8).astype("<i8").tobytes() + np.array([0, 2, 4, 7], "<i8").tobytes())
+    assert plain.fingerprint() == expected.hexdigest()
 
 
 def test_order_depends_on_the_seed_and_the_pass_alone() -> None:
@@ -97,63 +142,49 @@ def test_held_out_split() -> None:
         split_held_out(few, 1.5, seed=1)
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.2, 0.5])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [100] * 40 + [100_000],
+        [100_000] * 3 + [50] * 200,
+        [37] * 500,
+        [5] * 30 + [4000, 3000],
+        [20_000, 3, 3, 3],
+        [1000],
+        [2**i for i in range(1, 17)],
+        [2**i for i in range(1, 17)] * 2,
+        [25] * 3,
+    ],
+    ids=lambda lengths: f"{len(lengths)}x{max(lengths)}",
+)
+def test_about_as_many_tokens_are_held_out_as_asked(lengths: list[int], fraction: float) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    documents = Documents(np.arange(offsets[-1]), offsets, np.zeros(len(lengths), np.int32), ("made",))
+    for seed in range(4):
+        lines: list[str] = []
+        train, held = split_held_out(documents, fraction, seed, lines.append)
+        share = held.num_tokens / documents.num_tokens
+        # Two tokens are the least that can be held out of a document.
+        assert fraction / 2 <= share <= max(2 * fraction, 2 / documents.num_tokens) + 1e-9
+        assert sorted([*train.tokens.tolist(), *held.tokens.tolist()]) == documents.tokens.tolist()
+        assert len(lines) == 1 and f"held out {held.num_tokens} of {documents.num_tokens} tokens" in lines[0]
+        again = split_held_out(documents, fraction, seed)
+        assert again[1].fingerprint() == held.fingerprint() and again[0].fingerprint() == train.fingerprint()
+
+
+def test_a_document_too_long_to_hold_out_gives_its_end() -> None:
+    lines: list[str] = []
+    train, held = split_held_out(documents_of([100] * 40 + [100_000]), 0.05, 1, lines.append)
+    assert held.lengths().tolist() == [100, 100, 5000] and train.lengths().max() == 95_000
+    assert (
+        "2 whole documents" in lines[0]
+        and "the last 5000 tokens of document 40, from made, with 100000 tokens" in lines[0]
+    )
+
+
 def test_evaluation_pieces() -> None:
     documents = documents_of([100, 1, 33, 32])
     pieces = evaluation_pieces(documents, 32)
     assert [(d, len(p)) for d, p in pieces] == [(0, 32), (0, 32), (0, 32), (0, 4), (2, 32), (3, 32)]
     assert sum(len(p) for _, p in evaluation_pieces(documents, 32, max_tokens=50)) == 50
-
-
-def test_text_jsonl_folder_glob_and_names(text_folder: Path, jsonl_file: Path, tokenizer) -> None:
-    def load(*sources: str, **options) -> Documents:
-        return load_documents(sources, tokenizer, progress=False, **options)
-
-    folder = load(str(text_folder))
-    assert len(folder) == 24 and folder.names == (text_folder.name,)
-    assert all(folder.document(i)[-1] == tokenizer.eos_token_id for i in range(24))
-    by_glob = load(str(text_folder / "*.txt"))
-    assert by_glob.fingerprint() == folder.fingerprint()
-    named = load(f"a={jsonl_file}", f"b={text_folder / 'd00.txt'}")
-    assert named.names == ("a", "b") and [len(d) for d in named.by_name().values()] == [12, 1]
-    assert named.by_name()["b"].tokens.tolist() == folder.document(0).tolist()
-    assert load(str(text_folder), per_file=True).names[:2] == ("d00", "d01")
-    joined = load(str(text_folder), joined=True)
-    assert len(joined) == 1 and joined.num_tokens == folder.num_tokens
-    assert load(str(text_folder), max_tokens=100).num_tokens == 100
-
-
-def test_token_files_split_at_the_end_of_text(tmp_path: Path, tokenizer) -> None:
-    path = tmp_path / "tokens.bin"
-    np.array([5, 6, 0, 7, 0, 8, 9], dtype=np.uint16).tofile(path)
-    documents = load_documents([str(path)], tokenizer, progress=False)
-    assert [documents.document(i).tolist() for i in range(3)] == [[5, 6, 0], [7, 0], [8, 9]]
-    assert len(load_documents([str(path)], None, progress=False)) == 1
-
-
-def test_saved_datasets(tmp_path: Path, tokenizer) -> None:
-    datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"text": ["the block", "of tokens", ""]})
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
-    lines: list[str] = []
-    for name in ("one", "splits"):
-        documents = load_documents([str(tmp_path / name)], tokenizer, progress=False, report=lines.append)
-        assert len(documents) == 2 and documents.names == (name,)
-    assert lines == ["left out 1 empty documents"] * 2
-
-
-def test_binary_files_in_a_folder_are_left_out_and_reported(tmp_path: Path, tokenizer) -> None:
-    (tmp_path / "a.txt").write_text("the block of tokens")
-    (tmp_path / "b.png").write_bytes(b"\x89PNG\0\0")
-    lines: list[str] = []
-    assert len(load_documents([str(tmp_path)], tokenizer, progress=False, report=lines.append)) == 1
-    assert len(lines) == 1 and "b.png" in lines[0]
-
-
-def test_records_keep_their_order_through_batched_tokenisation(tmp_path: Path, tokenizer) -> None:
-    path = tmp_path / "r.jsonl"
-    texts = ["the block", "", "of tokens", "keeps its own place"]
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    documents = load_documents([str(path)], tokenizer, progress=False)
-    back = [tokenizer.decode(documents.document(i)[:-1]) for i in range(len(documents))]
-    assert back == [t for t in texts if t]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -294,3 +295,23 @@ def test_a_changed_base_model_is_noticed(model_folder: Path, one_domain, tmp_pat
     monkeypatch.setattr(lemo.adapters, "_copies", lambda *_: {})
     with pytest.raises(RuntimeError, match=r"changed the base model .*q_proj.*in a call of its own"):
         compare(load_base(model_folder), [str(folder)], one_domain, 64)
+
+
+def test_only_labels_are_scored(model, text_folder: Path, tokenizer) -> None:
+    documents = load_documents([str(text_folder / "d0*.txt")], tokenizer, progress=False)
+    marked = np.random.default_rng(0).random(documents.num_tokens) < 0.2
+    marked[: documents.offsets[1]] = False  # a document without a label
+    masked = dataclasses.replace(documents, trained=marked)
+    scores = score(model, masked, 48)
+    nll = tokens = 0.0
+    for i in range(len(documents)):
+        mask = masked.labelled(i)
+        for start in range(0, len(documents.document(i)), 48):
+            ids = torch.from_numpy(documents.document(i)[start : start + 48].astype(np.int64))[None]
+            labels = ids.masked_fill(~torch.from_numpy(mask[start : start + 48]), -100)
+            if (labels[0, 1:] != -100).any():
+                count = int((labels[0, 1:] != -100).sum())
+                nll += model(input_ids=ids, labels=labels).loss.item() * count
+                tokens += count
+    assert scores.tokens.sum() == tokens and 0 not in scores.documents
+    assert scores.nll.sum() == pytest.approx(nll, rel=1e-5)

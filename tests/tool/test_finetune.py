@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lemo.cli import main
 from lemo.data import PackedWindows
-from lemo.finetune import learning_rate_factor
+from lemo.finetune import _Run, learning_rate_factor
 from lemo.settings import FinetuneSettings, parse_schedule
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SCHEDULE = "skip:0.5:update_norm@0.5,backward:0.5:weighted@0.25,dense@0.25"
 SIZES = "--context 64 --block-size 8 --steps 8 --batch 2 --warmup 2 --lr 1e-2"
@@ -76,7 +74,7 @@ def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_pat
     assert not list((tmp_path / "skip").glob("checkpoint-*"))
 
 
-def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path) -> None:
+def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path, run_script) -> None:
     script = textwrap.dedent(
         """
         import sys
@@ -92,10 +90,8 @@ def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path) -
         assert not torch.equal(before, after)
         """
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(model_folder), str(finished / "adapter")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    code, said = run_script(script, str(model_folder), str(finished / "adapter"))
+    assert code == 0, said
     assert not [p.name for p in (finished / "adapter").iterdir() if "lemo" in p.name or p.name == "training_args.bin"]
 
 
@@ -106,7 +102,6 @@ def test_the_same_settings_give_the_same_adapter(
     assert_same_adapter(finished, tmp_path / "again")
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums decides the last bit
 KILLED = textwrap.dedent(
     """
     import os, signal, sys
@@ -133,15 +128,21 @@ KILLED = textwrap.dedent(
 
 @pytest.mark.parametrize(("step", "moment", "last"), [("6", "half-written", 3), ("3", "before-rename", 0)])
 def test_killed_while_saving_resumes_bit_for_bit(
-    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys, step: str, moment: str, last: int
+    finished: Path,
+    model_folder: Path,
+    text_folder: Path,
+    tmp_path: Path,
+    capsys,
+    run_script,
+    step: str,
+    moment: str,
+    last: int,
 ) -> None:
     out = tmp_path / "killed"
     command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--out", str(out), *OPTIONS]
     command += ["--schedule", SCHEDULE, "--held-out", "0.1"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, step, moment, *command], capture_output=True, text=True, env=ONE_THREAD
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, said = run_script(KILLED, step, moment, *command)
+    assert code == -signal.SIGKILL, said
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
     assert not (out / "adapter").exists()
     # Nothing but the folder is needed to go on.
@@ -258,6 +259,42 @@ def test_schedules() -> None:
             parse_schedule(text)
     settings = FinetuneSettings(lora_targets=("q_proj",))
     assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+def test_a_loss_that_is_no_number(new_model, text_folder: Path, tmp_path: Path, capsys) -> None:
+    model = new_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "run"
+    assert finetune(model, text_folder, out, "--dense") == 1
+    assert "the loss is nan at step 1" in capsys.readouterr().err
+    text = (out / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (step,) = [r for r in records(out) if "loss" in r]
+    assert step["loss"] is None and "loss is nan" in step["note"]
+    assert main(["report", str(out), "--no-png"]) == 0
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys
+) -> None:
+    """The log would only see it at step 8, after two checkpoints."""
+    out = tmp_path / "run"
+    assert finetune(model_folder, text_folder, out, "--dense", "--lr", "1e37", "--log-every", "8") == 1
+    said = capsys.readouterr().err
+    assert "not finite at step 3" in said and "Lower --lr" in said
+    assert not list(out.glob("*check*")) and not (out / "adapter").exists()
+
+
+def test_windows_without_a_label_are_blamed_on_the_data() -> None:
+    from types import SimpleNamespace
+
+    labels = [[-100, 3], [-100, -100], [-100, 4], [-100, 5]]
+    run: Any = SimpleNamespace(settings=FinetuneSettings(batch=2), log_every=1)
+    run.windows = [{"labels": torch.tensor(values)} for values in labels]
+    assert _Run.advice(run, 1).startswith("1 of the 2 windows")
+    assert _Run.advice(run, 2).startswith("Lower --lr")
 
 
 @pytest.mark.parametrize(("window", "last"), [(0, 0), (9, 3)])

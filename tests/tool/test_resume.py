@@ -6,15 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lemo.checkpoint import MANIFEST, CheckpointError, Checkpoints, content_digest, locked
+from lemo.checkpoint import MANIFEST, CheckpointError, Checkpoints, content_digest, locked, read_manifest
 from lemo.cli import main
 from lemo.plots import summary
 from lemo.predictors import CalibrationError, PredictorSet
@@ -168,6 +166,23 @@ def test_a_calibration_exchanged_at_its_place(
         shutil.rmtree(original.calibration)
         shutil.copytree(kept, original.calibration)
     assert resume(stopped.out) == 0 and adapter_of(stopped.out) == whole
+
+
+def test_another_split_of_the_same_data(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another version of lemo might hold other documents out."""
+    import lemo.finetune
+
+    out, real = tmp_path / "run", lemo.finetune.split_held_out
+    command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--dense", "--held-out", "0.2"]
+    assert main([*command, "--out", str(out), *OPTIONS]) == 0
+    monkeypatch.setattr(
+        lemo.finetune, "split_held_out", lambda d, fraction, seed, *_, **__: real(d, fraction, seed + 1)
+    )
+    shutil.rmtree(out / "adapter")
+    assert resume(out) == 2
+    assert "training_sha256: the run has" in capsys.readouterr().err
 
 
 # ---- changed by hand -------------------------------------------------------------------------------------------------
@@ -334,7 +349,7 @@ def test_a_later_damaged_checkpoint_does_not_push_out_a_good_one(tmp_path: Path)
 
 
 @pytest.mark.parametrize("moment", ["written", "flushed"])
-def test_killed_while_run_json_is_written(tmp_path: Path, moment: str) -> None:
+def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: str) -> None:
     """Nothing had begun: a new run may start in the folder, and what was left in it is gone."""
     script = textwrap.dedent(
         """
@@ -352,8 +367,8 @@ def test_killed_while_run_json_is_written(tmp_path: Path, moment: str) -> None:
         """
     )
     out = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-c", script, str(out), moment], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, said = run_script(script, str(out), moment)
+    assert code == -signal.SIGKILL, said
     assert {p.name[:17] for p in out.iterdir()} == {".lock", ".writing-run.json"}
     with pytest.raises(CheckpointError, match="no run folder; start a run with"):
         run_settings(out)
@@ -423,19 +438,24 @@ def test_every_bit_of_a_manifest(tmp_path: Path) -> None:
     for step in (1, 2):
         checkpoints.save(step, lambda folder: (folder / "weights").write_text("w"), settings)
     manifest = json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())
-    for _ in flips(tmp_path / "checkpoint-2" / MANIFEST):
-        found = checkpoints.find()
-        steps = [c.step for c in found.checkpoints]
-        if steps == [1, 2]:  # another way of writing the same values, as e and E in a number
+    for place, _ in enumerate(flips(tmp_path / "checkpoint-2" / MANIFEST)):
+        try:
+            read_manifest(tmp_path / "checkpoint-2")
+        except CheckpointError as error:
+            assert "checkpoint-2" in str(error)
+        else:  # another way of writing the same values, as e and E in a number
             assert json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text()) == manifest
-        else:
-            assert steps == [1] and "checkpoint-2" in " ".join(found.ignored + found.stopping)
+            continue
+        if place % 17 == 0:
+            found = checkpoints.find()
+            assert [c.step for c in found.checkpoints] == [1]
+            assert "checkpoint-2" in " ".join(found.ignored + found.stopping)
 
 
 def test_bits_of_run_json(small_run: Path) -> None:
     before, checkpoints = json.loads((small_run / "run.json").read_text()), run_checkpoints(small_run)
     refused = said = 0
-    for _ in flips(small_run / "run.json", 3):
+    for _ in flips(small_run / "run.json", 7):
         lines: list[str] = []
         try:
             saved = run_settings(small_run)
@@ -450,7 +470,7 @@ def test_bits_of_run_json(small_run: Path) -> None:
         if json.loads((small_run / "run.json").read_bytes()) != before:
             assert len(lines) == 1 and "run.json" in lines[0]
             said += 1
-    assert refused > 1000 and said > 50
+    assert refused > 500 and said > 20
 
 
 def test_bits_of_a_log(tmp_path: Path) -> None:

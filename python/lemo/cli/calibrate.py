@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--keep {args.keep}: expected a fraction in (0, 1]")
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps}: expected at least 1")
+    if args.answers_only:
+        raise ValueError("--answers-only has no meaning here: calibration reads whole documents and uses no labels")
     out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not args.overwrite:
         raise CalibrationError(f"{out} exists already: choose another --out or add --overwrite")
-    model = load_model(args, args.context)
-    documents = load_data(args, model.config.vocab_size)
+    model = load_model(args, args.context, to_train=True)
+    documents = load_data(args, model.config)
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
+    documents = dataclasses.replace(documents, trained=None)  # what is informative does not depend on labels
     pieces = [p for _, p in evaluation_pieces(documents, args.context) if len(p) > args.block_size]
     if len(pieces) < 2:
         raise ValueError(

@@ -89,15 +89,41 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
         nargs="+",
         required=required,
         metavar="[NAME=]SOURCE",
-        help="text files, folders, globs, *.jsonl, *.bin (uint16 tokens), a data set saved on disk, or hf:NAME[:SPLIT]",
+        help="text files, folders, globs, *.jsonl, *.json, *.csv, *.parquet (compressed ones too), *.bin or *.npy "
+        "(tokens), a data set saved on disk, or hf:NAME[:SPLIT]",
     )
-    group.add_argument("--text-field", help="field of JSONL records and data sets that holds the text (default: text)")
+    group.add_argument(
+        "--text-field",
+        help="field of records that holds the text, tokens or messages (default: input_ids, text, messages, or prompt "
+        "and completion, whichever is there)",
+    )
+    group.add_argument(
+        "--answers-only",
+        action="store_true",
+        default=None,
+        help="of conversations, and of prompts with completions, learn the answers alone (default: every token)",
+    )
+    group.add_argument(
+        "--token-dtype",
+        choices=("uint16", "uint32"),
+        help="width of token files without a header (default: uint16 where the vocabulary fits, else it must be given)",
+    )
+    group.add_argument(
+        "--special-tokens-in-text",
+        choices=("auto", "parse", "plain"),
+        help="read special tokens written out in a text as tokens (parse) or as ordinary text (plain); auto parses "
+        "texts that begin with one, as chat templates write them (default: auto)",
+    )
     group.add_argument(
         "--joined",
         action="store_true",
         default=None,
         help="join each source into one stream in which documents see one another (default: documents stay apart)",
     )
+
+
+# Options beside --data that decide what is read: a run keeps them for --resume.
+DATA_OPTIONS = ("text_field", "joined", "answers_only", "token_dtype", "special_tokens_in_text")
 
 
 def absolute(source: str) -> str:
@@ -133,7 +159,7 @@ def load_tokenizer(where: str, required: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if not required:
             return None
@@ -149,7 +175,7 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     if not path.exists() and (where.startswith((".", "/", "~")) or where.count("/") > 1):
         raise ValueError(f"--model {where}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(where)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model {where}: no transformers model can be read from it ({_first_line(error)})"
@@ -169,8 +195,25 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     return config
 
 
-def load_model(args: argparse.Namespace, context: int | None = None) -> Any:
-    """The frozen base model of --model on --device, in --dtype."""
+def check_supported(config: Any) -> None:
+    """Raises UnsupportedModelError for a model that lemo cannot train. Looks at an empty copy: no weights are read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lemo import families
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        raise families.UnsupportedModelError(
+            f"lemo does not support models of type {config.model_type!r} ({_first_line(error)})"
+        ) from error
+    families.find(model)
+
+
+def load_model(args: argparse.Namespace, context: int | None = None, *, to_train: bool = False) -> Any:
+    """The frozen base model of --model on --device, in --dtype. to_train: only one that lemo can train."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -179,36 +222,59 @@ def load_model(args: argparse.Namespace, context: int | None = None) -> Any:
     if args.quiet:
         transformers_logging.disable_progress_bar()
     config = load_config(args.model, context, bool(args.interpolate_positions))
+    if to_train:
+        check_supported(config)
     device = device_of(args.device)
     name = args.dtype or "auto"
     dtype = {"auto": torch.float32 if device.type == "cpu" else torch.bfloat16}.get(name) or getattr(torch, name)
     if device.type == "cpu" and dtype is not torch.float32:
         raise ValueError(f"--dtype {name}: the CPU backend computes in float32; leave --dtype out or use a GPU")
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            args.model,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     except Exception as error:  # transformers, safetensors and json raise their own kinds for a damaged folder
         reason = _first_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "they do not have the shapes that its config.json says"
         raise ValueError(f"--model {args.model}: its weights cannot be loaded ({reason})") from error
+    # transformers draws what a folder lacks at random, and only warns.
+    if loaded["missing_keys"]:
+        first = sorted(loaded["missing_keys"])[0]
+        raise ValueError(f"--model {args.model}: not a complete causal language model: its weights lack {first}")
     return model.to(device).requires_grad_(False)
 
 
-def load_data(args: argparse.Namespace, vocab_size: int, **options: Any) -> Any:
-    """`lemo.data.Documents` of --data."""
+def load_data(args: argparse.Namespace, config: Any, **options: Any) -> Any:
+    """`lemo.data.Documents` of --data, for the model of this configuration."""
     from lemo.data import load_documents
 
     tokenizer = load_tokenizer(args.tokenizer or args.model, required=args.tokenizer is not None)
     return load_documents(
         args.data,
         tokenizer,
-        text_field=args.text_field or "text",
-        vocab_size=vocab_size,
+        text_field=args.text_field,
+        vocab_size=config.vocab_size,
+        token_dtype=args.token_dtype,
+        end_of_text=None if tokenizer is not None else _end_of_text(config),
+        special_tokens=args.special_tokens_in_text or "auto",
+        answers_only=bool(args.answers_only),
         joined=bool(args.joined),
         progress=not args.quiet,
         report=say,
         **options,
     )
+
+
+def _end_of_text(config: Any) -> int | None:
+    """What ends documents according to the model, for token files where there is no tokenizer to ask."""
+    end: Any = getattr(config, "eos_token_id", None)
+    return (end[0] if end else None) if isinstance(end, list) else end
 
 
 def _first_line(error: BaseException) -> str:

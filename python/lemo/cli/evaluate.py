@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if reference not in labels:
         raise ValueError(f"--reference {reference}: not among {', '.join(labels)}")
     model = load_model(args, args.context)
-    documents = load_data(args, model.config.vocab_size, per_file=args.per_file)
+    documents = load_data(args, model.config, per_file=args.per_file)
     domains = documents.by_name()
     tokens = sum(len(p) for d in domains.values() for _, p in evaluation_pieces(d, args.context, args.max_tokens))
     count = len(args.adapter) + (not args.no_base)

@@ -9,7 +9,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, absolute, add_common, add_data, add_model, load_data, load_model, say
+from lemo.cli.common import (
+    DATA_OPTIONS,
+    Formatter,
+    absolute,
+    add_common,
+    add_data,
+    add_model,
+    load_data,
+    load_model,
+    say,
+)
 from lemo.settings import FinetuneSettings
 
 _EPILOG = """\
@@ -103,7 +113,7 @@ def add(subparsers: Any) -> None:
 
 
 # Where the run's inputs come from: kept in run.json so that --resume needs no other argument.
-_INPUTS = ("model", "tokenizer", "data", "text_field", "joined", "interpolate_positions", "dtype")
+_INPUTS = ("model", "tokenizer", "data", *DATA_OPTIONS, "interpolate_positions", "dtype")
 
 
 def _settings(args: argparse.Namespace) -> FinetuneSettings:
@@ -179,8 +189,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} holds a run already; continue it with --resume, or choose another folder")
     if settings.calibration and not Path(settings.calibration).is_dir():
         raise ValueError(f"--calibration {settings.calibration}: no such folder; make it with lemo calibrate")
-    model = load_model(args, settings.context)
-    documents = load_data(args, model.config.vocab_size)
+    model = load_model(args, settings.context, to_train=True)
+    documents = load_data(args, model.config)
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     result = finetune(
         model,

@@ -31,6 +31,12 @@ class NormWeights:
     bias: Tensor | None
     eps: float
 
+    @property
+    def contiguous(self) -> tuple[Tensor | None, Tensor | None]:
+        """weight and bias as the operators read them; the parameters themselves may be strided."""
+        weight, bias = self.weight, self.bias
+        return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
+
 
 def rms_norm(module: nn.Module) -> NormWeights:
     """Weights of a transformers RMSNorm."""

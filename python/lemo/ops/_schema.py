@@ -1,11 +1,18 @@
-"""The torch library `lemo`: one place that declares operators and binds them to a backend."""
+"""The torch library `lemo`: one place that declares operators and binds them to a backend and to autograd.
+
+What autograd is told: tensors written in place count as changed (their version rises); outputs without a derivative
+never require one; and where only a first derivative exists, reaching for the second is an error, never zero.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 library = torch.library.Library("lemo", "DEF")
 
@@ -13,13 +20,155 @@ library = torch.library.Library("lemo", "DEF")
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 
 
-def define(schema: str, run: Callable, fake: Callable) -> None:
-    """Declares ``lemo::<schema>``: ``run`` serves CPU and CUDA tensors alike, ``fake`` only allocates the outputs."""
+def define(schema: str, run: Callable, fake: Callable, *, derivative: str | None = None) -> None:
+    """Declares ``lemo::<schema>``: ``run`` serves CPU and CUDA tensors alike, ``fake`` only allocates the outputs.
+
+    derivative: "none": outputs never require a gradient; "error": they do where an input does, and asking for it raises
+    RuntimeError; None: registered by the caller.
+    """
     name = schema.split("(", 1)[0]
     library.define(schema, tags=_TAGS)
     library.impl(name, run, "CPU")
     library.impl(name, run, "CUDA")
     torch.library.register_fake(f"lemo::{name}", fake, lib=library)
+    if derivative == "none":
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    elif derivative == "error":
+        mutated = [i for i, a in enumerate(_operator(name)._schema.arguments) if a.alias_info and a.alias_info.is_write]
+
+        def underivable(run: Callable[..., Any], *args: Any) -> Any:
+            outputs = _Underivable.apply(name, run, mutated, *args)
+            return outputs[len(mutated) :] if mutated else outputs  # the dispatcher counts what the schema returns
+
+        bind_autograd(name, underivable)
+
+
+def written(tensor: Tensor) -> None:
+    """Says to autograd that a kernel changed the tensor in place, so that whoever saved it before is told."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def bind_autograd(name: str, differentiable: Callable[..., Any]) -> None:
+    """differentiable(run, *args) serves calls in which an argument requires a gradient; run(*args) is the operator
+    itself below autograd. As `torch.library.register_autograd`, which refuses operators that write into an argument."""
+    operator, grad_mode, below = _operator(name), torch.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
+    after = torch._C._after_autograd_keyset
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if grad_mode() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return differentiable(functools.partial(run, keys), *args)
+        with below():
+            return operator.redispatch(keys & after, *args)
+
+    def run(keys: Any, *args: Any) -> Any:
+        with below():
+            return operator.redispatch(keys & after, *args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def launch(operator: Any, *args: Any) -> Any:
+    """operator(*args), past autograd where gradients are off: a kernel bound as above doubles the cost of a call."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.lemo, name).default
+
+
+# --- where a second derivative is asked for ---------------------------------------------------------------------------
+
+
+def _refuse(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"lemo: {name} has no second derivative: this backward pass goes through a gradient that was made with "
+        "create_graph=True. Detach that gradient, or compute the term that it enters (a gradient penalty) without "
+        "lemo: from plain torch functions, or with the model after lemo.remove(model)"
+    )
+
+
+class _Underivable(Function):
+    """An operator whose outputs have no derivative, though they depend on its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, run: Callable[..., Any], mutated: list[int], *args: Any) -> Any:
+        ctx.name, ctx.inputs = name, 3 + len(args)
+        outputs = run(*args)
+        if not mutated:
+            return outputs
+        ctx.mark_dirty(*(args[i] for i in mutated))
+        return *(args[i] for i in mutated), *outputs
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise _refuse(ctx.name)
+
+
+class _Refusal(Function):
+    """Passes gradients on, tied to what they were computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise _refuse(ctx.name)
+
+
+def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the backward method of an autograd function: only first derivatives, and an error where more are needed.
+
+    torch's `once_differentiable` misses second derivatives where the incoming gradient is a constant, as that of a loss
+    is. What a gradient depends on besides: the saved tensors, and `ctx.depends`, set by functions that save nothing.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *incoming: Any) -> Any:
+            # A compiled graph refuses by itself.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *incoming)
+            given = [*incoming, *ctx.saved_tensors, *getattr(ctx, "depends", ())]
+            inputs = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
+            with torch.no_grad():
+                outputs = backward(ctx, *incoming)
+            single = isinstance(outputs, Tensor)
+            grads = (outputs,) if single else outputs
+            tied = iter(_Refusal.apply(name, *_counted(grads), *inputs))
+            grads = tuple(next(tied) if isinstance(g, Tensor) else None for g in grads)
+            return grads[0] if single else grads
+
+        return run
+
+    return decorate
+
+
+def _counted(grads: Iterable[Any]) -> list[Any]:
+    tensors = [g for g in grads if isinstance(g, Tensor)]
+    return [len(tensors), *tensors]
+
+
+class _Link(Function):
+    """An empty tensor that depends on the given ones without keeping them alive: for `ctx.depends`."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
+        ctx.count = len(tensors)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> tuple[None, ...]:
+        return (None,) * ctx.count
+
+
+def link(*tensors: Tensor | None) -> Tensor:
+    return _Link.apply(*tensors)
 
 
 def need(name: str, tensor: Tensor, dimensions: str) -> None:

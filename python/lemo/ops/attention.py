@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lemo._native import call
-from lemo.ops._schema import define, library, need
+from lemo.ops._schema import define, launch, library, need
 
 TILE_ROWS = 128  # LEMO_TILE_ROWS: rows that one list of two-dimensional sparsity speaks of
 
@@ -37,6 +37,8 @@ def _forward_out(
     tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     need("q", q, "R Hq D")
+    if rows is not None:
+        need("rows", rows, "M")
     capacity = q.shape[0] if rows is None else rows.shape[0]
     return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
 
@@ -103,6 +105,7 @@ define(
     "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_out,
+    derivative="error",
 )
 
 
@@ -119,7 +122,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j softmax_j(scale q_i . k_j) v_j over j <= i of i's document: (out [R, Hq, D], lse float32 [Hq, M]).
 
-    Rows of out that ``rows`` does not name are zero. Differentiable in q, k and v (through out only).
+    Rows of out that ``rows`` does not name are zero. Differentiable, once, in q, k and v.
 
     Two-dimensional sparsity: tile i of document d is its packed rows [128 i, 128 i + 128) and has the slot
     cu_seqlens[d] // 128 + d + i, of S = M // 128 + D slots (some stay empty). With tile_offsets (int32 [S + 1]) and
@@ -173,7 +176,7 @@ def attention_backward(
     on. tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
     """
     arguments = (dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic)
-    return torch.ops.lemo.attention_backward(*arguments, tile_offsets, tiles)
+    return launch(torch.ops.lemo.attention_backward, *arguments, tile_offsets, tiles)
 
 
 def attention(
@@ -215,12 +218,13 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic):
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots)
         ctx.max_seqlen, ctx.scale, ctx.deterministic = max_seqlen, scale, deterministic
-        return out.view_as(out)
+        return out.detach()  # not a view, which nobody could change in place afterwards
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots = ctx.saved_tensors
-        grads = torch.ops.lemo.attention_backward(
+        grads = launch(
+            torch.ops.lemo.attention_backward,
             dout.contiguous(),
             q,
             k,
@@ -245,14 +249,32 @@ def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _grad(ctx, dout, dlse):
-    if dout is None:
-        return (None,) * 9
-    *tensors, cu_seqlens, rows, tile_offsets, tiles = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles = ctx.saved_tensors
     lists = (None, None) if tile_offsets is None else transpose_tile_lists(tile_offsets, tiles, cu_seqlens)
-    grads = torch.ops.lemo.attention_backward(
-        dout.contiguous(), *tensors, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists
-    )
+
+    def backward(dout):
+        arguments = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
+        return torch.ops.lemo.attention_backward(dout.contiguous(), *arguments)
+
+    grads = [None] * 3 if dout is None else list(backward(dout))
+    if dlse is not None:
+        # dlse_i / ds_ij = P_ij: for q the output over keys as values, for k what v gets of the gradient dlse_i q_i.
+        weights = _by_row(dlse, q, cu_seqlens, rows)
+        layout = (cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles)
+        means = torch.ops.lemo.attention_forward(q, k, k, *layout)[0]
+        dq = torch.where(weights == 0, 0, ctx.scale * weights * means)
+        dk = ctx.scale * backward(weights * q)[2]
+        grads[:2] = [g if other is None else g + other for g, other in zip((dq, dk), grads, strict=False)]
     return *grads, None, None, None, None, None, None
+
+
+def _by_row(dlse: Tensor, q: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
+    """dlse [Hq, M] of packed rows at the rows of q: [R, Hq, 1], zero at rows of no document."""
+    packed = torch.arange(dlse.shape[1], device=dlse.device)
+    weights = torch.where(packed < cu_seqlens[-1], dlse, 0).t().to(q.dtype)
+    if rows is not None:
+        weights = weights.new_zeros(q.shape[:2]).index_add(0, rows.clamp(min=0).long(), weights)
+    return weights[..., None]
 
 
 torch.library.register_autograd("lemo::attention_forward", _grad, setup_context=_context, lib=library)

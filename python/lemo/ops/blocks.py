@@ -1,7 +1,8 @@
 """Scores of token blocks, exact and predicted, and the choice among them (paper sections 4.1 and 4.2).
 
 T tokens in nb blocks of D documents: ``block_offsets`` int32 [nb + 1] (first token of every block) and ``documents``
-int32 [D + 1] (first block of every document), as in ``lemo.layout.Blocks``. No operation here is differentiable.
+int32 [D + 1] (first block of every document), as in ``lemo.layout.Blocks``. No operation here is differentiable,
+and no output requires a gradient.
 Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
 """
 
@@ -193,12 +194,14 @@ define(
     "Tensor row_offsets, Tensor cu_seqlens, Tensor rows, Tensor row_slots, Tensor weights, Tensor info)",
     _select,
     _select_out,
+    derivative="none",
 )
 define(
     "block_scores(Tensor q, Tensor k, Tensor block_offsets, Tensor documents, int block_size, float scale, "
     "bool normalize, bool want_map) -> (Tensor scores, Tensor map)",
     _scores,
     _scores_out,
+    derivative="none",
 )
 define(
     "predict(Tensor x, Tensor wq1, Tensor wq2, Tensor wq3, Tensor wk1, Tensor wk2, Tensor wk3, Tensor block_offsets, "
@@ -206,6 +209,7 @@ define(
     "Tensor queries, Tensor keys)",
     _predict,
     _predict_out,
+    derivative="none",
 )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lemo._native import call
-from lemo.ops._schema import REDUCTIONS, choice, define, need
+from lemo.ops._schema import REDUCTIONS, choice, define, first_order, link, need
 
 
 def _out(
@@ -130,6 +130,7 @@ define(
     "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dlora_a, Tensor dlora_b)",
     _run,
     _out,
+    derivative="none",
 )
 
 
@@ -154,8 +155,8 @@ def linear_cross_entropy(
     """(loss float32 [1], valid int64 [1], dhidden, dweight, dbias, dlora_a, dlora_b), unwanted gradients None.
 
     hidden [N, d], weight [V, d], bias [V], lora_a [r, d], lora_b [V, r] in one dtype; targets int64 [N]. Gradients are
-    those of the loss itself: dhidden in the dtype of hidden, the others float32. segment_rows: tokens per segment, 0 =
-    chosen so that the workspace stays near 128 MiB.
+    those of the loss itself: dhidden in the dtype of hidden, the others float32. No output requires a gradient.
+    segment_rows: tokens per segment, 0 = chosen so that the workspace stays near 128 MiB.
     """
     loss, valid, *grads = torch.ops.lemo.linear_cross_entropy(
         hidden,
@@ -209,6 +210,7 @@ def linear_cross_entropy_loss(
         float(softcap),
         reduction,
         segment_rows,
+        None if torch.compiler.is_compiling() else link(hidden, weight, bias, lora_a, lora_b),
     )
 
 
@@ -220,8 +222,21 @@ def usable(dloss: Tensor, valid: Tensor) -> Tensor:
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, lora_a, lora_b, targets, lora_scale, ignore_index, softcap, reduction, segment_rows
+        ctx,
+        hidden,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        targets,
+        lora_scale,
+        ignore_index,
+        softcap,
+        reduction,
+        segment_rows,
+        tie,
     ):
+        ctx.depends = () if tie is None else (tie,)
         wants = ctx.needs_input_grad
         small = [None if p is None else p.to(hidden.dtype) for p in (bias, lora_a, lora_b)]
         loss, valid, *grads = torch.ops.lemo.linear_cross_entropy(
@@ -248,6 +263,7 @@ class _Loss(torch.autograd.Function):
         return loss.view(()).clone()
 
     @staticmethod
+    @first_order("linear_cross_entropy_loss")
     def backward(ctx, dloss):
         dloss = usable(dloss, ctx.valid)
         if torch.compiler.is_compiling():  # a compiled graph reuses buffers by itself
@@ -259,4 +275,4 @@ class _Loss(torch.autograd.Function):
             ctx.scaled = True
             scaled = [g.mul_(dloss) if w else None for g, w in zip(ctx.saved_tensors, ctx.wants, strict=True)]
         grads = [None if g is None else g.to(t) for g, t in zip(scaled, ctx.dtypes, strict=True)]
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from lemo._native import call
-from lemo.ops._schema import NORMS, choice, define, library, need
+from lemo.ops._schema import NORMS, bind_autograd, choice, define, launch, library, need, written
 
 
 def _gather_out(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
@@ -30,6 +31,7 @@ def _gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tenso
 
 def _scatter_add(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> None:
     call("scatter_add", x.device, {"x": x, "rows": rows, "y": y, "base": base})
+    written(x)
 
 
 def _norm_out(
@@ -43,6 +45,8 @@ def _norm_out(
     want_packed: bool,
 ) -> tuple[Tensor, Tensor]:
     need("x", x, "T d")
+    if rows is not None:
+        need("rows", rows, "M")
     y = x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
     return y, torch.empty_like(y) if want_packed else x.new_empty(0)
 
@@ -84,7 +88,7 @@ def _norm_grads(s: Tensor, want_dweight: bool, want_dbias: bool) -> tuple[Tensor
     )
 
 
-def _norm_backward_in_place(
+def _norm_backward_run(
     dx: Tensor,
     rows: Tensor | None,
     dy: Tensor,
@@ -115,6 +119,12 @@ def _norm_backward_in_place(
     return dweight, dbias
 
 
+def _norm_backward_in_place(dx: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    grads = _norm_backward_run(dx, *inputs)
+    written(dx)
+    return grads
+
+
 def _norm_backward_in_place_out(
     dx: Tensor,
     rows: Tensor | None,
@@ -142,7 +152,7 @@ def _norm_backward(
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ds = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    grads = _norm_backward_in_place(ds, None, dy, s, weight, ds_extra, norm, eps, False, want_dweight, want_dbias)
+    grads = _norm_backward_run(ds, None, dy, s, weight, ds_extra, norm, eps, False, want_dweight, want_dbias)
     return ds, *grads
 
 
@@ -177,17 +187,19 @@ define(
     "bool want_dweight, bool want_dbias) -> (Tensor ds, Tensor dweight, Tensor dbias)",
     _norm_backward,
     _norm_backward_out,
+    derivative="error",
 )
 define(
     "gather_norm_backward_(Tensor(a!) dx, Tensor? rows, Tensor dy, Tensor s, Tensor? weight, Tensor? ds_extra, "
     "str norm, float eps, bool accumulate, bool want_dweight, bool want_dbias) -> (Tensor dweight, Tensor dbias)",
     _norm_backward_in_place,
     _norm_backward_in_place_out,
+    derivative="error",
 )
 
 
 def gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    """out[i] = weights[slots[i]] * x[rows[i]], [M, d]. Differentiable in x.
+    """out[i] = weights[slots[i]] * x[rows[i]], [M, d]. Differentiable in x and weights, any number of times.
 
     x [T, d]; weights float32 [K] by block slot, with slots int32 [M].
     """
@@ -195,8 +207,11 @@ def gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor
 
 
 def scatter_add_(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
-    """x[rows[i]] += y[i] in place, or x[rows[i]] = base[i] + y[i]. Returns x [T, d]. Sums in fp32, rounds once."""
-    torch.ops.lemo.scatter_add_(x, rows, y, base)
+    """x[rows[i]] += y[i] in place, or x[rows[i]] = base[i] + y[i]. Returns x [T, d]. Sums in fp32, rounds once.
+
+    Differentiable in x, y and base, any number of times.
+    """
+    launch(torch.ops.lemo.scatter_add_, x, rows, y, base)
     return x
 
 
@@ -231,8 +246,8 @@ def gather_norm_backward(
     want_dbias: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of the norm at s plus ``ds_extra``: (ds [M, d], dweight, dbias float32 [d] or None)."""
-    ds, dweight, dbias = torch.ops.lemo.gather_norm_backward(
-        dy, s, weight, ds_extra, norm, eps, want_dweight, want_dbias
+    ds, dweight, dbias = launch(
+        torch.ops.lemo.gather_norm_backward, dy, s, weight, ds_extra, norm, eps, want_dweight, want_dbias
     )
     return ds, dweight if want_dweight else None, dbias if want_dbias else None
 
@@ -254,9 +269,8 @@ def gather_norm_backward_(
 
     Other rows of dx [T, d] are not touched. Returns (dweight, dbias), float32 [d] or None.
     """
-    dweight, dbias = torch.ops.lemo.gather_norm_backward_(
-        dx, rows, dy, s, weight, ds_extra, norm, eps, accumulate, want_dweight, want_dbias
-    )
+    arguments = (dx, rows, dy, s, weight, ds_extra, norm, eps, accumulate, want_dweight, want_dbias)
+    dweight, dbias = launch(torch.ops.lemo.gather_norm_backward_, *arguments)
     return dweight if want_dweight else None, dbias if want_dbias else None
 
 
@@ -275,19 +289,48 @@ def norm(
 
 def _gather_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, rows, weights, slots = inputs
-    ctx.save_for_backward(rows, weights, slots)
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, rows, weights, slots)
     ctx.shape = x.shape
 
 
 def _gather_grad(ctx, grad):
-    rows, weights, slots = ctx.saved_tensors
+    x, rows, weights, slots = ctx.saved_tensors
     grad = grad.contiguous()
-    if weights is not None:
-        own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device).where(rows >= 0, -1)
-        grad = torch.ops.lemo.gather(grad, own, weights, slots)
-    dx = grad.new_zeros(ctx.shape)
-    torch.ops.lemo.scatter_add_(dx, rows, grad)
-    return dx, None, None, None
+    dx = dweights = None
+    if x is not None:
+        values = (grad.float() * torch.ops.lemo.gather(x, rows).float()).sum(1)
+        dweights = torch.zeros_like(weights).index_add(0, slots.clamp(min=0).long(), values)  # padding gathered zeros
+    if ctx.needs_input_grad[0]:
+        if weights is not None:
+            own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device).where(rows >= 0, -1)
+            grad = torch.ops.lemo.gather(grad, own, weights, slots)
+        dx = grad.new_zeros(ctx.shape)
+        torch.ops.lemo.scatter_add_(dx, rows, grad)
+    return dx, None, dweights, None
+
+
+class _ScatterAdd(Function):
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        run(x, rows, y, base)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(rows)
+        ctx.replaces = base is not None
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (rows,) = ctx.saved_tensors
+        packed = torch.ops.lemo.gather(grad.contiguous(), rows)
+        dx: Tensor | None = grad
+        if ctx.replaces and ctx.needs_input_grad[1]:
+            dx = grad.clone(memory_format=torch.contiguous_format)
+            torch.ops.lemo.scatter_add_(dx, rows, torch.zeros_like(packed), torch.zeros_like(packed))
+        return None, dx, None, packed, packed if ctx.replaces else None
+
+
+def _scatter_add_with_gradient(run: Any, x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> None:
+    _ScatterAdd.apply(run, x, rows, y, base)
 
 
 def _norm_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -295,6 +338,8 @@ def _norm_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[1] if want_packed else x, rows, weight)
     ctx.shape, ctx.has_residual = x.shape, residual is not None
     ctx.bias_dtype = None if inputs[4] is None else inputs[4].dtype
+    if not want_packed:
+        ctx.mark_non_differentiable(output[1])
 
 
 def _norm_grad(ctx, dy, ds_extra):
@@ -330,3 +375,4 @@ def _norm_grad(ctx, dy, ds_extra):
 
 torch.library.register_autograd("lemo::gather", _gather_grad, setup_context=_gather_context, lib=library)
 torch.library.register_autograd("lemo::gather_norm", _norm_grad, setup_context=_norm_context, lib=library)
+bind_autograd("scatter_add_", _scatter_add_with_gradient)

@@ -77,7 +77,9 @@ class PredictorNetwork(nn.Module):
         self.norm, self.pool, self.eps, self.normalize = norm, pool, eps, normalize
 
         def weight(rows: int, columns: int, variance: float) -> nn.Parameter:
-            return nn.Parameter(torch.randn(rows, columns, generator=generator) * (variance / columns) ** 0.5)
+            return nn.Parameter(
+                torch.randn(rows, columns, generator=generator, dtype=torch.float32) * (variance / columns) ** 0.5
+            )
 
         for side in "qk":  # He initialisation through the two ReLUs; block scores start near unit size
             self.register_parameter(f"w{side}1", weight(rank, hidden_size, 2.0))
@@ -131,7 +133,7 @@ class PredictorNetwork(nn.Module):
             for i, w in enumerate(self.weights(side)):
                 columns = w.shape[1] if i == 0 else -(-w.shape[1] // ALIGNMENT) * ALIGNMENT
                 rows = -(-w.shape[0] // ALIGNMENT) * ALIGNMENT
-                full = torch.zeros(rows, columns)
+                full = torch.zeros(rows, columns, dtype=torch.float32)
                 full[: w.shape[0], : w.shape[1]] = w
                 padded.append(full)
         return LayerWeights(*padded)

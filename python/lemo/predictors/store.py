@@ -211,6 +211,7 @@ class PredictorSet:
                     )
                 layer.append(weight)
             layers.append(LayerWeights(*layer))
+        _check_digest(folder, config)
         predictors = cls(
             layers=layers,
             norm=config["norm"],
@@ -232,7 +233,9 @@ class PredictorSet:
 def calibration_digest(folder: str | os.PathLike[str]) -> str:
     """Hex digest of the content of a calibration folder. Raises CalibrationError where it is not complete."""
     folder = Path(folder)
-    _read_weights(folder, _read_config(folder))
+    config = _read_config(folder)
+    _read_weights(folder, config)
+    _check_digest(folder, config)
     return hashlib.sha256((_digest(folder / CONFIG_NAME) + _digest(folder / WEIGHTS_NAME)).encode()).hexdigest()
 
 
@@ -280,9 +283,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         isinstance(v, number) for v in config["thresholds"] + config["keep"]
     ):
         raise CalibrationError(f"{path}: sizes, thresholds or keep hold something else than numbers: calibrate again")
-    if "digest" in config and config["digest"] != content_digest(config):  # absent in calibrations of lemo 0.1.0
-        raise CalibrationError(f"{path} is not what was written (its own digest differs): calibrate again")
     return config
+
+
+def _check_digest(folder: Path, config: dict[str, Any]) -> None:
+    """After the checks that can say more. The first calibrations of format 1 have no digest."""
+    if "digest" in config and config["digest"] != content_digest(config):
+        path = folder / CONFIG_NAME
+        raise CalibrationError(f"{path} is not what was written (its own digest differs): calibrate again")
 
 
 def _has_shapes(sizes: list[Any]) -> bool:

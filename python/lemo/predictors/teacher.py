@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo import ops
+from lemo.checks import check_modules
 from lemo.engine import Step, forward
 from lemo.families import NormWeights, find
 from lemo.layout import Blocks, Kept, select
@@ -30,6 +31,7 @@ class Teacher:
     def __init__(self, model: nn.Module, block_size: int, normalize: bool) -> None:
         self.model, self.block_size, self.normalize = model, block_size, normalize
         self.family, lm = find(model)
+        check_modules(self.family, lm)
         self.decoder = self.family.decoder(lm)
         self.layers = self.family.layers(self.decoder)
         self.device = next(lm.parameters()).device

@@ -190,7 +190,9 @@ class _Collector:
             if layer == 0:
                 sizes = blocks.offsets[1:] - blocks.offsets[:-1]
                 # Random rows of every block, without repetition where the block is long enough.
-                order = torch.rand(blocks.num_blocks, blocks.block_size, generator=self.generator).to(x.device)
+                order = torch.rand(
+                    blocks.num_blocks, blocks.block_size, generator=self.generator, dtype=torch.float32
+                ).to(x.device)
                 order = order.masked_fill(torch.arange(blocks.block_size, device=x.device) >= sizes[:, None], 2.0)
                 pick = order.argsort(1)[:, : self.tokens] % sizes[:, None]
                 picked.append((blocks.offsets[:-1, None] + pick).flatten().long())
