@@ -130,7 +130,7 @@ def absolute(source: str) -> str:
     """A path or `NAME=path` made absolute, so that a run can go on from another folder; names on the hub stay."""
     name, equals, where = source.partition("=")
     label, path = (f"{name}=", where) if equals and "/" not in name and not Path(source).exists() else ("", source)
-    if path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
+    if not path or path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
         return source
     return label + os.path.abspath(os.path.expanduser(path))
 
@@ -221,9 +221,9 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.quiet:
         transformers_logging.disable_progress_bar()
+    if to_train:  # first: that the context is too long for it does not matter where the model cannot be used at all
+        check_supported(load_config(args.model, None, False))
     config = load_config(args.model, context, bool(args.interpolate_positions))
-    if to_train:
-        check_supported(config)
     device = device_of(args.device)
     name = args.dtype or "auto"
     dtype = {"auto": torch.float32 if device.type == "cpu" else torch.bfloat16}.get(name) or getattr(torch, name)
