@@ -206,6 +206,14 @@ def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path, tokenizer) -> None:
             load_documents([str(tmp_path / name)], tokenizer, progress=False)
 
 
+def test_files_without_a_document_are_no_domains(tmp_path: Path, tokenizer) -> None:
+    for name, text in {"a.txt": "", "b.txt": "the block", "c.json": '{"x": 1}', "d.txt": "of tokens"}.items():
+        (tmp_path / name).write_text(text)
+    documents = load_documents([str(tmp_path)], tokenizer, per_file=True, progress=False)
+    assert documents.names == ("b", "d")
+    assert {n: len(d) for n, d in documents.by_name().items()} == {"b": 1, "d": 1}
+
+
 def test_null_texts_are_empty_documents(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "the block"}\n')
     said: list[str] = []

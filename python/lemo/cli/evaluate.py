@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.context < 2:
         raise ValueError(f"--context {args.context}: expected at least 2 tokens")
+    if args.max_tokens is not None and args.max_tokens < 2:
+        raise ValueError(f"--max-tokens {args.max_tokens}: expected at least 2 tokens")
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
     if args.no_base and not args.adapter:
