@@ -57,6 +57,16 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {text} (run again with --debug for where it happened)", 1
 
 
+def path_name(text: str) -> str:
+    """The type of options that name a file or a folder: `~` is the home folder, and there is no empty name.
+
+    Shells leave `~` alone in --out=~/run, and a variable that is not set would be the current folder.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, got an empty one")
+    return os.path.expanduser(text)
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -67,8 +77,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=required, help="folder of a transformers causal LM, or its name on the hub")
-    group.add_argument("--tokenizer", help="folder or name of the tokenizer, where it is not the model's own")
+    group.add_argument(
+        "--model", type=path_name, required=required, help="folder of a transformers causal LM, or its name on the hub"
+    )
+    group.add_argument(
+        "--tokenizer", type=path_name, help="folder or name of the tokenizer, where it is not the model's own"
+    )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     group.add_argument(
         "--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)"

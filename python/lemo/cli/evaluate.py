@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, say
+from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, path_name, say
 
 _EPILOG = """\
 examples:
@@ -48,7 +48,10 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--max-tokens", type=int, help="use at most this many tokens of every domain")
     parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
     parser.add_argument(
-        "--json", metavar="FILE", help="write the rows there as JSON too ('-': on stdout, in place of the table)"
+        "--json",
+        type=path_name,
+        metavar="FILE",
+        help="write the rows there as JSON too ('-': on stdout, in place of the table)",
     )
     add_common(parser)
     parser.set_defaults(run=run)
