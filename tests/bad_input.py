@@ -32,6 +32,12 @@ NAN, INF = float("nan"), float("inf")
 HALF = (NotImplementedError, ("float32", "bfloat16"))
 
 
+def partly_labelled(ignored: int) -> str:
+    """A record of 1000 tokens, the last of which have no labels."""
+    ids = [5, 6] * 500
+    return json.dumps({"input_ids": ids, "labels": ids[ignored:] + [-100] * ignored})
+
+
 class CommandError(Exception):
     """A command that failed as it should; the message is its last line on stderr."""
 
@@ -463,6 +469,17 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
     ("negative steps", lambda w: w.finetune("--steps", "-1"), ("steps", "-1")),
     ("keep beyond 1", lambda w: w.finetune("--keep", "1.5"), ("keep", "1.5", "(0, 1]")),
     ("learning rate 0", lambda w: w.finetune("--lr", "0"), ("lr", "above 0")),
+    (
+        "held-out part without labels",
+        lambda w: w.finetune("--held-out", "0.1", data=w.file("x.jsonl", partly_labelled(900))),
+        ("the held-out part", "without labels"),
+    ),
+    ("schedule with @ alone", lambda w: w.finetune("--schedule", "skip@,dense"), ("'skip@'", "share")),
+    ("seed below 0", lambda w: w.finetune("--seed", "-1"), ("seed is -1", "0 to")),
+    ("out is a file", lambda w: w.finetune("--out", w.file("x", "x"), model="/no", data="/no"), ("x is a file",)),
+    ("out is not empty", lambda w: w.file("out/x", "") and w.finetune(data="/no", model="/no"), ("not empty",)),
+    ("calibration out is a file", lambda w: w.calibrate("--out", w.file("x", "x")), ("x is a file", "--out")),
+    ("no such data", lambda w: w.finetune(data=""), ("data source ''", "current folder")),
     ("unknown schedule", lambda w: w.finetune("--schedule", "fast"), ("'fast'", "default", "skip")),
     ("unknown policy", lambda w: w.finetune("--policy", "magic"), ("magic", "predictors", "random")),
     ("dense and a schedule", lambda w: w.finetune("--dense", "--schedule", "skip"), ("--dense", "--schedule")),
@@ -574,6 +591,12 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
     # ---- evaluate, calibrate, info, report
     ("not an adapter", lambda w: w.evaluate("--adapter", str(w.text)), ("adapter_config.json",)),
     ("nothing to evaluate", lambda w: w.evaluate("--no-base"), ("--no-base",)),
+    (
+        "no labels to evaluate",
+        lambda w: w.evaluate(data=w.file("x.jsonl", partly_labelled(1000))),
+        ("no document of x", "without labels"),
+    ),
+    ("no tokens to evaluate", lambda w: w.evaluate("--max-tokens", "0"), ("--max-tokens 0", "at least 2")),
     ("unknown reference", lambda w: w.evaluate("--reference", "nobody"), ("nobody", "base")),
     ("confidence 95", lambda w: w.evaluate("--confidence", "95"), ("95", "0.95")),
     ("answers to calibrate by", lambda w: w.calibrate("--answers-only"), ("--answers-only", "no labels")),

@@ -1,27 +1,27 @@
 #include "src/guard.h"
 
+#include <cstdio>
+
 #include "src/version.h"
 
 namespace lemo {
 namespace {
-thread_local std::string last_error;
-}
+// Of a fixed size: a pointer to it stays readable for as long as the thread lives, whatever is called in between, and a
+// failure for want of memory has a message as well. Longer messages are cut.
+thread_local char last_error[2048];
+}  // namespace
 
 void set_last_error(const char* operation, const char* message) noexcept {
-  try {
-    last_error = std::string(operation) + ": " + message;
-  } catch (...) {
-    last_error.clear();
-  }
+  std::snprintf(last_error, sizeof(last_error), "%s: %s", operation, message);
 }
 
-void clear_last_error() noexcept { last_error.clear(); }
+void clear_last_error() noexcept { last_error[0] = '\0'; }
 
 }  // namespace lemo
 
 extern "C" {
 
-const char* lemo_last_error(void) { return lemo::last_error.c_str(); }
+const char* lemo_last_error(void) { return lemo::last_error; }
 
 const char* lemo_status_string(lemo_status status) {
   switch (status) {

@@ -10,7 +10,7 @@
 
 namespace lemo {
 
-// Replaces this thread's last error. Never throws: without memory for the text the message is empty.
+// Replaces this thread's last error. Allocates nothing.
 void set_last_error(const char* operation, const char* message) noexcept;
 void clear_last_error() noexcept;
 

@@ -9,6 +9,7 @@ an adapter is loaded and restored afterwards, and the weights are compared.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ def adapter_name(adapter: str) -> tuple[str, str]:
     """(label, folder) of `[NAME=]FOLDER`."""
     name, equals, folder = adapter.partition("=")
     if equals and name and "/" not in name and not Path(adapter).exists():
-        return name, folder
+        return name, os.path.expanduser(folder)
+    adapter = os.path.expanduser(adapter)
     path = Path(adapter).resolve()
     # A run's adapter lies in RUN/adapter: the run's name says more.
     return (path.parent.name if path.name == "adapter" else path.name), adapter

@@ -20,6 +20,7 @@ import torch
 
 from lemo.adapters import adapter_name, check_adapter, loaded_adapter
 from lemo.data import Documents, evaluation_pieces, evaluation_spans
+from lemo.data.windows import Span
 
 # Fewer documents than this say too little about the spread between documents; windows are the units then.
 _MIN_DOCUMENTS_AS_UNITS = 10
@@ -169,6 +170,17 @@ def _piece_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.
     return losses.view(ids.shape[0], -1).sum(1)
 
 
+def check_scorable(documents: Documents, context: int, what: str, max_tokens: int | None = None) -> list[Span]:
+    """The parts that are scored. Raises ValueError where there are none."""
+    spans = evaluation_spans(documents, context, max_tokens)
+    if not spans:
+        raise ValueError(
+            f"no document of {what} has a token to predict (documents of one token, or without labels); nothing to "
+            "evaluate"
+        )
+    return spans
+
+
 def score(
     model: torch.nn.Module,
     documents: Documents,
@@ -182,11 +194,7 @@ def score(
 
     tokens_per_batch: tokens of one forward pass (default: one context). tick: called with tokens done.
     """
-    spans = evaluation_spans(documents, context, max_tokens)
-    if not spans:
-        raise ValueError(
-            f"no document of {', '.join(documents.names) or 'the data'} has a token to predict; nothing to evaluate"
-        )
+    spans = check_scorable(documents, context, ", ".join(documents.names) or "the data", max_tokens)
     pieces = [(d, documents.document(d)[start:stop]) for d, start, stop in spans]
     masks = [None if (m := documents.labelled(d)) is None else m[start:stop] for d, start, stop in spans]
     device = next(model.parameters()).device
@@ -340,6 +348,8 @@ def compare(
     )
     for _, folder in named:
         check_adapter(folder)
+    for name, documents in domains.items():
+        check_scorable(documents, context, name, max_tokens)
 
     def measure(label: str, m: torch.nn.Module) -> None:
         _check_path(m, label, next(iter(domains.values())), context)
@@ -363,7 +373,7 @@ def _check_path(model: Any, label: str, documents: Documents, context: int) -> N
     """
     pieces = evaluation_pieces(documents, min(context, _PROBE_TOKENS), _PROBE_TOKENS)
     if not pieces:
-        return  # `score` says that there is nothing to evaluate
+        return  # `compare` has checked that there is something in the whole of it
     ids = torch.from_numpy(pieces[0][1].astype(np.int64))[None].to(next(model.parameters()).device)
     was_training = model.training
     model.eval()

@@ -30,7 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from lemo.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.config import LemoConfig
 from lemo.data import IGNORE_INDEX, Documents, PackedWindows, split_held_out
-from lemo.evaluate import score
+from lemo.evaluate import check_scorable, score
 from lemo.run_folder import (
     ADAPTER,
     RUN_FILE,
@@ -353,6 +353,7 @@ def finetune(
     held: Documents | None = None
     if settings.held_out:
         documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
+        check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
         full_identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
     if resume:
         check_identity(out, full_identity)  # another model would also be refused by its calibration, with less to say

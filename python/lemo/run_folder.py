@@ -154,14 +154,21 @@ def _as_text(changes: dict[str, Any]) -> str:
 # ---- starting and continuing -----------------------------------------------------------------------------------------
 
 
+def check_new(out: Path) -> None:
+    """Raises CheckpointError unless a run can start in this folder: it does not exist yet, or holds nothing."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file, expected a folder; choose another --out")
+    others = sorted(p.name for p in out.iterdir() if p.name != ".lock" and not is_leftover(p)) if out.exists() else []
+    if others:
+        raise CheckpointError(f"{out} is not empty (it holds {others[0]}) and is no run; choose another --out")
+
+
 def start_run(out: Path, identity: dict[str, Any]) -> None:
     """Write `run.json` into an empty run folder. Only while holding its lock. Raises CheckpointError.
 
     What a process killed at this very point left behind is removed: nothing had begun.
     """
-    others = sorted(p.name for p in out.iterdir() if p.name != ".lock" and not is_leftover(p)) if out.exists() else []
-    if others:
-        raise CheckpointError(f"{out} is not empty (it holds {others[0]}) and is no run; choose another --out")
+    check_new(out)
     Checkpoints(out).remove_leftovers()
     write_run(out, {**identity, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "events": []})
 

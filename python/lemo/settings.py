@@ -50,8 +50,16 @@ class FinetuneSettings:
                 f"context {self.context} is shorter than one block of {self.block_size} tokens; "
                 "give a longer context or a smaller block_size"
             )
-        if not self.lr > 0 or not math.isfinite(self.lr):
-            raise ValueError(f"lr is {self.lr}, expected a number above 0")
+        for name in ("lr", "lora_alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}, expected an integer from 0 to {(1 << 32) - 1}")
+        if not self.lora_targets:
+            raise ValueError("lora_targets is empty, expected names of linear layers or all-linear")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1]")
         if not 0 <= self.held_out < 1:
@@ -101,6 +109,12 @@ _PRESETS = {
 }
 
 
+def _kind_of_option(option: str) -> str:
+    if option in ("weighted", "shared"):
+        return f"'{option}'"
+    return "the kept fraction" if option[:1].isdigit() or option[:1] == "." else "the policy"
+
+
 def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> list[Phase]:
     """Phases from a preset's name or from `MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]`, separated by commas.
 
@@ -110,7 +124,7 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     """
     phases = []
     for part in _PRESETS.get(text, text).split(","):
-        description, _, share = part.strip().partition("@")
+        description, at, share = part.strip().partition("@")
         mode, *options = description.split(":")
         values: dict[str, Any] = {"policy": policy if mode == "skip" else None}
         if mode != "dense":
@@ -121,12 +135,18 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
                 f"{where}: {mode!r} is neither a preset ({', '.join(_PRESETS)}) nor a mode ({', '.join(MODES)})"
             )
         try:
+            kinds = [_kind_of_option(option) for option in options]
+            if len(set(kinds)) < len(kinds):
+                twice = next(k for k in kinds if kinds.count(k) > 1)
+                raise ValueError(f"{twice} is given {kinds.count(twice)} times")
+            if at and not share:
+                raise ValueError("no share after @")
             for option in options:
                 if option == "weighted":
                     values["weighted"] = True
                 elif option == "shared":
                     values["policy_options"] = {"shared": True}
-                elif option[:1].isdigit() or option[:1] == ".":
+                elif _kind_of_option(option) == "the kept fraction":
                     values["keep"] = float(option)
                 else:
                     values["policy"] = option

@@ -45,6 +45,19 @@ def test_struct_sizes_are_those_of_the_header(tmp_path: Path) -> None:
     assert [int(size) for size in printed.split()] == [ctypes.sizeof(kind) for kind in names.values()]
 
 
+def test_the_last_error_stays_where_it_is() -> None:
+    """A pointer taken before a call, as in printf("%d %s", lemo_gather(...), lemo_last_error()), is still readable."""
+    call = forward(reserved=12345)
+    address = ctypes.CFUNCTYPE(ctypes.c_void_p)(("lemo_last_error", call.lib))
+    before = address()
+    assert before is not None and call.run() == capi.INVALID
+    assert address() == before
+    assert (
+        ctypes.string_at(before)
+        == b"attention_forward: args.reserved: expected 0, got 12345; zero-initialise the struct"
+    )
+
+
 def test_older_and_newer_structs() -> None:
     """Shorter structs lack optional fields, whatever lies behind them; longer ones pass while their tail is zero."""
 

@@ -234,7 +234,13 @@ class World:
 
     def finetune(self, *options: str, data: str | None = None, model: str | None = None) -> list[str]:
         return [
-            *("finetune", "--model", model or str(self.model_folder), "--data", data or str(self.text)),
+            *(
+                "finetune",
+                "--model",
+                model or str(self.model_folder),
+                "--data",
+                str(self.text) if data is None else data,
+            ),
             *("--out", str(self.folder / "out"), "--context", "64", "--block-size", "8", "--steps", "2", *options),
         ]
 
@@ -244,7 +250,7 @@ class World:
             "--model",
             str(self.model_folder),
             "--data",
-            data or str(self.text),
+            str(self.text) if data is None else data,
             "--context",
             "64",
             *options,

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from lemo.cli import main
+from lemo.adapters import adapter_name
+from lemo.cli import build_parser, main
 
 COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
 
@@ -65,6 +66,19 @@ def test_calibrate_then_finetune_evaluate_report_info(
     assert "complete" in capsys.readouterr().out
     assert main(["info", str(run / "adapter"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize("option", ["--out", "--model", "--tokenizer", "--calibration"])
+def test_names_of_folders(option: str, monkeypatch, capsys) -> None:
+    """A shell leaves ~ alone in --out=~/run, and an unset variable is no folder."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    args = build_parser().parse_args(["finetune", "--out", "run", f"{option}=~/a b"])
+    assert getattr(args, option[2:]) == "/somewhere/a b"
+    assert adapter_name("x=~/run/adapter") == ("x", "/somewhere/run/adapter")
+    assert adapter_name("~/run/adapter") == ("run", "/somewhere/run/adapter")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["finetune", "--out", "run", option, ""])
+    assert f"{option}: expected the name of a file or folder" in capsys.readouterr().err
 
 
 def test_info_shows_the_installation(capsys: pytest.CaptureFixture[str]) -> None:

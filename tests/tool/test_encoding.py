@@ -218,6 +218,10 @@ FORGETFUL = (  # renders an earlier answer otherwise once another turn follows, 
         (TEMPLATE, {"input_ids": [1, 2]}, {"answers_only": True}, "line 1: --answers-only needs to know the answers"),
         (FORGETFUL, {"messages": MESSAGES}, {"answers_only": True}, "message 3: --answers-only cannot tell"),
         (TEMPLATE, {"messages": MESSAGES, "tools": "{"}, {}, "line 1: field 'tools' is not JSON"),
+        (TEMPLATE, {"messages": "hello"}, {}, "'messages' is a string and not the JSON.*--text-field messages"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": "\ud83d"}]}, {}, "message 1: character 1 is half"),
+        (TEMPLATE, {"prompt": "the", "completion": "\udc00"}, {}, "'completion': character 1 is half"),
+        (TEMPLATE, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "a part of type image"),
         (TEMPLATE, {"text": "x"}, {"special_tokens": "some"}, "'some'"),
     ],
 )
@@ -226,6 +230,21 @@ def test_conversations_that_cannot_be_used(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read(tmp_path, chat_tokenizer(template), record, **options)
+
+
+def test_messages_as_json_text_and_content_in_parts(tmp_path: Path) -> None:
+    """As tables without lists hold conversations, and as multimodal data sets hold text."""
+    tokenizer = chat_tokenizer(TEMPLATE)
+    expected = read(tmp_path, tokenizer, {"messages": MESSAGES})[0].fingerprint()
+    assert read(tmp_path, tokenizer, {"messages": json.dumps(MESSAGES)})[0].fingerprint() == expected
+    parts = [
+        {**m, "content": [{"type": "text", "text": t} for t in (m["content"][:2], m["content"][2:])]} for m in MESSAGES
+    ]
+    assert read(tmp_path, tokenizer, {"messages": parts})[0].fingerprint() == expected
+    as_text = read(tmp_path, tokenizer, {"messages": json.dumps(MESSAGES)}, text_field="messages")[0]
+    assert as_text.fingerprint() != expected
+    with pytest.raises(DataError, match="every document is empty"):
+        read(tmp_path, tokenizer, {"messages": ""})
 
 
 def test_answers_need_places_in_the_text(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 import textwrap
 from pathlib import Path
@@ -243,6 +244,24 @@ def test_learning_rates(kind: str) -> None:
     assert (factors[-1] == 1.0) == (kind == "constant")
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lr", (0.0, math.inf, math.nan)),
+        ("lora_alpha", (-1.0, 0.0, math.inf, math.nan)),
+        ("warmup", (-1,)),
+        ("weight_decay", (-0.1, math.nan)),
+        ("max_grad_norm", (-1.0, math.inf, math.nan)),
+        ("seed", (-1, 1 << 32)),
+        ("lora_targets", ((),)),
+    ],
+)
+def test_settings_that_make_no_sense(name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} is .*, expected"):
+            FinetuneSettings(**{name: value})
+
+
 def test_schedules() -> None:
     phases = parse_schedule("skip:0.3:exact@0.7, backward:weighted@0.2,dense@.1", keep=0.5)
     assert [(p.mode, p.keep, p.policy, p.weighted, p.share) for p in phases] == [
@@ -254,8 +273,15 @@ def test_schedules() -> None:
     assert (shared.policy, shared.policy_options) == ("sampled", {"shared": True})
     assert [p.mode for p in parse_schedule("default")] == ["skip", "dense"]
     assert [p.mode for p in parse_schedule("low-memory")] == ["skip", "backward"]
-    for text in ("skipp", "skip@x", "skip:2", "skip:telepathy", "dense:0.5"):
+    for text in ("skipp", "skip@x", "skip:2", "skip:telepathy", "dense:0.5", "skip@,dense"):
         with pytest.raises(ValueError, match="phase"):
+            parse_schedule(text)
+    for text, what in (
+        ("skip:.5:.7", "kept fraction"),
+        ("skip:random:exact", "policy"),
+        ("skip:shared:shared", "'shared'"),
+    ):
+        with pytest.raises(ValueError, match=f"{what} is given 2 times"):
             parse_schedule(text)
     settings = FinetuneSettings(lora_targets=("q_proj",))
     assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings

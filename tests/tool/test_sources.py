@@ -6,11 +6,13 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lemo.cli.common import absolute
 from lemo.data import DataError, Documents, load_documents, write_tokens
 
 
@@ -158,6 +160,11 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "csv with an open quote": ("a.csv", b'text\n"a\n', "a.csv, line 2"),
     "damaged parquet": ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as parquet"),
     "damaged arrow": ("a.arrow", b"ARROW", "a.arrow: cannot be read as arrow"),
+    "nested too deeply": ("a.json", b"[" * 100000, "a.json, line 1: not JSON .nested too deeply"),
+    "a line nested too deeply": ("a.jsonl", b'{"text": ""}\n{"text":' + b"[" * 100000, "a.jsonl, line 2: not JSON"),
+    "a number of 5000 digits": ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: not JSON"),
+    "half a surrogate pair": ("a.jsonl", b'{"text": "a\\ud83d"}', "line 1, field 'text': character 2 .*d83d"),
+    "csv with a column twice": ("a.csv", b"text,text\na,b\n", "a.csv: 2 columns are called 'text'"),
     "archive": ("a.tar.gz", gzip.compress(b"x"), "a.tar.gz: an archive; unpack it"),
     "zip": ("a.zip", b"PK\3\4", "a.zip: an archive"),
 }
@@ -171,6 +178,40 @@ def test_errors_name_the_file_and_the_place(name: str, tmp_path: Path, tokenizer
     (tmp_path / file).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_documents([str(tmp_path / file)], tokenizer, progress=False)
+
+
+def test_a_parquet_column_twice_is_refused(tmp_path: Path, tokenizer) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="2 columns are called 'text'"):
+        load_documents([str(tmp_path / "a.parquet")], tokenizer, progress=False)
+
+
+@pytest.mark.parametrize("source", ["", "dev=", "hf:", "dev=hf:", " "])
+def test_an_empty_name_is_not_the_current_folder(source: str, tmp_path: Path, tokenizer, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("the block")
+    monkeypatch.chdir(tmp_path)
+    assert absolute(source) == source
+    with pytest.raises(DataError, match="names no file, folder or data set"):
+        load_documents([source], tokenizer, progress=False)
+
+
+def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path, tokenizer) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("link")
+    for name, message in (("pipe", "a pipe or a device"), ("link", "a symbolic link to link")):
+        with pytest.raises(DataError, match=f"{name}: neither a file nor a folder .{message}"):
+            load_documents([str(tmp_path / name)], tokenizer, progress=False)
+
+
+def test_files_without_a_document_are_no_domains(tmp_path: Path, tokenizer) -> None:
+    for name, text in {"a.txt": "", "b.txt": "the block", "c.json": '{"x": 1}', "d.txt": "of tokens"}.items():
+        (tmp_path / name).write_text(text)
+    documents = load_documents([str(tmp_path)], tokenizer, per_file=True, progress=False)
+    assert documents.names == ("b", "d")
+    assert {n: len(d) for n, d in documents.by_name().items()} == {"b": 1, "d": 1}
 
 
 def test_null_texts_are_empty_documents(tmp_path: Path, tokenizer) -> None:
@@ -355,6 +396,7 @@ def test_tokenised_records_are_used_as_they_are(tmp_path: Path, tokenizer) -> No
         ({"input_ids": "[1, 2]"}, "'input_ids' is str"),
         ({"input_ids": [1.5]}, "a list of float"),
         ({"input_ids": [[1]]}, "dimensions"),
+        ({"input_ids": [[1, 2], [3]]}, "a list of list"),
         ({"input_ids": [5, 6], "labels": [6, 7]}, "label 6 at position 0.*unshifted"),
         ({"input_ids": [5, 6], "labels": [5]}, "'labels' must hold one integer"),
     ],

@@ -92,7 +92,8 @@ typedef struct lemo_blocks {
   int32_t reserved;
 } lemo_blocks;
 
-/* The message of the last failed call of this thread, "" if none. Valid until the thread's next lemo call.
+/* The message of the last failed call of this thread, "" if none. The thread's next lemo call replaces the text; the
+ * pointer stays readable until the thread ends. At most 2047 characters.
  * It names the argument, what was expected and what was given. */
 LEMO_API const char* lemo_last_error(void);
 LEMO_API const char* lemo_status_string(lemo_status status);

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, say
+from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, path_name, say
 
 # Documents of a whole context that the frozen model reads.
 _DOCUMENTS = 128
@@ -34,7 +34,7 @@ def add(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the calibration goes")
+    parser.add_argument("--out", type=path_name, required=True, metavar="FOLDER", help="where the calibration goes")
     parser.add_argument("--overwrite", action="store_true", help="replace a calibration that is there already")
     add_model(parser)
     add_data(parser)
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.answers_only:
         raise ValueError("--answers-only has no meaning here: calibration reads whole documents and uses no labels")
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise CalibrationError(f"{out} is a file, expected a folder; choose another --out")
     if out.exists() and any(out.iterdir()) and not args.overwrite:
         raise CalibrationError(f"{out} exists already: choose another --out or add --overwrite")
     model = load_model(args, args.context, to_train=True)

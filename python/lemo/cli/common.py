@@ -57,6 +57,16 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {text} (run again with --debug for where it happened)", 1
 
 
+def path_name(text: str) -> str:
+    """The type of options that name a file or a folder: `~` is the home folder, and there is no empty name.
+
+    Shells leave `~` alone in --out=~/run, and a variable that is not set would be the current folder.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, got an empty one")
+    return os.path.expanduser(text)
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -67,8 +77,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=required, help="folder of a transformers causal LM, or its name on the hub")
-    group.add_argument("--tokenizer", help="folder or name of the tokenizer, where it is not the model's own")
+    group.add_argument(
+        "--model", type=path_name, required=required, help="folder of a transformers causal LM, or its name on the hub"
+    )
+    group.add_argument(
+        "--tokenizer", type=path_name, help="folder or name of the tokenizer, where it is not the model's own"
+    )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     group.add_argument(
         "--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)"
@@ -130,7 +144,7 @@ def absolute(source: str) -> str:
     """A path or `NAME=path` made absolute, so that a run can go on from another folder; names on the hub stay."""
     name, equals, where = source.partition("=")
     label, path = (f"{name}=", where) if equals and "/" not in name and not Path(source).exists() else ("", source)
-    if path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
+    if not path or path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
         return source
     return label + os.path.abspath(os.path.expanduser(path))
 
@@ -221,9 +235,9 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.quiet:
         transformers_logging.disable_progress_bar()
+    if to_train:  # first: that the context is too long for it does not matter where the model cannot be used at all
+        check_supported(load_config(args.model, None, False))
     config = load_config(args.model, context, bool(args.interpolate_positions))
-    if to_train:
-        check_supported(config)
     device = device_of(args.device)
     name = args.dtype or "auto"
     dtype = {"auto": torch.float32 if device.type == "cpu" else torch.bfloat16}.get(name) or getattr(torch, name)

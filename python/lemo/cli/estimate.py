@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, load_config
+from lemo.cli.common import Formatter, add_common, load_config, path_name
 from lemo.settings import parse_schedule
 
 _EPILOG = """\
@@ -28,7 +28,9 @@ def add(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("--model", required=True, help="folder of a transformers causal LM, or its name on the hub")
+    parser.add_argument(
+        "--model", type=path_name, required=True, help="folder of a transformers causal LM, or its name on the hub"
+    )
     parser.add_argument("--context", type=int, required=True, help="tokens per window")
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass")
     parser.add_argument("--schedule", default="default", help="preset or phases, as for lemo finetune")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, say
+from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, path_name, say
 
 _EPILOG = """\
 examples:
@@ -48,7 +48,10 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--max-tokens", type=int, help="use at most this many tokens of every domain")
     parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
     parser.add_argument(
-        "--json", metavar="FILE", help="write the rows there as JSON too ('-': on stdout, in place of the table)"
+        "--json",
+        type=path_name,
+        metavar="FILE",
+        help="write the rows there as JSON too ('-': on stdout, in place of the table)",
     )
     add_common(parser)
     parser.set_defaults(run=run)
@@ -62,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.context < 2:
         raise ValueError(f"--context {args.context}: expected at least 2 tokens")
+    if args.max_tokens is not None and args.max_tokens < 2:
+        raise ValueError(f"--max-tokens {args.max_tokens}: expected at least 2 tokens")
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
     if args.no_base and not args.adapter:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import glob
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lemo.cli.common import (
     add_model,
     load_data,
     load_model,
+    path_name,
     say,
 )
 from lemo.settings import FinetuneSettings
@@ -53,7 +55,7 @@ few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN mak
 """
 
 # Options that are settings of the run: unset ones keep the run's value on --resume, and the defaults otherwise.
-_SETTINGS: dict[str, tuple[str, Any, str]] = {
+_SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "context": ("tokens per window", int, "run"),
     "steps": ("optimizer steps", int, "run"),
     "batch": ("windows per forward pass", int, "run"),
@@ -63,7 +65,7 @@ _SETTINGS: dict[str, tuple[str, Any, str]] = {
     "schedule": ("preset or phases, see below", str, "elimination"),
     "keep": ("fraction of the blocks a layer keeps", float, "elimination"),
     "policy": ("how blocks are chosen, see below", str, "elimination"),
-    "calibration": ("folder written by lemo calibrate", str, "elimination"),
+    "calibration": ("folder written by lemo calibrate", path_name, "elimination"),
     "block_size": ("tokens per block", int, "elimination"),
     "recompute": ("what is saved for backward: none (all), attention, full (least memory), auto", str, "elimination"),
     "lr": ("learning rate", float, "optimizer"),
@@ -85,7 +87,9 @@ def add(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("--out", required=True, metavar="RUN", help="run folder, new or (with --resume) to go on with")
+    parser.add_argument(
+        "--out", type=path_name, required=True, metavar="RUN", help="run folder, new or (with --resume) to go on with"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of RUN")
     add_model(parser, required=False)
     add_data(parser, required=False)
@@ -175,6 +179,7 @@ def _check_there(out: str, option: str, place: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lemo.finetune import finetune
+    from lemo.run_folder import check_new
 
     for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("log_every", 1), ("evaluate_every", 0)):
         if getattr(args, name) < least:
@@ -185,8 +190,12 @@ def run(args: argparse.Namespace) -> int:
     if args.data is not None:
         args.data = [absolute(source) for source in args.data]
     settings = _settings(args)
-    if args.resume is False and (Path(args.out) / "run.json").exists():
-        raise ValueError(f"--out {args.out} holds a run already; continue it with --resume, or choose another folder")
+    if args.resume is False:
+        if (Path(args.out) / "run.json").exists():
+            raise ValueError(
+                f"--out {args.out} holds a run already; continue it with --resume, or choose another folder"
+            )
+        check_new(Path(args.out))  # before model and data are read, which may take long
     if settings.calibration and not Path(settings.calibration).is_dir():
         raise ValueError(f"--calibration {settings.calibration}: no such folder; make it with lemo calibrate")
     model = load_model(args, settings.context, to_train=True)

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common
+from lemo.cli.common import Formatter, add_common, path_name
 
 _EPILOG = """\
 examples:
@@ -27,7 +27,7 @@ def add(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("folder", nargs="?", help="folder of lemo calibrate or lemo finetune")
+    parser.add_argument("folder", type=path_name, nargs="?", help="folder of lemo calibrate or lemo finetune")
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_common(parser)
     parser.set_defaults(run=run)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, say
+from lemo.cli.common import Formatter, add_common, path_name, say
 
 _EPILOG = """\
 examples:
@@ -23,8 +23,10 @@ def add(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("run_folder", metavar="RUN", help="run folder of lemo finetune")
-    parser.add_argument("--png", metavar="FILE", help="where the picture goes (default: RUN/report.png)")
+    parser.add_argument("run_folder", type=path_name, metavar="RUN", help="run folder of lemo finetune")
+    parser.add_argument(
+        "--png", type=path_name, metavar="FILE", help="where the picture goes (default: RUN/report.png)"
+    )
     parser.add_argument("--no-png", action="store_true", help="no picture")
     add_common(parser)
     parser.set_defaults(run=run)

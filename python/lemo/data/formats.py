@@ -106,7 +106,7 @@ def read_records(path: Path, columns: Callable[[list[str]], list[str]]) -> Recor
             return
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as text:
             if kind in SEPARATORS:
-                yield from _separated(text, path, SEPARATORS[kind])
+                yield from _separated(text, path, SEPARATORS[kind], columns)
             elif kind == ".json":
                 yield from _json(text, path)
             else:
@@ -117,12 +117,24 @@ def read_records(path: Path, columns: Callable[[list[str]], list[str]]) -> Recor
         raise damaged(error, path) or error from None
 
 
+def _parse(text: str) -> Any:
+    """The JSON value. Raises JSONDecodeError, also where Python's parser gives up in ways of its own."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise json.JSONDecodeError(str(error).split(";")[0], text, 0) from None
+
+
 def _json_lines(lines: IO[str], path: Path, first: int = 1) -> Records:
     for number, line in enumerate(lines, first):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _parse(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg}); one object per line is expected") from None
         yield f"{path}, line {number}", record
@@ -135,7 +147,7 @@ def _json(text: IO[str], path: Path) -> Records:
         line, first = text.readline(), first + 1
     if line.lstrip().startswith("{"):
         try:
-            json.loads(line)
+            _parse(line)
         except json.JSONDecodeError:
             pass
         else:
@@ -143,7 +155,7 @@ def _json(text: IO[str], path: Path) -> Records:
             yield from _json_lines(text, path, first + 1)
             return
     try:
-        value = json.loads(line + text.read())
+        value = _parse(line + text.read())
     except json.JSONDecodeError as error:
         raise NoRecordsError(
             f"{path}, line {first + error.lineno - 1}: not JSON ({error.msg}); a list of records or one record per "
@@ -165,7 +177,14 @@ def _some(names: Any) -> str:
     return ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
 
 
-def _separated(text: IO[str], path: Path, separator: str) -> Records:
+def _check_unique(names: list[str], wanted: list[str], path: Path) -> None:
+    """Raises DataError where a column that is to be read stands in the table more than once."""
+    for name in wanted:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: {names.count(name)} columns are called '{name}'; rename all but one of them")
+
+
+def _separated(text: IO[str], path: Path, separator: str, columns: Callable[[list[str]], list[str]]) -> Records:
     csv.field_size_limit(2**31 - 1)  # a field may be a book
     reader = csv.reader(text, delimiter=separator, strict=True)
     header: list[str] | None = None
@@ -174,6 +193,7 @@ def _separated(text: IO[str], path: Path, separator: str) -> Records:
         for fields in reader:
             if header is None:
                 header = fields
+                _check_unique(header, columns(header), path)
             elif fields and len(fields) != len(header):
                 raise DataError(
                     f"{path}, line {line}: {len(fields)} fields, but the first line names {len(header)} columns; quote "
@@ -198,6 +218,7 @@ def _columnar(path: Path, kind: str, columns: Callable[[list[str]], list[str]]) 
         number = 0
         for names, batch in _batches(pyarrow, source, kind):
             wanted = columns(names)
+            _check_unique(names, wanted, path)
             for record in (batch.select(wanted) if wanted else batch).to_pylist():
                 number += 1
                 yield f"{path}, record {number}", record

@@ -76,7 +76,10 @@ def load_documents(
     if report:
         for line in (*found.left.lines(), *encoder.lines(), *parts.lines(tokenizer)):
             report(line)
-    documents = Documents.from_arrays(parts.arrays, parts.origins, list(names), parts.trained)
+    # Files without a document have no name: each name is a domain to evaluate.
+    used = sorted(set(parts.origins))
+    origins = np.searchsorted(used, parts.origins).tolist()
+    documents = Documents.from_arrays(parts.arrays, origins, [list(names)[i] for i in used], parts.trained)
     if vocab_size is not None and int(documents.tokens.max()) >= vocab_size:
         raise DataError(
             f"the tokenizer gives token {int(documents.tokens.max())}, outside the model's vocabulary of {vocab_size}; "

@@ -93,15 +93,51 @@ def content_of(record: Any, where: str, options: RecordOptions) -> Content:
         return _completed(value, record["completion"], record.get("tools"), where)
     if value is None:
         return ""
+    if isinstance(value, str) and name in CHAT_FIELDS and options.text_field is None:
+        value = _parsed_messages(value, name, where)
+        record = {**record, name: value}
     if isinstance(value, str) and name != "input_ids":
-        return value
+        return _encodable(value, f"{where}, field '{name}'")
     if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
         return Chat(_messages(value, f"{where}, field '{name}'"), _tools(record.get("tools"), where))
-    if isinstance(value, np.ndarray | list) and (len(value) == 0 or np.asarray(value).dtype.kind in "iu"):
+    if isinstance(value, np.ndarray | list) and _are_integers(value):
         return _tokens(record, name, where, options)
     raise DataError(
         f"{where}: field '{name}' is {_kind(value)}, expected a string, a list of token ids or a list of messages"
     )
+
+
+def _are_integers(value: Any) -> bool:
+    try:
+        return len(value) == 0 or np.asarray(value).dtype.kind in "iu"
+    except ValueError:  # lists of unequal lengths
+        return False
+
+
+def _encodable(text: str, where: str) -> str:
+    """The text. Raises DataError for half of a surrogate pair, which JSON can hold and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start + 1} is half of a surrogate pair (\\u{ord(text[error.start]):04x}), not "
+            "text; remove it where the file is made (it is often an emoji that was cut in two)"
+        ) from None
+    return text
+
+
+def _parsed_messages(text: str, name: str, where: str) -> Any:
+    """Messages that a table without lists (CSV, for one) holds as JSON."""
+    try:
+        value = json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        value = text
+    if value is not None and not isinstance(value, list):
+        raise DataError(
+            f"{where}: field '{name}' is a string and not the JSON of a list of messages; if it is text to learn as "
+            f"it stands, say so with --text-field {name}"
+        )
+    return [] if value is None else value
 
 
 def _kind(value: Any) -> str:
@@ -110,7 +146,9 @@ def _kind(value: Any) -> str:
 
 def _completed(prompt: Any, completion: Any, tools: Any, where: str) -> Content:
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Pair(prompt, completion)
+        return Pair(
+            _encodable(prompt, f"{where}, field 'prompt'"), _encodable(completion, f"{where}, field 'completion'")
+        )
     if isinstance(prompt, list) and isinstance(completion, list):
         messages = _messages([*prompt, *completion], where)
         return Chat(messages, _tools(tools, where), first_answer=len(prompt))
@@ -128,9 +166,24 @@ def _messages(values: list[Any], where: str) -> list[dict[str, Any]]:
             value = {"role": _ROLES.get(role, role), "content": value["value"]}
         if not isinstance(value, dict) or not isinstance(value.get("role"), str):
             raise DataError(f"{where}, message {i + 1}: expected an object with 'role' and 'content'")
+        place = f"{where}, message {i + 1}"
         # A table has every key in every row.
-        messages.append({k: v for k, v in value.items() if v is not None})
+        message = {k: v for k, v in value.items() if v is not None}
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined_parts(message["content"], place)
+        if isinstance(message.get("content"), str):
+            _encodable(message["content"], place)
+        messages.append(message)
     return messages
+
+
+def _joined_parts(parts: list[Any], where: str) -> str:
+    """The text of content given in parts; most chat templates would write such a list out as Python does."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise DataError(f"{where}: its content has a part of type {kind}, and only text can be learned")
+    return "".join(part["text"] for part in parts)
 
 
 def _tools(value: Any, where: str) -> list[Any] | None:

@@ -77,6 +77,9 @@ class Sources:
 
     def pieces(self, source: str) -> Iterator[Piece]:
         name, where = split_name(source)
+        if not where.removeprefix("hf:").strip(" :"):
+            # An empty path would be the current folder: a shell variable that is not set must not pass for data.
+            raise DataError(f"data source '{source}' names no file, folder or data set; for the current folder write .")
         if where.startswith("hf:") or _is_saved_dataset(Path(where).expanduser()):
             label = name or (where[3:].split(":")[0] if where.startswith("hf:") else Path(where).resolve().name)
             yield from self._dataset(where, self.origin(label))
@@ -110,6 +113,8 @@ class Sources:
             label = path.resolve().name
         else:
             files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+            if not files and os.path.lexists(path):
+                raise DataError(f"{where}: neither a file nor a folder ({_what(path)}); save the data to a file first")
             if not files:
                 hint = "" if any(c in where for c in "*?[") else f"; for a data set by name write hf:{where}"
                 raise DataError(f"{where}: no such file or folder, and no file matches it as a glob{hint}")
@@ -201,6 +206,12 @@ class Sources:
             data = data.select_columns(wanted)
         for i, record in enumerate(data):
             yield self._piece(origin, f"{where}, record {i}", record)
+
+
+def _what(path: Path) -> str:
+    if path.is_symlink() and not os.path.exists(path):
+        return f"a symbolic link to {os.readlink(path)}, which cannot be followed"
+    return "a pipe or a device, which cannot be read again on --resume"
 
 
 def _is_saved_dataset(path: Path) -> bool:
