@@ -46,9 +46,9 @@ _EVAL_MODE = (
 
 _LOSS_OF_OTHERS = (
     'mode "skip" makes logits for a loss that lemo does not compute (label smoothing, a loss function of your own). '
-    "Tokens that were in no layer predict from their embedding alone, so a loss over them is too large, and lemo cannot "
-    "keep the blocks that carry labels. Let the model compute the loss from labels, or use phases with an exact forward "
-    'pass (mode "backward" or "dense")'
+    "Tokens that were in no layer predict from their embedding alone, so a loss over them is too large, and lemo "
+    "cannot keep the blocks that carry labels. Let the model compute the loss from labels, or use phases with an exact "
+    'forward pass (mode "backward" or "dense")'
 )
 
 _TRANSFORMERS = (5, 6)  # from this major version, below that one
