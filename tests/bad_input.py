@@ -334,7 +334,17 @@ SETTINGS = [
     (lambda w: lemo.Phase(weighted=True), ("Phase.weighted", "backward")),
     (lambda w: lemo.Phase("backward", mlp_keep=0.5), ("Phase.mlp_keep", "skip")),
     (lambda w: lemo.Phase(select="threshold", policy="random"), ("threshold", "predictors")),
+    (lambda w: lemo.Phase("backward", weighted="no"), ("Phase.weighted", "True or False", "'no'")),
+    (lambda w: lemo.Phase(policy_options=["shared"]), ("Phase.policy_options", "dictionary")),
     (lambda w: w.settings(block_size=0), ("block_size", "0")),
+    (lambda w: w.settings(deterministic="no"), ("LemoConfig.deterministic", "'no'")),
+    (lambda w: w.settings(keep_labelled=1), ("LemoConfig.keep_labelled", "1")),
+    (lambda w: w.settings(calibration=3), ("LemoConfig.calibration", "3")),
+    (lambda w: w.settings(layers=3), ("LemoConfig.layers", "list", "3")),
+    (lambda w: w.settings(layers="12"), ("LemoConfig.layers", "'12'")),
+    (lambda w: w.settings(layers=[1.5]), ("LemoConfig.layers", "1.5")),
+    (lambda w: w.settings(layers=[True]), ("LemoConfig.layers", "True")),
+    (lambda w: w.settings(layers=[]), ("LemoConfig.layers", "dense")),
     (lambda w: w.settings(recompute="some"), ("recompute", "attention")),
     (lambda w: w.settings(phases=[]), ("phases", "empty")),
     (lambda w: w.settings(phases=["skip"]), ("phases", "str")),
@@ -345,6 +355,9 @@ SETTINGS = [
     (lambda w: lemo.apply(w.model(), w.settings(layers=[7])), ("layers", "7")),
     (lambda w: make_policy("random", {"extra": 1}), ("random", "extra")),
     (lambda w: make_policy("sampled", {"floor": 0.0}), ("floor",)),
+    (lambda w: make_policy("random", {"shared": "no"}), ("random", "shared", "'no'")),
+    (lambda w: make_policy("exact", {"normalize": 1}), ("exact", "normalize", "1")),
+    (lambda w: make_policy("update_norm", {"dense_layers": -1}), ("update_norm", "dense_layers", "-1")),
 ]  # fmt: skip
 
 MODELS = [
@@ -359,6 +372,7 @@ MODELS = [
 BATCHES = [
     ({"attention_mask": torch.ones(3, 1, 37, 37)}, ("attention_mask", "[3, 37]")),
     ({"attention_mask": torch.tensor([[1] * 37, [0] * 37, [1] * 37])}, ("row 1", "empty")),
+    ({"attention_mask": torch.zeros(3, 37)}, ("row 0", "empty")),
     ({"cu_seq_lens_q": torch.tensor([0, 5, 5, 111])}, ("at least one token",)),
     ({"seq_lens": [10, 20]}, ("111", "30")),
     ({"position_ids": torch.arange(5)[None]}, ("position_ids", "[3, 37]")),

@@ -44,6 +44,13 @@ _EVAL_MODE = (
     "Call model.train() to train, or use torch.no_grad() to evaluate"
 )
 
+_LOSS_OF_OTHERS = (
+    'mode "skip" makes logits for a loss that lemo does not compute (label smoothing, a loss function of your own). '
+    "Tokens that were in no layer predict from their embedding alone, so a loss over them is too large, and lemo "
+    "cannot keep the blocks that carry labels. Let the model compute the loss from labels, or use phases with an exact "
+    'forward pass (mode "backward" or "dense")'
+)
+
 _TRANSFORMERS = (5, 6)  # from this major version, below that one
 
 
@@ -482,6 +489,8 @@ def _causal_lm_forward(
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
     if named.get("labels") is None or not ordinary:
         # Only the layers run through lemo then.
+        if skips_tokens(controller.phase):
+            controller._note(_LOSS_OF_OTHERS)
         return original(*args, **kwargs)
     packed, ids, embeddings = _packed(controller, named)
     targets = Targets.of(packed, named)

@@ -19,6 +19,21 @@ def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def _layer_indices(value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not whole or not value or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+        raise ValueError(
+            "LemoConfig.layers must be a list of layer indices (integers from 0), or None for all layers; to eliminate "
+            f'in none of them use mode "dense"; got {value!r}'
+        )
+    return tuple(value)
+
+
 def _fraction(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a number from 0 (nothing kept) to 1 (everything kept); got {value!r}")
@@ -69,6 +84,9 @@ class Phase:
         if self.policy is not None:
             _choice("Phase.policy", self.policy, POLICIES)
         _choice("Phase.select", self.select, SELECT)
+        _flag("Phase.weighted", self.weighted)
+        if not isinstance(self.policy_options, Mapping):
+            raise ValueError(f"Phase.policy_options must be a dictionary of options; got {self.policy_options!r}")
         if self.select == "threshold" and self.policy not in (None, "predictors"):
             raise ValueError(
                 f'Phase.select "threshold" needs policy "predictors" (thresholds are calibrated); got {self.policy!r}'
@@ -150,9 +168,13 @@ class LemoConfig:
                 raise ValueError(f"LemoConfig.{name} must be an integer of at least {least}; got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"LemoConfig.seed must be an integer; got {self.seed!r}")
-        if not isinstance(self.return_logits, bool):
-            raise ValueError(f"LemoConfig.return_logits must be True or False; got {self.return_logits!r}")
-        if self.keep_labelled not in (None, True, False):
+        _flag("LemoConfig.return_logits", self.return_logits)
+        _flag("LemoConfig.deterministic", self.deterministic)
+        if self.layers is not None:
+            self.layers = _layer_indices(self.layers)
+        if self.calibration is not None and not isinstance(self.calibration, (str, os.PathLike)):
+            raise ValueError(f"LemoConfig.calibration must be the path of a folder; got {self.calibration!r}")
+        if self.keep_labelled is not None and not isinstance(self.keep_labelled, bool):
             raise ValueError(f"LemoConfig.keep_labelled must be True, False or None; got {self.keep_labelled!r}")
         _choice("LemoConfig.recompute", self.recompute, RECOMPUTE)
         phases = default_phases() if self.phases is None else tuple(self.phases)
@@ -190,7 +212,7 @@ class LemoConfig:
         """Plain values for JSON; `from_dict` reads them back."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["phases"] = [phase.to_dict() for phase in self.phases or ()]
-        values["layers"] = None if self.layers is None else [int(i) for i in self.layers]
+        values["layers"] = None if self.layers is None else list(self.layers)
         values["calibration"] = None if self.calibration is None else os.fspath(self.calibration)
         return values
 

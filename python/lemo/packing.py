@@ -120,11 +120,11 @@ def pack(
     starts[1:] |= documents[1:] != documents[:-1]
     starts[:1] = True
     tokens = positions.shape[0]
-    firsts = starts.nonzero()[:, 0].tolist()
-    lengths = [b - a for a, b in zip(firsts, [*firsts[1:], tokens], strict=True)]
-    if attention_mask is not None:
-        empty = (~mask.any(1)).nonzero()[:, 0].tolist() if tokens < batch * length else []
+    if tokens < batch * length:
+        empty = (~mask.any(1)).nonzero()[:, 0].tolist()
         if empty:
             raise ValueError(f"attention_mask: row {empty[0]} has no token (an empty document); leave the row out")
+    firsts = starts.nonzero()[:, 0].tolist()
+    lengths = [b - a for a, b in zip(firsts, [*firsts[1:], tokens], strict=True)]
     index = None if tokens == batch * length else mask.reshape(-1).nonzero()[:, 0]
     return Packed(index, positions, Blocks.from_lengths(lengths, block_size, device), shape)

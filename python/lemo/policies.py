@@ -110,7 +110,9 @@ class Policy(ABC):
 
     def _budget(self, layer: int, scores: Tensor | None, keep: float) -> Kept | None:
         if keep == 0.0:
-            return None
+            required = self.context.required
+            # Nothing but what is required; there is a required block, or there would be no list of them.
+            return None if required is None else self._only(layer, required)
         if keep == 1.0 or scores is None:
             return Kept.everything(self.context.blocks)
         return self._select(layer, scores, self.mode, keep, 0.0)
@@ -134,8 +136,14 @@ class Policy(ABC):
         if mode != "sample":
             scores = torch.where(required & scores.isfinite(), torch.finfo(scores.dtype).max, scores)
         kept = select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
-        union = ((kept.slots >= 0) | required).float()
-        return select(union, context.blocks, mode="threshold", threshold=0.5, **options)
+        return self._only(layer, (kept.slots >= 0) | required)
+
+    def _only(self, layer: int, chosen: Tensor) -> Kept:
+        """The blocks of a mask [nb], which has one at least."""
+        chosen_by = f"layer {layer}, policy {self.name!r}"
+        return select(
+            chosen.float(), self.context.blocks, mode="threshold", threshold=0.5, always_first=0, chosen_by=chosen_by
+        )
 
 
 class Predictors(Policy):
@@ -279,6 +287,12 @@ def make_policy(name: str, options: Mapping[str, Any], predictors: Any = None) -
     """A policy by name. Raises ValueError for unknown names and options."""
     if name not in _CLASSES:
         raise ValueError(f"policy must be one of {', '.join(_CLASSES)}; got {name!r}")
+    for option in ("shared", "carry", "normalize", "per_layer"):
+        if option in options and not isinstance(options[option], bool):
+            raise ValueError(f"policy {name!r}: {option} must be True or False; got {options[option]!r}")
+    dense = options.get("dense_layers", 0)
+    if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
+        raise ValueError(f"policy {name!r}: dense_layers must be an integer of at least 0; got {dense!r}")
     try:
         return _CLASSES[name](predictors, **options)
     except TypeError as error:

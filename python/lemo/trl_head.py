@@ -233,7 +233,7 @@ def fused_output(
         found = _statistics(hidden, weights, targets.index_select(0, index), names)
         del hidden
     arrived = _Weights()
-    total, _ = causal_lm_loss(
+    total, controller._loss_tokens = causal_lm_loss(
         _WeighRows.apply(x, arrived),
         norm,
         weights,

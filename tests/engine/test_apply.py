@@ -212,7 +212,9 @@ def test_sampled_shared_keeps_the_first_layers_draw(shared):
 def test_config_survives_json():
     import json
 
-    config = settings(phases=[lemo.Phase("backward", policy="random", policy_options={"shared": True})])
+    phases = [lemo.Phase("backward", policy="random", policy_options={"shared": True})]
+    config = settings(phases=phases, layers=range(1, 3), keep_labelled=False, deterministic=True, return_logits=True)
     again = lemo.LemoConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again.to_dict() == config.to_dict()
+    assert again == config
+    assert again.layers == (1, 2)
     assert again.phases[0].policy_options == {"shared": True}

@@ -53,6 +53,26 @@ def test_the_list_grows_where_labels_exceed_the_budget(chosen):
         assert attention.rows.tolist() == [t for b in attention.blocks.tolist() for t in range(8 * b, 8 * b + 8)]
 
 
+@pytest.mark.parametrize("policy", ["random", "sampled", "update_norm"])
+def test_keeping_nothing_still_keeps_the_labels(policy, chosen):
+    _, got = run(answers((40, 44)), policy, keep=0.0)
+    assert [kept.blocks.tolist() for kept, _ in chosen] == [[4, 5]] * 3
+    assert all(bool(g.any()) for g in got.values())
+    chosen.clear()
+    run(answers((40, 44)), policy, keep=0.0, keep_labelled=False)
+    assert chosen == [(None, None)] * 3
+
+
+def test_a_list_of_its_own_for_the_mlp_keeps_the_labels(chosen):
+    model = tuned("llama")
+    phase = lemo.Phase("skip", keep=0.25, mlp_keep=0.0, policy="random")
+    lemo.apply(model, lemo.LemoConfig(block_size=BLOCK, phases=[phase]))
+    gradients(model, answers((40, 44)))
+    for attention, mlp in chosen:
+        assert attention.num_blocks == 3
+        assert mlp.blocks.tolist() == [4, 5]
+
+
 def test_off_where_most_tokens_are_labelled_unless_asked_for(chosen):
     batch = answers((0, 60))
     run(batch)

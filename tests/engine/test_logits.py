@@ -194,6 +194,23 @@ def test_a_trainer_whose_loss_needs_logits(tmp_path):
         run(settings())
 
 
+@pytest.mark.parametrize(("phase", "said"), [(SKIP, 1), (DENSE, 0), (lemo.Phase("backward", policy="random"), 0)])
+def test_a_loss_of_others_over_skipped_tokens_is_said(tmp_path, caplog, phase, said):
+    """Label smoothing takes the labels out of the batch: lemo sees none, and the loss is over every token."""
+    model = tuned("llama")
+    controller = lemo.apply(model, settings(phase))
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCAB, (4, 24))]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True, label_smoothing_factor=0.1,
+    )  # fmt: skip
+    callbacks = [controller.callback()]
+    transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks).train()
+    notes = [record.message for record in caplog.records if "label smoothing" in record.message]
+    assert len(notes) == said
+    assert controller.report()["loss_tokens"] is None
+
+
 def test_the_option_survives_json_and_is_checked():
     config = settings(return_logits=True)
     again = lemo.LemoConfig.from_dict(json.loads(json.dumps(config.to_dict())))

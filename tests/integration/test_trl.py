@@ -92,6 +92,7 @@ def test_sft_skips_tokens(tmp_path, tokenizer, segmented, kind):
     for order in ("before", "after"):
         logs, controller = train(sft(tmp_path, tokenizer, kind), tokenizer, order, SKIP)
         assert max(controller.kept_ratios) < 1
+        assert 0 < controller.report()["loss_tokens"] < controller.report()["tokens"]
         assert len(segmented) == len(logs) == 3
         segmented.clear()
         runs.append(logs)
