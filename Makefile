@@ -1,5 +1,6 @@
 # make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 5 minutes on 2 cores)
 # make test    everything the project checks: lint, types, CUDA compilation, build, tests
+# make minimum the lowest versions of transformers and PEFT that pyproject.toml declares (2 minutes; downloads them)
 # make fuzz    random calls of the C interface under sanitizers, for FUZZ_SECONDS (600); stops at the first fault
 # All set up what they need in .venv; only Python 3.11+ and a C++ compiler have to be there.
 #
@@ -41,7 +42,7 @@ SOURCES := $(shell find python cpp cuda cmake -type f -not -name '*.so' -not -pa
            $(wildcard cpp/include/lemo/*) CMakeLists.txt setup.py pyproject.toml
 NATIVE = $(shell find cpp cuda examples tests -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test setup lint format build check fuzz cuda-compile cuda-full clean
+.PHONY: demo test setup lint format build check minimum fuzz cuda-compile cuda-full clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/run.py --out runs/demo
@@ -100,6 +101,10 @@ fuzz: $(VENV)/.tools
 	  $(if $(filter x86_64,$(shell uname -m)),-DFUZZ_SIMD=x86) >/dev/null; \
 	cmake --build $(BUILD)/fuzz-long --parallel $(JOBS); \
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BUILD)/fuzz-long/fuzz $$(date +%s)000000 0
+
+# The lowest declared versions of transformers and PEFT together, in an environment of their own (build/minimum).
+minimum: $(VENV)/.dev
+	$(BIN)/python .ci/minimum.py --venv $(BUILD)/minimum
 
 # Compiles the CUDA kernels without a GPU and fails if one spills registers. The default is the tuned set (bf16,
 # head_dim 64 and 128); cuda-full is every kernel of the library.

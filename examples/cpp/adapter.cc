@@ -72,6 +72,7 @@ Adapter Adapter::load(Backend& backend, Model& model, const std::string& folder,
   };
   Options options;
   options.rank = need("r").integer(where);
+  if (options.rank < 1) fail(where, ": r must be at least 1, got ", options.rank);
   options.alpha = need("lora_alpha").number(where);
   options.base_model = base_model;
   const Json& targets = need("target_modules");
@@ -174,6 +175,7 @@ void Adapter::save(const std::string& folder) const {
     write_safetensors((temporary / kWeightsName).string(), tensors);
 
     std::ostringstream config;
+    config.precision(17);  // alpha is read back as the number it was
     config << "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n"
            << "  \"base_model_name_or_path\": " << json_quoted(options_.base_model) << ",\n"
            << "  \"r\": " << options_.rank << ",\n  \"lora_alpha\": " << options_.alpha << ",\n"

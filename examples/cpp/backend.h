@@ -9,6 +9,7 @@
 #include <lemo/lemo.hpp>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace trainer {
@@ -108,21 +109,21 @@ std::unique_ptr<Backend> make_cuda_backend();
 // ---- workspaces of liblemo's operations; nullptr where an operation needs none
 // ---------------------------------------
 
-constexpr std::nullptr_t workspace_of(const lemo_gather_args*) { return nullptr; }
-constexpr std::nullptr_t workspace_of(const lemo_scatter_add_args*) { return nullptr; }
-constexpr std::nullptr_t workspace_of(const lemo_gather_norm_args*) { return nullptr; }
-constexpr auto workspace_of(const lemo_gather_norm_backward_args*) { return &lemo_gather_norm_backward_workspace; }
-constexpr auto workspace_of(const lemo_select_args*) { return &lemo_select_workspace; }
-constexpr auto workspace_of(const lemo_scores_args*) { return &lemo_scores_workspace; }
-constexpr auto workspace_of(const lemo_predict_args*) { return &lemo_predict_workspace; }
-constexpr auto workspace_of(const lemo_attention_forward_args*) { return &lemo_attention_forward_workspace; }
-constexpr auto workspace_of(const lemo_attention_backward_args*) { return &lemo_attention_backward_workspace; }
-constexpr auto workspace_of(const lemo_linear_cross_entropy_args*) { return &lemo_linear_cross_entropy_workspace; }
+inline std::nullptr_t workspace_of(const lemo_gather_args*) { return nullptr; }
+inline std::nullptr_t workspace_of(const lemo_scatter_add_args*) { return nullptr; }
+inline std::nullptr_t workspace_of(const lemo_gather_norm_args*) { return nullptr; }
+inline auto workspace_of(const lemo_gather_norm_backward_args*) { return &lemo_gather_norm_backward_workspace; }
+inline auto workspace_of(const lemo_select_args*) { return &lemo_select_workspace; }
+inline auto workspace_of(const lemo_scores_args*) { return &lemo_scores_workspace; }
+inline auto workspace_of(const lemo_predict_args*) { return &lemo_predict_workspace; }
+inline auto workspace_of(const lemo_attention_forward_args*) { return &lemo_attention_forward_workspace; }
+inline auto workspace_of(const lemo_attention_backward_args*) { return &lemo_attention_backward_workspace; }
+inline auto workspace_of(const lemo_linear_cross_entropy_args*) { return &lemo_linear_cross_entropy_workspace; }
 
 template <class Args>
 void Backend::run(const Args& args) {
-  constexpr auto workspace = workspace_of(static_cast<const Args*>(nullptr));
-  if constexpr (workspace != nullptr) {
+  const auto workspace = workspace_of(static_cast<const Args*>(nullptr));
+  if constexpr (!std::is_null_pointer_v<decltype(workspace)>) {
     uint64_t bytes = 0;
     lemo::check(workspace(&exec_, &args, &bytes));
     if (bytes > exec_.workspace_size) {

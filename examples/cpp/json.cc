@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 
@@ -213,6 +214,7 @@ const Json* Json::find(std::string_view name) const {
 }
 
 std::string read_file(const std::string& path) {
+  if (std::filesystem::is_directory(path)) fail(path, ": expected a file, found a folder");
   std::ifstream file(path, std::ios::binary);
   std::string text;
   if (file) text.assign(std::istreambuf_iterator<char>(file), {});

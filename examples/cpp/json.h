@@ -26,7 +26,6 @@ class Json {
 
   bool is_null() const { return std::holds_alternative<std::nullptr_t>(value_); }
   bool is_string() const { return std::holds_alternative<std::string>(value_); }
-  bool is_object() const { return std::holds_alternative<Object>(value_); }
 
   // Typed access. `what` names the value in the error that another type raises.
   bool boolean(const std::string& what) const;

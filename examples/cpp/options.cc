@@ -7,6 +7,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <set>
 
 #include "error.h"
 
@@ -139,13 +140,16 @@ std::map<std::string, Setter> setters(CommandLine& o) {
   };
 }
 
-void check(const CommandLine& o) {
+void check(const CommandLine& o, const std::set<std::string>& given) {
   if (o.model.empty()) fail("--model is missing; see --help");
   if (o.tokens.empty() == o.text.empty()) fail("expected one of --tokens and --text; see --help");
   if (o.dense_steps > o.steps) fail("--dense-steps: expected at most --steps ", o.steps, ", got ", o.dense_steps);
   const bool predicts = o.selection.policy == Policy::kPredictors;
   if (predicts && o.selection.calibration.empty()) fail("--policy predictors needs --calibration FOLDER");
   if (!predicts && !o.selection.calibration.empty()) fail("--calibration is used by --policy predictors only");
+  for (const char* name : {"--rank", "--alpha", "--targets"}) {
+    if (!o.adapter.empty() && given.count(name) != 0) fail(name, ": --adapter brings its own; give one of the two");
+  }
   if (o.steps == 0 && !o.dump_gradients.empty()) fail("--dump-gradients needs at least one of --steps");
 }
 
@@ -154,6 +158,7 @@ void check(const CommandLine& o) {
 std::optional<CommandLine> parse_command_line(int count, char** arguments) {
   CommandLine options;
   const auto known = setters(options);
+  std::set<std::string> given;
   for (int i = 1; i < count; ++i) {
     const std::string name = arguments[i];
     if (name == "--help" || name == "-h") {
@@ -163,9 +168,10 @@ std::optional<CommandLine> parse_command_line(int count, char** arguments) {
     const auto setter = known.find(name);
     if (setter == known.end()) fail("unknown argument '", name, "'; see --help");
     if (++i == count) fail(name, ": a value is missing; see --help");
+    if (!given.insert(name).second) fail(name, ": given twice");
     setter->second(name, arguments[i]);
   }
-  check(options);
+  check(options, given);
   if (options.alpha == 0) options.alpha = 2.0 * static_cast<double>(options.rank);
   // Rounded up: a run of few steps has a dense one, too.
   if (options.dense_steps < 0) options.dense_steps = (options.steps + 7) / 8;

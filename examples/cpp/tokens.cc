@@ -1,6 +1,5 @@
 #include "tokens.h"
 
-#include <algorithm>
 #include <array>
 #include <map>
 #include <unordered_map>
@@ -148,9 +147,10 @@ std::vector<int32_t> read_tokens(const std::string& path, int64_t vocabulary) {
 std::vector<int32_t> read_text(const std::string& path, const std::string& model_folder, int64_t vocabulary) {
   Tokenizer tokenizer(model_folder + "/tokenizer.json");
   std::vector<int32_t> tokens = tokenizer.encode(read_file(path));
-  const auto largest = std::max_element(tokens.begin(), tokens.end());
-  if (largest != tokens.end() && *largest >= vocabulary) {
-    fail(model_folder, "/tokenizer.json: token ", *largest, " lies outside the model's vocabulary of ", vocabulary);
+  for (const int32_t token : tokens) {
+    if (token < 0 || token >= vocabulary) {
+      fail(model_folder, "/tokenizer.json: token ", token, " lies outside the model's vocabulary of ", vocabulary);
+    }
   }
   return tokens;
 }

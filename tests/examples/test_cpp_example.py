@@ -331,7 +331,6 @@ def test_truncated_and_malformed_files(program: Path, token_file: Path, tmp_path
 
 
 ARGUMENTS: list[tuple[list[object], str]] = [
-    (["--model", "nowhere"], r"--model: nowhere is not a folder"),
     (["--context", 8192], r"--context: the model has 4096 positions"),
     (["--context", 4000], r"5120 tokens make 1 windows of 4000; 2 of them are held out"),
     (["--keep", 0], r"--keep: expected a number above 0 and at most 1, got '0'"),
@@ -347,6 +346,9 @@ ARGUMENTS: list[tuple[list[object], str]] = [
     (["--text", "README.md"], r"expected one of --tokens and --text"),
     (["--rank"], r"--rank: a value is missing"),
     (["--learning-rate", 1], r"unknown argument '--learning-rate'; see --help"),
+    (["--adapter", "nowhere", "--rank", 4], r"--rank: --adapter brings its own"),
+    (["--keep", 0.5, "--keep", 0.4], r"--keep: given twice"),
+    (["--calibration", "folder"], r"--calibration is used by --policy predictors only"),
     (["--adapter", "nowhere"], r"nowhere/adapter_config\.json: cannot be read"),
     (["--out", "/"], r"--out: / exists already"),
 ]
@@ -357,7 +359,7 @@ def test_arguments_it_refuses(arguments: list[object], message: str, program: Pa
     refused(program, message, "--model", MODEL, "--tokens", token_file, *arguments)
 
 
-def test_token_files_of_another_tokenizer(program: Path, tmp_path: Path) -> None:
+def test_inputs_that_are_something_else(program: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokens.bin"
     path.write_bytes(b"123")
     refused(program, r"3 bytes is not a whole number of uint16 tokens", "--model", MODEL, "--tokens", path)
@@ -365,6 +367,8 @@ def test_token_files_of_another_tokenizer(program: Path, tmp_path: Path) -> None
     message = r"token 4096 at position 2 lies outside the model's vocabulary of 4096"
     refused(program, message, "--model", MODEL, "--tokens", path)
     refused(program, r"cannot be read", "--model", MODEL, "--tokens", tmp_path / "none.bin")
+    refused(program, r"expected a file, found a folder", "--model", MODEL, "--tokens", tmp_path)
+    refused(program, r"--model: .*/none is not a folder", "--model", tmp_path / "none", "--tokens", path)
 
 
 @pytest.mark.parametrize(("held_out", "message"), [(2, r"held-out loss is nan"), (0, r"step 1: the loss is nan")])

@@ -257,6 +257,21 @@ def test_a_reference_pass_keeps_what_the_training_pass_kept(caplog):
     assert messages(caplog) == []
 
 
+def test_a_reference_pass_over_embeddings():
+    """They are compared by a few channels, and not kept."""
+    model = tuned("llama")
+    controller = lemo.apply(model, settings())
+    given = model.get_input_embeddings()(batch("plain")["input_ids"]).detach()
+    expected = model(inputs_embeds=given).logits
+    watched = weakref.ref(given)
+    with controller.reference_pass():
+        assert torch.equal(model(inputs_embeds=given.clone()).logits, expected)
+        with pytest.raises(RuntimeError, match="run the training pass first"):
+            model(inputs_embeds=given.roll(1, 1))
+    del given, expected
+    assert watched() is None
+
+
 def test_a_preference_loss_begins_at_ln_2():
     """Adapters that change nothing yet: policy and reference agree, token by token."""
     model = tuned("llama")
