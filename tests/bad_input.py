@@ -493,6 +493,11 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
     ("out is a file", lambda w: w.finetune("--out", w.file("x", "x"), model="/no", data="/no"), ("x is a file",)),
     ("out is not empty", lambda w: w.file("out/x", "") and w.finetune(data="/no", model="/no"), ("not empty",)),
     ("calibration out is a file", lambda w: w.calibrate("--out", w.file("x", "x")), ("x is a file", "--out")),
+    (
+        "calibration over something else",
+        lambda w: w.file("out/x", "x") and w.calibrate("--overwrite", "--model", "/no"),
+        ("not a calibration",),
+    ),
     ("no such data", lambda w: w.finetune(data=""), ("data source ''", "current folder")),
     ("unknown schedule", lambda w: w.finetune("--schedule", "fast"), ("'fast'", "default", "skip")),
     ("unknown policy", lambda w: w.finetune("--policy", "magic"), ("magic", "predictors", "random")),

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     from lemo.data import evaluation_pieces, permutation
     from lemo.predictors import CalibrationError
+    from lemo.predictors.store import check_target
 
     if args.block_size < 1 or args.context < 2 * args.block_size:
         raise ValueError(
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError(f"{out} is a file, expected a folder; choose another --out")
     if out.exists() and any(out.iterdir()) and not args.overwrite:
         raise CalibrationError(f"{out} exists already: choose another --out or add --overwrite")
+    check_target(out, args.overwrite)  # not after the training
     model = load_model(args, args.context, to_train=True)
     documents = load_data(args, model.config)
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")

@@ -34,6 +34,15 @@ class CalibrationError(RuntimeError):
     """A calibration folder cannot be written or read, or belongs to another model. Nothing was changed."""
 
 
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises CalibrationError for a folder that a calibration cannot be saved to."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not overwrite:
+            raise CalibrationError(f"{target} exists already: choose another folder or allow overwriting it")
+        if not (target / CONFIG_NAME).is_file():
+            raise CalibrationError(f"{target} holds no {CONFIG_NAME}, so it is not a calibration: not overwritten")
+
+
 @dataclass(eq=False)
 class PredictorSet:
     """The predictors of every layer of one model, with the layers' thresholds and budgets.
@@ -120,11 +129,7 @@ class PredictorSet:
         target = Path(folder)
         old = target.with_name(f".replaced-{target.name}")
         temporary = target.with_name(f".writing-{target.name}-{os.getpid()}")
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            if not overwrite:
-                raise CalibrationError(f"{target} exists already: choose another folder or allow overwriting it")
-            if not (target / CONFIG_NAME).is_file():
-                raise CalibrationError(f"{target} holds no {CONFIG_NAME}, so it is not a calibration: not overwritten")
+        check_target(target, overwrite)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
