@@ -1,4 +1,7 @@
-"""Commands that users get wrong: name, arguments (a function of the test's World), and words of the message."""
+"""What goes wrong in commands: the part of the table in bad_input.py that tool/test_bad_input.py gives to `lemo`.
+
+An entry is a name, the words of the command (a function of the test's World), and key words of the message.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,34 @@ if TYPE_CHECKING:
     from tool.test_bad_input import World
 
 
-def partly_labelled(ignored: int) -> str:
-    """A record of 1000 tokens, the last of which have no labels."""
-    ids = [5, 6] * 500
-    return json.dumps({"input_ids": ids, "labels": ids[ignored:] + [-100] * ignored})
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "lemo_config.json"
+    config = json.loads(path.read_text()) | values
+    if config.get("digest") is None:  # as in calibrations that have none: the value itself is checked
+        config.pop("digest", None)
+    path.write_text(json.dumps(config))
+
+
+def truncate(folder: Path, size: int) -> None:
+    path = folder / "predictors.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def flip(folder: Path) -> None:
+    path = folder / "predictors.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def truncate_weights(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
+
+
+def partly_labelled(ignored: int) -> str:
+    """A record of 1000 tokens, the last of which have no labels."""
+    ids = [5, 6] * 500
+    return json.dumps({"input_ids": ids, "labels": ids[ignored:] + [-100] * ignored})
 
 
 COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [

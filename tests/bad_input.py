@@ -7,15 +7,13 @@ An entry is a name, what is done wrong (a function of the test's World), key wor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lemo
 import torch
-from bad_commands import COMMANDS
+from bad_commands import COMMANDS, change_config, flip, truncate
 from cases import PACKINGS, Attention
 from lemo import _native, ops
 from lemo.layout import Blocks, Kept, select
@@ -102,26 +100,6 @@ def longer(x: Tensor) -> Tensor:
 
 def value(v: object) -> Callable[[object], object]:
     return lambda _: v
-
-
-def change_config(folder: Path, **values: object) -> None:
-    path = folder / "lemo_config.json"
-    config = json.loads(path.read_text()) | values
-    if config.get("digest") is None:  # as in calibrations that have none: the value itself is checked
-        config.pop("digest", None)
-    path.write_text(json.dumps(config))
-
-
-def truncate(folder: Path, size: int) -> None:
-    path = folder / "predictors.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-
-
-def flip(folder: Path) -> None:
-    path = folder / "predictors.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 # --- operations -------------------------------------------------------------------------------------------------------

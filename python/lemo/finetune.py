@@ -347,7 +347,7 @@ def finetune(
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
     Raises ValueError for settings or data, CheckpointError for the run folder.
     """
-    out = Path(out)
+    out = Path(out).expanduser()  # as Trainer does with its own output folder
     full_identity = _identity(model, documents, settings, identity or {})
     checkpoints = run_checkpoints(out, keep_checkpoints)
     held: Documents | None = None

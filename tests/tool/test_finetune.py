@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from lemo.cli import main
-from lemo.data import PackedWindows
+from lemo.data import PackedWindows, load_documents
 from lemo.finetune import _Run, learning_rate_factor
+from lemo.finetune import finetune as finetune_documents
 from lemo.settings import FinetuneSettings, parse_schedule
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 SCHEDULE = "skip:0.5:update_norm@0.5,backward:0.5:weighted@0.25,dense@0.25"
 SIZES = "--context 64 --block-size 8 --steps 8 --batch 2 --warmup 2 --lr 1e-2"
@@ -73,6 +75,20 @@ def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_pat
         losses = [r["loss"] for r in records(tmp_path / name) if "loss" in r]
         assert sum(losses[-5:]) / 5 < losses[0] - 0.2
     assert not list((tmp_path / "skip").glob("checkpoint-*"))
+
+
+def test_a_run_folder_below_the_home_folder(
+    model_folder: Path, text_folder: Path, tokenizer, tmp_path: Path, monkeypatch
+) -> None:
+    """Trainer follows ~ by itself: checkpoints must not go elsewhere than the rest."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    documents = load_documents([str(text_folder)], tokenizer, progress=False)
+    settings = FinetuneSettings(context=64, block_size=8, steps=1, schedule="dense")
+    result = finetune_documents(model, documents, settings, "~/run", save_every=1, progress=False)
+    assert result.adapter == tmp_path / "run" / "adapter"
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["adapter", "checkpoint-1", "run"]
 
 
 def test_the_adapter_loads_with_peft_alone(finished: Path, model_folder: Path, run_script) -> None:
