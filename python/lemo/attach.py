@@ -258,9 +258,7 @@ class Controller:
         random = check_randomness(family, self.model, loose, self.schedule.phases[index:])
         phase = self.schedule.phases[index]
         policy = self._policies[index] if earlier is None else None
-        remembered = None
-        if skips_tokens(phase) and not again and ids is not None:  # embeddings would be kept alive, and are large
-            remembered = self._passes.begin(batch, packed.blocks)
+        remembered = self._passes.begin(batch, packed.blocks) if skips_tokens(phase) and not again else None
         embedding = self.model.get_input_embeddings()
         with outputs_of(embedding) as embedded:
             # Hooks on the embedding (NEFTune) see the batch as it is.

@@ -254,7 +254,7 @@ def test_a_reference_pass_keeps_what_the_training_pass_kept(caplog):
     assert not torch.equal(other, outputs[1])
     assert controller.kept_ratios is ratios
     assert controller.micro_batch == 2
-    assert messages(caplog) == []
+    assert not any("reference_pass" in text for text in messages(caplog))
 
 
 def test_a_reference_pass_over_embeddings():
@@ -318,7 +318,7 @@ def test_a_dense_pass_beside_skipped_ones_is_said(caplog):
     for _ in range(2):
         with torch.no_grad(), model.disable_adapter():
             model(**inputs)
-    assert ["controller.reference_pass()" in text for text in messages(caplog)] == [True]
+    assert sum("controller.reference_pass()" in text for text in messages(caplog)) == 1
 
 
 @pytest.fixture(autouse=True)
