@@ -246,12 +246,12 @@ class Controller:
         """
         family, decoder = self.family, self.family.decoder(self.model)
         layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
-        if self.micro_batch == 0:
-            self._check_surroundings(layers, ids if embeddings is None else embeddings)
-        check_modules(family, self.model)
-        params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         batch = ids if embeddings is None else embeddings
         assert batch is not None
+        if self.micro_batch == 0:
+            self._check_surroundings(layers, batch)
+        check_modules(family, self.model)
+        params, loose = trained_parameters(family, layers), loose_modules(family, layers)
         draw, again, earlier = self._which_pass(batch, packed)
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
@@ -308,13 +308,12 @@ class Controller:
         )
         return Stack.apply(x, step, *params), step
 
-    def _check_surroundings(self, layers: list[nn.Module], batch: Tensor | None) -> None:
+    def _check_surroundings(self, layers: list[nn.Module], batch: Tensor) -> None:
         """What may have changed since `lemo.apply`: who trains, adapters, how weights are spread."""
         if "trl" in sys.modules:
             refuse_comparisons((self.phase,), running_trainer())
         check_adapters(self.model)
-        if batch is not None:
-            check_device(batch, self.model.get_input_embeddings().weight.device)
+        check_device(batch, self.model.get_input_embeddings().weight.device)
         check_weights(layers)
 
     def _which_pass(self, batch: Tensor, packed: Packed) -> tuple[Draw, bool, Pass | None]:

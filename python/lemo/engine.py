@@ -29,7 +29,7 @@ from . import ops
 from .families.base import Family, NormWeights, Tables
 from .layout import Blocks, Kept
 from .ops._schema import first_order
-from .participation import Participation
+from .participation import Participation, leaves
 from .randomness import Generators, generators, same_generators, set_generators
 
 # Rows the MLP works on at a time where its activations are not kept: bounds the largest transient of a step.
@@ -157,21 +157,6 @@ class Segment:
     enter: GradientEdge
     leave: GradientEdge
 
-    def leaves(self) -> list[Tensor]:
-        """Every leaf that the graph reaches beside h."""
-        seen: set[Any] = {self.enter.node, None}
-        found: list[Tensor] = []
-        todo: list[Any] = [self.leave.node]
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                found.append(node.variable)
-            todo += [following for following, _ in node.next_functions]
-        return found
-
     def backward(self, dy: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
         """dh, and the gradients of params (None where the graph does not reach one). Frees the graph."""
         grads = torch.autograd.grad((self.leave,), [self.enter, *params], (dy,), allow_unused=True)  # type: ignore[arg-type]
@@ -242,7 +227,7 @@ class _Params:
         """dh; adds the gradients of params. Frees the graph."""
         if self.strict:
             known = {id(p) for p in params}
-            for leaf in segment.leaves():
+            for leaf in leaves(segment.leave.node, segment.enter.node):
                 if id(leaf) not in known:
                     raise RuntimeError(
                         f"lemo: a trained tensor of shape {list(leaf.shape)} takes part in an attention or MLP whose "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +81,12 @@ def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _leaves(x: Tensor) -> Iterator[Tensor]:
-    """The tensors that a gradient of x ends in."""
-    if x.requires_grad and x.grad_fn is None:
-        yield x
-    nodes, seen = [x.grad_fn], set()
+def leaves(node: Any, stop: Any = None) -> Iterator[Tensor]:
+    """The leaves of autograd's graph that a gradient arriving at `node` ends in; not what lies behind `stop`."""
+    nodes, seen = [node], {stop, None}
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
@@ -102,6 +101,7 @@ def trains_before_layers(x: Tensor, embedded: list[Tensor]) -> bool:
     embedded: what the embedding module returned. Checkpoints make it (`enable_input_require_grads`), or the embeddings
     that are given, require a gradient that nobody reads: a tensor that is no parameter does not count.
     """
-    return x.requires_grad and any(
-        isinstance(leaf, nn.Parameter) and all(leaf is not e for e in embedded) for leaf in _leaves(x)
-    )
+    if not x.requires_grad:
+        return False
+    ends = [x] if x.grad_fn is None else leaves(x.grad_fn)
+    return any(isinstance(leaf, nn.Parameter) and all(leaf is not e for e in embedded) for leaf in ends)

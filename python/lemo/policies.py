@@ -79,7 +79,7 @@ class Policy(ABC):
         return None
 
     def seed(self, layer: int) -> int:
-        return mix_seed(self.context.seed, layer)
+        return mix_seed(self.context.seed, 0 if self.shared else layer)
 
     def keep(self, layer: int) -> float:
         """Fraction of the blocks that the layer keeps."""
@@ -217,9 +217,6 @@ class Random(Policy):
     def __init__(self, predictors: Any = None, *, shared: bool = False) -> None:
         self.shared = shared
 
-    def seed(self, layer: int) -> int:
-        return mix_seed(self.context.seed, 0 if self.shared else layer)
-
     def scores(self, layer: int, x: Tensor) -> Tensor:
         flat = torch.ones(self.context.blocks.num_blocks, dtype=torch.float32, device=x.device)
         return probabilities(flat, self.context, self.keep(layer), floor=1.0)
@@ -250,9 +247,6 @@ class Sampled(Policy):
     def begin(self, context: StepContext) -> None:
         super().begin(context)
         self.source.begin(context)
-
-    def seed(self, layer: int) -> int:
-        return mix_seed(self.context.seed, 0 if self.shared else layer)
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
         scores = self.source.scores(layer, x).float()

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..lora import unwrap
@@ -147,8 +146,3 @@ class Family(ABC):
 
 def refuse(what: str, instead: str) -> None:
     raise UnsupportedModelError(f"lemo does not support {what}; {instead}")
-
-
-def first_dtype(module: nn.Module) -> torch.dtype:
-    """The floating-point type of a module's first such parameter."""
-    return next(p.dtype for p in module.parameters() if p.is_floating_point())
