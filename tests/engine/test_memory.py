@@ -88,6 +88,16 @@ def test_backward(weighted, keep, monkeypatch):
     assert got == sum(expected)
 
 
+def test_a_weighted_phase_is_estimated_with_room_for_its_draw():
+    """Its number of blocks varies: three standard deviations, 48 of 512 blocks, are added."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    phases = [lemo.Phase("backward", keep=0.5, weighted=weighted) for weighted in (False, True)]
+    plain, weighted = lemo.estimate(config, lemo.LemoConfig(phases=phases, recompute="full"), 65536)["phases"]
+    assert 1.09 < weighted["saved"] / plain["saved"] < 1.11
+
+
 def test_estimate_of_a_real_shape():
     """Llama-3-8B at 64K: full recomputation saves 8 KiB per kept token and layer (and its row)."""
     from transformers import LlamaConfig
