@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lemo.engine.config import LemoConfig, Phase
-from lemo.engine.stack import MLP_ROWS
+from lemo.engine.step import MLP_ROWS
 
 # Workspace of the segmented loss.
 _LOSS_BYTES = 128 << 20
