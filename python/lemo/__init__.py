@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from .memory import estimate
     from .schedule import LemoCallback, Schedule
 
-__version__ = "0.1.0"
+__version__: str
 
 _WHERE = {
+    "__version__": "_version",
     "Controller": "attach",
     "apply": "attach",
     "remove": "attach",
