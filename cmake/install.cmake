@@ -15,27 +15,30 @@ write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/lemo-config-version
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/lemo-config.cmake ${CMAKE_CURRENT_BINARY_DIR}/lemo-config-version.cmake
         DESTINATION ${_package})
 
+# What a program in C has to add to a static library: the C++ runtime, under the compiler's names for it.
+set(_libs_private)
+if(LEMO_STATIC)
+  set(_libs_private ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
+  list(FILTER _libs_private INCLUDE REGEX "^(stdc\\+\\+|c\\+\\+|c\\+\\+abi|m)$")
+  list(REMOVE_DUPLICATES _libs_private)
+  target_link_libraries(lemo INTERFACE $<INSTALL_INTERFACE:${_libs_private}>)
+endif()
+
 # --- pkg-config -------------------------------------------------------------------------------------------------------
-file(RELATIVE_PATH _to_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+cmake_path(RELATIVE_PATH CMAKE_INSTALL_PREFIX BASE_DIRECTORY ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig OUTPUT_VARIABLE _up)
 cmake_path(APPEND _includedir "\${prefix}" "${CMAKE_INSTALL_INCLUDEDIR}")  # an absolute folder replaces the prefix
 cmake_path(APPEND _libdir "\${prefix}" "${CMAKE_INSTALL_LIBDIR}")
 set(_cflags)
-set(_libs_private)
 set(_cudalibdir)
 if(LEMO_STATIC)
   set(_cflags " -DLEMO_STATIC")
-  # The C++ runtime under the compiler's name for it, which a C program has to be linked with.
-  set(_runtime ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
-  list(FILTER _runtime INCLUDE REGEX "^(stdc\\+\\+|c\\+\\+|c\\+\\+abi|m)$")
-  list(REMOVE_DUPLICATES _runtime)
-  list(TRANSFORM _runtime PREPEND " -l")
-  list(JOIN _runtime "" _libs_private)
-  string(APPEND _libs_private " ${CMAKE_THREAD_LIBS_INIT}")
+  list(TRANSFORM _libs_private PREPEND "-l")
   if(LEMO_WITH_CUDA)
     set(_cudalibdir "cudalibdir=${CUDAToolkit_LIBRARY_DIR}\n")
-    string(PREPEND _libs_private " -L\${cudalibdir} -lcudart_static")
-    string(APPEND _libs_private " -ldl -lrt")
+    list(PREPEND _libs_private "-L\${cudalibdir}" -lcudart_static -ldl -lrt)
   endif()
+  list(APPEND _libs_private ${CMAKE_THREAD_LIBS_INIT})
+  list(JOIN _libs_private " " _libs_private)
 endif()
 configure_file(cmake/lemo.pc.in ${CMAKE_CURRENT_BINARY_DIR}/lemo.pc @ONLY)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/lemo.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
