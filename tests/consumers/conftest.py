@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from installations import PYTHON_FOLDERS, ROOT, Installation, described, install, run
+from support.installations import PYTHON_FOLDERS, ROOT, Installation, described, install, run
 
 
 def _build_folder() -> Path:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from installations import ROOT, Installation, run
+from support.installations import ROOT, Installation, run
 
 HERE = Path(__file__).parent
 INSTALLATIONS = ("shared", "static", "wheel_installation")
@@ -71,7 +71,7 @@ def test_versions_that_are_accepted(
         "cmake_minimum_required(VERSION 3.24)\nproject(other LANGUAGES CXX)\n"
         f"find_package(lemo {wanted} CONFIG REQUIRED)\n"
     )
-    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-Dlemo_DIR={shared.cmake}"]
+    command = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-Dlemo_DIR={shared.cmake}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode == 0) == found, done.stderr
     assert found or wanted in done.stderr
@@ -85,7 +85,7 @@ def test_install_has_headers_and_one_library(prefix: Path) -> None:
 
 def test_module_refuses_a_static_library(tmp_path: Path) -> None:
     options = ("-DLEMO_PYTHON=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLEMO_CUDA=OFF")
-    command = ["cmake", "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", *options]
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "LEMO_PYTHON=ON needs the shared library" in done.stderr
