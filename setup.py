@@ -1,5 +1,5 @@
-"""Builds liblemo and lemo._C with CMake. The Python package is an installation of its own: the module at its root, then
-lib/ and include/ as `cmake --install` makes them, for C and C++ programs that link the library (`python -m lemo --help`).
+"""Builds liblemo and lemo._C with CMake. The Python package is an installation prefix: the module at its root, and lib/
+and include/ as `cmake --install` makes them, for C and C++ programs that link the library (`python -m lemo --help`).
 
 Environment: LEMO_CUDA=AUTO|ON|OFF (default AUTO: on where nvcc and the CUTLASS headers are found),
 LEMO_CUDA_ARCHITECTURES="90a;80", LEMO_CUTLASS_DIR, LEMO_BUILD_DIR (kept between builds), MAX_JOBS, CMAKE_ARGS;

@@ -2,9 +2,9 @@
 
   python .ci/wheels.py cpu cuda --out dist
 
-`cpu` makes lemo-VERSION, `cuda` makes lemo-VERSION+cuXYZ after nvcc's version, with the CUDA runtime linked in and every
-kernel for sm_80 (and PTX) and sm_90a; --tuned leaves out float16 and head_dim 80 and 96. auditwheel chooses the platform
-tag: the oldest manylinux that the wheel is true to, which depends on the C library of the machine that builds.
+`cpu` makes lemo-VERSION; `cuda` makes lemo-VERSION+cuXYZ, named after nvcc's version, with the CUDA runtime linked in
+and every kernel for sm_80 (and PTX) and sm_90a. auditwheel chooses the platform tag: the oldest manylinux whose rules the
+wheel keeps, which depends on the C and C++ libraries of the machine that builds.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def repair(wheel: Path, out: Path) -> Path:
 
 
 def check(wheel: Path, kind: str) -> None:
-    """Every module, header and native file is there, no foreign library is, and CUDA code is for the architectures asked."""
+    """Every module, header and native file is there, nothing else is, and CUDA code is for the architectures asked."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         wanted = {str(path.relative_to(ROOT / "python")) for path in (ROOT / "python" / "lemo").rglob("*.py")}

@@ -65,11 +65,11 @@ def wheel_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wheel_installation(wheel_python: Path) -> Installation:
     """As `python -m lemo` describes it."""
-    folders = [
-        Path(run(wheel_python, "-m", "lemo", f"--{name}-dir", PYTHONPATH="").strip())
-        for name in ("library", "cmake", "pkgconfig")
-    ]
-    return Installation(*folders)
+
+    def ask(option: str) -> Path:
+        return Path(run(wheel_python, "-m", "lemo", option, PYTHONPATH="").strip())
+
+    return Installation(ask("--library-dir"), ask("--cmake-dir"), ask("--pkgconfig-dir"))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A C99 and a C++17 project find the installed library with CMake and with pkg-config, link it and run operations,
-whether it is a shared library, a static one or the one in a wheel; another project has the library inside of it and stays
-as it was."""
+be it a shared library, a static one or the one in a wheel; another project has the library inside of it and stays as it
+was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel in a new environment without a compiler: what it is called, where its modules come from, and a training run."""
+"""The wheel in a new environment without a compiler: its name, where its modules come from, and a training run."""
 
 from __future__ import annotations
 

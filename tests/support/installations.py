@@ -23,7 +23,7 @@ class Installation:
 
 
 def run(*command: object, **variables: str) -> str:
-    """What a command prints, which has to succeed. Build tools of this environment come first on PATH."""
+    """What a command prints; it has to succeed."""
     words = [str(part) for part in command]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **variables})
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
@@ -31,8 +31,8 @@ def run(*command: object, **variables: str) -> str:
 
 
 def install(build: Path, prefix: Path, *options: str) -> Path:
-    """Builds the library for the CPU in `build`, whose objects are kept, and installs it. The prefix is moved afterwards:
-    nothing in it may depend on where it was installed."""
+    """Builds the library for the CPU in `build`, whose objects are kept, and installs it. The prefix is moved
+    afterwards: nothing in it may depend on where it was installed."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     run("cmake", "-S", ROOT, "-B", build, *generator, "-DLEMO_CUDA=OFF", "-DCMAKE_INSTALL_LIBDIR=lib", *options)
     run("cmake", "--build", build, "--parallel", "2")
