@@ -3,8 +3,8 @@
   python .ci/wheels.py cpu cuda --out dist
 
 `cpu` makes lemo-VERSION; `cuda` makes lemo-VERSION+cuXYZ, named after nvcc's version, with the CUDA runtime linked in
-and every kernel for sm_80 (and PTX) and sm_90a. auditwheel chooses the platform tag: the oldest manylinux whose rules the
-wheel keeps, which depends on the C and C++ libraries of the machine that builds.
+and every kernel for sm_80 (and PTX) and sm_90a. auditwheel chooses the platform tag: the oldest manylinux whose rules
+the wheel keeps, which depends on the C and C++ libraries of the machine that builds.
 """
 
 from __future__ import annotations
