@@ -62,7 +62,7 @@ class CMakeBuild(build_ext):
             subprocess.run([*install, "--component", "python"], check=True)
 
     def get_outputs(self) -> list[str]:
-        package = Path(self.get_ext_fullpath("lemo._C")).parent
+        package = Path(self.build_lib) / "lemo"
         installed = [path for name in ("include", "lib") for path in (package / name).rglob("*") if path.is_file()]
         return [*super().get_outputs(), *map(str, installed)]
 
