@@ -140,7 +140,7 @@ def step_operations(config: Any, keep: float, predictor_weights: int = 0, tokens
     Not counted: what is no matrix product (norms, rotary positions, SwiGLU, softmax, loss, gather and scatter, the
     optimizer). Nothing is recomputed: the runs have recompute "none".
     """
-    from lemo.memory import layer_shape
+    from lemo.engine.memory import layer_shape
 
     shape = layer_shape(config, lora_rank=RANK, lora_targets=TARGETS)
     rows, layers = round(keep * tokens), config.num_hidden_layers

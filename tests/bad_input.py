@@ -16,8 +16,8 @@ import torch
 from bad_commands import COMMANDS, change_config, flip, truncate
 from cases import PACKINGS, Attention
 from lemo import _native, ops
-from lemo.layout import Blocks, Kept, select
-from lemo.policies import make_policy
+from lemo.engine.layout import Blocks, Kept, select
+from lemo.engine.policies import make_policy
 from lemo.predictors import CalibrationError
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import oracle
 import torch
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from torch import Tensor
 
 

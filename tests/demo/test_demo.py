@@ -100,8 +100,8 @@ def test_equal_cost_rejects_times_that_cannot_be():
 
 
 def test_schedule_gives_the_planned_steps():
-    from lemo.schedule import Schedule
-    from lemo.settings import parse_schedule
+    from lemo.integration.schedule import Schedule
+    from lemo.training.settings import parse_schedule
 
     plan = load("run").equal_cost(60, seconds_of(1.5, 0.6))
     schedule = Schedule(parse_schedule(plan.schedule("update_norm")))

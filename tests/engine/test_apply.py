@@ -4,8 +4,8 @@ import lemo
 import pytest
 import torch
 import transformers
-from lemo.layout import Blocks
-from lemo.policies import StepContext, make_policy, mix_seed
+from lemo.engine.layout import Blocks
+from lemo.engine.policies import StepContext, make_policy, mix_seed
 from models import ATTENTION, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 ONE = [lemo.Phase("skip", keep=0.5, policy="random")]

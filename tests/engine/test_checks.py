@@ -11,7 +11,7 @@ import lemo
 import peft
 import pytest
 import torch
-from lemo.families import UnsupportedModelError
+from lemo.engine.families import UnsupportedModelError
 from models import LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -4,7 +4,7 @@ import lemo
 import peft
 import pytest
 import torch
-from lemo.families import UnsupportedModelError
+from lemo.engine.families import UnsupportedModelError
 from models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 

@@ -4,7 +4,7 @@ import lemo
 import peft
 import pytest
 import torch
-from lemo.families import UnsupportedModelError
+from lemo.engine.families import UnsupportedModelError
 from models import base, lora, tuned
 from torch import nn
 

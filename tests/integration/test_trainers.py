@@ -7,7 +7,7 @@ import lemo
 import pytest
 import torch
 import transformers
-from lemo.trainers import running_trainer
+from lemo.integration.trainers import running_trainer
 from models import ATTENTION, VOCAB, base, batch, gradients, lora, tuned
 
 SKIP = [lemo.Phase("skip", keep=0.5, policy="update_norm")]

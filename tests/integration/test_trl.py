@@ -3,7 +3,7 @@
 import lemo
 import pytest
 import torch
-from lemo import trl_head
+from lemo.integration import trl_head
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra lemo[test] has it)")
 

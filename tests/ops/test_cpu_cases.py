@@ -8,7 +8,7 @@ import torch
 from cases import CASES, DIMS, PACKINGS, SELECT, Attention, name_of
 from compare import check_single
 from lemo import _native, ops
-from lemo.layout import Kept, select
+from lemo.engine.layout import Kept, select
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -10,7 +10,7 @@ import torch
 from cases import ATTENTION, CASES, PACKINGS, SELECT, Loss, Norm, Select, name_of
 from compare import check_half
 from lemo import _native, ops
-from lemo.layout import Blocks, select
+from lemo.engine.layout import Blocks, select
 from test_cpu_cases import check_select
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

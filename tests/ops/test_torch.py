@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import PACKINGS, name_of
 from lemo import ops
-from lemo.layout import Blocks, Kept
+from lemo.engine.layout import Blocks, Kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SOME = [

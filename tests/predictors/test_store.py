@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from lemo.predictors import CalibrationError, PredictorNetwork, PredictorSet, model_fingerprint
 from lemo.predictors import store as store_module
 from tiny import BLOCK, HIDDEN, LAYERS, build

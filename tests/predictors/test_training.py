@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 from lemo import ops
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from lemo.predictors import calibrate, evaluate_recall, format_report
-from lemo.predictors.init import fit_outputs, refit_outputs
+from lemo.predictors.fit import fit_outputs, refit_outputs
 from lemo.predictors.network import PredictorNetwork, informativeness, visible_queries
 from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.teacher import Teacher, documents

@@ -264,7 +264,7 @@ class World:
 
     def run_folder(self, settings: dict | None = None, **more: object) -> str:
         """A run folder that has been started with the default settings changed by these."""
-        from lemo.settings import FinetuneSettings
+        from lemo.training.settings import FinetuneSettings
 
         values = FinetuneSettings().to_json() | (settings or {})
         inputs = {"model": str(self.model_folder), "data": [str(self.text)]}

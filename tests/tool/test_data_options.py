@@ -43,7 +43,7 @@ SIZES = OPTIONS.split(" ")
 
 
 def test_answers_only_is_kept_by_the_run(chat_model: Path, chats: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    from lemo import finetune as module
+    from lemo.training import finetune as module
 
     seen: list[torch.Tensor] = []
     read = module.PackedWindows.__getitem__
@@ -53,7 +53,7 @@ def test_answers_only_is_kept_by_the_run(chat_model: Path, chats: Path, tmp_path
         seen.append((item["labels"] != -100).float().mean())
         return item
 
-    monkeypatch.setattr("lemo.finetune.PackedWindows.__getitem__", remember)
+    monkeypatch.setattr("lemo.training.finetune.PackedWindows.__getitem__", remember)
     out = tmp_path / "run"
     command = ["--model", chat_model, "--data", chats, "--answers-only", "--held-out", "0.2", *SIZES, "--out", out]
     assert finetune(*command) == 0
