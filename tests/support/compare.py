@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import torch
+from support import oracle
 from torch import Tensor
 
 FP32_ROUNDINGS = 16 * torch.finfo(torch.float32).eps

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from models import ATTENTION, lora
+from support.models import ATTENTION, lora
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -13,10 +13,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import oracle
 import torch
 from lemo import ops
-from packings import ATTENTION_PACKINGS, PACKINGS, Packing
+from support import oracle
+from support.packings import ATTENTION_PACKINGS, PACKINGS, Packing
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
@@ -300,6 +300,7 @@ class Scores:
         arguments = (t["q"], t["k"], b.offsets, b.documents, b.block_size, self.dim**-0.5, self.normalize)
         scores, block_map = ops.block_scores(*arguments, want_map=True)
         alone, _ = ops.block_scores(*arguments)
+        assert block_map is not None
         return {"scores": scores, "map": block_map, "scores_alone": alone}
 
     def expect(self, t: Inputs) -> Results:

@@ -6,9 +6,9 @@ import functools
 import itertools
 from dataclasses import dataclass
 
-import oracle
 import torch
 from lemo.engine.layout import Blocks
+from support import oracle
 from torch import Tensor
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import lemo
 import torch
-from bad_commands import COMMANDS, change_config, flip, truncate
-from cases import PACKINGS, Attention
 from lemo import _native, ops
 from lemo.engine.layout import Blocks, Kept, select
 from lemo.engine.policies import make_policy
 from lemo.predictors import CalibrationError
+from support.bad_commands import COMMANDS, change_config, flip, truncate
+from support.cases import PACKINGS, Attention
 from torch import Tensor
 
 if TYPE_CHECKING:

@@ -107,6 +107,7 @@ class Call:
         self.lib, self.name, self.args = library(), name, args
         self.exec = Exec(struct_size=ctypes.sizeof(Exec), num_threads=num_threads)
         self.memory: torch.Tensor | None = None
+        self.tensors: tuple[torch.Tensor, ...] = ()  # what the arguments point into
 
     def message(self) -> str:
         return self.lib.lemo_last_error().decode()
