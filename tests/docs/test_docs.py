@@ -157,7 +157,7 @@ def test_c_reference_is_complete() -> None:
         )
         names += re.findall(r"^ +(?:int\d+_t|uint\d+_t|float|lemo_\w+)\*? (\w+)(?:,|;|\[)", text, re.MULTILINE)
         names += re.findall(r"^ +(LEMO_\w+) =", text, re.MULTILINE)
-        assert header.name == "lemo.h" or names
+        assert names or "LEMO_API " not in text, "found nothing to look for"
         missing = [name for name in names if not re.search(rf"\b{name}\b", page)]
         assert not missing, f"{header.name}: {missing} are not in the reference"
 
