@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 from lemo.cli import build_parser
 from lemo.engine.config import POLICIES
+from lemo.engine.families import FAMILIES
 from lemo.training.settings import parse_schedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,6 +222,13 @@ def test_every_policy_is_in_the_guide() -> None:
     table = (ROOT / "docs" / "guide" / "policies.md").read_text().split("\n\n")
     rows = next(part for part in table if part.startswith("| policy |"))
     assert set(re.findall(r"^\| `(\w+)`", rows, re.MULTILINE)) == set(POLICIES)
+
+
+def test_every_family_is_in_the_readme() -> None:
+    limits = (ROOT / "README.md").read_text().split("## Limits")[1]
+    for family in FAMILIES:
+        name = family.model_class.removesuffix("ForCausalLM")
+        assert re.search(rf"\b{name}\b", limits), f"README.md, Limits: {name} is missing"
 
 
 def test_make_targets_in_the_pages_exist() -> None:
