@@ -263,7 +263,7 @@ def test_a_manifest_that_leaves_a_part_out(
     assert resume(out) == 0 and adapter_of(out) == whole
     said = capsys.readouterr().err
     assert "not used" in said and (f"lists no {missing}" if digest == "new" else "its own digest differs") in said
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
 
 
 def test_other_versions_are_said_and_recorded(stopped: Setting, whole: bytes, monkeypatch, capsys) -> None:
@@ -310,7 +310,7 @@ def test_odd_names_of_folders(stopped: Setting, whole: bytes, capsys) -> None:
     said = capsys.readouterr().err
     for name in odd:
         assert f"{name}: " in said
-    assert "checkpoint-3: written at step 2" in said and "going on from step 2" in said
+    assert "checkpoint-3: written at step 2" in said and "resuming from step 2" in said
     left = {p.name for p in out.glob("checkpoint-*")}
     assert left == {*odd, "checkpoint-4"} - {"checkpoint-3"}
     assert main(["info", str(out)]) == 0
