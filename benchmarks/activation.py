@@ -1,9 +1,9 @@
 """Activations of one LoRA step in which nothing is recomputed, and its time, against what a user would run instead.
 
 Llama-3-8B shape with random weights, LoRA r=8 on q, k, v, o, batch 1, bf16. The peer is transformers + PEFT + Liger
-with cuDNN attention; ours is the same model under `lemo.apply`, mode "skip". `activation_mib` is the peak of a step minus
-what is allocated before it (weights, adapters, optimizer state); `step_ms` the median step. Ratios are ours over the
-peer's. `benchmarks/step.py --recompute none` measures the same and the other modes.
+with cuDNN attention; ours is the same model under `lemo.apply`, mode "skip". `activation_mib` is the peak of a step
+minus what is allocated before it (weights, adapters, optimizer state); `step_ms` is the median step. Ratios are ours
+over the peer's. `benchmarks/step.py --recompute none` measures the same and the other modes.
 
   python benchmarks/activation.py
   python benchmarks/activation.py --shape tiny --context 512     # a smoke run, also without a GPU (no memory figures)

@@ -16,8 +16,8 @@ Rows:
 step_ms is the median of the timed steps, by CUDA events, step_ms_min and step_ms_max their spread; peak_mib the largest
 amount of memory that PyTorch had allocated during one of them, weights included, and before_mib what it had before.
 time_ratio is the peer's time over ours (above 1: lemo is faster), memory_ratio our peak over the peer's (below 1: lemo
-needs less). kept is the share of blocks that a layer kept, on average. The loss is the last step's; in mode "skip" it is
-over the tokens that took part. Results: benchmarks/results/step-GPU.json, written after every row.
+needs less). kept is the share of blocks that a layer kept, on average. The loss is the last step's; in mode "skip" it
+is over the tokens that took part. Results: benchmarks/results/step-GPU.json, written after every row.
 """
 
 from __future__ import annotations
