@@ -3,8 +3,9 @@
   python benchmarks/figure.py            # rewrite the picture
   python benchmarks/figure.py --check    # exit 1 if it is out of date
 
-The rows are those of README's headline table (benchmarks/summary.py). The picture brings its own background and both sets
-of colours, so that it is readable in a light and in a dark page. It is a pure function of the results: no dates, no fonts.
+The rows are those of README's headline table (benchmarks/summary.py). The picture brings its own background and both
+sets of colours, so that it is readable in a light and in a dark page. It is a pure function of the results: it has no
+date and brings no font.
 """
 
 from __future__ import annotations

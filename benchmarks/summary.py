@@ -1,7 +1,7 @@
 """Writes the measured figures of benchmarks/results/ into the pages, between their markers.
 
-README.md has the headline table (<!-- headline: ... -->), docs/results.md every table (<!-- measured: ... -->). No figure
-between markers is typed by hand, and a test fails if a page and the results files differ.
+README.md has the headline table (<!-- headline: ... -->), docs/results.md every table (<!-- measured: ... -->). No
+figure between markers is typed by hand, and a test fails if a page and the results files differ.
 
   python benchmarks/summary.py            # rewrite the pages
   python benchmarks/summary.py --check    # exit 1 if a page is out of date
