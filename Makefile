@@ -1,6 +1,7 @@
 # make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 5 minutes on 2 cores)
 # make test    everything the project checks: lint, types, CUDA compilation, build, tests
 # make minimum the lowest versions of transformers and PEFT that pyproject.toml declares (2 minutes; downloads them)
+# make docs    the documentation as a site, in build/site (a minute; downloads mkdocs)
 # make fuzz    random calls of the C interface under sanitizers, for FUZZ_SECONDS (600); stops at the first fault
 # All set up what they need in .venv; only Python 3.11+ and a C++ compiler have to be there.
 #
@@ -105,6 +106,15 @@ fuzz: $(VENV)/.tools
 # The lowest declared versions of transformers and PEFT together, in an environment of their own (build/minimum).
 minimum: $(VENV)/.dev
 	$(BIN)/python .ci/minimum.py --venv $(BUILD)/minimum
+
+# ---- documentation ----------------------------------------------------------------------------------------------------
+# A warning is an error: links and anchors that lead nowhere, pages outside of the navigation, unknown names in the API.
+# Reads sources only, so lemo need not be built for it.
+.PHONY: docs
+docs: $(BIN)/python
+	@$(BIN)/python -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(PIP) --requirement /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Compiles the CUDA kernels without a GPU and fails if one spills registers. The default is the tuned set (bf16,
 # head_dim 64 and 128); cuda-full is every kernel of the library.
