@@ -5,7 +5,7 @@ recomputed in the backward pass (gradient checkpointing). The peer is transforme
 All rows run in one process over the same weights, the peer first; before that, a short document checks that lemo with
 nothing eliminated has the peer's loss and gradients.
 
-  python benchmarks/step.py                                     # 64K and 16K tokens: about 6 minutes on an H200
+  python benchmarks/step.py                                     # 64K and 16K tokens: minutes on an H100 or H200
   python benchmarks/step.py --context 8192 --recompute none     # nothing recomputed
   python benchmarks/step.py --only dense skip-0.5               # some of the rows; the peer always runs
   python benchmarks/step.py --model tiny --context 512          # a smoke run, also without a GPU (no memory figures)
