@@ -262,8 +262,8 @@ def main() -> int:
     args = parse()
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names in transformers that old versions lack
     peer_name, left_out = choose_peer(args.peer)
-    for row in left_out:
-        print(f"left out: {row['row']}: {row['reason']}", flush=True)
+    for missing in left_out:
+        print(f"left out: {missing['row']}: {missing['reason']}", flush=True)
     start = time.perf_counter()
     base = make_base(args.model, args.layers)
     print(f"{base.name}: weights made in {time.perf_counter() - start:.0f} s", flush=True)

@@ -378,7 +378,9 @@ def attention_in_short(name: str) -> list[str]:
 
 def pages() -> list[tuple[Path, str, list[str]]]:
     """Page, kind of marker, and the lines between."""
+    found = headline()
     everything = [
+        *([] if found is None else [f"![{found.title}: time and {found.memory}](images/step.svg)", ""]),
         *steps(),
         *activation(),
         *attention_in_short("attention-h100"),

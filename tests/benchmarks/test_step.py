@@ -92,9 +92,12 @@ def test_a_row_that_does_not_fit(benchmarks: Any) -> None:
 
     @contextlib.contextmanager
     def full() -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-        yield
+        yield full_model, None
 
+    def full_model(**batch: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full_model.parameters = lambda: [torch.nn.Parameter(torch.zeros(1))]  # type: ignore[attr-defined]
     base = SimpleNamespace(cuda=False, device=torch.device("cpu"), config=SimpleNamespace(vocab_size=10))
     found = benchmarks.step.measure(base, full(), 64, 1)
     assert found == {"error": "out of memory"}
