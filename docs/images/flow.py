@@ -3,7 +3,7 @@
   python docs/images/flow.py            # rewrite the picture
   python docs/images/flow.py --check    # exit 1 if the picture in the repository differs from this script
 
-The picture brings its own background and both sets of colours, so that it is readable in a light and in a dark page,
+The picture brings its own background and both sets of colors, so that it is readable in a light and in a dark page,
 whichever of the two the viewer asked for. It is a pure function of this file: no dates, no random numbers, no fonts.
 """
 
