@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from lemo.cli import main
 from lemo.predictors import CalibrationError, PredictorSet
-from lemo.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, content_digest, locked, read_manifest
+from lemo.storage import content_digest
+from lemo.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, locked, read_manifest
 from lemo.training.plots import summary
 from lemo.training.run_folder import (
     check_complete,
@@ -362,14 +363,15 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
         """
         import os, signal, sys
         from pathlib import Path
-        import lemo.training.checkpoint as c
+        import lemo.storage
+        from lemo.training.checkpoint import locked
         from lemo.training.run_folder import start_run
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[2] == "written":
-            c._fsync = die
+            lemo.storage.flush = die
         else:
             os.replace = die
-        with c.locked(Path(sys.argv[1])):
+        with locked(Path(sys.argv[1])):
             start_run(Path(sys.argv[1]), {"settings": {}})
         """
     )
