@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_output, table, write_results
+from common import add_output, header, table, write_results
 from llama import LIGER, PLAIN, SHAPES, Base, make_base, make_model, missing_liger, ours, peer, release
 
 COLUMNS = ("row", "context", "kept", "step_ms", "time_ratio", "peak_mib", "memory_ratio", "loss", "error")
@@ -260,6 +260,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    made = header()  # before anything is written: a results file under version control would make the commit "-dirty"
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names in transformers that old versions lack
     peer_name, left_out = choose_peer(args.peer)
     for missing in left_out:
@@ -276,7 +277,7 @@ def main() -> int:
         release(base)
         rows.append(row)
         print(table([row], COLUMNS).splitlines()[1], flush=True)
-        write_results(args.out, rows, check=checked, left_out=left_out)
+        write_results(args.out, rows, **made, check=checked, left_out=left_out)
         return row
 
     print("  ".join(COLUMNS), flush=True)
@@ -300,7 +301,7 @@ def main() -> int:
                 found = measure(base, ours(base, config), tokens, steps)
                 add(compare(identity | {"weighted": row.weighted} | same | found, reference))
     print(table(rows, COLUMNS))
-    print(write_results(args.out, rows, check=checked, left_out=left_out))
+    print(write_results(args.out, rows, **made, check=checked, left_out=left_out))
     return int(any("error" in row for row in rows if row["row"] != "peer"))
 
 
