@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lemo import ops
 from lemo.engine.families.base import Family, NormWeights, Tables
 from lemo.engine.layout import Blocks, Kept
 from lemo.engine.participation import Participation, leaves
 from lemo.engine.randomness import Generators, generators, same_generators, set_generators
+from lemo.engine.segments import Segment, split, trace
 from lemo.ops._schema import first_order
 
 # Rows the MLP works on at a time where its activations are not kept: bounds the largest transient of a step.
@@ -109,6 +109,21 @@ class Step:
     reduced: tuple[Kept, Rows] | None = None
     # The tokens that any layer kept.
     part: Participation = field(default_factory=Participation)
+    # Of families with an auxiliary loss (`Family.auxiliary_loss`): sums [S] of the rows' statistics, by layer; all of
+    # them as one tensor [L, S] that carries the gradient; and that gradient. Other families have none of the three.
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    statistics: Tensor | None = None
+    dstatistics: Tensor | None = None
+
+    def note(self, layer: int, statistics: Tensor) -> None:
+        """Adds the statistics [M, S] of some of a layer's rows to its sums."""
+        part = statistics.detach().sum(0, dtype=torch.float32)
+        self.sums[layer] = part if layer not in self.sums else self.sums[layer] + part
+
+    def all_sums(self) -> Tensor:
+        """[L, S]; zeros for layers whose MLP computed no row."""
+        nothing = torch.zeros_like(next(iter(self.sums.values())))
+        return torch.stack([self.sums.get(i, nothing) for i in range(len(self.layers))])
 
     def context(self) -> Any:
         """Autocast as the layers want it, whatever the caller of forward or backward has switched on.
@@ -135,48 +150,11 @@ class Record:
     rng: Generators | None = None
 
 
-# --- local graphs -----------------------------------------------------------------------------------------------------
-
-
-class _Enter(Function):
-    """Starts a local graph at h without keeping h alive, as a leaf would."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, anchor: Tensor) -> Tensor:
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-@dataclass(eq=False)
-class Segment:
-    """The graph from h to y. Neither h nor y is kept unless the graph itself needs it."""
-
-    enter: GradientEdge
-    leave: GradientEdge
-
-    def backward(self, dy: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """dh, and the gradients of params (None where the graph does not reach one). Frees the graph."""
-        grads = torch.autograd.grad((self.leave,), [self.enter, *params], (dy,), allow_unused=True)  # type: ignore[arg-type]
-        return grads[0], grads[1:]
-
-
-def trace(function: Callable[[Tensor], Tensor], h: Tensor) -> tuple[Tensor, Segment]:
-    """function(h) with its local graph."""
-    with torch.enable_grad():
-        start = _Enter.apply(h.detach(), torch.zeros((), requires_grad=True))
-        edge = get_gradient_edge(start)
-        y = function(start)
-        return y.detach(), Segment(edge, get_gradient_edge(y))
-
-
 # --- pieces of a layer ------------------------------------------------------------------------------------------------
 
 
 def _gather_norm(x: Tensor, rows: Tensor | None, residual: Tensor | None, n: NormWeights) -> tuple[Tensor, Tensor]:
-    return ops.gather_norm(x, rows, residual, *n.contiguous, n.kind, n.eps)
+    return ops.gather_norm(x, rows, residual, *n.operands, n.kind, n.eps)
 
 
 def _attend(
@@ -211,6 +189,25 @@ def _chunks(step: Step, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def _mlp(step: Step, i: int, layer: nn.Module, h: Tensor) -> Tensor:
+    """What the MLP adds, without a graph."""
+    y, statistics = split(step.family.mlp(layer, h))
+    if statistics is not None:
+        step.note(i, statistics)
+    return y
+
+
+def _dstatistics(step: Step, record: Record, c: slice) -> Tensor | None:
+    """Gradient [m, S] of the statistics of rows c, weighted as everything else that the layer makes of a row."""
+    if step.dstatistics is None:
+        return None
+    rows = record.rows
+    d = step.dstatistics[record.layer].expand(c.stop - c.start, -1)
+    if rows.weights is None or rows.slots is None:
+        return d
+    return d * rows.weights.index_select(0, rows.slots[c].clamp(min=0))[:, None]
+
+
 class _Params:
     """Gradients of the trained parameters, by parameter; and which of them each piece of a layer holds."""
 
@@ -223,18 +220,21 @@ class _Params:
         """Each once, however many of the modules share it: autograd gives every mention the whole gradient."""
         return list({id(p): p for m in modules for p in m.parameters() if id(p) in self.wanted}.values())
 
-    def through(self, segment: Segment, dy: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def through(
+        self, segment: Segment, dy: Tensor, params: Sequence[Tensor], dstatistics: Tensor | None = None
+    ) -> Tensor:
         """dh; adds the gradients of params. Frees the graph."""
         if self.strict:
             known = {id(p) for p in params}
-            for leaf in leaves(segment.leave.node, segment.enter.node):
+            ends = [end.node for end in (segment.leave, segment.statistics) if end is not None]
+            for leaf in (leaf for end in ends for leaf in leaves(end, segment.enter.node)):
                 if id(leaf) not in known:
                     raise RuntimeError(
                         f"lemo: a trained tensor of shape {list(leaf.shape)} takes part in an attention or MLP whose "
                         "modules do not hold it, so it would get no gradient: register it as a parameter of the "
                         "module that uses it, or train without lemo (lemo.remove)"
                     )
-        dh, grads = segment.backward(dy, params)
+        dh, grads = segment.backward(dy, params, dstatistics)
         self.add(params, grads)
         return dh
 
@@ -338,14 +338,14 @@ def _skip_forward(step: Step, i: int, layer: nn.Module, x: Tensor, rows: Rows, k
     norms = []
     if keep_graph:
         h2, record.x2 = _gather_norm(a, None, xk, n2)
-        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2)
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, lambda s: step.note(i, s))
         ops.scatter_add_(x, rows.rows, m, record.x2)
         if step.observe is not None:
             norms.append(torch.linalg.vector_norm(a + m, dim=1, dtype=torch.float32))
     else:
         for c in _chunks(step, rows.count):
             h2, x2 = _gather_norm(a[c], None, xk[c], n2)
-            m = step.family.mlp(layer, h2)
+            m = _mlp(step, i, layer, h2)
             ops.scatter_add_(x, rows.rows[c], m, x2)
             if step.observe is not None:
                 norms.append(torch.linalg.vector_norm(m + a[c], dim=1, dtype=torch.float32))
@@ -365,11 +365,11 @@ def _part_forward(step: Step, i: int, layer: nn.Module, x: Tensor, rows: Rows, k
         if step.observe is not None:
             step.observe(i, torch.linalg.vector_norm(y, dim=1, dtype=torch.float32), kept)
     elif step.recompute == "none":
-        y, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h)
+        y, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, lambda s: step.note(i, s))
     else:
         y = torch.empty_like(s)
         for c in _chunks(step, rows.count):
-            y[c] = step.family.mlp(layer, h[c])
+            y[c] = _mlp(step, i, layer, h[c])
     ops.scatter_add_(x, rows.rows, y, s)
     return record
 
@@ -393,7 +393,7 @@ def _dense_forward(step: Step, i: int, layer: nn.Module, x: Tensor, rows: Rows |
     norms = []
     for c in _chunks(step, x.shape[0]):
         h2, x2 = _gather_norm(a[c], None, x[c], n2)
-        m = step.family.mlp(layer, h2)
+        m = _mlp(step, i, layer, h2)
         torch.add(x2, m, out=x[c])
         if step.observe is not None:
             norms.append(torch.linalg.vector_norm(m + a[c], dim=1, dtype=torch.float32))
@@ -426,7 +426,7 @@ def backward(step: Step, records: list[Record], dx: Tensor, params: Sequence[Ten
 
 def _norm_backward(dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, grads: _Params) -> Tensor:
     ds, dw, db = ops.gather_norm_backward(
-        dy, s, n.contiguous[0], extra, n.kind, n.eps, grads.wants(n.weight), grads.wants(n.bias)
+        dy, s, n.operands[0], extra, n.kind, n.eps, grads.wants(n.weight), grads.wants(n.bias)
     )
     grads.add((n.weight, n.bias), (dw, db))
     return ds
@@ -443,7 +443,7 @@ def _norm_backward_into(
     grads: _Params,
 ) -> None:
     dw, db = ops.gather_norm_backward_(
-        dx, rows, dy, s, n.contiguous[0], extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
+        dx, rows, dy, s, n.operands[0], extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
     )
     grads.add((n.weight, n.bias), (dw, db))
 
@@ -468,7 +468,7 @@ def _layer_backward(step: Step, layer: nn.Module, record: Record, dx: Tensor, gr
     g = ops.gather(dx, rows.rows, rows.weights, rows.slots)
     if record.mlp is not None:
         assert record.x2 is not None and record.attention is not None
-        dh2 = grads.through(record.mlp, g, mlp_params)
+        dh2 = grads.through(record.mlp, g, mlp_params, _dstatistics(step, record, slice(0, rows.count)))
         record.mlp = None
         ds2 = branch = _norm_backward(dh2, record.x2, n2, g, grads)
         segment, record.attention, record.x2 = record.attention, None, None
@@ -480,7 +480,7 @@ def _layer_backward(step: Step, layer: nn.Module, record: Record, dx: Tensor, gr
             h2, x2 = _gather_norm(a[c], None, record.xk[c], n2)
             _, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
             del h2
-            dh2 = grads.through(mlp, g[c], mlp_params)
+            dh2 = grads.through(mlp, g[c], mlp_params, _dstatistics(step, record, c))
             # With weights the identity path keeps its own gradient, so g is added to the attention branch only.
             branch[c] = _norm_backward(dh2, x2, n2, None if weighted else g[c], grads)
         del a
@@ -510,7 +510,7 @@ def _mlp_part_backward(step: Step, layer: nn.Module, record: Record, dx: Tensor,
             h, _ = _gather_norm(record.xk[c], None, None, norms[1])
             segment = trace(lambda leaf: family.mlp(layer, leaf, bool(step.random)), h)[1]
         record.mlp = None
-        dh = grads.through(segment, ops.gather(dx, rows[c]), params)
+        dh = grads.through(segment, ops.gather(dx, rows[c]), params, _dstatistics(step, record, c))
         _norm_backward_into(dx, rows[c], dh, record.xk[c], norms[1], None, True, grads)
 
 
@@ -531,26 +531,30 @@ def _silent(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 class Stack(Function):
-    """All layers at once. Inputs: x [T, d], the step, and the trained parameters of the layers, each once."""
+    """All layers at once. Inputs: x [T, d], the step, and the trained parameters of the layers, each once.
+
+    Outputs: the stream after the last layer, and `Step.all_sums` if the family has statistics.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Step, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Step, *params: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         stream = x.clone(memory_format=torch.contiguous_format) if step.borrowed else x.detach()
         with step.context():
             ctx.records = forward(step, stream)
         ctx.step, ctx.params = step, params
         ctx.depends = params
-        return stream
+        return (stream, step.all_sums()) if step.sums else stream
 
     @staticmethod
     @first_order("a training step")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor, dstatistics: Tensor | None = None) -> tuple[Any, ...]:
         if ctx.records is None:
             raise RuntimeError(
                 "lemo: backward through the same step a second time: its saved tensors are gone (and retain_graph "
                 "cannot keep them); run the forward pass again"
             )
         step: Step = ctx.step
+        step.dstatistics = dstatistics
         owned = step.gradient == dy.data_ptr() and dy.is_contiguous()
         dx = dy.detach() if owned else dy.clone(memory_format=torch.contiguous_format)
         records, ctx.records = ctx.records, None

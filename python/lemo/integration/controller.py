@@ -230,13 +230,14 @@ class Controller:
         labelled: bool [T], tokens that have a target; None where that is unknown.
         """
         family, decoder = self.family, self.family.decoder(self.model)
-        layers = family.layers(decoder)[: self.model.config.num_hidden_layers]
+        layers = family.layers(decoder)
+        family.check_length(self.model.config, packed.blocks.max_seqlen)
         batch = ids if embeddings is None else embeddings
         assert batch is not None
         if self.micro_batch == 0:
             self._check_surroundings(layers, batch)
         check_modules(family, self.model)
-        params, loose = trained_parameters(family, layers), loose_modules(family, layers)
+        params, loose = trained_parameters(family, decoder), loose_modules(family, layers)
         draw, again, earlier = self._which_pass(batch, packed)
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
@@ -291,7 +292,9 @@ class Controller:
             autocast=self._autocast(x),
             part=took_part,
         )
-        return Stack.apply(x, step, *params), step
+        output = Stack.apply(x, step, *params)
+        x, step.statistics = output if isinstance(output, tuple) else (output, None)
+        return x, step
 
     def _check_surroundings(self, layers: list[nn.Module], batch: Tensor) -> None:
         """What may have changed since `lemo.apply`: who trains, adapters, how weights are spread."""
@@ -338,7 +341,7 @@ class Controller:
     ) -> StepContext:
         def queries_keys(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             n = self.family.norms(layers[i])[0]
-            h, _ = ops.gather_norm(x, None, None, *n.contiguous, n.kind, n.eps)
+            h, _ = ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)
             return self.family.queries_keys_values(layers[i], h, tables, None)[:2]
 
         return StepContext(
