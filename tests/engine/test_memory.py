@@ -5,7 +5,7 @@ import lemo.engine.stack
 import pytest
 import torch
 from lemo.engine.memory import layer_shape, saved_bytes
-from support.models import ATTENTION, LINEARS, base, lora
+from support.models import ATTENTION, FAMILIES, LINEARS, base, lora
 
 BLOCK, CONTEXT, LAYERS = 8, 128, 3
 
@@ -58,7 +58,7 @@ def count(model, settings, monkeypatch):
     return sum(n for p, n in storages.items() if p not in owned), rows, everything
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("where", ["attention", "all"])

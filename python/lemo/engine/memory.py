@@ -199,10 +199,17 @@ def estimate(
     phases: list[dict[str, Any]] = []
     for phase in config.phases or ():
         rows = _kept_rows(phase, config.block_size, tokens)
-        list_bytes = {"blocks": -(-rows // config.block_size), "documents": batch, "weighted": phase.weighted}
-        saved = partial(saved_bytes, shape, recompute=recompute, mode=phase.mode)
-        total = eliminating * saved(rows, **list_bytes, everything=rows == tokens)
-        total += (layers - eliminating) * saved(tokens, **list_bytes, everything=True)
+        saved = partial(
+            saved_bytes,
+            shape,
+            recompute=recompute,
+            mode=phase.mode,
+            blocks=-(-rows // config.block_size),
+            documents=batch,
+            weighted=phase.weighted,
+        )
+        total = eliminating * saved(rows, everything=rows == tokens)
+        total += (layers - eliminating) * saved(tokens, everything=True)
         largest = rows if eliminating == layers else tokens
         working = _working(shape, tokens, largest, phase.mode, recompute, quantised)
         if config.return_logits:  # they and their gradient, and both in fp32 for the loss
