@@ -122,7 +122,7 @@ def _weights(shape: LayerShape, stored: int | None) -> int:
     """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
     d, sides = shape.hidden, shape.projections
     layer = sum(a * b for a, b in sides.values()) + sum(sides[name][1] for name in shape.biases) + 2 * d
-    outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions)
+    outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
     base = shape.element * (shape.layers * layer + outside) if stored is None else stored
     adapters = shape.layers * sum(rank * sum(sides[name]) for name, rank in shape.lora.items())
     # Adapters in fp32: value, gradient and two moments.
