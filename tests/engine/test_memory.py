@@ -4,9 +4,10 @@ import lemo
 import lemo.engine.stack
 import pytest
 import torch
+from lemo.engine.forward import forward
 from lemo.engine.memory import layer_shape, saved_bytes
 from lemo.engine.records import Record, SavedList
-from support.models import ATTENTION, LINEARS, base, lora
+from support.models import ATTENTION, FAMILIES, LINEARS, base, lora
 
 BLOCK, CONTEXT, LAYERS = 8, 128, 3
 
@@ -31,7 +32,6 @@ def count(model, settings, monkeypatch):
     """
     packs: list[torch.Tensor] = []
     records: list[Record] = []
-    original = lemo.engine.stack.forward
 
     def spy(step, x):
         def pack(t):
@@ -39,7 +39,7 @@ def count(model, settings, monkeypatch):
             return len(packs) - 1
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: packs[i]):
-            original(step, x)
+            forward(step, x)
         shared.extend([x, *(step.attention.tables or ())])
         records.extend(step.records)
 
@@ -58,7 +58,7 @@ def count(model, settings, monkeypatch):
     return sum(n for p, n in storages.items() if p not in owned), rows, everything
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("where", ["attention", "all"])

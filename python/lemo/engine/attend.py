@@ -56,7 +56,7 @@ class Attention:
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
         n = self.family.norms(layer)[0]
-        h, _ = ops.gather_norm(x, None, None, *n.contiguous, n.kind, n.eps)
+        h, _ = ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)
         return self.family.queries_keys_values(layer, h, self.tables, None)[:2]
 
     # --- what decides how they are computed ---

@@ -15,9 +15,9 @@ from lemo import ops
 from lemo.engine.families.base import NormWeights
 from lemo.engine.forward import gather_norm
 from lemo.engine.gradients import ParameterGradients
-from lemo.engine.local_graph import Segment, trace
 from lemo.engine.randomness import Generators, generators, set_generators
 from lemo.engine.records import Record
+from lemo.engine.segments import Segment, trace
 from lemo.engine.step import Step
 
 
@@ -41,7 +41,8 @@ def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: Para
     g = ops.gather(dx, saved.rows, saved.weights, saved.slots)
     if record.mlp is not None:
         assert record.x_mlp is not None and record.attention is not None
-        dh2 = grads.through(record.mlp, g, grads.held_by(step.family.mlp_modules(layer)))
+        dstatistics = step.statistics.gradient(record.layer, saved, slice(0, saved.count))
+        dh2 = grads.through(record.mlp, g, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
         record.mlp = None
         ds2 = branch = _norm_backward(dh2, record.x_mlp, n2, g, grads)
         segment, record.attention, record.x_mlp = record.attention, None, None
@@ -68,7 +69,7 @@ def _mlp_again(step: Step, layer: nn.Module, record: Record, a: Tensor, g: Tenso
         h2, x_mlp = gather_norm(a[c], None, record.x_kept[c], n2)
         _, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
         del h2
-        dh2 = grads.through(mlp, g[c], params)
+        dh2 = grads.through(mlp, g[c], params, step.statistics.gradient(record.layer, record.saved_list, c))
         branch[c] = _norm_backward(dh2, x_mlp, n2, None if weighted else g[c], grads)
     return branch
 
@@ -94,7 +95,8 @@ def _mlp(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: Parame
             h, _ = gather_norm(record.x_kept[c], None, None, n2)
             segment = trace(lambda leaf: family.mlp(layer, leaf, bool(step.random)), h)[1]
         record.mlp = None
-        dh = grads.through(segment, ops.gather(dx, saved.rows[c]), params)
+        dstatistics = step.statistics.gradient(record.layer, saved, c)
+        dh = grads.through(segment, ops.gather(dx, saved.rows[c]), params, dstatistics)
         _norm_backward_into(dx, saved.rows[c], dh, record.x_kept[c], n2, None, True, grads)
 
 
@@ -118,7 +120,7 @@ def _attention_again(
 def _norm_backward(dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, grads: ParameterGradients) -> Tensor:
     """ds [M, d] of the norm at s [M, d], plus `extra`; adds the gradients of its weights."""
     ds, dw, db = ops.gather_norm_backward(
-        dy, s, n.contiguous[0], extra, n.kind, n.eps, grads.wants(n.weight), grads.wants(n.bias)
+        dy, s, n.operands[0], extra, n.kind, n.eps, grads.wants(n.weight), grads.wants(n.bias)
     )
     grads.add((n.weight, n.bias), (dw, db))
     return ds
@@ -136,7 +138,7 @@ def _norm_backward_into(
 ) -> None:
     """As `_norm_backward`, added to the rows of dx, or (not `accumulate`) in place of them."""
     dw, db = ops.gather_norm_backward_(
-        dx, rows, dy, s, n.contiguous[0], extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
+        dx, rows, dy, s, n.operands[0], extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
     )
     grads.add((n.weight, n.bias), (dw, db))
 

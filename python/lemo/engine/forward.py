@@ -12,9 +12,9 @@ from lemo import ops
 from lemo.engine.attend import PackedRows
 from lemo.engine.families.base import NormWeights
 from lemo.engine.layout import Kept
-from lemo.engine.local_graph import trace
 from lemo.engine.randomness import Generators, generators, same_generators
 from lemo.engine.records import Record
+from lemo.engine.segments import split, trace
 from lemo.engine.step import Step
 
 
@@ -41,7 +41,7 @@ def forward(step: Step, x: Tensor) -> None:
 
 def gather_norm(x: Tensor, rows: Tensor | None, residual: Tensor | None, n: NormWeights) -> tuple[Tensor, Tensor]:
     """(norm(s), s), both [M, d], of s = x[rows] + residual; rows int32 [M], None: all of x."""
-    return ops.gather_norm(x, rows, residual, *n.contiguous, n.kind, n.eps)
+    return ops.gather_norm(x, rows, residual, *n.operands, n.kind, n.eps)
 
 
 # --- kept rows only ---------------------------------------------------------------------------------------------------
@@ -59,14 +59,14 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> 
     norms = []
     if step.recompute == "none":
         h2, record.x_mlp = gather_norm(a, None, x_kept, n2)
-        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2)
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, lambda s: step.statistics.add(i, s))
         ops.scatter_add_(x, saved.rows, m, record.x_mlp)
         if step.observe is not None:
             norms.append(_lengths(a + m))
     else:
         for c in step.chunks(saved.count):
             h2, x_mlp = gather_norm(a[c], None, x_kept[c], n2)
-            m = step.family.mlp(layer, h2)
+            m = _mlp(step, i, layer, h2)
             ops.scatter_add_(x, saved.rows[c], m, x_mlp)
             if step.observe is not None:
                 norms.append(_lengths(m + a[c]))
@@ -95,11 +95,11 @@ def _kept_mlp(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> No
     h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[1])
     record = Record(i, "mlp", saved, x_kept, generators=states)
     if step.recompute == "none":
-        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h)
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, lambda s: step.statistics.add(i, s))
     else:
         m = torch.empty_like(x_kept)
         for c in step.chunks(saved.count):
-            m[c] = step.family.mlp(layer, h[c])
+            m[c] = _mlp(step, i, layer, h[c])
     ops.scatter_add_(x, saved.rows, m, x_kept)
     step.records.put(record)
 
@@ -120,6 +120,14 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor) -> Tensor:
     if step.recompute == "attention":
         record.out, record.lse = out, lse
     return step.family.attention_output(layer, out.flatten(1))
+
+
+def _mlp(step: Step, i: int, layer: nn.Module, h: Tensor) -> Tensor:
+    """What the MLP adds, [M, d], of the norm's output h [M, d]. Without a graph."""
+    y, statistics = split(step.family.mlp(layer, h))
+    if statistics is not None:
+        step.statistics.add(i, statistics)
+    return y
 
 
 # --- mode "backward" --------------------------------------------------------------------------------------------------
@@ -143,7 +151,7 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept | N
     norms = []
     for c in step.chunks(x.shape[0]):
         h2, x_mlp = gather_norm(a[c], None, x[c], n2)
-        m = step.family.mlp(layer, h2)
+        m = _mlp(step, i, layer, h2)
         torch.add(x_mlp, m, out=x[c])
         if step.observe is not None:
             norms.append(_lengths(m + a[c]))

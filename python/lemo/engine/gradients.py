@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lemo.engine.local_graph import Segment
 from lemo.engine.participation import leaves
+from lemo.engine.segments import Segment
 
 
 class Handover:
@@ -58,18 +58,22 @@ class ParameterGradients:
     def wants(self, weight: Tensor | None) -> bool:
         return weight is not None and id(weight) in self.wanted
 
-    def through(self, segment: Segment, dy: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """dh [M, d] of dy [M, d]; adds the gradients of params. Frees the graph."""
+    def through(
+        self, segment: Segment, dy: Tensor, params: Sequence[Tensor], dstatistics: Tensor | None = None
+    ) -> Tensor:
+        """dh [M, d] of dy [M, d] and, if the graph has a second end, of dstatistics [M, S]; adds the gradients of
+        params. Frees the graph."""
         if self.strict:
             known = {id(p) for p in params}
-            for leaf in leaves(segment.leave.node, segment.enter.node):
+            ends = [end.node for end in (segment.leave, segment.statistics) if end is not None]
+            for leaf in (leaf for end in ends for leaf in leaves(end, segment.enter.node)):
                 if id(leaf) not in known:
                     raise RuntimeError(
                         f"lemo: a trained tensor of shape {list(leaf.shape)} takes part in an attention or MLP whose "
                         "modules do not hold it, so it would get no gradient: register it as a parameter of the "
                         "module that uses it, or train without lemo (lemo.remove)"
                     )
-        dh, grads = segment.backward(dy, params)
+        dh, grads = segment.backward(dy, params, dstatistics)
         self.add(params, grads)
         return dh
 

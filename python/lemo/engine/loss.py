@@ -41,6 +41,7 @@ class _Settings:
     ignore_index: int
     reduction: Reduction
     segment_rows: int
+    softcap: float
     handover: Handover
 
 
@@ -67,7 +68,6 @@ class _NormHeadLoss(Function):
     ) -> tuple[Tensor, Tensor]:
         need, norm, rows = ctx.needs_input_grad, settings.norm, settings.rows
         params = (x, norm_weight, norm_bias, weight, bias, lora_a, lora_b)
-        norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
         hidden = _normed(x, norm_weight, norm_bias, settings)
         bias, lora_a, lora_b = (None if t is None else t.to(x.dtype).contiguous() for t in (bias, lora_a, lora_b))
         loss, valid, dhidden, *dhead = ops.linear_cross_entropy(
@@ -79,7 +79,7 @@ class _NormHeadLoss(Function):
             settings.lora_scale,
             targets,
             settings.ignore_index,
-            0.0,
+            settings.softcap,
             settings.reduction,
             settings.segment_rows,
             want_dhidden=any(need[:3]),
@@ -187,7 +187,14 @@ class Targets:
 
 
 def causal_lm_loss(
-    x: Tensor, norm: NormWeights | None, head: Projection, targets: Targets, step: Step, *, segment_rows: int = 0
+    x: Tensor,
+    norm: NormWeights | None,
+    head: Projection,
+    targets: Targets,
+    step: Step,
+    *,
+    segment_rows: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch and the number of targets it is over (int64, on the device).
 
@@ -201,9 +208,8 @@ def causal_lm_loss(
         targets, rows = (targets.only(rows), rows) if rows.shape[0] else (_nothing(targets), None)
     loss, valid = _NormHeadLoss.apply(
         x,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        head.weight,
+        *((None, None) if norm is None else norm.operands),
+        head.dense_weight(),
         head.bias,
         head.a,
         head.b,
@@ -215,6 +221,7 @@ def causal_lm_loss(
             targets.ignore_index,
             targets.reduction,
             segment_rows,
+            softcap,
             step.handover,
         ),
         link(x, *outside),
@@ -223,20 +230,44 @@ def causal_lm_loss(
 
 
 def causal_lm_logits(
-    x: Tensor, norm: NormWeights | None, head: nn.Module, targets: Targets, step: Step, packed: Packed
+    x: Tensor,
+    norm: NormWeights | None,
+    head: nn.Module,
+    targets: Targets,
+    step: Step,
+    packed: Packed,
+    *,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `causal_lm_loss` with any head module, and its logits [B, S, V], whole, in the model's dtype."""
     rows = read_rows(step, (*head.parameters(), *_parameters(norm)))
     values = targets.values
     if rows is not None:
         values = _nothing(targets).values.index_copy(0, rows.clamp(min=0).long(), targets.only(rows).values)
-    hidden = x if norm is None else ops.norm(x, norm.weight, norm.bias, norm.kind, norm.eps)
+    hidden = x if norm is None else ops.norm(x, *norm.operands, norm.kind, norm.eps)
     logits = head(packed.put(hidden))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(packed.take(logits).float(), values, ignore_index=targets.ignore_index, reduction="sum")
     valid = (values != targets.ignore_index).sum()
     if targets.items is None:
         loss = loss / valid.clamp(min=1)
     return targets.loss(loss, valid), valid, logits
+
+
+def auxiliary_loss(step: Step, config: Any) -> Tensor | None:
+    """The scalar that the family adds to the loss of a batch, over the rows that its MLPs computed."""
+    total = step.statistics.total
+    return None if total is None else step.family.auxiliary_loss(config, total)
+
+
+def refuse_auxiliary_loss(step: Step, config: Any) -> None:
+    """Raises ValueError if there is one, and the loss is someone else's."""
+    if auxiliary_loss(step, config) is not None:
+        raise ValueError(
+            f"{step.family.model_class} adds an auxiliary loss, which only the loss that lemo computes contains: pass "
+            "labels to the model and use its loss, or switch the auxiliary loss off in the model's configuration"
+        )
 
 
 def causal_lm_output(loss: Tensor, logits: Tensor | None, return_dict: bool | None) -> Any:
@@ -250,7 +281,7 @@ def causal_lm_output(loss: Tensor, logits: Tensor | None, return_dict: bool | No
 
 
 def _parameters(norm: NormWeights | None) -> tuple[Tensor | None, ...]:
-    return () if norm is None else (norm.weight, norm.bias)
+    return () if norm is None else norm.parameters
 
 
 def _nothing(targets: Targets) -> Targets:

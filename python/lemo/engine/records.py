@@ -13,8 +13,8 @@ from torch import Tensor
 from lemo.engine.attend import PackedRows
 from lemo.engine.config import Part
 from lemo.engine.layout import Kept
-from lemo.engine.local_graph import Segment
 from lemo.engine.randomness import Generators
+from lemo.engine.segments import Segment
 
 
 def _own(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,20 +31,23 @@ from lemo.ops._schema import first_order
 
 
 class Stack(Function):
-    """All layers at once. Inputs: x [T, d], the step, and the trained parameters of the layers, each once."""
+    """All layers at once. Inputs: x [T, d], the step, and the trained parameters of the layers, each once.
+
+    Outputs: the stream after the last layer, and the sums of `Step.statistics` if the family has any.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Step, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Step, *params: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         stream = x.clone(memory_format=torch.contiguous_format) if step.borrowed else x.detach()
         with step.autocast():
             forward(step, stream)
         ctx.step, ctx.params = step, params
         ctx.depends = params
-        return stream
+        return (stream, step.statistics.sums(len(step.layers))) if step.statistics else stream
 
     @staticmethod
     @first_order("a training step")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor, dstatistics: Tensor | None = None) -> tuple[Any, ...]:
         step: Step | None
         step, ctx.step = ctx.step, None
         if step is None:
@@ -51,6 +55,7 @@ class Stack(Function):
                 "lemo: backward through the same step a second time: its saved tensors are gone (and retain_graph "
                 "cannot keep them); run the forward pass again"
             )
+        step.statistics.dtotal = dstatistics
         dx = step.handover.take(dy)
         recorded = step.records.layers
         with step.autocast(), without_hooks(ctx.params):
@@ -59,6 +64,13 @@ class Stack(Function):
             grads.add_zeros([layer for i, layer in enumerate(step.layers) if i not in recorded])
         out = (_handed_out(p, grads.of(p)) for p in ctx.params)
         return dx if ctx.needs_input_grad[0] else None, None, *out
+
+
+def run(step: Step, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """The residual stream after the last layer, [T, d], from x [T, d] before the first; `params` train."""
+    output = Stack.apply(x, step, *params)
+    x, step.statistics.total = output if isinstance(output, tuple) else (output, None)
+    return x
 
 
 def _handed_out(param: Tensor, gradient: Tensor | None) -> Tensor | None:

@@ -22,6 +22,7 @@ from lemo.engine.gradients import Handover
 from lemo.engine.layout import Blocks, Kept, KeptPair
 from lemo.engine.participation import Participation
 from lemo.engine.records import Records, SavedList
+from lemo.engine.row_statistics import RowStatistics
 
 # Rows the MLP works on at a time if its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192
@@ -63,6 +64,7 @@ class Step:
     borrowed: bool = True
     general: bool = True
     records: Records = field(default_factory=Records)
+    statistics: RowStatistics = field(default_factory=RowStatistics)
     handover: Handover = field(default_factory=Handover)
     # The tokens that any layer kept.
     participation: Participation = field(default_factory=Participation)

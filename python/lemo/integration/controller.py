@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lemo.engine import stack
 from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.families.base import Family
 from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
-from lemo.engine.stack import Stack
 from lemo.engine.step import Step
 from lemo.engine.wrappers import base_model
 from lemo.integration import training_pass, trl_head
@@ -237,11 +237,13 @@ class Controller:
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Step]:
         """The residual stream [T, d] after the last layer, before the final norm, and the step that made it."""
-        layers = self.family.layers(self.family.decoder(self.model))[: self.model.config.num_hidden_layers]
+        decoder = self.family.decoder(self.model)
+        layers = self.family.layers(decoder)
+        self.family.check_length(self.model.config, inputs.packed.blocks.max_seqlen)
         if self.micro_batch == 0:
             self._check_surroundings(layers, inputs.batch)
         check_modules(self.family, self.model)
-        params, loose = trained_parameters(self.family, layers), loose_modules(self.family, layers)
+        params, loose = trained_parameters(self.family, decoder), loose_modules(self.family, layers)
         draw, again, earlier = self._which_pass(inputs)
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
@@ -265,7 +267,7 @@ class Controller:
             self._loss_tokens = None
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
-        return Stack.apply(x, step, *params), step
+        return stack.run(step, x, params), step
 
     def _check_surroundings(self, layers: list[nn.Module], batch: Tensor) -> None:
         """Checks what may have changed since `lemo.apply`: who trains, adapters, how weights are spread."""

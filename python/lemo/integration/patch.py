@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lemo import ops
@@ -20,7 +21,14 @@ from lemo.engine.checks import check_modules, check_randomness, loose_modules, t
 from lemo.engine.config import LemoConfig
 from lemo.engine.families import UnsupportedModelError, find
 from lemo.engine.linear import projection
-from lemo.engine.loss import Targets, causal_lm_logits, causal_lm_loss, causal_lm_output
+from lemo.engine.loss import (
+    Targets,
+    auxiliary_loss,
+    causal_lm_logits,
+    causal_lm_loss,
+    causal_lm_output,
+    refuse_auxiliary_loss,
+)
 from lemo.engine.packing import pack
 from lemo.engine.wrappers import base_model
 from lemo.integration import trl_head
@@ -96,10 +104,12 @@ def _decoder_forward(
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
     inputs = _inputs(controller, named)
-    x, _ = controller.run(inputs)
+    x, step = controller.run(inputs)
+    if torch.is_grad_enabled():
+        refuse_auxiliary_loss(step, controller.model.config)
     n = controller.family.final_norm(module)
     if n is not None:
-        x = ops.norm(x, *n.contiguous, n.kind, n.eps)
+        x = ops.norm(x, *n.operands, n.kind, n.eps)
     output = BaseModelOutputWithPast(last_hidden_state=inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
@@ -132,11 +142,15 @@ def _causal_lm_forward(
         controller.note(
             f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
         )
+    softcap = controller.family.logit_softcap(module.config)
     if head is None or controller.config.return_logits:
-        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, inputs.packed)
+        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, inputs.packed, softcap=softcap)
     else:
-        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=controller.config.segment_rows)
-        logits = None
+        segment_rows, logits = controller.config.segment_rows, None
+        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=segment_rows, softcap=softcap)
+    extra = auxiliary_loss(step, module.config)
+    if extra is not None:
+        loss = loss + extra
     controller.count_loss_tokens(count)
     return causal_lm_output(loss, logits, named.get("return_dict"))
 
@@ -167,7 +181,8 @@ def _predictors(inner: nn.Module, config: LemoConfig) -> PredictorSet | None:
 def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     """Lets `model` train with token elimination, in place; `remove` undoes it.
 
-    model: a transformers LlamaForCausalLM or OPTForCausalLM, before or after PEFT wraps it.
+    model: a causal language model of transformers of a family that lemo knows (Llama, Mistral, OPT, Qwen2), before or
+    after PEFT wraps it.
     Raises UnsupportedModelError (a ValueError) for other models and versions of transformers, ValueError if lemo is
     already applied or the settings do not fit, CalibrationError for a calibration of another model. The model is then
     unchanged.
@@ -178,15 +193,14 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     _check_version()
     family, inner = find(model)
     check_adapters(model)
-    shape: Any = inner.config
-    layers = family.layers(family.decoder(inner))[: shape.num_hidden_layers]
+    decoder = family.decoder(inner)
+    layers = family.layers(decoder)
     check_weights(layers)
     check_modules(family, inner)
-    trained_parameters(family, layers)
+    trained_parameters(family, decoder)
     check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if controller_of(inner) is not None:
         raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
-    decoder = family.decoder(inner)
     devices = {p.device for p in decoder.parameters()}
     if len(devices) > 1:
         names = ", ".join(sorted(str(d) for d in devices))
@@ -194,7 +208,7 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
             f"lemo needs the whole model on one device; its weights are on {names}: load it without a device_map, or "
             'with device_map={"": 0}'
         )
-    count = len(family.layers(decoder))
+    count = len(layers)
     outside = [i for i in config.layers or () if not 0 <= i < count]
     if outside:
         raise ValueError(f"LemoConfig.layers: the model has layers 0 to {count - 1}; got {outside}")

@@ -30,7 +30,7 @@ from lemo.engine.config import LemoConfig
 from lemo.engine.families.base import Family, NormWeights
 from lemo.engine.gradients import Handover
 from lemo.engine.linear import Projection, projection
-from lemo.engine.loss import Targets, causal_lm_loss, read_rows, shift
+from lemo.engine.loss import Targets, causal_lm_loss, read_rows, refuse_auxiliary_loss, shift
 from lemo.engine.packing import Packed
 from lemo.engine.step import Step
 from lemo.integration.entries import add_entry, current_forward, is_entry, search
@@ -116,7 +116,7 @@ def covers(controller: Runs, module: Any, head: Any) -> bool:
 
 def _outside(norm: NormWeights | None, head: Projection) -> tuple[Tensor | None, ...]:
     return (
-        *((norm.weight, norm.bias) if norm is not None else ()),
+        *(norm.parameters if norm is not None else ()),
         *(head.weight, head.bias, head.a, head.b),
     )
 
@@ -182,8 +182,8 @@ def _statistics(hidden: Tensor, head: Projection, targets: Tensor, names: tuple[
     """Per token, float32 [N], of logits hidden [N, d] weight^T, a segment at a time. Without gradients."""
     dtype = hidden.dtype
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    rows = max(1, _SEGMENT // head.weight.shape[0])
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    rows = max(1, _SEGMENT // head.width)
+    weight, bias = head.dense_weight().to(dtype), None if head.bias is None else head.bias.to(dtype)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         logits = F.linear(hidden[part], weight, bias)
@@ -216,6 +216,7 @@ def fused_output(controller: Runs, module: Any, head: Any, named: dict[str, Any]
     names = ("log_probs", *(name for name in asked if name != "log_probs"))
 
     x, step = controller.run(replace(inputs, labelled=targets != -100))
+    refuse_auxiliary_loss(step, module.config)
     norm = controller.family.final_norm(controller.family.decoder(module))
     weights = projection(module.lm_head, trainable=True)
     assert weights is not None
@@ -225,7 +226,7 @@ def fused_output(controller: Runs, module: Any, head: Any, named: dict[str, Any]
     with torch.no_grad():
         hidden = x.index_select(0, index)
         if norm is not None:
-            hidden = ops.norm(hidden, norm.weight, norm.bias, norm.kind, norm.eps)
+            hidden = ops.norm(hidden, *norm.operands, norm.kind, norm.eps)
         found = _statistics(hidden, weights, targets.index_select(0, index), names)
         del hidden
     arrived = _Weights(step.handover)
