@@ -1,9 +1,11 @@
 """Applying and removing, what stays untouched, the Trainer, and errors that say what to do."""
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import lemo
+import lemo.engine.config
+import lemo.engine.policies
 import pytest
 import torch
 import transformers
@@ -221,3 +223,11 @@ def test_config_survives_json():
     assert again == config
     assert again.layers == (1, 2)
     assert again.phases[0].policy_options == {"shared": True}
+
+
+def test_the_names_of_policies_are_written_down_once():
+    """A policy that is added to one of the two lists and not to the other cannot be chosen."""
+    assert set(lemo.engine.policies._CLASSES) == set(lemo.engine.config.POLICIES)
+    for name in lemo.engine.config.POLICIES:
+        predictors = SimpleNamespace() if name == "predictors" else None
+        assert make_policy(name, {}, cast(Any, predictors)).name == name
