@@ -30,7 +30,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 class Rope(Function):
     """Rotary position embedding of packed rows at their original positions.
 
-    x [M, H, D]; cos, sin [T, D] of the whole batch; rows int32 [M], or None where packed rows are all tokens; sign -1
+    x [M, H, D]; cos, sin [T, D] of the whole batch; rows int32 [M], or None if packed rows are all tokens; sign -1
     rotates back. The tables belong to the step and the rows to the layer's kept list: nothing is saved for x.
     """
 

@@ -17,7 +17,7 @@ class Handover:
 
     Whoever made that buffer and does not need it any more offers it when returning it from its backward pass; the next
     function below takes it over instead of copying it. What arrives there may still be something else: a hook replaced
-    the tensor, autograd added another gradient to it, or nobody offered anything. Such a tensor may be in use elsewhere
+    the tensor, autograd added another gradient to it, or nothing was offered. Such a tensor may be in use elsewhere
     and is copied. The offered tensor is held until then, so that its memory cannot meanwhile belong to another one.
     """
 
@@ -25,7 +25,7 @@ class Handover:
         self._offered: Tensor | None = None
 
     def offer(self, gradient: Tensor) -> None:
-        """The caller's buffer: nobody else holds it, and the caller will not use it again."""
+        """A buffer that the caller alone holds, and will not use again."""
         self._offered = gradient
 
     def take(self, gradient: Tensor) -> Tensor:

@@ -251,14 +251,14 @@ def select(
 
 
 def _raise_fault(fault: int, chosen_by: str) -> None:
-    where = f"{chosen_by}: " if chosen_by else ""
+    prefix = f"{chosen_by}: " if chosen_by else ""
     if fault > 0:
         raise FloatingPointError(
-            f"{where}scores: block {fault - 1} is not finite (or, as a probability, not in (0, 1]): expected finite "
+            f"{prefix}scores: block {fault - 1} is not finite (or, as a probability, not in (0, 1]): expected finite "
             "scores; nothing was selected"
         )
     if fault < 0:
         raise FloatingPointError(
-            f"{where}scores: no block reaches the threshold: expected at least one kept block; lower the "
+            f"{prefix}scores: no block reaches the threshold: expected at least one kept block; lower the "
             "threshold or force blocks with always_first"
         )

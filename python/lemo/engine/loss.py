@@ -29,7 +29,7 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True, eq=False)
 class _Settings:
-    """What `_NormHeadLoss` needs besides tensors that may train.
+    """Arguments of `_NormHeadLoss` other than tensors that may train.
 
     norm: kind and eps of the final norm, or None; rows int32 [M]: the rows of x that are read, with targets [M] (then
     neither norm nor head trains), or None: all of them; handover: that of the step.
@@ -101,7 +101,7 @@ class _NormHeadLoss(Function):
             for g, p, n in zip((dx, *dnorm, *dhead), params, need[:7], strict=True)
         ]
         ctx.handover, ctx.valid, ctx.depends = settings.handover, valid, (end,)
-        # A copy, since a view made here could not be scaled in place by whoever receives it.
+        # A copy, since a view made here could not be scaled in place by the receiver.
         return loss.view(()).clone(), valid.view(())
 
     @staticmethod
@@ -144,7 +144,7 @@ def _into_stream(
 class Targets:
     """What the tokens of a batch have to predict.
 
-    values: int64 [T], already shifted, `ignore_index` where nothing; counted: labels of the batch as transformers
+    values: int64 [T], already shifted, `ignore_index` for none; counted: labels of the batch as transformers
     counts them, including those that no token here predicts; items: transformers' num_items_in_batch.
     """
 

@@ -192,9 +192,9 @@ class Predictors(Policy):
         self._placed: tuple[torch.device, torch.dtype] | None = None
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        where = (x.device, x.dtype)
-        if self._placed != where:
-            self.predictors, self._placed = self.predictors.to(device=x.device, dtype=x.dtype), where
+        place = (x.device, x.dtype)
+        if self._placed != place:
+            self.predictors, self._placed = self.predictors.to(device=x.device, dtype=x.dtype), place
         return self.predictors.scores(layer, x, self.context.blocks)
 
     def keep(self, layer: int) -> float:

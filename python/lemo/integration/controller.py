@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # loaded only if a run has a calibration
 logger = logging.getLogger(__name__)
 
 _EVAL_MODE = (
-    "the model is in eval mode, as from_pretrained returns it (inside a PeftModel too, whose own flag says otherwise). "
+    "the model is in eval mode, as from_pretrained returns it (also inside a PeftModel whose own flag differs). "
     "Call model.train() to train, or use torch.no_grad() to evaluate"
 )
 

@@ -18,7 +18,7 @@ class ChosenLists:
     """The kept lists of one pass, chosen layer by layer.
 
     policy: None keeps every block. layers: those that eliminate, None: all. earlier: a pass whose lists are repeated;
-    remembered: where the lists are noted down, so that others can repeat them. kept_ratios, mlp_kept_ratios: kept
+    remembered: gets the lists, so that other passes can repeat them. kept_ratios, mlp_kept_ratios: kept
     blocks over all blocks, of every layer so far.
     """
 
@@ -58,7 +58,7 @@ class ChosenLists:
 
     def _one_everything(self, kept: Kept | None) -> Kept | None:
         """One object for all that keep everything, so that its tensors exist once; but a weighted draw that happens to
-        keep everything has weights of its own."""
+        keep everything keeps its weights."""
         everything = kept is not None and kept.is_everything and not self.phase.weighted
         return self._everything if everything else kept
 

@@ -56,7 +56,7 @@ _TRANSFORMERS = (5, 6)  # from this major version, below that one
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name, those of **kwargs included."""
-    # Of the class: whoever wraps the instance's forward need not show its parameters.
+    # Of the class: a wrapper around the instance's forward need not have its parameters.
     bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
     named = dict(bound.arguments)
     del named["self"]

@@ -45,8 +45,8 @@ class Plan:
     """What a pass is to do.
 
     policy: None keeps everything, or repeats the lists of `earlier`; seed: of the policy's draws; random: whether
-    layers draw random numbers (None: they may); general: some modules are called as they are; remembered: where the
-    lists are noted down.
+    layers draw random numbers (None: they may); general: some modules are called as they are; remembered: gets
+    the lists, so that other passes can repeat them.
     """
 
     phase: Phase
