@@ -27,7 +27,7 @@ extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const T
   return sizeof(int);
 #else
   return sm90::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, /*deterministic=*/false,
-                                                  /*listed=*/0);
+                                                  /*list_capacity=*/0);
 #endif
 }
 

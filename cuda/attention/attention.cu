@@ -13,10 +13,10 @@ using attention::BackwardParams;
 using attention::ForwardParams;
 using attention::TileLists;
 
-TensorView rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
+TensorView view_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
 
-Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& rows, const lemo_tensor& lse) {
-  return {static_cast<const int32_t*>(cu_seqlens.data), data<const int32_t>(rows),
+Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& row_map, const lemo_tensor& lse) {
+  return {static_cast<const int32_t*>(cu_seqlens.data), data<const int32_t>(row_map),
           static_cast<int32_t>(cu_seqlens.shape[0] - 1), lse.shape[1]};
 }
 
@@ -44,7 +44,7 @@ TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tens
   return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
 }
 
-int64_t listed_entries(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
+int64_t list_capacity(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
 
 struct BackwardWorkspace {
   float* delta;
@@ -56,7 +56,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
   const int64_t heads = args.q.shape[1], capacity = args.lse.shape[1];
   // Before the layouts multiply these: the most that any of them keeps for a row of a head, in bytes, with room to
   // spare, and as many rows as tiles of 128 can have.
-  const Size rows = Size(capacity) + Size(args.cu_seqlens.shape[0]) * LEMO_TILE_ROWS + listed_entries(args.tiles);
+  const Size rows = Size(capacity) + Size(args.cu_seqlens.shape[0]) * LEMO_TILE_ROWS + list_capacity(args.tiles);
   (rows * heads * (Size(args.q.shape[2]) + 256)).bytes("exec.workspace", 8);
 #ifdef LEMO_CUDA_SM90
   if (use_sm90(exec)) {
@@ -64,7 +64,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<kHeadDim == 80 ? 96 : kHeadDim>(
-          capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0, listed_entries(args.tiles)));
+          capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0, list_capacity(args.tiles)));
     });
     return workspace;
   }
@@ -83,10 +83,10 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   constexpr const char* kName = "attention_forward";
   check_scale(kName, args.scale);
   ForwardParams params{};
-  params.q = rows_of(args.q);
-  params.k = rows_of(args.k);
-  params.v = rows_of(args.v);
-  params.out = rows_of(args.out);
+  params.q = view_of(args.q);
+  params.k = view_of(args.k);
+  params.v = view_of(args.v);
+  params.out = view_of(args.out);
   params.lse = static_cast<float*>(args.lse.data);
   params.lse_stride = args.lse.stride[0];
   params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
@@ -118,14 +118,14 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   constexpr const char* kName = "attention_backward";
   check_scale(kName, args.scale);
   BackwardParams params{};
-  params.dout = rows_of(args.dout);
-  params.q = rows_of(args.q);
-  params.k = rows_of(args.k);
-  params.v = rows_of(args.v);
-  params.out = rows_of(args.out);
-  params.dq = rows_of(args.dq);
-  params.dk = rows_of(args.dk);
-  params.dv = rows_of(args.dv);
+  params.dout = view_of(args.dout);
+  params.q = view_of(args.q);
+  params.k = view_of(args.k);
+  params.v = view_of(args.v);
+  params.out = view_of(args.out);
+  params.dq = view_of(args.dq);
+  params.dk = view_of(args.dk);
+  params.dv = view_of(args.dv);
   params.lse = static_cast<const float*>(args.lse.data);
   params.lse_stride = args.lse.stride[0];
   params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
@@ -140,7 +140,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.deterministic = exec.deterministic != 0;
   params.workspace = exec.workspace;
   params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
-  params.listed = listed_entries(args.tiles);
+  params.list_capacity = list_capacity(args.tiles);
   if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
   const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
   params.delta = workspace.delta;

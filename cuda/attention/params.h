@@ -13,7 +13,7 @@ namespace lemo::cuda::attention {
 // besides its own diagonal. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
 struct TileLists {
   const int32_t* offsets;  // [slots + 1]; null: every tile visits every other it may see
-  const int32_t* blocks;   // tile numbers within the document
+  const int32_t* tiles;    // tile numbers within the document
 };
 
 struct ForwardParams {
@@ -45,9 +45,9 @@ struct BackwardParams {
   float* dq_float;  // workspace [capacity, heads, head_dim], or null: dq comes from its own kernel
 
   // Of the Hopper kernels, which need neither delta nor dq_float.
-  TileLists lists;       // transposed: the query tiles of each key tile
-  int64_t listed;        // entries that lists.blocks has room for
-  int64_t storage_rows;  // extent of dout, q, k, v and out
+  TileLists lists;        // transposed: the query tiles of each key tile
+  int64_t list_capacity;  // entries that lists.tiles has room for
+  int64_t storage_rows;   // extent of dout, q, k, v and out
   int32_t head_dim;
   bool deterministic;
   void* workspace;  // sm90::backward_workspace bytes
@@ -68,7 +68,8 @@ void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t str
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
-int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic, int64_t listed);
+int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic,
+                           int64_t list_capacity);
 }  // namespace sm90
 
 }  // namespace lemo::cuda::attention

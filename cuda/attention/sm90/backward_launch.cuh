@@ -23,16 +23,16 @@ template <typename T, int kHeadDim>
 void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
   constexpr int kColumns = kBoxColumns<kHeadDim>;
   const Documents& documents = params.documents;
-  const auto tensor = [&](const TensorView& rows, int heads) {
-    return make_row_tensor(rows, params.storage_rows, heads, params.head_dim, kColumns, dtype);
+  const auto tensor = [&](const TensorView& view, int heads) {
+    return make_row_tensor(view, params.storage_rows, heads, params.head_dim, kColumns, dtype);
   };
   BackwardKernelParams kernel_params{};
   kernel_params.q = tensor(params.q, params.heads);
   kernel_params.k = tensor(params.k, params.key_heads);
   kernel_params.v = tensor(params.v, params.key_heads);
   kernel_params.dout = tensor(params.dout, params.heads);
-  kernel_params.out_rows = params.out;
-  kernel_params.dout_rows = params.dout;
+  kernel_params.out_view = params.out;
+  kernel_params.dout_view = params.dout;
   kernel_params.dq = params.dq;
   kernel_params.dk = params.dk;
   kernel_params.dv = params.dv;
@@ -48,15 +48,15 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   kernel_params.head_dim = params.head_dim;
   kernel_params.scale = params.scale;
   kernel_params.scale_log2 = params.scale * kLog2E;
-  const BackwardLayout layout =
-      backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads, params.deterministic, params.listed);
+  const BackwardLayout layout = backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads,
+                                                          params.deterministic, params.list_capacity);
   char* workspace = static_cast<char*>(params.workspace);
   kernel_params.dq_sums = reinterpret_cast<float*>(workspace);
   kernel_params.stats = reinterpret_cast<float*>(workspace + layout.stats);
   kernel_params.sweeps = reinterpret_cast<unsigned long long*>(workspace + layout.sweeps);
   kernel_params.turns = params.deterministic ? reinterpret_cast<int*>(workspace + layout.turns) : nullptr;
   kernel_params.ranks = reinterpret_cast<int*>(workspace + layout.ranks);
-  kernel_params.listed = params.listed;
+  kernel_params.list_capacity = params.list_capacity;
 
   kernel_params.key_slots = static_cast<int>(documents.capacity / kBackwardKeys + documents.count);
   int device = 0;

@@ -134,17 +134,17 @@ struct BackwardMainloop {
     constexpr uint32_t kStatsBytes = 2 * kQueries * 4;
     {
       const KeyLoader loader(params.documents, work.tile);
-      const auto rows = loader.find(work.key_start);
+      const auto runs = loader.find(work.key_start);
       if (cute::elect_one_sync()) shared.keys.arrive_and_expect_tx(2 * KeyLoader::kBytes);
       uint64_t* barrier = reinterpret_cast<uint64_t*>(&shared.keys);
-      loader.load(rows, params.k, work.key_head, barrier, shared.k);
-      loader.load(rows, params.v, work.key_head, barrier, shared.v);
+      loader.load(runs, params.k, work.key_head, barrier, shared.k);
+      loader.load(runs, params.v, work.key_head, barrier, shared.v);
     }
     auto query_state = Ring<kQueryStages>::producer_start();
     auto dout_state = Ring<kDoutStages>::producer_start();
     const QueryLoader loader(params.documents, work.tile);
     Walk walk = BackwardMainloop::walk(params, shared, work);
-    auto rows = loader.find(walk.query_tile * kQueries);
+    auto runs = loader.find(walk.query_tile * kQueries);
     publish(params, work, walk);
 #pragma unroll 1
     while (walk.steps > 0) {
@@ -154,20 +154,20 @@ struct BackwardMainloop {
       uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes, [&] {
         shared.steps[query_state.index()] = {walk.query_tile, item, walk.entry};
       });
-      loader.load(rows, params.q, head, barrier, shared.q + query_state.index() * kTile);
+      loader.load(runs, params.q, head, barrier, shared.q + query_state.index() * kTile);
       if (cute::elect_one_sync()) {
         cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
                                        shared.stats[query_state.index()], kStatsBytes);
       }
       ++query_state;
       barrier = shared.douts.acquire(dout_state, QueryLoader::kBytes);
-      loader.load(rows, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
+      loader.load(runs, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
       ++dout_state;
       walk.advance([&] { return position(params, work); });
       // Behind the loads of this step, so that its latency is not theirs.
       if (walk.head_in_group == 0 && walk.steps > 0) {
         publish(params, work, walk);
-        rows = loader.find(walk.query_tile * kQueries);
+        runs = loader.find(walk.query_tile * kQueries);
       }
     }
   }

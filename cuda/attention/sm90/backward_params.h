@@ -15,7 +15,7 @@ using namespace cuda::sm90;  // common/sm90
 
 struct BackwardKernelParams {
   RowTensor q, k, v, dout;
-  TensorView out_rows, dout_rows, dq, dk, dv;
+  TensorView out_view, dout_view, dq, dk, dv;
   const float* lse;
   int64_t lse_stride;
   Documents documents;
@@ -36,8 +36,9 @@ struct BackwardKernelParams {
   int section;                 // key heads per section of the grid
   // Deterministic mode (backward_adder.cuh); null: additions to dQ in any order.
   int* turns;  // [slots, heads]
-  int* ranks;  // [listed + key_slots], with lists: how many key tiles add before an entry's, and before the tile itself
-  int64_t listed;  // entries that lists.blocks has room for
+  int* ranks;  // [list_capacity + key_slots], with lists: how many key tiles add before an entry's, and before the tile
+               // itself
+  int64_t list_capacity;  // entries that lists.tiles has room for
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
@@ -70,7 +71,7 @@ struct BackwardLayout {
 
 template <int kHeadDim>
 inline BackwardLayout backward_layout(int64_t capacity, int64_t documents, int64_t heads, bool ordered,
-                                      int64_t listed) {
+                                      int64_t list_capacity) {
   constexpr int64_t kQueries = DqOrder<kHeadDim>::kQueries;
   BackwardLayout layout{};
   layout.slots = capacity / kQueries + documents;
@@ -79,7 +80,7 @@ inline BackwardLayout backward_layout(int64_t capacity, int64_t documents, int64
   layout.sweeps = layout.stats + tiles * kQueries * 2 * 4;
   layout.turns = layout.sweeps + tiles * 8;  // no more key heads than heads
   layout.ranks = layout.turns + (ordered ? tiles * 4 : 0);
-  layout.bytes = layout.ranks + (ordered ? (listed + capacity / kBackwardKeys + documents) * 4 : 0);
+  layout.bytes = layout.ranks + (ordered ? (list_capacity + capacity / kBackwardKeys + documents) * 4 : 0);
   return layout;
 }
 

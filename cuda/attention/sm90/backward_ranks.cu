@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads) backward_ranks_kernel(const __grid_c
   const Tile tile = locate_tile(params.documents, kBackwardKeys, slot);
   if (tile.index >= tile.count) return;
   const int32_t* offsets = params.lists.offsets + slot - tile.index;  // of the document
-  const int32_t* query_tiles = params.lists.blocks;
+  const int32_t* query_tiles = params.lists.tiles;
   const int lane = static_cast<int>(threadIdx.x % 32);
   int rank = 0;
   for (int base = 0; base < tile.index; base += 32) {
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) backward_ranks_kernel(const __grid_c
     if (listed) params.ranks[begin] = rank + __popc(all & ((1u << lane) - 1));
     rank += __popc(all);
   }
-  if (lane == 0) params.ranks[params.listed + slot] = rank;
+  if (lane == 0) params.ranks[params.list_capacity + slot] = rank;
 }
 
 }  // namespace

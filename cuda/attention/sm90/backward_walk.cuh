@@ -131,7 +131,7 @@ struct ListedWalk : HeadWalk {
 
   __device__ __forceinline__ ListedWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
                                         int first_head)
-      : tiles(params.lists.blocks),
+      : tiles(params.lists.tiles),
         begin(params.lists.offsets[work.key_slot]),
         end(params.lists.offsets[work.key_slot + 1]),
         own(work.tile.index),
@@ -151,7 +151,7 @@ struct ListedWalk : HeadWalk {
     const int near = position < 0 ? -1 : position / kPerTile;
     int before = 0;  // entries up to `near`
     for (int at = begin + thread_index() % 32; __any_sync(0xffffffffu, at < end); at += 32) {
-      before += __popc(__ballot_sync(0xffffffffu, at < end && params.lists.blocks[at] <= near));
+      before += __popc(__ballot_sync(0xffffffffu, at < end && params.lists.tiles[at] <= near));
     }
     return before > 0 || near == work.tile.index ? begin + before - 1 : end - 1;
   }
@@ -184,7 +184,7 @@ struct ListedWalk : HeadWalk {
   }
 
   static __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work, int entry) {
-    return params.ranks[entry < params.lists.offsets[work.key_slot] ? params.listed + work.key_slot : entry];
+    return params.ranks[entry < params.lists.offsets[work.key_slot] ? params.list_capacity + work.key_slot : entry];
   }
 
  private:

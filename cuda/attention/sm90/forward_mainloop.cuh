@@ -269,10 +269,10 @@ struct ForwardMainloop {
 #pragma unroll 1
       for (int step = 0; step < work.steps; ++step) {
         if (kAsks && step == max(0, work.steps - kAhead)) queue.ask();
-        const auto rows = loader.resolve(next);
+        const auto runs = loader.resolve(next);
         if (step + 1 < work.steps) next = loader.fetch(walk[step + 1] * kKeys);
         uint64_t* barrier = ring.acquire(state, KeyLoader::kBytes);
-        loader.load(rows, tensor, work.key_head, barrier, target + state.index() * (kKeys * kHeadDim));
+        loader.load(runs, tensor, work.key_head, barrier, target + state.index() * (kKeys * kHeadDim));
         ++state;
       }
     }

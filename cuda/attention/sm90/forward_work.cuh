@@ -19,7 +19,7 @@ struct Part {
 struct Work {
   Tile tile;      // the document
   int last_keys;  // the key tile that is visited first
-  int list;       // with tile lists: where in lists.blocks the others stand
+  int list;       // with tile lists: where in lists.tiles the others start
   int steps;      // key tiles; 0: no work is left
   int key_head;
   int first_row;   // of the query tile
@@ -89,7 +89,7 @@ struct KeyWalk {
   const int32_t* list;
 
   __device__ __forceinline__ KeyWalk(const TileLists& lists, const Work& work) : last(work.last_keys) {
-    list = kListed ? lists.blocks + work.list - 1 : nullptr;
+    list = kListed ? lists.tiles + work.list - 1 : nullptr;
   }
   __device__ __forceinline__ int operator[](int step) const {
     if constexpr (kListed) return step == 0 ? last : list[step];

@@ -48,7 +48,7 @@ class RowLoader {
   __device__ __forceinline__ Pending fetch(int position) const {
     Pending pending;
     pending.runs.position = position;
-    pending.runs.consecutive = documents_.rows == nullptr && position + kRows <= tile_.length;
+    pending.runs.consecutive = documents_.row_map == nullptr && position + kRows <= tile_.length;
     if (pending.runs.consecutive) {
 #pragma unroll
       for (int run = 0; run < Runs::kRuns; ++run) pending.runs.starts[run] = tile_.start + position + run * kRunRows;
@@ -90,7 +90,7 @@ class RowLoader {
   // The storage row of row `position` of the document.
   __device__ __forceinline__ int fetch_row(int position) const {
     const int inside = tile_.start + min(position, tile_.length - 1);
-    const int storage = documents_.rows != nullptr ? documents_.rows[inside] : inside;
+    const int storage = documents_.row_map != nullptr ? documents_.row_map[inside] : inside;
     return position < tile_.length ? storage : -1;
   }
   // Of a run by its ends: rows of a document ascend, so that ends as far apart as those of a box have a box between
@@ -151,7 +151,7 @@ class RowLoader {
 
   // TMA writes to multiples of 128 bytes; a row of 32 columns has 64. Such a row goes through registers.
   static __device__ __forceinline__ void copy_row(int storage, int row, const RowTensor& tensor, int head, char* base) {
-    const uint16_t* from = head_pointer<uint16_t>(tensor.source, head) + storage * tensor.source.row_stride;
+    const uint16_t* from = head_pointer<uint16_t>(tensor.view, head) + storage * tensor.view.row_stride;
 #pragma unroll 1
     for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
       uint4 data = make_uint4(0, 0, 0, 0);

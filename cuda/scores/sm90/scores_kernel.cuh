@@ -206,8 +206,8 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
 
 template <typename T, int kHeadDim>
 void run_scores(const Params& params, int32_t dtype, cudaStream_t stream) {
-  const auto tensor = [&](const TensorView& rows, int heads) {
-    return make_row_tensor(rows, params.tokens, heads, params.head_dim, kBoxColumns<kHeadDim>, dtype);
+  const auto tensor = [&](const TensorView& view, int heads) {
+    return make_row_tensor(view, params.tokens, heads, params.head_dim, kBoxColumns<kHeadDim>, dtype);
   };
   KernelParams kernel_params{};
   kernel_params.q = tensor(params.q, params.heads);
