@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "attention/params.h"
+#include "common/sm90/padded_head_dim.h"
 #include "src/backend.h"
 
 namespace sm90 = lemo::cuda::attention::sm90;
@@ -19,7 +20,7 @@ struct TuneArguments {
 };
 
 constexpr int kHeadDim = LEMO_TUNE_HEAD_DIM;
-constexpr int kPaddedHeadDim = kHeadDim == 80 ? 96 : kHeadDim;
+constexpr int kPaddedHeadDim = lemo::cuda::sm90::padded_head_dim(kHeadDim);
 
 extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const TuneArguments* a) {
 #if LEMO_TUNE_PASS == 1

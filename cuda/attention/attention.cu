@@ -4,6 +4,7 @@
 #include "attention/params.h"
 #include "common/check.h"
 #include "common/launch.h"
+#include "common/sm90/padded_head_dim.h"
 #include "kernels.h"
 
 namespace lemo::cuda {
@@ -63,7 +64,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
     BackwardWorkspace workspace{};
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
-      workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<kHeadDim == 80 ? 96 : kHeadDim>(
+      workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<sm90::padded_head_dim(kHeadDim)>(
           capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0, list_capacity(args.tiles)));
     });
     return workspace;
@@ -103,7 +104,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (use_sm90(exec)) {
-      return attention::sm90::launch_forward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+      return attention::sm90::launch_forward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
     }
 #endif
     attention::sm80::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
@@ -150,7 +151,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (use_sm90(exec)) {
-      return attention::sm90::launch_backward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+      return attention::sm90::launch_backward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
     }
 #endif
     attention::sm80::launch_backward<kHeadDim>(params, args.q.dtype, stream_of(exec));

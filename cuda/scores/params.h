@@ -56,7 +56,7 @@ template <int kHeadDim>
 void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);
 }  // namespace sm80
 
-// The same on sm_90a: 64, 96 (which serves 80 too) and 128.
+// The same on sm_90a, one definition per padded head_dim (common/sm90/padded_head_dim.h).
 namespace sm90 {
 template <int kHeadDim>
 void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);

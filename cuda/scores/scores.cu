@@ -3,6 +3,7 @@
 
 #include "common/check.h"
 #include "common/launch.h"
+#include "common/sm90/padded_head_dim.h"
 #include "kernels.h"
 #include "scores/params.h"
 #include "scores/sm90/scores_params.h"
@@ -114,7 +115,7 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (params.counter != nullptr) {
-      return scoring::sm90::launch_scores<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream);
+      return scoring::sm90::launch_scores<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream);
     }
 #endif
     scoring::sm80::launch_scores<kHeadDim>(params, args.q.dtype, stream);

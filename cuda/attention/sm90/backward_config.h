@@ -23,7 +23,7 @@ struct BackwardTile {
   bool held_values;  // V stays in registers, as the operand of dP: less is read from shared memory
 };
 
-// head_dim is the padded one: 80 runs as 96, whose last 16 columns TMA fills with zeros.
+// By padded head_dim (common/sm90/padded_head_dim.h).
 template <int kHeadDim>
 constexpr BackwardTile kBackwardTile = {};
 #ifdef LEMO_TUNE_BACKWARD

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
     Mainloop::compute(params, shared, work, warpgroup - 1, dk, dv);
 
     // The queries' stages are free once both warpgroups are done.
-    cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, 1);
+    cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, kBackwardConsumersMeet);
     const int warp = thread_index() / 32 - 4;
     using Staged = StagedRows<kHeadDim>;
     static_assert(kBackwardWarps * sizeof(Staged) <= sizeof(shared.q));

@@ -9,12 +9,18 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-// About two thread blocks per multiprocessor and section: causal tiles then pair up, a heavy one with a light one, so
-// that all end together, and no more heads than that share the L2 cache. Sections are equal: a small last one would
-// begin its heaviest tiles when the others are done.
+// The fewest thread blocks of a section per multiprocessor, as a ratio: about two. Causal tiles then pair up, a heavy
+// one with a light one, so that all end together, and no more heads than that share the L2 cache. It is a little below
+// two so that two heads of 16K tokens (2 * 129 key tiles) suffice on 132 multiprocessors.
+constexpr int64_t kSectionBlocks = 19, kPerMultiprocessors = 10;
+
+// The key heads of a section. Sections are equal: a smaller last one would begin its heaviest tiles when the others are
+// done.
 inline int section_key_heads(int64_t key_slots, int key_heads, int64_t multiprocessors) {
   for (int heads = 1; heads < key_heads; ++heads) {
-    if (key_heads % heads == 0 && 10 * heads * key_slots >= 19 * multiprocessors) return heads;
+    if (key_heads % heads == 0 && kPerMultiprocessors * heads * key_slots >= kSectionBlocks * multiprocessors) {
+      return heads;
+    }
   }
   return key_heads;
 }

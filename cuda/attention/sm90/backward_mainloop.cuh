@@ -309,7 +309,7 @@ struct BackwardMainloop {
       cutlass::arch::fence_view_async_shared();
 
       issue<false, kParts - 1, kParts>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
-      cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, 1);
+      cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, kBackwardConsumersMeet);
       auto dq = partition_fragment_C(query_mma, Shape<Int<kQueries>, Int<kDqColumns>>{});
       issue<true>(query_mma, ds_a(_, _, _, buffer), k_columns, dq);
       warpgroup_wait<1>();

@@ -53,7 +53,7 @@ struct DqOrder {
   static constexpr int kChunkFloats = 16 * 8;  // of a warp: 16 rows, 8 columns
 
   static constexpr __host__ __device__ int chunks(int warpgroup) {
-    return kByRows || warpgroup == 0 ? (kHeadDim < 64 ? kHeadDim : 64) / 8 : (kHeadDim - 64) / 8;
+    return kByRows || warpgroup == 0 ? 64 / 8 : (kHeadDim - 64) / 8;
   }
   // Where a warp's part begins.
   static constexpr __host__ __device__ int offset(int warpgroup, int warp) {

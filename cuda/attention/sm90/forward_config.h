@@ -20,7 +20,7 @@ struct ForwardTile {
   uint32_t consumer_registers;
 };
 
-// head_dim is the padded one: 80 runs as 96, whose last 16 columns are filled with zeros.
+// By padded head_dim (common/sm90/padded_head_dim.h).
 template <int kHeadDim>
 constexpr ForwardTile kForwardTile = {};
 #ifdef LEMO_TUNE_FORWARD

@@ -5,8 +5,11 @@
 
 #include "common/document_tiles.cuh"
 #include "common/mma.cuh"
+#include "common/sm90/padded_head_dim.h"
 
 namespace lemo::cuda::attention::sm90 {
+
+using namespace cuda::sm90;  // common/sm90
 
 // A consumer warp's 16 rows on their way from accumulators to 16-byte stores.
 template <int kHeadDim>
@@ -33,10 +36,10 @@ __device__ __forceinline__ void store_staged(StagedRows<kHeadDim>& staged, const
         pack<T>(out(j) * factor[r], out(j + 1) * factor[r]);
   }
   __syncwarp();
-  const int chunks = kHeadDim == 96 ? head_dim / 8 : kHeadDim / 8;
+  const int chunks = kMayBePadded<kHeadDim> ? head_dim / 8 : kHeadDim / 8;
 #pragma unroll
   for (int pass = 0; pass < kHeadDim / 16; ++pass) {
-    if (kHeadDim == 96 && pass * 2 >= chunks) break;
+    if (kMayBePadded<kHeadDim> && pass * 2 >= chunks) break;
     const int item = pass * 32 + lane, row = item / chunks, chunk = item % chunks;
     const int storage = __shfl_sync(0xffffffffu, own, row);
     if (storage >= 0) {

@@ -70,14 +70,23 @@ struct Ring {
   __device__ __forceinline__ void release_as_thread(const State& state) { empty[state.index()].arrive(); }
 };
 
+// Ids of named barriers, all in one place; CUTLASS adds those it reserves. A kernel uses one line or two of these.
+enum NamedBarrierId : uint32_t {
+  kFirstTurn = 1,              // forward and scores: Turns, one barrier per consumer warpgroup
+  kScoresConsumersMeet = 3,    // scores, after its two turns: both consumer warpgroups
+  kBackwardConsumersMeet = 1,  // backward, which takes no turns: both consumer warpgroups
+};
+
 // Consumer warpgroups issue their products in turn, so that one does its arithmetic while the other's products run.
 template <int kConsumers>
 struct Turns {
+  static constexpr uint32_t kThreads = 256;  // the warpgroup that passes its turn on, and the one that takes it
+
   static __device__ __forceinline__ void take(int consumer) {
-    cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(1 + consumer));
+    cutlass::arch::NamedBarrier::sync(kThreads, static_cast<uint32_t>(kFirstTurn + consumer));
   }
   static __device__ __forceinline__ void pass(int consumer) {
-    cutlass::arch::NamedBarrier::arrive(256, static_cast<uint32_t>(1 + (consumer + 1) % kConsumers));
+    cutlass::arch::NamedBarrier::arrive(kThreads, static_cast<uint32_t>(kFirstTurn + (consumer + 1) % kConsumers));
   }
   // Once per kernel, before the first tile.
   static __device__ __forceinline__ void start(int consumer) {

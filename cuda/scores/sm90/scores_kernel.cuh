@@ -95,6 +95,7 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
     scores_kernel_sm90(const __grid_constant__ KernelParams params) {
   using Mainloop = Mainloop<T, kHeadDim>;
   constexpr int kConsumers = Mainloop::kConsumers;
+  static_assert(kFirstTurn + kConsumers <= kScoresConsumersMeet);
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<Shared<Mainloop>*>(raw);
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
         } else {
           reduce_blocks<false>(sums, {}, block_size, maxima + warp_row / block_size * key_blocks);
         }
-        cutlass::arch::NamedBarrier::sync(256, 3u);
+        cutlass::arch::NamedBarrier::sync(kConsumers * 128, kScoresConsumersMeet);
         if (owner) {
           const int row_block = walk.document_block + tile * query_blocks;
           for (int m = 0; m < query_blocks && row_block + m < walk.block_end; ++m) {
