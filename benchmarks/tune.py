@@ -178,7 +178,7 @@ def build(candidate: Candidate, folder: Path, objects: list[str]) -> str:
     if spilled or frame:
         fault = f"{spilled} bytes spilled, {frame} of stack"
     elif re.search(r"\(C75\d\d\)|setmaxnreg ignored", text):
-        fault = "wgmma serialised or no setmaxnreg"
+        fault = "wgmma serialized or no setmaxnreg"
     if fault:
         target.unlink()
     return fault

@@ -28,7 +28,8 @@ void check_scale(const char* operation, float scale) {
               std::string(operation) + ": scale: expected a finite value >= 0, got " + std::to_string(scale));
 }
 
-// Hopper's own kernels, where this build and the device have them. LEMO_CUDA_CAPABILITY=80 leaves them out.
+// Whether the sm_90a kernels are used: if both the build and the device have them. LEMO_CUDA_CAPABILITY=80 turns them
+// off.
 bool use_sm90(const lemo_exec& exec) {
 #ifdef LEMO_CUDA_SM90
   return device_info(exec.device_index).capability == 90;
@@ -55,8 +56,8 @@ struct BackwardWorkspace {
 
 BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args, void* base) {
   const int64_t heads = args.q.shape[1], capacity = args.lse.shape[1];
-  // Before the layouts multiply these: the most that any of them keeps for a row of a head, in bytes, with room to
-  // spare, and as many rows as tiles of 128 can have.
+  // Refuses sizes that would overflow before the layouts multiply them: for every row of a head more bytes than any
+  // layout keeps, and as many rows as tiles of 128 can hold.
   const Size rows = Size(capacity) + Size(args.cu_seqlens.shape[0]) * LEMO_TILE_ROWS + list_capacity(args.tiles);
   (rows * heads * (Size(args.q.shape[2]) + 256)).bytes("exec.workspace", 8);
 #ifdef LEMO_CUDA_SM90

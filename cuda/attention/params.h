@@ -1,4 +1,4 @@
-// What the attention kernels are told: plain pointers and element strides.
+// Parameters of the attention kernels, and the functions that launch them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,10 +9,10 @@
 
 namespace lemo::cuda::attention {
 
-// Two-dimensional sparsity, in tiles of 128 packed rows counted from the start of each document: what a tile visits
-// besides its own diagonal. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
+// Two-dimensional sparsity, in tiles of 128 packed rows counted from the start of each document: the tiles that a tile
+// visits in addition to the diagonal one. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
 struct TileLists {
-  const int32_t* offsets;  // [slots + 1]; null: every tile visits every other it may see
+  const int32_t* offsets;  // [slots + 1]; null: every tile visits all that causality allows
   const int32_t* tiles;    // tile numbers within the document
 };
 
@@ -27,7 +27,7 @@ struct ForwardParams {
   int32_t group;  // query heads per key head
   int32_t head_dim;
   float scale;
-  int* counter;  // workspace of the Hopper kernel
+  int* counter;  // workspace of the sm_90a kernel
 };
 
 struct BackwardParams {
@@ -42,9 +42,9 @@ struct BackwardParams {
   int32_t group;
   float scale;
   float* delta;     // workspace [heads, capacity]: dout . out
-  float* dq_float;  // workspace [capacity, heads, head_dim], or null: dq comes from its own kernel
+  float* dq_float;  // workspace [capacity, heads, head_dim], or null: a separate kernel computes dq
 
-  // Of the Hopper kernels, which need neither delta nor dq_float.
+  // For the sm_90a kernels, which need neither delta nor dq_float.
   TileLists lists;        // transposed: the query tiles of each key tile
   int64_t list_capacity;  // entries that lists.tiles has room for
   int64_t storage_rows;   // extent of dout, q, k, v and out

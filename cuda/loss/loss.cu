@@ -10,8 +10,8 @@
 namespace lemo::cuda {
 namespace {
 
-constexpr int64_t kLogitsBytes = int64_t{128} << 20;
-constexpr int64_t kRowTile = 128;  // segments are whole tiles of the matrix kernels
+constexpr int64_t kLogitsBytes = int64_t{128} << 20;  // of a segment, unless the caller chooses its rows
+constexpr int64_t kRowTile = 128;                     // segments are whole tiles of the matrix kernels
 
 struct Workspace {
   LossScales* scales;

@@ -25,7 +25,7 @@ void count_valid(cudaStream_t stream, const int64_t* targets, int64_t count, int
 
 struct SoftmaxArgs {
   int32_t dtype;
-  void* logits;  // [rows, stride]; overwritten with scaled gradients where `gradient`, zeros from `classes` on
+  void* logits;  // [rows, stride]; overwritten with scaled gradients if `gradient`, zeros from `classes` on
   int64_t rows, classes, stride;
   const void* bias;  // [classes] or NULL
   const int64_t* targets;

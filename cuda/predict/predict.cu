@@ -35,7 +35,7 @@ Sizes sizes_of(const lemo_predict_args& a) {
 
 struct Workspace {
   float* rstd;       // [T]
-  uint16_t* w1;      // [rq + rk, d]: wq1 above wk1, unless they lie so already
+  uint16_t* w1;      // [rq + rk, d]: wq1 above wk1, unless the caller has them so
   uint16_t* hidden;  // [chunk, rq + rk]: the first layers of both networks side by side
   uint16_t* active;  // [chunk, s]: the second layer of one network
   float* pooled_q;   // [num_blocks, sq]

@@ -1,7 +1,7 @@
 // Choosing blocks on the device, in two or three launches and no host synchronisation:
-//   choose_blocks   one CTA per document: ranks, radix select of the k-th one (ties to the lower block), flags
-//   pack_blocks     one CTA: prefix sums over the kept blocks -> slots, offsets, counts; with one document the CTA that
-//                   chose goes on with it
+//   choose_blocks   one thread block per document: ranks, radix select of the k-th one (ties to the lower block), flags
+//   pack_blocks     one thread block: prefix sums over the kept blocks -> slots, offsets, counts; with one document the
+//                   thread block that chose does this too
 //   write_rows      one warp per block: its tokens -> rows, row_slots
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
@@ -18,7 +18,7 @@ constexpr float kCertain = 0.999f;  // from this probability on SAMPLE always dr
 constexpr int kCached = 2048;       // ranks of a document up to this length stay in shared memory
 constexpr int kItems = 4;           // blocks per thread and step of pack_blocks
 
-// What choose_blocks says of a block.
+// Flags of a block, set by choose_blocks.
 constexpr int32_t kKept = 1;
 constexpr int32_t kWeighted = 2;  // weighs 1 / score rather than 1
 constexpr int32_t kBad = 4;       // its score is invalid
@@ -228,7 +228,7 @@ __device__ void pack(const Problem& p, Shared& storage) {
     p.packed[p.num_blocks] = kept_tokens;
     storage.longest = 0;
   }
-  __syncthreads();  // makes this CTA's writes to `packed` visible to all its threads
+  __syncthreads();  // makes this thread block's writes to `packed` visible to all its threads
   int longest = 0;
   for (int d = threadIdx.x; d <= p.num_documents; d += kThreads) {
     const int start = p.packed[p.documents[d]];

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// One warp per query tile, which looks for it in the list of every key tile before it.
+// One warp per query tile, which searches the list of every earlier key tile for it.
 __global__ void __launch_bounds__(kThreads) backward_ranks_kernel(const __grid_constant__ BackwardKernelParams params) {
   const int slot = static_cast<int>(blockIdx.x * (kThreads / 32) + threadIdx.x / 32);
   if (slot >= params.key_slots) return;

@@ -1,4 +1,4 @@
-// Rows of results from accumulators to device memory.
+// Stores rows of results from accumulators to device memory.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -11,7 +11,7 @@ namespace lemo::cuda::attention::sm90 {
 
 using namespace cuda::sm90;  // common/sm90
 
-// A consumer warp's 16 rows on their way from accumulators to 16-byte stores.
+// A consumer warp's 16 rows, staged between accumulators and 16-byte stores.
 template <int kHeadDim>
 struct StagedRows {
   static constexpr int kPitch = kHeadDim + kPadding;  // in elements: rows of a quarter-warp fall into different banks
@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_staged(StagedRows<kHeadDim>& staged, const
                                              const Out& out, const float (&factor)[2]) {
   constexpr int kPitch = StagedRows<kHeadDim>::kPitch;
   const int lane = thread_index() % 32;
-  // One load serves all rows, and is on its way while they are staged.
+  // One load serves all rows, and is in flight while they are staged.
   const int own_row = row_start + lane % 16;
   const int own = own_row < tile.length ? static_cast<int>(storage_row(documents, tile.start + own_row)) : -1;
   __syncwarp();  // what was staged before has been read

@@ -1,5 +1,5 @@
-// How the Hopper kernels reach [rows, heads, head_dim] tensors through TMA: boxes of kRunRows rows where storage rows
-// are consecutive (packed tensors, blocks of 64 tokens and more), boxes of one row elsewhere.
+// How the sm_90a kernels read [rows, heads, head_dim] tensors through TMA: boxes of kRunRows rows when storage rows are
+// consecutive (packed tensors, blocks of 64 tokens and more), boxes of one row otherwise.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +12,8 @@ namespace lemo::cuda::sm90 {
 
 constexpr int kRunRows = 64;
 
-// Columns of a box: one swizzle span of shared memory, 128 bytes, or 64 where head_dim is no multiple of 64 elements.
+// Columns of a box: one swizzle span of shared memory, which is 128 bytes, or 64 bytes if head_dim is not a multiple of
+// 64.
 template <int kHeadDim>
 constexpr int kBoxColumns = kHeadDim % 64 == 0 ? 64 : 32;
 

@@ -47,8 +47,8 @@ struct Kernel {
       ClusterShape,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
-  // kNN serves products with a long k (the vocabulary) and few output tiles: k is split across CTAs and the partial
-  // sums are added in a fixed order.
+  // kNN serves products with a long k (the vocabulary) and few output tiles: k is split across thread blocks and the
+  // partial sums are added in a fixed order.
   static constexpr bool kSplit = kKind == GemmKind::kNN;
   using Scheduler = std::conditional_t<kSplit, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>;
   using GemmKernel =

@@ -29,7 +29,7 @@ struct Shared {
   typename Mainloop::Shared mainloop;
   unsigned maxima[2][kMostMaxima];  // [query blocks, key blocks] of this tile and of the one before
   EmptyBarrier full, empty;
-  Walk walk;  // on its way from the producer to the consumers
+  Walk walk;  // passed from the producer to the consumers
 };
 
 __device__ __forceinline__ Walk decode(const KernelParams& params, int item) {
@@ -55,7 +55,7 @@ __device__ __forceinline__ Walk decode(const KernelParams& params, int item) {
   walk.length = base.offsets[walk.block_end] - walk.start;
   walk.key_start = unit * kKeys;
   walk.split = rest / kSide;
-  // All units visit the tiles that are `split` modulo splits, so that neighbours meet.
+  // All units visit the tiles that are `split` modulo splits, so that neighbors read the same ones.
   const int diagonal = unit * (kKeys / kQueries);
   walk.first = diagonal + (walk.split + base.splits - diagonal % base.splits) % base.splits;
   walk.tiles = (walk.length + kQueries - 1) / kQueries;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
           for (int m = 0; m < query_blocks && row_block + m < walk.block_end; ++m) {
             unsigned& bits = maxima[m * key_blocks + thread];
             const float value = __uint_as_float(bits) * params.factor;
-            bits = 0;  // nobody else comes here before the next barrier
+            bits = 0;  // no other thread comes here before the next barrier
             column_sum += value;
             if (params.base.map != nullptr) params.base.map[(row_block + m) * params.base.map_stride + column] = value;
           }
