@@ -213,13 +213,12 @@ void softmax_loss(cudaStream_t stream, const SoftmaxArgs& args) {
   check_launch("linear_cross_entropy: softmax");
 }
 
-void sum_columns(cudaStream_t stream, int32_t dtype, const void* gradients, int64_t rows, int64_t classes,
-                 int64_t stride, const LossScales* scales, bool accumulate, float* sums) {
-  dispatch_dtype(dtype, [&](auto type) {
+void sum_columns(cudaStream_t stream, const SoftmaxArgs& args, const LossScales* scales, bool accumulate, float* sums) {
+  dispatch_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(classes, kVector), 128));
-    columns_kernel<T>
-        <<<blocks, 128, 0, stream>>>(static_cast<const T*>(gradients), rows, classes, stride, scales, accumulate, sums);
+    const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(args.classes, kVector), 128));
+    columns_kernel<T><<<blocks, 128, 0, stream>>>(static_cast<const T*>(args.logits), args.rows, args.classes,
+                                                  args.stride, scales, accumulate, sums);
   });
   check_launch("linear_cross_entropy: dbias");
 }

@@ -26,6 +26,20 @@ struct NormParams {
   int64_t m, vectors, d;
 };
 
+// s = s * weight + bias, for vector v of a row.
+template <class T>
+__device__ __forceinline__ void scale_and_shift(const NormParams<T>& p, int64_t v, float (&s)[kVector]) {
+  if (p.weight == nullptr) return;
+  float w[kVector];
+  load_parameter<T>(p.weight, p.weight_float, v, w);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) s[j] *= w[j];
+  if (p.bias == nullptr) return;
+  load_parameter<T>(p.bias, p.weight_float, v, w);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) s[j] += w[j];
+}
+
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormParams<T> p) {
   __shared__ float2 shared[Shape::kThreads / 32];
@@ -100,17 +114,7 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
     to_float<T>(raw[i], s);
 #pragma unroll
     for (float& value : s) value = (value - mean) * rstd;
-    if (p.weight != nullptr) {
-      float w[kVector];
-      load_parameter<T>(p.weight, p.weight_float, v, w);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) s[j] *= w[j];
-      if (p.bias != nullptr) {
-        load_parameter<T>(p.bias, p.weight_float, v, w);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) s[j] += w[j];
-      }
-    }
+    scale_and_shift(p, v, s);
     store_raw(to, v, from_float<T>(s));
   }
 }
