@@ -41,7 +41,9 @@ bool use_sm90(const lemo_exec& exec) {
 
 TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tensor& offsets, const lemo_tensor& tiles) {
   if (present(offsets) && !use_sm90(exec)) {
-    throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": tile_offsets: tile lists need compute capability 9.0");
+    throw Error(LEMO_UNSUPPORTED, std::string(operation) +
+                                      ": tile_offsets: tile lists need a device of compute capability 9.0 and a build "
+                                      "for it; leave out the lists");
   }
   return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
 }

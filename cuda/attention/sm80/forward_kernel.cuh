@@ -173,8 +173,8 @@ template <typename T, int kHeadDim>
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
   constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
-  launch(forward_kernel<T, kHeadDim>, tile_grid(params.documents, Config::kQueries, params.heads), Config::kWarps * 32,
-         kBytes, stream, params);
+  launch("attention_forward", forward_kernel<T, kHeadDim>, tile_grid(params.documents, Config::kQueries, params.heads),
+         Config::kWarps * 32, kBytes, stream, params);
 }
 
 }  // namespace lemo::cuda::attention::sm80

@@ -25,8 +25,8 @@ inline int section_key_heads(int64_t key_slots, int key_heads, int64_t multiproc
   return key_heads;
 }
 
-template <typename T, int kHeadDim>
-void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
+template <int kHeadDim>
+BackwardKernelParams backward_kernel_params(const BackwardParams& params, const BackwardLayout& layout, int32_t dtype) {
   constexpr int kColumns = kBoxColumns<kHeadDim>;
   const Documents& documents = params.documents;
   const auto tensor = [&](const TensorView& view, int heads) {
@@ -54,8 +54,6 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   kernel_params.head_dim = params.head_dim;
   kernel_params.scale = params.scale;
   kernel_params.scale_log2 = params.scale * kLog2E;
-  const BackwardLayout layout = backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads,
-                                                          params.deterministic, params.list_capacity);
   char* workspace = static_cast<char*>(params.workspace);
   kernel_params.dq_sums = reinterpret_cast<float*>(workspace);
   kernel_params.stats = reinterpret_cast<float*>(workspace + layout.stats);
@@ -69,12 +67,20 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   check(cudaGetDevice(&device), "cudaGetDevice");
   kernel_params.section =
       section_key_heads(kernel_params.key_slots, params.key_heads, device_info(device).multiprocessors);
+  return kernel_params;
+}
 
+template <typename T, int kHeadDim>
+void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
+  const Documents& documents = params.documents;
+  const BackwardLayout layout = backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads,
+                                                          params.deterministic, params.list_capacity);
+  const BackwardKernelParams kernel_params = backward_kernel_params<kHeadDim>(params, layout, dtype);
   const dim3 tiles(static_cast<unsigned>(layout.slots * params.heads));
-  launch(backward_stats_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
+  launch("attention_backward", backward_stats_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
   const auto launch_keys = [&](auto weighted, auto listed) {
     constexpr bool kWeighted = decltype(weighted)::value, kListed = decltype(listed)::value;
-    launch(backward_kernel_sm90<T, kHeadDim, kWeighted, kListed>,
+    launch("attention_backward", backward_kernel_sm90<T, kHeadDim, kWeighted, kListed>,
            static_cast<unsigned>(kernel_params.key_slots * params.key_heads), (kBackwardConsumers + 1) * 128,
            static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kListed>::Shared)), stream,
            kernel_params);
@@ -93,7 +99,7 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   } else {
     choose_lists(std::false_type{});
   }
-  launch(backward_dq_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
+  launch("attention_backward", backward_dq_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
 }
 
 }  // namespace lemo::cuda::attention::sm90

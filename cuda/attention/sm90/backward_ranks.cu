@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kThreads) backward_ranks_kernel(const __grid_c
 
 void launch_backward_ranks(const BackwardKernelParams& params, cudaStream_t stream) {
   constexpr int kWarps = kThreads / 32;
-  launch(backward_ranks_kernel, static_cast<unsigned>((params.key_slots + kWarps - 1) / kWarps), kThreads, 0, stream,
-         params);
+  launch("attention_backward", backward_ranks_kernel, static_cast<unsigned>((params.key_slots + kWarps - 1) / kWarps),
+         kThreads, 0, stream, params);
 }
 
 }  // namespace lemo::cuda::attention::sm90

@@ -46,7 +46,7 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const int blocks = std::min(schedule.items, device_info(device).multiprocessors);
-  launch(forward_kernel_sm90<T, kHeadDim, kListed>, blocks, (Mainloop::kConsumers + 1) * 128,
+  launch("attention_forward", forward_kernel_sm90<T, kHeadDim, kListed>, blocks, (Mainloop::kConsumers + 1) * 128,
          static_cast<int>(sizeof(ForwardShared<Mainloop, kHeadDim>)), stream, kernel_params);
 }
 

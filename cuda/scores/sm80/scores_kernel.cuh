@@ -235,7 +235,8 @@ template <typename T, int kHeadDim>
 void run_scores(const Params& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(key_unit_slots(params.block_count, params.document_count, params.block_size)),
                   params.splits);
-  launch(scores_kernel<T, kHeadDim>, grid, kThreads, SharedLayout<kHeadDim>::bytes(params.block_size), stream, params);
+  launch("scores", scores_kernel<T, kHeadDim>, grid, kThreads, SharedLayout<kHeadDim>::bytes(params.block_size), stream,
+         params);
 }
 
 }  // namespace lemo::cuda::scoring::sm80

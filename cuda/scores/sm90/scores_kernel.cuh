@@ -221,7 +221,7 @@ void run_scores(const Params& params, int32_t dtype, cudaStream_t stream) {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const int blocks = std::min(kernel_params.items, device_info(device).multiprocessors);
-  launch(scores_kernel_sm90<T, kHeadDim>, blocks, (kQueries / 64 + 1) * 128,
+  launch("scores", scores_kernel_sm90<T, kHeadDim>, blocks, (kQueries / 64 + 1) * 128,
          static_cast<int>(sizeof(Shared<Mainloop<T, kHeadDim>>)), stream, kernel_params);
 }
 
