@@ -1,5 +1,5 @@
-// What benchmarks/tune.py calls in each of its libraries: one Hopper kernel, packed rows or a row list, bf16.
-// LEMO_TUNE_HEAD_DIM and LEMO_TUNE_PASS (1 forward, 2 backward) choose it.
+// The functions that benchmarks/tune.py calls in each of its libraries: one sm_90a kernel, packed rows or a row list,
+// in bf16. LEMO_TUNE_HEAD_DIM and LEMO_TUNE_PASS (1 forward, 2 backward) choose it.
 #include <cstdio>
 
 #include "attention/params.h"
