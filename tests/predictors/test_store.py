@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lemo.layout import Blocks
+from lemo import storage
+from lemo.engine.layout import Blocks
 from lemo.predictors import CalibrationError, PredictorNetwork, PredictorSet, model_fingerprint
-from lemo.predictors import store as store_module
-from tiny import BLOCK, HIDDEN, LAYERS, build
+from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 
 @pytest.fixture
@@ -86,17 +86,17 @@ def test_failing_save_changes_nothing(tmp_path, predictors, monkeypatch, exists,
     before = tree(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
     if failing == "write":
-        monkeypatch.setattr(store_module, "_flush", lambda path: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(storage, "flush", lambda path: (_ for _ in ()).throw(full))
     else:
-        replace, calls = os.replace, []
+        rename, calls = os.rename, []
 
         def fail(source, target):
             calls.append(source)
             if len(calls) == (2 if failing == "second rename" and exists else 1):
                 raise full
-            replace(source, target)
+            rename(source, target)
 
-        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(CalibrationError, match=r"no space left.*nothing was changed"):
         predictors.save(tmp_path / "c", overwrite=True)
     assert tree(tmp_path) == before
@@ -130,7 +130,7 @@ def test_fingerprint_follows_weights_not_adapters_or_types():
     assert changed["linear"] != plain["linear"]
     assert changed["embeddings_and_norms"] == plain["embeddings_and_norms"]
     with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
+        model.model.norm.weight.mul_(1.5)  # type: ignore[operator]
     assert model_fingerprint(model)["embeddings_and_norms"] != plain["embeddings_and_norms"]
 
 

@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 from lemo import ops
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from lemo.predictors import calibrate, evaluate_recall, format_report
-from lemo.predictors.init import fit_outputs, refit_outputs
+from lemo.predictors.fit import fit_outputs, refit_outputs
 from lemo.predictors.network import PredictorNetwork, informativeness, visible_queries
 from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.teacher import Teacher, documents
 from lemo.predictors.thresholds import search_thresholds
 from lemo.predictors.train import score_loss
-from tiny import BLOCK, HIDDEN, LAYERS, build
+from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 SETTINGS = {"block_size": BLOCK, "steps": 100, "rank": 16, "features": 8, "progress": False, "max_documents": 32}
 
@@ -139,7 +139,7 @@ def test_closed_form_start_fits_what_pooled_activations_determine():
     exact = count * (pooled["k"] @ torch.rand(16, generator=g))
     fit_outputs(network, pooled, exact, blocks)
     with torch.no_grad():
-        network.wq3[1:] = 0
+        network.wq3[1:] = 0  # type: ignore[operator]
         y = {side: pooled[side] @ getattr(network, f"w{side}3").T for side in "qk"}
     torch.testing.assert_close(informativeness(y["q"], y["k"], blocks, False), exact, rtol=0.03, atol=0.03)
 
@@ -167,7 +167,7 @@ def test_refit_brings_back_what_pruning_changed():
     g = torch.Generator().manual_seed(6)
     network = PredictorNetwork(HIDDEN, 24, 4, generator=g)
     blocks = Blocks.from_lengths([20 * BLOCK], BLOCK)
-    z = network.normalise(torch.randn(blocks.num_tokens, HIDDEN, generator=g))
+    z = network.apply_norm(torch.randn(blocks.num_tokens, HIDDEN, generator=g))
 
     def pooled():
         return {side: network.pool_block(network.hidden(z, side)[1], blocks).detach() for side in "qk"}
@@ -192,7 +192,7 @@ def test_pruning_units_that_never_fire_keeps_the_function_and_the_optimizer_stat
     states = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in network.named_parameters()}
     activity = Activity()
     for side in "qk":
-        activity.observe(side, *network.hidden(network.normalise(x), side))
+        activity.observe(side, *network.hidden(network.apply_norm(x), side))
     (kept,) = choose_units([activity], 0.4)
     assert kept["q", 1].tolist() == list(range(8))
     assert kept["q", 2].tolist() == list(range(0, 16, 2))

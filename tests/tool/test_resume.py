@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lemo.checkpoint import MANIFEST, CheckpointError, Checkpoints, content_digest, locked, read_manifest
 from lemo.cli import main
-from lemo.plots import summary
 from lemo.predictors import CalibrationError, PredictorSet
-from lemo.run_folder import check_complete, continue_run, run_checkpoints, run_settings, saved_settings, start_run
-from lemo.run_log import RunLog, read_log
-from lemo.settings import FinetuneSettings
+from lemo.storage import content_digest
+from lemo.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, locked, read_manifest
+from lemo.training.plots import summary
+from lemo.training.run_folder import (
+    check_complete,
+    continue_run,
+    run_checkpoints,
+    run_settings,
+    saved_settings,
+    start_run,
+)
+from lemo.training.run_log import RunLog, read_log
+from lemo.training.settings import FinetuneSettings
 
 SIZES = "--context 64 --block-size 8 --steps 4 --batch 1 --warmup 2 --lr 1e-2"
 OPTIONS = [*SIZES.split(" "), "--save-every", "2", "--quiet"]
-NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+NEEDED: tuple[str, ...] = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 NEEDED += ("rng_state.pth", "trainer_state.json")
 
 
@@ -172,13 +180,13 @@ def test_another_split_of_the_same_data(
     model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another version of lemo might hold other documents out."""
-    import lemo.finetune
+    import lemo.training.finetune
 
-    out, real = tmp_path / "run", lemo.finetune.split_held_out
+    out, real = tmp_path / "run", lemo.training.finetune.split_held_out  # type: ignore[attr-defined]
     command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--dense", "--held-out", "0.2"]
     assert main([*command, "--out", str(out), *OPTIONS]) == 0
     monkeypatch.setattr(
-        lemo.finetune, "split_held_out", lambda d, fraction, seed, *_, **__: real(d, fraction, seed + 1)
+        lemo.training.finetune, "split_held_out", lambda d, fraction, seed, *_, **__: real(d, fraction, seed + 1)
     )
     shutil.rmtree(out / "adapter")
     assert resume(out) == 2
@@ -255,7 +263,7 @@ def test_a_manifest_that_leaves_a_part_out(
     assert resume(out) == 0 and adapter_of(out) == whole
     said = capsys.readouterr().err
     assert "not used" in said and (f"lists no {missing}" if digest == "new" else "its own digest differs") in said
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
 
 
 def test_other_versions_are_said_and_recorded(stopped: Setting, whole: bytes, monkeypatch, capsys) -> None:
@@ -302,7 +310,7 @@ def test_odd_names_of_folders(stopped: Setting, whole: bytes, capsys) -> None:
     said = capsys.readouterr().err
     for name in odd:
         assert f"{name}: " in said
-    assert "checkpoint-3: written at step 2" in said and "going on from step 2" in said
+    assert "checkpoint-3: written at step 2" in said and "resuming from step 2" in said
     left = {p.name for p in out.glob("checkpoint-*")}
     assert left == {*odd, "checkpoint-4"} - {"checkpoint-3"}
     assert main(["info", str(out)]) == 0
@@ -355,14 +363,15 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
         """
         import os, signal, sys
         from pathlib import Path
-        import lemo.checkpoint as c
-        from lemo.run_folder import start_run
+        import lemo.storage
+        from lemo.training.checkpoint import locked
+        from lemo.training.run_folder import start_run
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[2] == "written":
-            c._fsync = die
+            lemo.storage.flush = die
         else:
             os.replace = die
-        with c.locked(Path(sys.argv[1])):
+        with locked(Path(sys.argv[1])):
             start_run(Path(sys.argv[1]), {"settings": {}})
         """
     )
@@ -379,9 +388,9 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
 
 
 def test_the_lock_is_held_until_the_adapter_is_there(original: Setting, tmp_path: Path, monkeypatch) -> None:
-    import lemo.finetune
+    import lemo.training.finetune
 
-    real, tried = lemo.finetune.write_folder, []
+    real, tried = lemo.training.finetune.write_folder, []  # type: ignore[attr-defined]
 
     def write_folder(target: Path, *args: Any, **kwargs: Any) -> None:
         if target.name == "adapter":
@@ -390,7 +399,7 @@ def test_the_lock_is_held_until_the_adapter_is_there(original: Setting, tmp_path
             tried.append(target)
         real(target, *args, **kwargs)
 
-    monkeypatch.setattr(lemo.finetune, "write_folder", write_folder)
+    monkeypatch.setattr(lemo.training.finetune, "write_folder", write_folder)
     out = tmp_path / "run"
     command = ["finetune", "--model", str(original.model), "--data", str(original.text), "--dense"]
     assert main([*command, "--out", str(out), *OPTIONS]) == 0

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 
 WEIGHT_NAMES = ("wq1", "wq2", "wq3", "wk1", "wk2", "wk3")
 NORMS = ("rms", "layer")
@@ -93,7 +93,7 @@ class PredictorNetwork(nn.Module):
             w1 = w1 - w1.mean(1, keepdim=True)
         return w1, w2, w3
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def apply_norm(self, x: Tensor) -> Tensor:
         """z [T, d] float32 of residual rows x [T, d]."""
         x = x.float()
         if self.norm == "rms":
@@ -108,7 +108,7 @@ class PredictorNetwork(nn.Module):
 
     def forward(self, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Query and key vectors [nb, c] float32 of every block, from residual rows x [T, d]."""
-        z = self.normalise(x)
+        z = self.apply_norm(x)
         queries, keys = (self.pooled(self.hidden(z, side)[1], blocks, side) for side in "qk")
         return queries, keys
 
