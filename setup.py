@@ -51,6 +51,7 @@ class CMakeBuild(build_ext):
         names = ("LEMO_CUDA", "LEMO_CUDA_ARCHITECTURES", "LEMO_CUTLASS_DIR")
         settings |= {name: os.environ[name] for name in names if name in os.environ}
         configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *(f"-D{k}={v}" for k, v in settings.items())]
+        configure += ["-U_Python_*", "-UPYTHON_*", "-Upybind11_DIR"]  # what a kept folder knows of another Python
         if shutil.which("ninja") and not (folder / "Makefile").exists():
             configure += ["-G", "Ninja"]
         jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
