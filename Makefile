@@ -1,4 +1,5 @@
 # make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 5 minutes on 2 cores)
+# make docs    the documentation as a site, in build/site (a minute; downloads mkdocs)
 # make test    everything the project checks: lint, types, CUDA compilation, build, tests
 # make minimum the lowest versions of transformers and PEFT that pyproject.toml declares (2 minutes; downloads them)
 # make wheels  a CPU wheel and, if there is nvcc, a CUDA wheel with every kernel (slow to compile), in dist/
@@ -86,6 +87,15 @@ $(VENV)/.dev: $(VENV)/.tools $(SOURCES)
 	@touch $@ $(VENV)/.demo
 
 setup build: $(VENV)/.dev
+
+# ---- documentation ----------------------------------------------------------------------------------------------------
+# A warning is an error: links and anchors that lead nowhere, pages outside of the navigation, unknown names in the API.
+# Reads sources only, so lemo need not be built for it.
+.PHONY: docs
+docs: $(BIN)/python
+	@$(BIN)/python -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(PIP) --requirement /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 lint: $(VENV)/.dev
