@@ -3,7 +3,7 @@ and include/ as `cmake --install` makes them, for C and C++ programs that link t
 
 Environment: LEMO_CUDA=AUTO|ON|OFF (default AUTO: on where nvcc and the CUTLASS headers are found),
 LEMO_CUDA_ARCHITECTURES="90a;80", LEMO_CUTLASS_DIR, LEMO_BUILD_DIR (kept between builds), MAX_JOBS, CMAKE_ARGS;
-LEMO_VERSION_LABEL=cu130 makes the version 0.1.0 into 0.1.0+cu130.
+LEMO_VERSION_LABEL=cu130 appends +cu130 to the version.
 """
 
 import os
