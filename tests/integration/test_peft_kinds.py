@@ -15,7 +15,7 @@ DENSE = lemo.LemoConfig(block_size=8, phases=[lemo.Phase("dense")])
 
 # Without an initialisation that makes gradients zero, where the kind can do that.
 RANDOM = {"init_weights": False}
-WORKS = {
+WORKS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"target_modules": TARGETS, "init_lora_weights": False},
     "DoRA": {"kind": "LoraConfig", "target_modules": TARGETS, "init_lora_weights": False, "use_dora": True},
     "embedding and head": {
