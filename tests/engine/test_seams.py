@@ -5,7 +5,7 @@ import types
 
 import lemo
 import lemo.engine.policies
-import lemo.engine.stack
+import lemo.engine.step
 import pytest
 import torch
 from lemo.engine.families import UnsupportedModelError
@@ -32,7 +32,7 @@ def chosen(monkeypatch):
 
 @pytest.fixture(params=[8192, 16], ids=["whole", "pieces"])
 def mlp_rows(request, monkeypatch):
-    monkeypatch.setattr(lemo.engine.stack, "MLP_ROWS", request.param)
+    monkeypatch.setattr(lemo.engine.step, "MLP_ROWS", request.param)
 
 
 def settings(recompute="none", block=BLOCK, **phase):

@@ -12,7 +12,7 @@ import torch
 from lemo.engine import families
 from lemo.engine.config import LemoConfig, Phase
 from lemo.engine.families.base import ModelShape
-from lemo.engine.stack import MLP_ROWS
+from lemo.engine.step import MLP_ROWS
 from lemo.engine.wrappers import base_model
 
 # Workspace of the segmented loss.

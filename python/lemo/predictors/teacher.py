@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo import ops
+from lemo.engine.attend import Attention
 from lemo.engine.checks import check_modules
 from lemo.engine.families import NormWeights, find
+from lemo.engine.forward import forward
 from lemo.engine.layout import Blocks, Kept, select
-from lemo.engine.stack import Step, forward
+from lemo.engine.step import Autocast, Step
 
 # consume(layer, x [T, d], exact scores float32 [nb], blocks)
 Consumer = Callable[[int, Tensor, Tensor, Blocks], None]
@@ -94,16 +96,12 @@ class Teacher:
                 family=self.family,
                 layers=self.layers,
                 blocks=blocks,
-                tables=self.family.tables(self.decoder, x, blocks.positions),
+                attention=Attention(self.family, self.family.tables(self.decoder, x, blocks.positions)),
                 mode="skip",
                 recompute="full",
-                weighted=False,
-                deterministic=False,
                 random=False,
                 choose=choose,
-                observe=None,
-                borrowed=False,
-                autocast=(x.device.type, x.dtype, False),
+                autocast=Autocast(x.device.type, x.dtype, False),
             )
             forward(step, x.clone())
 

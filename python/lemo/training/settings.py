@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, default_phases
+from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, RecomputeSetting, default_phases
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FinetuneSettings:
     policy: str | None = None
     calibration: str | None = None
     block_size: int = 64
-    recompute: str = "full"
+    recompute: RecomputeSetting = "full"
     lr: float = 2e-4
     lr_schedule: str = "constant"
     warmup: int = 20
