@@ -290,15 +290,19 @@ class LigerSwiGLUMLP(MLP):
 """
 
 
-@pytest.mark.parametrize("how", ["class", "instance"])
-def test_ligers_equivalents_stay(how):
+@pytest.mark.parametrize(
+    ("family", "how"), [("llama", "class"), ("llama", "instance"), ("mistral", "class"), ("qwen2", "class")]
+)
+def test_ligers_equivalents_stay(family, how):
     """Classes and forward methods that say they are Liger's: on the modules' class or on instances."""
     space: dict[str, Any] = {"__name__": "liger_kernel.transformers.equivalents", "silu": nn.functional.silu}
-    space |= {"Norm": modeling_llama.LlamaRMSNorm, "MLP": modeling_llama.LlamaMLP}
+    model, inputs = lora(base(family), LINEARS[family]).train(), batch("plain")
+    layer = model.get_base_model().model.layers[0]
+    kinds = {type(layer.input_layernorm): "LigerRMSNorm", type(layer.mlp): "LigerSwiGLUMLP"}
+    space |= dict(zip(("Norm", "MLP"), kinds, strict=True))
     exec(LIGER, space)
-    model, inputs = lora(base("llama"), LINEARS["llama"]).train(), batch("plain")
     for m in list(model.modules()):
-        name = {modeling_llama.LlamaRMSNorm: "LigerRMSNorm", modeling_llama.LlamaMLP: "LigerSwiGLUMLP"}.get(type(m))
+        name = kinds.get(type(m))
         if name and how == "instance":
             m.forward = space[name].forward.__get__(m)
         elif name:

@@ -24,7 +24,8 @@ class Int8(nn.Linear):
         scale = linear.weight.detach().abs().amax(1) / 127
         stored = (linear.weight.detach() / scale[:, None]).round().to(torch.int8).t().contiguous()
         self.weight = nn.Parameter(stored, requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        bias = linear.bias
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
         self.register_buffer("scale", scale)
 
     def dense(self, stored):

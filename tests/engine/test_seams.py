@@ -23,7 +23,7 @@ BLOCK = 8
 def chosen(monkeypatch):
     """Every kept list as it was chosen."""
     lists: list[Kept] = []
-    original = lemo.engine.policies.select
+    original = lemo.engine.policies.select  # type: ignore[attr-defined]
     monkeypatch.setattr(
         lemo.engine.policies, "select", lambda *args, **kwargs: lists.append(original(*args, **kwargs)) or lists[-1]
     )
@@ -117,7 +117,7 @@ def test_the_expected_gradient_of_a_weighted_draw_is_the_dense_one(toy, monkeypa
     lemo.remove(model)
     lemo.apply(model, settings("attention", block=4, mode="backward", weighted=True))
     plan: list[tuple[bool, ...]] = []
-    original = lemo.engine.policies.select
+    original = lemo.engine.policies.select  # type: ignore[attr-defined]
 
     def select(scores, blocks, **_):
         drawn = torch.tensor(plan.pop(0))

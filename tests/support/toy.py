@@ -55,7 +55,7 @@ def mixture(logits: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     chosen = F.one_hot(p.argmax(-1), EXPERTS).to(p)
     weights = (p * chosen).to(logits.dtype)
     y = sum(weights[..., i : i + 1] * output for i, output in enumerate(outputs))
-    return y, torch.cat((p, chosen, torch.ones_like(p[..., :1])), -1)  # type: ignore[return-value]
+    return y, torch.cat((p, chosen, torch.ones_like(p[..., :1])), -1)
 
 
 def balance(sums: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ class Toy(Llama):
         return type(lm) is ToyForCausalLM
 
     @property
-    def outer_modules(self) -> Mapping[str, Classes]:  # type: ignore[override]
+    def outer_modules(self) -> Mapping[str, Classes]:
         return {**super().outer_modules, "model.norm": ((__name__, "ToyRMSNorm"),)}
 
     @property
-    def layer_modules(self) -> Mapping[str, Classes]:  # type: ignore[override]
+    def layer_modules(self) -> Mapping[str, Classes]:
         norm: Classes = ((__name__, "ToyRMSNorm"),)
         own = {"mlp": ((__name__, "ToyMoE"),), "input_layernorm": norm, "post_attention_layernorm": norm}
         return {**super().layer_modules, **own}

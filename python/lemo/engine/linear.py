@@ -101,9 +101,10 @@ def _class(module: Any) -> str:
 
 
 def _four_bit(linear: Any) -> Form | None:
-    """Of bitsandbytes: weights are quantised when the module moves to its device; until then the module is called."""
+    """Of bitsandbytes: weights are quantised when the module moves to its device; until then the module is called, and
+    so it is if they were repacked for inference on a CPU."""
     state = getattr(linear.weight, "quant_state", None)
-    if state is None:
+    if state is None or getattr(state, "packing_format_for_cpu", False):
         return None
     from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found, unused-ignore]
 
