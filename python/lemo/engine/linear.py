@@ -2,7 +2,7 @@
 
 The cheap path covers frozen `nn.Linear` weights, frozen 4-bit weights of bitsandbytes, and PEFT's plain LoRA over them:
 one active adapter, no dropout, no variant (DoRA and others). Adapters stay in their own dtype (fp32 over a bf16 base);
-products run in the dtype of the input, adapter gradients accumulate in fp32. Everything else - other quantised bases,
+products run in the dtype of the input, adapter gradients accumulate in fp32. Everything else - other quantized bases,
 LoRA dropout, DoRA, other adapter kinds, trainable base weights - calls the module: correct, at the module's own memory
 cost.
 """
@@ -23,9 +23,9 @@ from lemo.ops._schema import first_order
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """How a quantised weight is stored: what makes the dense one [o, d] of it, in a floating dtype; width o."""
+    """How a quantized weight is stored: what makes the dense one [o, d] of it, in a floating dtype; width o."""
 
-    dequantise: Callable[[Tensor], Tensor]
+    dequantize: Callable[[Tensor], Tensor]
     width: int
 
 
@@ -57,7 +57,7 @@ def _dense(stored: Tensor, form: Form | None) -> Tensor:
     if form is None:
         return stored
     with torch.no_grad():
-        return form.dequantise(stored)
+        return form.dequantize(stored)
 
 
 # --- which modules the cheap path covers ------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def ordinary(module: nn.Module, *kinds: str) -> bool:
-    """Whether a module is of one of these very classes (full names), without hooks or a forward method of its own."""
+    """Whether a module is of one of these very classes (full names), without hooks or a replaced forward method."""
     return _class(module) in kinds and not hooked(module)
 
 
@@ -101,7 +101,7 @@ def _class(module: Any) -> str:
 
 
 def _four_bit(linear: Any) -> Form | None:
-    """Of bitsandbytes: weights are quantised when the module moves to its device; until then the module is called, and
+    """Of bitsandbytes: weights are quantized when the module moves to its device; until then the module is called, and
     so it is if they were repacked for inference on a CPU."""
     state = getattr(linear.weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
@@ -113,7 +113,7 @@ def _four_bit(linear: Any) -> Form | None:
 
 # Linear layers that store their weight in another form, by the class's full name; None for one that cannot be read yet.
 # A class added here takes the cheap path.
-QUANTISED: dict[str, Callable[[Any], Form | None]] = {"bitsandbytes.nn.modules.Linear4bit": _four_bit}
+QUANTIZED: dict[str, Callable[[Any], Form | None]] = {"bitsandbytes.nn.modules.Linear4bit": _four_bit}
 # PEFT's plain LoRA around them.
 _LORA = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
 
@@ -124,7 +124,7 @@ def _base(linear: Any, trainable: bool) -> Projection | None:
         return None
     if type(linear) is nn.Linear:
         return Projection(linear.weight, linear.bias)
-    kind = QUANTISED.get(_class(linear))
+    kind = QUANTIZED.get(_class(linear))
     form = None if kind is None or not _frozen(linear) else kind(linear)
     return None if form is None else Projection(linear.weight, linear.bias, form=form)
 
@@ -158,7 +158,7 @@ def projection(module: Any, *, trainable: bool = False) -> Projection | None:
 
 
 def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y accumulated and returned in fp32, without fp32 copies of the factors where the backend can."""
+    """x @ y accumulated and returned in fp32, without fp32 copies of the factors if the backend can."""
     if x.dtype == torch.float32:
         return x @ y
     if x.is_cuda:
@@ -174,7 +174,7 @@ class LinearGroup(Function):
 
     Arguments: h, scale and form of every projection, want_output, then weight, bias, a, b of every projection. Saves h
     once, if any projection has an adapter that trains, and the [M, r] products h a^T; frozen weights get no gradient. A
-    quantised weight is saved as it is stored, and made dense again in the backward pass. With want_output False the
+    quantized weight is saved as it is stored, and made dense again in the backward pass. With want_output False the
     outputs are zeros without memory of their own: recomputation needs the graph, not always the last product.
     """
 

@@ -69,7 +69,7 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_of(value)
 
 
-def _quantised(model: Any) -> bool:
+def _quantized(model: Any) -> bool:
     return any(p.dim() > 1 and not p.is_floating_point() for p in base_model(model).parameters())
 
 
@@ -129,7 +129,7 @@ def _weights(shape: LayerShape, stored: int | None) -> int:
     return base + 16 * adapters
 
 
-def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: str, quantised: bool) -> int:
+def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: str, quantized: bool) -> int:
     d, q, kv, f, e = (
         shape.hidden,
         shape.heads * shape.head_dim,
@@ -146,7 +146,7 @@ def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: st
     if mode == "backward":
         exact = e * tokens * (2 * d + 2 * q + 2 * kv) + e * min(tokens, MLP_ROWS) * (3 * f + 2 * d)
         layer = max(layer, exact)
-    if quantised:  # one weight at a time is made dense
+    if quantized:  # one weight at a time is made dense
         layer += e * max(a * b for a, b in shape.projections.values())
     return stream + max(layer, _LOSS_BYTES + e * tokens * d)
 
@@ -178,7 +178,7 @@ def estimate(
     """Memory of every phase of a fine-tuning run. What the largest phase needs decides what fits.
 
     model: a transformers configuration, whose weights then count `element` bytes each, or the model itself, whose
-    weights count as they are stored (far less if they are quantised); batch documents of `context` tokens each;
+    weights count as they are stored (far less if they are quantized); batch documents of `context` tokens each;
     element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
     except in weighted phases, where the number of kept blocks varies and three standard deviations are added; `working`
     is an estimate. Raises UnsupportedModelError for a model that lemo does not know, or whose attention has a window
@@ -195,7 +195,7 @@ def estimate(
     layers, tokens = shape.layers, batch * context
     eliminating = layers if config.layers is None else len(set(config.layers))
     weights = _weights(shape, stored_bytes(model) if loaded else None)
-    quantised = loaded and _quantised(model)
+    quantized = loaded and _quantized(model)
     phases: list[dict[str, Any]] = []
     for phase in config.phases or ():
         rows = _kept_rows(phase, config.block_size, tokens)
@@ -211,19 +211,10 @@ def estimate(
         total = eliminating * saved(rows, everything=rows == tokens)
         total += (layers - eliminating) * saved(tokens, everything=True)
         largest = rows if eliminating == layers else tokens
-        working = _working(shape, tokens, largest, phase.mode, recompute, quantised)
+        working = _working(shape, tokens, largest, phase.mode, recompute, quantized)
         if config.return_logits:  # they and their gradient, and both in fp32 for the loss
             working += 2 * (element + 4) * tokens * shape.vocab
-        phases.append(
-            {
-                "mode": phase.mode,
-                "keep": 1.0 if phase.keep is None else phase.keep,
-                "weights": weights,
-                "saved": total,
-                "working": working,
-                "peak": weights + total + working,
-            }
-        )
+        phases.append(_row(phase, weights, total, working))
     return Estimate(tokens=tokens, recompute=recompute, phases=phases, peak=max(p["peak"] for p in phases))
 
 
@@ -233,3 +224,14 @@ def _kept_rows(phase: Phase, block_size: int, tokens: int) -> int:
     if phase.weighted:  # independent draws: three standard deviations of their number above its mean
         rows += 3.0 * block_size * (tokens / block_size * keep * (1.0 - keep)) ** 0.5
     return min(tokens, round(rows))
+
+
+def _row(phase: Phase, weights: int, saved: int, working: int) -> dict[str, Any]:
+    return {
+        "mode": phase.mode,
+        "keep": 1.0 if phase.keep is None else phase.keep,
+        "weights": weights,
+        "saved": saved,
+        "working": working,
+        "peak": weights + saved + working,
+    }

@@ -1,7 +1,7 @@
 """The interface of a model family: pre-norm decoder layers of attention and MLP around one residual stream.
 
 A family owns every fact about its models: sizes, names of modules and settings, norms, biases, soft-cap, window, scale.
-Nothing outside this package asks for a model's type. docs/architecture.md has the steps that add a family.
+Nothing outside this package asks for a model's type. CONTRIBUTING.md has the steps that add a family.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class NormWeights:
     def operands(self) -> tuple[Tensor | None, Tensor | None]:
         """Factor and bias as the operators read them: contiguous, offset included. The parameters may be strided.
 
-        The gradient of the factor is the weight's: differentiable where gradients are on.
+        The gradient of the factor is the weight's: differentiable if gradients are on.
         """
         weight, bias = self.weight, self.bias
         if weight is not None and self.offset:

@@ -1,4 +1,4 @@
-"""Quantised bases: weights are made dense where they are used, again in the backward pass, and never kept."""
+"""Quantized bases: weights are made dense as they are used, again in the backward pass, and never kept."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ class Int8(nn.Linear):
         return F.linear(x, self.dense(self.weight), self.bias)
 
 
-def quantise(model, names):
+def quantize(model, names):
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if type(child) is nn.Linear and name in names:
@@ -51,7 +51,7 @@ def known(monkeypatch):
     def form(linear):
         return Form(lambda stored: calls.append(linear) or linear.dense(stored), linear.out_features)
 
-    monkeypatch.setitem(lemo.engine.linear.QUANTISED, f"{Int8.__module__}.Int8", form)
+    monkeypatch.setitem(lemo.engine.linear.QUANTIZED, f"{Int8.__module__}.Int8", form)
     return calls
 
 
@@ -62,7 +62,7 @@ def settings(recompute="none", mode="dense", **options):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_plain_training(family, recompute, known):
-    model = lora(quantise(base(family), [*LINEARS[family], "lm_head"]), LINEARS[family]).train()
+    model = lora(quantize(base(family), [*LINEARS[family], "lm_head"]), LINEARS[family]).train()
     inputs = batch("right")
     loss, expected = gradients(model, inputs)
     assert not known
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_plain_training(family, recompute, known):
 
 
 def test_an_unknown_kind_is_called_as_a_module():
-    model = lora(quantise(base("llama"), LINEARS["llama"]), LINEARS["llama"]).train()
+    model = lora(quantize(base("llama"), LINEARS["llama"]), LINEARS["llama"]).train()
     assert projection(model.get_base_model().model.layers[0].mlp.up_proj) is None
     inputs = batch("right")
     _, expected = gradients(model, inputs)
@@ -98,7 +98,7 @@ def test_what_a_step_saves_is_what_a_dense_base_saves(mode, known, monkeypatch):
 
     monkeypatch.setattr(lemo.engine.stack, "forward", spy)
     sizes = []
-    for change in (lambda m: m, lambda m: quantise(m, LINEARS["llama"])):
+    for change in (lambda m: m, lambda m: quantize(m, LINEARS["llama"])):
         model = lora(change(base("llama")), LINEARS["llama"]).train()
         own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         lemo.apply(model, settings(mode=mode, keep=0.5, policy="random"))
@@ -110,7 +110,7 @@ def test_what_a_step_saves_is_what_a_dense_base_saves(mode, known, monkeypatch):
 
 
 def test_memory_counts_weights_as_they_are_stored():
-    plain, small = base("llama"), quantise(base("llama"), LINEARS["llama"])
+    plain, small = base("llama"), quantize(base("llama"), LINEARS["llama"])
     shape = layer_shape(plain.config, element=4)
     layers = 3 * sum(a * b for a, b in shape.projections.values())
     outputs = 3 * sum(b for _, b in shape.projections.values())
