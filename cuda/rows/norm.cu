@@ -26,6 +26,49 @@ struct NormParams {
   int64_t m, vectors, d;
 };
 
+// s = s * weight + bias, for vector v of a row.
+template <class T>
+__device__ __forceinline__ void scale_and_shift(const NormParams<T>& p, int64_t v, float (&s)[kVector]) {
+  if (p.weight == nullptr) return;
+  float w[kVector];
+  load_parameter<T>(p.weight, p.weight_float, v, w);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) s[j] *= w[j];
+  if (p.bias == nullptr) return;
+  load_parameter<T>(p.bias, p.weight_float, v, w);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) s[j] += w[j];
+}
+
+// Adds the residual to a row. The norm then sees the rounded sum, which is what the backward pass is given.
+template <class T, class Shape>
+__device__ __forceinline__ void add_residual(const NormParams<T>& p, int64_t row, int lane,
+                                             uint4 (&raw)[Shape::kVectors]) {
+  const T* add = p.residual + row * p.residual_stride;
+#pragma unroll
+  for (int i = 0; i < Shape::kVectors; ++i) {
+    const int64_t v = lane + i * Shape::kThreads;
+    if (v >= p.vectors) continue;
+    float s[kVector], r[kVector];
+    to_float<T>(raw[i], s);
+    to_float<T>(load_raw(add, v), r);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) s[j] += r[j];
+    raw[i] = from_float<T>(s);
+  }
+}
+
+template <class T, class Shape>
+__device__ __forceinline__ void store_packed(const NormParams<T>& p, int64_t row, int lane,
+                                             const uint4 (&raw)[Shape::kVectors]) {
+  T* to = p.packed + row * p.packed_stride;
+#pragma unroll
+  for (int i = 0; i < Shape::kVectors; ++i) {
+    const int64_t v = lane + i * Shape::kThreads;
+    if (v < p.vectors) store_raw(to, v, raw[i]);
+  }
+}
+
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormParams<T> p) {
   __shared__ float2 shared[Shape::kThreads / 32];
@@ -41,28 +84,8 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
     const int64_t v = lane + i * Shape::kThreads;
     raw[i] = source >= 0 && v < p.vectors ? load_raw(from, v) : uint4{0, 0, 0, 0};
   }
-  if (p.residual != nullptr) {
-    const T* add = p.residual + row * p.residual_stride;
-#pragma unroll
-    for (int i = 0; i < Shape::kVectors; ++i) {
-      const int64_t v = lane + i * Shape::kThreads;
-      if (v >= p.vectors) continue;
-      float s[kVector], r[kVector];
-      to_float<T>(raw[i], s);
-      to_float<T>(load_raw(add, v), r);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) s[j] += r[j];
-      raw[i] = from_float<T>(s);  // the norm sees the rounded sum, which is what the backward pass is given
-    }
-  }
-  if (p.packed != nullptr) {
-    T* to = p.packed + row * p.packed_stride;
-#pragma unroll
-    for (int i = 0; i < Shape::kVectors; ++i) {
-      const int64_t v = lane + i * Shape::kThreads;
-      if (v < p.vectors) store_raw(to, v, raw[i]);
-    }
-  }
+  if (p.residual != nullptr) add_residual<T, Shape>(p, row, lane, raw);
+  if (p.packed != nullptr) store_packed<T, Shape>(p, row, lane, raw);
 
   float mean = 0.0f;
   if (p.layer) {
@@ -100,17 +123,7 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
     to_float<T>(raw[i], s);
 #pragma unroll
     for (float& value : s) value = (value - mean) * rstd;
-    if (p.weight != nullptr) {
-      float w[kVector];
-      load_parameter<T>(p.weight, p.weight_float, v, w);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) s[j] *= w[j];
-      if (p.bias != nullptr) {
-        load_parameter<T>(p.bias, p.weight_float, v, w);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) s[j] += w[j];
-      }
-    }
+    scale_and_shift(p, v, s);
     store_raw(to, v, from_float<T>(s));
   }
 }
