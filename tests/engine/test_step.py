@@ -247,7 +247,9 @@ def test_saved_rows_may_leave_the_device_meanwhile(phase, recompute, monkeypatch
     model = adapted()
     expected = run(model, settings(phase, recompute))
     put, pop = Records.put, Records.pop
-    order, originals, host = [], [], {}
+    order: list[tuple[int, str]] = []
+    originals: list[weakref.ref[torch.Tensor]] = []
+    host: dict = {}
 
     def to_host(records, record):
         order.append((record.layer, record.part))
