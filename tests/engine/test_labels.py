@@ -4,7 +4,7 @@ import lemo
 import lemo.engine.policies
 import pytest
 import torch
-from models import VOCAB, gradients, tuned
+from support.models import VOCAB, gradients, tuned
 
 BLOCK, TOKENS = 8, 96
 

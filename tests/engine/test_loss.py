@@ -9,7 +9,7 @@ import torch
 import transformers
 from lemo.engine.layout import Blocks, Kept
 from lemo.engine.participation import Participation
-from models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from support.models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 MODES = [
     lemo.Phase("dense"),

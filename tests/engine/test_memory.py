@@ -5,7 +5,7 @@ import lemo.engine.stack
 import pytest
 import torch
 from lemo.engine.memory import layer_shape, saved_bytes
-from models import ATTENTION, LINEARS, base, lora
+from support.models import ATTENTION, LINEARS, base, lora
 
 BLOCK, CONTEXT, LAYERS = 8, 128, 3
 
@@ -28,7 +28,8 @@ def count(model, settings, monkeypatch):
 
     Storages that died in the forward pass are not saved; parameters and what belongs to the step are not the layers'.
     """
-    packs, records = [], []
+    packs: list[torch.Tensor] = []
+    records: list[lemo.engine.stack.Record] = []
     original = lemo.engine.stack.forward
 
     def spy(step, x):

@@ -3,10 +3,10 @@
 import lemo
 import lemo.engine.policies
 import pytest
-import reference
 import torch
 from lemo.engine.layout import Kept
-from models import LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
+from support import reference
+from support.models import LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
 
 BLOCK = 8
 
@@ -15,7 +15,7 @@ BLOCK = 8
 def chosen(monkeypatch):
     """Every kept list as it was chosen."""
     lists = []
-    original = lemo.engine.policies.select
+    original = lemo.engine.policies.select  # type: ignore[attr-defined]
 
     def record(*args, **kwargs):
         lists.append(original(*args, **kwargs))

@@ -10,7 +10,7 @@ import torch
 from lemo.engine.layout import Blocks, Kept, select
 from lemo.engine.policies import StepContext, probabilities
 from lemo.training.settings import parse_schedule
-from models import LINEARS, VOCAB, base, gradients, lora
+from support.models import LINEARS, VOCAB, base, gradients, lora
 
 BLOCK = 4
 
@@ -110,7 +110,7 @@ def test_a_score_that_is_not_finite_is_reported_not_averaged(number, weighted):
     assert bool((others[1:] > others[:-1]).all())
     policy = lemo.engine.policies.make_policy("sampled", {})
     policy.begin(context)
-    policy.source.scores = lambda layer, x: scores
+    policy.source.scores = lambda layer, x: scores  # type: ignore[attr-defined]
     with pytest.raises(FloatingPointError, match=r"layer 7, policy 'sampled'.*block 4"):
         policy.choose(7, torch.zeros(40, 4))
 

@@ -126,7 +126,7 @@ def everything(model: torch.nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {n: (id(t), t.requires_grad, t.detach().numpy().tobytes()) for n, t in tensors}
     for name, module in model.named_modules():
         found[f"module {name}"] = (type(module), module.training, sorted(module.__dict__), sorted(module._modules))
-    return found | {"config": model.config.to_dict()}
+    return found | {"config": model.config.to_dict()}  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from lemo.training.settings import FinetuneSettings
 
 SIZES = "--context 64 --block-size 8 --steps 4 --batch 1 --warmup 2 --lr 1e-2"
 OPTIONS = [*SIZES.split(" "), "--save-every", "2", "--quiet"]
-NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+NEEDED: tuple[str, ...] = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 NEEDED += ("rng_state.pth", "trainer_state.json")
 
 
@@ -181,7 +181,7 @@ def test_another_split_of_the_same_data(
     """As another version of lemo might hold other documents out."""
     import lemo.training.finetune
 
-    out, real = tmp_path / "run", lemo.training.finetune.split_held_out
+    out, real = tmp_path / "run", lemo.training.finetune.split_held_out  # type: ignore[attr-defined]
     command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--dense", "--held-out", "0.2"]
     assert main([*command, "--out", str(out), *OPTIONS]) == 0
     monkeypatch.setattr(
@@ -388,7 +388,7 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
 def test_the_lock_is_held_until_the_adapter_is_there(original: Setting, tmp_path: Path, monkeypatch) -> None:
     import lemo.training.finetune
 
-    real, tried = lemo.training.finetune.write_folder, []
+    real, tried = lemo.training.finetune.write_folder, []  # type: ignore[attr-defined]
 
     def write_folder(target: Path, *args: Any, **kwargs: Any) -> None:
         if target.name == "adapter":
