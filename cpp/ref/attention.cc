@@ -99,8 +99,8 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
       poll();
       f.matmul(count, kKeys, d, s.queries, width, 1, keys + base + j * tile_size, kKeys, s.tile, kKeys, false);
       online_softmax(s, count, seen - j * kKeys + 1, upper_sees ? upper : 0, lower_sees ? upper : count, width);
-      f.matmul(count, width, std::min(kKeys, seen + count - j * kKeys), s.tile, kKeys, 1,
-               values + base + j * tile_size, width, s.sums, width, true);
+      f.matmul(count, width, std::min(kKeys, seen + count - j * kKeys), s.tile, kKeys, 1, values + base + j * tile_size,
+               width, s.sums, width, true);
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t packed = document.queries.start + first + i;

@@ -71,7 +71,8 @@ void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows,
     const int32_t row = list[i];
     if (row == -1 && padding) continue;
     if (row < 0 || row >= num_rows) {
-      invalid(name, ": expected rows in [0, ", num_rows, ")", padding ? " or -1" : "", ", got ", row, " at position ", i);
+      invalid(name, ": expected rows in [0, ", num_rows, ")", padding ? " or -1" : "", ", got ", row, " at position ",
+              i);
     }
     if (!unique) continue;
     if (seen[static_cast<size_t>(row)]) invalid(name, ": expected no row twice, got ", row, " again at position ", i);

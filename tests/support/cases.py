@@ -284,7 +284,9 @@ class Attention:
         rows_k = t.get("rows_k") if self.split else rows
         cu_k = t["cu_seqlens_k"].tolist() if self.split else None
         side = {"k": rows_k, "v": rows_k, "dk": rows_k, "dv": rows_k}
-        packed = {n: t[n] if side.get(n, rows) is None else t[n][side.get(n, rows).long()] for n in ("q", "k", "v", "dout")}
+        packed = {
+            n: t[n] if side.get(n, rows) is None else t[n][side.get(n, rows).long()] for n in ("q", "k", "v", "dout")
+        }
         if self.given:
             out = t["out"] if rows is None else t["out"][rows.long()]
             dq, dk, dv = oracle.attention_backward(

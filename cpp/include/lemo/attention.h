@@ -66,8 +66,8 @@ LEMO_API lemo_status lemo_attention_forward_workspace(const lemo_exec* exec, con
  * where that pass saw more keys than these, P_ij is still the exact probability.
  *   D_i = dout_i . out_i;  dS_ij = P_ij (dout_i . v_j - D_i)
  *   dq_i = scale sum_j w_ij dS_ij k_j;  dk_j = scale sum_i w_ij dS_ij q_i;  dv_j = sum_i w_ij P_ij dout_i
- * w_ij = key_weights[slot of j], or 1 where i and j share a block slot, or 1 without key_weights. The slot of a query is
- * row_slots[i], that of a key row_slots_k[j] with cu_seqlens_k and row_slots[j] without. */
+ * w_ij = key_weights[slot of j], or 1 where i and j share a block slot, or 1 without key_weights. The slot of a query
+ * is row_slots[i], that of a key row_slots_k[j] with cu_seqlens_k and row_slots[j] without. */
 typedef struct lemo_attention_backward_args {
   uint64_t struct_size;
   lemo_tensor dout; /* [R, Hq, D], dtype of q */
@@ -90,7 +90,8 @@ typedef struct lemo_attention_backward_args {
 
   lemo_tensor cu_seqlens_k; /* optional rows of the keys, as in the forward pass */
   lemo_tensor rows_k;
-  lemo_tensor row_slots_k; /* int32 [capacity_k], with cu_seqlens_k and key_weights: block slot of every packed key row */
+  lemo_tensor
+      row_slots_k; /* int32 [capacity_k], with cu_seqlens_k and key_weights: block slot of every packed key row */
   int64_t max_seqlen_k;
 } lemo_attention_backward_args;
 
