@@ -59,9 +59,18 @@ __device__ __forceinline__ QueryTile locate_queries(const Documents& queries, co
   return {{document.query_start, document.length, tile, (document.length + size - 1) / size, document.first}, document};
 }
 
-// The same keys in positions, as a tile that begins at position tile.index * size - ahead.
-__device__ __forceinline__ Tile align_keys(const Tile& keys, const AlignedDocument& document) {
-  return {document.key_start, document.length, keys.index, keys.count, 0};
-}
+// Both sides of a query tile counted from the first key in place of position 0, for kernels that walk from key 0: the
+// query at position p is then row p + ahead.
+struct FromFirstKey {
+  Tile queries, keys;
+
+  __device__ __forceinline__ explicit FromFirstKey(const QueryTile& located) {
+    const AlignedDocument& document = located.document;
+    const int ahead = document.ahead, length = document.length + ahead;
+    const Tile& tile = located.tile;
+    queries = {document.query_start - ahead, length, tile.index, tile.count, document.first + ahead};
+    keys = {document.key_start - ahead, length, 0, 0, 0};
+  }
+};
 
 }  // namespace lemo::cuda::attention

@@ -35,12 +35,17 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
 
   const QueryTile located = locate_queries<kAlignedRows>(params.documents, params.key_documents, kQueries,
                                                          static_cast<int>(blockIdx.x / params.heads));
-  const Tile& tile = located.tile;
-  if (tile.index >= tile.count) return;
-  const Tile key_rows = align_keys(tile, located.document);
-  __shared__ Tile query_rows;  // for the end: the loop has no registers to spare
-  if (threadIdx.x == 0) query_rows = tile;
-  const int query_start = (tile.count - 1 - tile.index) * kQueries;
+  if (located.tile.index >= located.tile.count) return;
+  const FromFirstKey rows(located);
+  const Tile& tile = rows.queries;
+  // The loop has no registers to spare: with more than 128, head_dim 64 would lose its second block per multiprocessor.
+  __shared__ Tile query_rows, key_rows;
+  if (threadIdx.x == 0) {
+    query_rows = tile;
+    key_rows = rows.keys;
+  }
+  __syncthreads();
+  const int query_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
   const int head = blockIdx.x % params.heads, key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -61,7 +66,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     copy_async_commit();
     if (params.key_weights != nullptr && threadIdx.x < kKeys) {
       const int key = key_start + static_cast<int>(threadIdx.x);
-      const int slot = key < tile.length ? params.key_row_slots[key_rows.start + key] : 0;
+      const int slot = key < key_rows.length ? params.key_row_slots[key_rows.start + key] : 0;
       float* row_values = reinterpret_cast<float*>(shared + offset + 2 * Layout::kKeyBytes) + threadIdx.x;
       row_values[0] = params.key_weights[slot];
       reinterpret_cast<int*>(row_values)[kKeys] = slot;
@@ -75,8 +80,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     query_loader.load(base + Layout::kQueryBytes, head_pointer<T>(params.dout, head), params.dout.row_stride);
   }
   const int key_end = min(query_start + kQueries, tile.length);
-  const int first_key = -located.document.ahead;
-  load_keys(first_key, 0);
+  load_keys(0, 0);
 
   // This thread's queries: `query` and query + 8.
   const int query = query_start + warp * 16 + lane / 4;
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   const float scale_log2 = params.scale * kLog2E;
   int stage = 0;
 #pragma unroll 1
-  for (int key_start = first_key; key_start < key_end; key_start += kKeys) {
+  for (int key_start = 0; key_start < key_end; key_start += kKeys) {
     copy_async_wait<0>();
     __syncthreads();  // this stage has arrived, and the other one is no longer in use
     if (key_start + kKeys < key_end) load_keys(key_start + kKeys, stage ^ 1);
@@ -142,7 +146,8 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     }
     multiply_fragments<T, kHeadDim, kKeys, kPitch>(dq, ds, keys + by_row_bytes);
   }
-  store_rows<T>(params.documents, query_rows, params.dq, head, query, dq, params.scale, params.scale);
+  store_rows<T>(params.documents, query_rows, params.dq, static_cast<int>(blockIdx.x % params.heads), query, dq,
+                params.scale, params.scale);
 }
 
 }  // namespace lemo::cuda::attention::sm80

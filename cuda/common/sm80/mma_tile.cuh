@@ -7,8 +7,7 @@
 namespace lemo::cuda::sm80 {
 
 // Loads kRows rows of head_dim elements through the row map: eight neighboring lanes read one row. Row numbers are
-// fetched separately, so that a caller can have them ready one tile ahead. kCut: rows may begin after
-// tile.first.
+// fetched separately, so that a caller can have them ready one tile ahead. kCut: rows may begin after tile.first.
 template <typename T, int kRows, int kHeadDim, int kThreads, bool kCut = false>
 class TileLoader {
  public:
