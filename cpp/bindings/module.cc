@@ -126,11 +126,12 @@ void fields(V& f, lemo_gather_norm_backward_args& a) {
 template <class V>
 void fields(V& f, lemo_attention_forward_args& a) {
   F(q) F(k) F(v) F(cu_seqlens) F(rows) F(max_seqlen) F(scale) F(out) F(lse) F(tile_offsets) F(tiles)
+  F(cu_seqlens_k) F(rows_k) F(max_seqlen_k)
 }
 template <class V>
 void fields(V& f, lemo_attention_backward_args& a) {
   F(dout) F(q) F(k) F(v) F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq)
-  F(dk) F(dv) F(tile_offsets) F(tiles)
+  F(dk) F(dv) F(tile_offsets) F(tiles) F(cu_seqlens_k) F(rows_k) F(row_slots_k) F(max_seqlen_k)
 }
 template <class V>
 void fields(V& f, lemo_linear_cross_entropy_args& a) {

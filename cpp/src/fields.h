@@ -36,11 +36,11 @@ void for_each_tensor(Args& a, Visit&& visit) {
     LEMO_BLOCKS LEMO_FIELD(scores) LEMO_FIELD(queries) LEMO_FIELD(keys)
   } else if constexpr (std::is_same_v<Struct, lemo_attention_forward_args>) {
     LEMO_FIELD(q) LEMO_FIELD(k) LEMO_FIELD(v) LEMO_FIELD(cu_seqlens) LEMO_FIELD(rows) LEMO_FIELD(out) LEMO_FIELD(lse)
-    LEMO_FIELD(tile_offsets) LEMO_FIELD(tiles)
+    LEMO_FIELD(tile_offsets) LEMO_FIELD(tiles) LEMO_FIELD(cu_seqlens_k) LEMO_FIELD(rows_k)
   } else if constexpr (std::is_same_v<Struct, lemo_attention_backward_args>) {
     LEMO_FIELD(dout) LEMO_FIELD(q) LEMO_FIELD(k) LEMO_FIELD(v) LEMO_FIELD(out) LEMO_FIELD(lse) LEMO_FIELD(cu_seqlens)
     LEMO_FIELD(rows) LEMO_FIELD(key_weights) LEMO_FIELD(row_slots) LEMO_FIELD(dq) LEMO_FIELD(dk) LEMO_FIELD(dv)
-    LEMO_FIELD(tile_offsets) LEMO_FIELD(tiles)
+    LEMO_FIELD(tile_offsets) LEMO_FIELD(tiles) LEMO_FIELD(cu_seqlens_k) LEMO_FIELD(rows_k) LEMO_FIELD(row_slots_k)
   } else {
     static_assert(std::is_same_v<Struct, lemo_linear_cross_entropy_args>, "an argument struct");
     LEMO_FIELD(hidden) LEMO_FIELD(weight) LEMO_FIELD(bias) LEMO_FIELD(lora_a) LEMO_FIELD(lora_b) LEMO_FIELD(targets)

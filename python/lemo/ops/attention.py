@@ -4,6 +4,12 @@ M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies a
 int32 [M], or None: row i), ascending within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing Hq; rows and
 heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed rows, or
 more. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+
+Keys with rows of their own (chunks of queries over all keys so far, context parallelism): with ``cu_seqlens_k`` (int32
+[D + 1]), k and v are [Rk, Hk, D], packed key row j lies at row rows_k[j] (``rows_k`` int32 [Mk], or None: row j), and
+``max_seqlen_k`` is the longest document in packed key rows, or more; what is named above describes the queries. Each
+document is aligned at its end: query i of nq sees key j of nk iff j <= i + nk - nq. A query that sees no key has out 0,
+lse -inf and gradients 0. Not together with tile lists.
 """
 
 from __future__ import annotations
@@ -35,6 +41,9 @@ def _forward_out(
     scale: float,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    max_seqlen_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
     need("q", q, "R Hq D")
     if rows is not None:
@@ -45,7 +54,7 @@ def _forward_out(
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     out, lse = _forward_out(*inputs)
-    _run("attention_forward", _named(_FORWARD, inputs), {"out": out, "lse": lse}, False)
+    _run("attention_forward", _named(_FORWARD, inputs), {"out": out, "lse": lse}, _FORWARD_OPTIONS, False)
     return out, lse
 
 
@@ -65,22 +74,30 @@ def _backward_out(
     deterministic: bool,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    row_slots_k: Tensor | None = None,
+    max_seqlen_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q, rows), _like(k, rows), _like(v, rows)
+    key_rows = rows if cu_seqlens_k is None else rows_k
+    return _like(q, rows), _like(k, key_rows), _like(v, key_rows)
 
 
 def _backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _backward_out(*inputs)
     named = _named(_BACKWARD, inputs)
-    _run("attention_backward", named, {"dq": dq, "dk": dk, "dv": dv}, named.pop("deterministic"))
+    outputs = {"dq": dq, "dk": dk, "dv": dv}
+    _run("attention_backward", named, outputs, _BACKWARD_OPTIONS, named.pop("deterministic"))
     return dq, dk, dv
 
 
-# Inputs in the order of the schemas. Outputs come before the lists in the C structs.
-_FORWARD = ("q", "k", "v", "cu_seqlens", "rows", "max_seqlen", "scale", "tile_offsets", "tiles")
+# Inputs in the order of the schemas. In the C structs, outputs come before those that have a default.
+_FORWARD_OPTIONS = ("tile_offsets", "tiles", "cu_seqlens_k", "rows_k", "max_seqlen_k")
+_BACKWARD_OPTIONS = ("tile_offsets", "tiles", "cu_seqlens_k", "rows_k", "row_slots_k", "max_seqlen_k")
+_FORWARD = ("q", "k", "v", "cu_seqlens", "rows", "max_seqlen", "scale", *_FORWARD_OPTIONS)
 _BACKWARD = (
     *("dout", "q", "k", "v", "out", "lse", "cu_seqlens", "rows", "key_weights", "row_slots"),
-    *("max_seqlen", "scale", "deterministic", "tile_offsets", "tiles"),
+    *("max_seqlen", "scale", "deterministic", *_BACKWARD_OPTIONS),
 )
 
 
@@ -88,21 +105,31 @@ def _named(names: tuple[str, ...], inputs: tuple) -> dict[str, Any]:
     return dict(zip(names, inputs, strict=False))  # the dispatcher leaves out defaults at the end
 
 
-def _run(name: str, inputs: dict[str, Any], outputs: dict[str, Tensor], deterministic: bool) -> None:
-    lists = {key: inputs.pop(key, None) for key in ("tile_offsets", "tiles")}
-    call(name, inputs["q"].device, inputs | outputs | lists, deterministic=deterministic)
+def _run(
+    name: str, inputs: dict[str, Any], outputs: dict[str, Tensor], options: tuple[str, ...], deterministic: bool
+) -> None:
+    given = {key: inputs.pop(key, 0 if key == "max_seqlen_k" else None) for key in options}
+    call(name, inputs["q"].device, inputs | outputs | given, deterministic=deterministic)
+
+
+def _longest(cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) -> int:
+    if max_seqlen_k is None and cu_seqlens_k is not None:
+        raise ValueError("max_seqlen_k: expected the longest document in key rows with cu_seqlens_k, got None")
+    return 0 if max_seqlen_k is None else max_seqlen_k
 
 
 define(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? rows, SymInt max_seqlen, float scale, "
-    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor out, Tensor lse)",
+    "Tensor? tile_offsets=None, Tensor? tiles=None, Tensor? cu_seqlens_k=None, Tensor? rows_k=None, "
+    "SymInt max_seqlen_k=0) -> (Tensor out, Tensor lse)",
     _forward,
     _forward_out,
 )
 define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
     "Tensor? rows, Tensor? key_weights, Tensor? row_slots, SymInt max_seqlen, float scale, bool deterministic, "
-    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "Tensor? tile_offsets=None, Tensor? tiles=None, Tensor? cu_seqlens_k=None, Tensor? rows_k=None, "
+    "Tensor? row_slots_k=None, SymInt max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_out,
     derivative="error",
@@ -119,6 +146,10 @@ def attention_forward(
     scale: float,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j softmax_j(scale q_i . k_j) v_j over j <= i of i's document: (out [R, Hq, D], lse float32 [Hq, M]).
 
@@ -129,7 +160,8 @@ def attention_forward(
     tiles (int32 [L]), the queries of slot s see their own tile, causally, and the whole earlier tiles
     tiles[tile_offsets[s] : tile_offsets[s + 1]] (ascending numbers within the document), and nothing else.
     """
-    return torch.ops.lemo.attention_forward(q, k, v, cu_seqlens, rows, max_seqlen, scale, tile_offsets, tiles)
+    keys = (cu_seqlens_k, rows_k, _longest(cu_seqlens_k, max_seqlen_k))
+    return torch.ops.lemo.attention_forward(q, k, v, cu_seqlens, rows, max_seqlen, scale, tile_offsets, tiles, *keys)
 
 
 def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,6 +198,11 @@ def attention_backward(
     deterministic: bool = False,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    row_slots_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) restricted to the given rows, from the output and LSE of the forward pass that made them.
 
@@ -174,9 +211,12 @@ def attention_backward(
     dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 where i and j share a
     slot, or 1 without key_weights. deterministic: bitwise repeatable, also where torch's deterministic algorithms are
     on. tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
+
+    With cu_seqlens_k, dk and dv have the shape of k, and the slot of key j is row_slots_k[j] (int32 [Mk]).
     """
     arguments = (dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic)
-    return launch(torch.ops.lemo.attention_backward, *arguments, tile_offsets, tiles)
+    keys = (cu_seqlens_k, rows_k, row_slots_k, _longest(cu_seqlens_k, max_seqlen_k))
+    return launch(torch.ops.lemo.attention_backward, *arguments, tile_offsets, tiles, *keys)
 
 
 def attention(
@@ -193,6 +233,10 @@ def attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     deterministic: bool = False,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    row_slots_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
 
@@ -202,70 +246,58 @@ def attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if (out is None) != (lse is None):
         raise ValueError("lse: expected out and lse together, got one of them")
+    longest_k = _longest(cu_seqlens_k, max_seqlen_k)
     if out is None:
-        out, lse = torch.ops.lemo.attention_forward(
-            q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale
-        )
-    return _Attention.apply(
-        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic
-    )
+        lists = (cu_seqlens, rows, max_seqlen, scale, None, None, cu_seqlens_k, rows_k, longest_k)
+        out, lse = torch.ops.lemo.attention_forward(q.detach(), k.detach(), v.detach(), *lists)
+    lists = (cu_seqlens, rows, key_weights, row_slots, cu_seqlens_k, rows_k, row_slots_k)
+    return _Attention.apply(q, k, v, out, lse, *lists, max_seqlen, scale, deterministic, longest_k)
 
 
 class _Attention(torch.autograd.Function):
     """Ties a computed output to the backward pass over the given rows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic):
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots)
-        ctx.max_seqlen, ctx.scale, ctx.deterministic = max_seqlen, scale, deterministic
+    def forward(ctx, q, k, v, out, lse, *others):
+        *lists, ctx.max_seqlen, ctx.scale, ctx.deterministic, ctx.max_seqlen_k = others
+        ctx.save_for_backward(q, k, v, out, lse, *lists)
         return out.detach()  # not a view, which nobody could change in place afterwards
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots = ctx.saved_tensors
-        grads = launch(
-            torch.ops.lemo.attention_backward,
-            dout.contiguous(),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens,
-            rows,
-            key_weights,
-            row_slots,
-            ctx.max_seqlen,
-            ctx.scale,
-            ctx.deterministic,
-        )
-        return *grads, None, None, None, None, None, None, None, None, None
+        *given, cu_seqlens_k, rows_k, row_slots_k = ctx.saved_tensors
+        numbers = (ctx.max_seqlen, ctx.scale, ctx.deterministic)
+        keys = (cu_seqlens_k, rows_k, row_slots_k, ctx.max_seqlen_k)
+        backward = torch.ops.lemo.attention_backward
+        grads = launch(backward, dout.contiguous(), *given, *numbers, None, None, *keys)
+        return *grads, *(None,) * 13
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, tile_offsets, tiles)
+    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, *lists, ctx.max_seqlen_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, *lists)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles, cu_seqlens_k, rows_k = ctx.saved_tensors
     lists = (None, None) if tile_offsets is None else transpose_tile_lists(tile_offsets, tiles, cu_seqlens)
 
     def backward(dout):
         arguments = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
-        return torch.ops.lemo.attention_backward(dout.contiguous(), *arguments)
+        keys = (cu_seqlens_k, rows_k, None, ctx.max_seqlen_k)
+        return torch.ops.lemo.attention_backward(dout.contiguous(), *arguments, *keys)
 
     grads = [None] * 3 if dout is None else list(backward(dout))
     if dlse is not None:
         # dlse_i / ds_ij = P_ij: for q the output over keys as values, for k what v gets of the gradient dlse_i q_i.
         weights = _by_row(dlse, q, cu_seqlens, rows)
         layout = (cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles)
-        means = torch.ops.lemo.attention_forward(q, k, k, *layout)[0]
+        means = torch.ops.lemo.attention_forward(q, k, k, *layout, cu_seqlens_k, rows_k, ctx.max_seqlen_k)[0]
         dq = torch.where(weights == 0, 0, ctx.scale * weights * means)
         dk = ctx.scale * backward(weights * q)[2]
         grads[:2] = [g if other is None else g + other for g, other in zip((dq, dk), grads, strict=False)]
-    return *grads, None, None, None, None, None, None
+    return *grads, *(None,) * 9
 
 
 def _by_row(dlse: Tensor, q: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
