@@ -69,7 +69,7 @@ struct FromFirstKey {
     const int ahead = document.ahead, length = document.length + ahead;
     const Tile& tile = located.tile;
     queries = {document.query_start - ahead, length, tile.index, tile.count, document.first + ahead};
-    keys = {document.key_start - ahead, length, 0, 0, 0};
+    keys = {document.key_start - ahead, length, 0, 0, kUncut};
   }
 };
 

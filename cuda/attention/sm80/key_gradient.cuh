@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   __shared__ Tile key_rows;
   __shared__ int first_row;  // of the queries
   if (threadIdx.x == 0) {
-    key_rows = {aligned.key_start, aligned.length, 0, 0, 0};
+    key_rows = {aligned.key_start, aligned.length, 0, 0, kUncut};
     first_row = aligned.first;
   }
   __syncthreads();
