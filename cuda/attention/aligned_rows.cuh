@@ -14,16 +14,18 @@ namespace lemo::cuda::attention {
 
 struct AlignedDocument {
   int length;       // the position after the last one; 0: no query sees a key
-  int first;        // position of the first query
+  int first;        // position of the first query, or kUncut
   int ahead;        // keys before position 0
   int query_start;  // packed rows of position 0; either may lie outside of the document
   int key_start;
 };
 
-template <int kAlignment>
+// Without kSplit, queries and keys are the same rows.
+template <int kAlignment, bool kSplit = true>
 __device__ __forceinline__ AlignedDocument align_document(const Documents& queries, const Documents& keys,
                                                           int document) {
   const int query_start = queries.cu_seqlens[document], count = queries.cu_seqlens[document + 1] - query_start;
+  if constexpr (!kSplit) return {count, kUncut, 0, query_start, query_start};
   const int key_start = keys.cu_seqlens[document];
   const int offset = keys.cu_seqlens[document + 1] - key_start - count;
   const int first = offset < 0 ? offset : offset % kAlignment;
@@ -49,28 +51,35 @@ struct QueryTile {
   AlignedDocument document;
 };
 
-template <int kAlignment>
+template <int kAlignment, bool kSplit = true>
 __device__ __forceinline__ QueryTile locate_queries(const Documents& queries, const Documents& keys, int size,
                                                     int slot) {
-  const int spare = spare_slots<kAlignment>(queries, size);
+  const int spare = kSplit ? spare_slots<kAlignment>(queries, size) : 1;
   const int index = locate_document(queries, size, spare, slot);
-  const AlignedDocument document = align_document<kAlignment>(queries, keys, index);
+  const AlignedDocument document = align_document<kAlignment, kSplit>(queries, keys, index);
   const int tile = slot - (queries.cu_seqlens[index] / size + index * spare);
   return {{document.query_start, document.length, tile, (document.length + size - 1) / size, document.first}, document};
+}
+
+template <bool kFirst, class Value>
+__device__ __forceinline__ const Value& choose(const Value& first, const Value& second) {
+  if constexpr (kFirst) return first;
+  return second;
 }
 
 // Both sides of a query tile counted from the first key in place of position 0, for kernels that walk from key 0: the
 // query at position p is then row p + ahead.
 struct FromFirstKey {
   Tile queries, keys;
-
-  __device__ __forceinline__ explicit FromFirstKey(const QueryTile& located) {
-    const AlignedDocument& document = located.document;
-    const int ahead = document.ahead, length = document.length + ahead;
-    const Tile& tile = located.tile;
-    queries = {document.query_start - ahead, length, tile.index, tile.count, document.first + ahead};
-    keys = {document.key_start - ahead, length, 0, 0, 0};
-  }
 };
+
+__device__ __forceinline__ FromFirstKey count_from_first_key(const QueryTile& located) {
+  const AlignedDocument& document = located.document;
+  const int ahead = document.ahead, length = document.length + ahead;
+  const Tile& tile = located.tile;
+  return {{document.query_start - ahead, length, tile.index, tile.count,
+           document.first == kUncut ? kUncut : document.first + ahead},
+          {document.key_start - ahead, length, 0, 0, kUncut}};
+}
 
 }  // namespace lemo::cuda::attention

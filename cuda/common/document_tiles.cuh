@@ -5,13 +5,15 @@
 
 namespace lemo::cuda {
 
+constexpr int kUncut = INT32_MIN;
+
 // A tile of `size` packed rows inside one document.
 struct Tile {
   int start;   // first packed row of the document
   int length;  // rows of the document
   int index;   // tile of the document
   int count;   // tiles of the document
-  int first;   // rows before it do not exist
+  int first;   // rows before it do not exist; kUncut: every row up to `length` that is asked for does
 };
 
 // Tiles of all documents in one grid dimension, without a scan on the host: document d begins at slot
@@ -34,7 +36,7 @@ __device__ __forceinline__ Tile locate_tile(const Documents& documents, int size
   const int document = locate_document(documents, size, 1, slot);
   const int start = documents.cu_seqlens[document];
   const int length = documents.cu_seqlens[document + 1] - start;
-  return {start, length, slot - (start / size + document), (length + size - 1) / size, 0};
+  return {start, length, slot - (start / size + document), (length + size - 1) / size, kUncut};
 }
 
 // Slots for any division of at most `capacity` rows into documents.

@@ -12,7 +12,8 @@ namespace lemo::cuda::attention::sm80 {
 
 using namespace cuda::sm80;  // common/sm80
 
-template <typename T, int kHeadDim>
+// kSplit: keys have rows of their own. Without it, registers are not spent on them.
+template <typename T, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     forward_kernel(const __grid_constant__ ForwardParams params) {
   using Config = ForwardConfig<kHeadDim>;
@@ -22,17 +23,21 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   constexpr int kWarpRows = kRowTiles * 16;
   // A warp skips key tiles beyond its rows; no row is then fully masked in the tiles it visits.
   static_assert(kKeys % kWarpRows == 0);
-  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, true>;
+  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, kSplit>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
   constexpr int kPitch = KeyLoader::kPitch;
 
-  const QueryTile located = locate_queries<kAlignedRows>(params.documents, params.key_documents, kQueries,
-                                                         static_cast<int>(blockIdx.x / params.heads));
+  const QueryTile located = locate_queries<kAlignedRows, kSplit>(params.documents, params.key_documents, kQueries,
+                                                                 static_cast<int>(blockIdx.x / params.heads));
   if (located.tile.index >= located.tile.count) return;
-  const FromFirstKey rows(located);
-  const Tile &tile = rows.queries, &key_rows = rows.keys;
-  __shared__ Tile query_rows;  // for the end: the loop has no registers to spare
-  if (threadIdx.x == 0) query_rows = tile;
+  const FromFirstKey rows = count_from_first_key(located);
+  const Tile& tile = rows.queries;
+  __shared__ FromFirstKey stored;  // the loop has no registers to spare
+  if constexpr (kSplit) {
+    if (threadIdx.x == 0) stored = rows;
+    __syncthreads();
+  }
+  const Tile &query_rows = choose<kSplit>(stored, rows).queries, &key_rows = choose<kSplit>(stored, rows).keys;
   // The tiles with the most keys start first.
   const int query_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
   const int head = blockIdx.x % params.heads;
@@ -182,8 +187,9 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
   constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
   // Heads fastest: all heads' heaviest tiles start first, which evens out the end of the launch.
   const int64_t slots = query_slots<kAlignedRows>(params.documents, Config::kQueries);
-  launch("attention_forward", forward_kernel<T, kHeadDim>, static_cast<unsigned>(slots * params.heads),
-         Config::kWarps * 32, kBytes, stream, params);
+  const auto kernel = params.documents.aligned ? forward_kernel<T, kHeadDim, true> : forward_kernel<T, kHeadDim, false>;
+  launch("attention_forward", kernel, static_cast<unsigned>(slots * params.heads), Config::kWarps * 32, kBytes, stream,
+         params);
 }
 
 }  // namespace lemo::cuda::attention::sm80

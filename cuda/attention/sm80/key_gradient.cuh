@@ -38,7 +38,7 @@ struct KeyGradientLayout {
   static constexpr int kBytes = kScores + Config::kKeys * kScorePitch * 2;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     key_gradient_kernel(const __grid_constant__ BackwardParams params) {
   using Config = KeyGradientConfig<kHeadDim>;
@@ -47,23 +47,29 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kKeys == Config::kWarps * 16 && Config::kDqRowWarps * Config::kDqColumnWarps == Config::kWarps);
   static_assert(2 * kQueries <= kThreads);
-  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, true>;
+  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, kSplit>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
 
   // The first tile of a document has the most queries and starts first.
   const int slot = static_cast<int>(blockIdx.x / params.key_heads);
   const int document = locate_document(params.key_documents, kKeys, 1, slot);
-  const AlignedDocument aligned = align_document<kAlignedRows>(params.documents, params.key_documents, document);
+  const AlignedDocument aligned =
+      align_document<kAlignedRows, kSplit>(params.documents, params.key_documents, document);
   const int key_start = (slot - (params.key_documents.cu_seqlens[document] / kKeys + document)) * kKeys - aligned.ahead;
   if (key_start >= aligned.length) return;
   // What the loop has no registers to spare for.
-  __shared__ Tile key_rows;
-  __shared__ int first_row;  // of the queries
-  if (threadIdx.x == 0) {
-    key_rows = {aligned.key_start, aligned.length, 0, 0, 0};
-    first_row = aligned.first;
+  __shared__ Tile stored_keys;
+  __shared__ int stored_first;
+  const Tile own_keys = {aligned.key_start, aligned.length, 0, 0, kUncut};
+  if constexpr (kSplit) {
+    if (threadIdx.x == 0) {
+      stored_keys = own_keys;
+      stored_first = aligned.first;
+    }
+    __syncthreads();
   }
-  __syncthreads();
+  const Tile& key_rows = choose<kSplit>(stored_keys, own_keys);
+  const int& first_row = choose<kSplit>(stored_first, aligned.first);  // of the queries
   const int length = aligned.length, query_base = aligned.query_start;
   const auto query_rows = [&] { return Tile{query_base, length, 0, 0, first_row}; };
   const int key_head = blockIdx.x % params.key_heads;
@@ -87,7 +93,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     const int thread = thread_index();
     const int row = next_query + thread % kQueries;
     const bool valid = row < length && row >= first_row;
-    const int packed_row = query_base + (valid ? row : first_row);
+    const int packed_row = query_base + (valid ? row : kSplit ? first_row : 0);
     const uint32_t row_target = target + 2 * Layout::kQueryBytes + thread % kQueries * 4;
     if (thread < kQueries) {
       copy_async_4(row_target, params.lse + next_head * params.lse_stride + packed_row, valid);

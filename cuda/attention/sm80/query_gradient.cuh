@@ -24,7 +24,7 @@ struct QueryGradientLayout {
   static constexpr int kBytes = kStages + 2 * kStage;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     query_gradient_kernel(const __grid_constant__ BackwardParams params) {
   using Config = QueryGradientConfig<kHeadDim>;
@@ -33,18 +33,18 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kQueries == Config::kWarps * 16);
 
-  const QueryTile located = locate_queries<kAlignedRows>(params.documents, params.key_documents, kQueries,
-                                                         static_cast<int>(blockIdx.x / params.heads));
+  const QueryTile located = locate_queries<kAlignedRows, kSplit>(params.documents, params.key_documents, kQueries,
+                                                                 static_cast<int>(blockIdx.x / params.heads));
   if (located.tile.index >= located.tile.count) return;
-  const FromFirstKey rows(located);
+  const FromFirstKey rows = count_from_first_key(located);
   const Tile& tile = rows.queries;
   // The loop has no registers to spare: with more than 128, head_dim 64 would lose its second block per multiprocessor.
-  __shared__ Tile query_rows, key_rows;
-  if (threadIdx.x == 0) {
-    query_rows = tile;
-    key_rows = rows.keys;
+  __shared__ FromFirstKey stored;
+  if constexpr (kSplit) {
+    if (threadIdx.x == 0) stored = rows;
+    __syncthreads();
   }
-  __syncthreads();
+  const Tile &query_rows = choose<kSplit>(stored, rows).queries, &key_rows = choose<kSplit>(stored, rows).keys;
   const int query_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
   const int head = blockIdx.x % params.heads, key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   };
 
   {
-    TileLoader<T, kQueries, kHeadDim, kThreads, true> query_loader;
+    TileLoader<T, kQueries, kHeadDim, kThreads, kSplit> query_loader;
     query_loader.find_rows(params.documents, tile, query_start);
     query_loader.load(base, head_pointer<T>(params.q, head), params.q.row_stride);
     query_loader.load(base + Layout::kQueryBytes, head_pointer<T>(params.dout, head), params.dout.row_stride);

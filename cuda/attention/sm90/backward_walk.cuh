@@ -249,7 +249,7 @@ __device__ __forceinline__ KeyWork locate_keys(const BackwardKernelParams& param
   const AlignedDocument aligned = align_document<kBackwardKeys>(params.documents, params.key_documents, document);
   const int index = slot - (params.key_documents.cu_seqlens[document] / kBackwardKeys + document);
   work.tile = {aligned.key_start, aligned.length, index,
-               (aligned.length + aligned.ahead + kBackwardKeys - 1) / kBackwardKeys, 0};
+               (aligned.length + aligned.ahead + kBackwardKeys - 1) / kBackwardKeys, kUncut};
   work.key_head = first_head + rest - slot * heads;
   work.key_start = index * kBackwardKeys - aligned.ahead;
   work.key_slot = slot;

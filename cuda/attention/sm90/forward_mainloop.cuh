@@ -263,7 +263,7 @@ struct ForwardMainloop {
     while (true) {
       const Work work = queue.take(phase);
       if (work.steps == 0) break;
-      const Tile keys = {work.key_start, work.tile.length, 0, 0, 0};
+      const Tile keys = {work.key_start, work.tile.length, 0, 0, kUncut};
       const KeyLoader loader(params.key_documents, keys);
       const Walk walk(params.lists, work);
       // The row map is read one step ahead: under load its latency is close to the length of a step.

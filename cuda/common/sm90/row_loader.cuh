@@ -64,8 +64,8 @@ class RowLoader {
     runs.consecutive = true;
 #pragma unroll
     for (int run = 0; run < Runs::kRuns; ++run) {
-      runs.starts[run] =
-          start_of(__shfl_sync(0xffffffffu, pending.row, 2 * run), __shfl_sync(0xffffffffu, pending.row, 2 * run + 1));
+      runs.starts[run] = start_of(__shfl_sync(0xffffffffu, pending.row, 2 * run),
+                                  __shfl_sync(0xffffffffu, pending.row, 2 * run + 1), runs.position + run * kRunRows);
       if (runs.starts[run] == kScattered) runs.consecutive = false;
     }
     return runs;
@@ -97,8 +97,8 @@ class RowLoader {
   __device__ __forceinline__ bool is_cut(int position) const { return kCut && position < tile_.first; }
   // Where a run starts, from the ends of it: rows ascend, so if last - first = kRunRows - 1 the run is contiguous. A
   // box that starts at -kRunRows lies entirely outside the tensor and reads as zeros.
-  static __device__ __forceinline__ int start_of(int first, int last) {
-    if (kCut && first < 0 && last >= 0) return kScattered;
+  __device__ __forceinline__ int start_of(int first, int last, int position) const {
+    if (kCut && first < 0 && position < tile_.length && position + kRunRows > tile_.first) return kScattered;
     return first < 0 ? -kRunRows : last - first == kRunRows - 1 ? first : kScattered;
   }
 
@@ -120,7 +120,8 @@ class RowLoader {
     for (int run = 0; run < Runs::kRuns; ++run) {
       const int low = fetch_row(position + run * kRunRows + lane),
                 high = fetch_row(position + run * kRunRows + 32 + lane);
-      const int start = start_of(__shfl_sync(0xffffffffu, low, 0), __shfl_sync(0xffffffffu, high, 31));
+      const int start =
+          start_of(__shfl_sync(0xffffffffu, low, 0), __shfl_sync(0xffffffffu, high, 31), position + run * kRunRows);
       if (start != kScattered) {
         if (cute::elect_one_sync()) copy_run(start, run, tensor, head, barrier, base);
         continue;
