@@ -16,7 +16,6 @@
 extern "C" {
 #endif
 
-typedef enum lemo_norm { LEMO_NORM_RMS = 0, LEMO_NORM_LAYER = 1 } lemo_norm;
 typedef enum lemo_pool { LEMO_POOL_MEAN = 0, LEMO_POOL_MAX = 1 } lemo_pool;
 
 typedef struct lemo_predict_args {

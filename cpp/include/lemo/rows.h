@@ -5,7 +5,6 @@
 #ifndef LEMO_ROWS_H
 #define LEMO_ROWS_H
 
-#include "lemo/predict.h"
 #include "lemo/types.h"
 
 #ifdef __cplusplus
@@ -47,8 +46,6 @@ typedef struct lemo_gather_norm_args {
 
   lemo_tensor y;      /* out: [M, d], dtype of x */
   lemo_tensor packed; /* optional out: [M, d]: s, what backward needs */
-  lemo_tensor mean;   /* optional out: float32 [M] (LAYER) */
-  lemo_tensor rstd;   /* optional out: float32 [M] */
 } lemo_gather_norm_args;
 LEMO_API lemo_status lemo_gather_norm(const lemo_exec* exec, const lemo_gather_norm_args* args);
 

@@ -15,6 +15,16 @@ typedef enum lemo_select_mode {
   LEMO_SELECT_POISSON = 3    /* block n with probability score[n], independently of all others */
 } lemo_select_mode;
 
+/* What lemo_select writes to `info`. */
+typedef enum lemo_select_info {
+  LEMO_INFO_KEPT_BLOCKS = 0,      /* K */
+  LEMO_INFO_KEPT_ROWS = 1,        /* M */
+  LEMO_INFO_LONGEST_DOCUMENT = 2, /* packed rows of the longest document */
+  LEMO_INFO_FAULT = 3,            /* 0, or 1 + the first block whose score is not finite (SAMPLE, POISSON: not in (0,
+                                     1]), or -1 if nothing is kept (except POISSON); with a fault, K = M = 0 */
+  LEMO_INFO_SIZE = 4              /* the number of entries */
+} lemo_select_info;
+
 /* k of a document of n blocks = min(n, max(floor(keep * n + 0.5), forced blocks, 1)) (BUDGET, SAMPLE).
  *
  * Forced blocks, kept whatever their score: the first `always_first` and the last `always_last` of each document.
@@ -47,9 +57,7 @@ typedef struct lemo_select_args {
   lemo_tensor rows;        /* int32 [T]: original token of every packed row, -1 from M on */
   lemo_tensor row_slots;   /* int32 [T]: position in `kept` of every packed row's block, -1 from M on */
   lemo_tensor weights; /* float32 [num_blocks]: by position in `kept`: 1/p (POISSON, not forced) or 1; 0 from K on */
-  lemo_tensor info;    /* int32 [4]: {K, M, longest document in packed rows, fault}; fault = 0, or 1 + first
-                          block whose score is not finite (or, for SAMPLE and POISSON, not in (0, 1]), or -1 if
-                          nothing is kept (except POISSON); with a fault K = M = 0 */
+  lemo_tensor info;    /* int32 [LEMO_INFO_SIZE]: see lemo_select_info */
 } lemo_select_args;
 
 /* LEMO_NUMERICAL (CPU only, nothing written) in place of a fault; on CUDA the fault is in `info`. */

@@ -56,6 +56,12 @@ typedef enum lemo_dtype {
 
 typedef enum lemo_device { LEMO_CPU = 0, LEMO_CUDA = 1 } lemo_device;
 
+/* Norms over the last dimension. */
+typedef enum lemo_norm {
+  LEMO_NORM_RMS = 0,  /* s / sqrt(mean(s^2) + eps) */
+  LEMO_NORM_LAYER = 1 /* (s - mean(s)) / sqrt(var(s) + eps) */
+} lemo_norm;
+
 /* A view of memory the caller owns. An absent optional tensor has ndim == 0. */
 typedef struct lemo_tensor {
   void* data;

@@ -72,8 +72,6 @@ def _norm(
         "eps": eps,
         "y": y,
         "packed": packed if want_packed else None,
-        "mean": None,
-        "rstd": None,
     }
     call("gather_norm", x.device, arguments)
     return y, packed
