@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from common import add_output, compete, copies, table, write_results
 from lemo import _native, ops
-from lemo.layout import Blocks, Kept, select
+from lemo.engine.layout import Blocks, Kept, select
 from peers import Passes
 from torch import Tensor
 from torch.nn.attention import SDPBackend

@@ -17,7 +17,7 @@ import peers
 import torch
 from common import add_output, compete, copies, milliseconds, table, write_results
 from lemo import ops
-from lemo.layout import Blocks, Kept, select
+from lemo.engine.layout import Blocks, Kept, select
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 

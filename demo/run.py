@@ -25,7 +25,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,7 +139,7 @@ def step_operations(config: Any, keep: float, predictor_weights: int = 0, tokens
     Not counted: what is no matrix product (norms, rotary positions, SwiGLU, softmax, loss, gather and scatter, the
     optimizer). Nothing is recomputed: the runs have recompute "none".
     """
-    from lemo.memory import layer_shape
+    from lemo.engine.memory import layer_shape
 
     shape = layer_shape(config, lora_rank=RANK, lora_targets=TARGETS)
     rows, layers = round(keep * tokens), config.num_hidden_layers
@@ -319,7 +318,8 @@ def main() -> None:
         raise SystemExit(f"{out} is not empty and is no earlier demo; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    begin, times = time.perf_counter(), {}
+    begin = time.perf_counter()
+    times: dict[str, float] = {}
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
 
     files = source_files()
@@ -350,7 +350,18 @@ def main() -> None:
         count = write_jsonl(train, out / "train.jsonl", characters=characters)
         print(f"text: {count} source files to train on, for the {plan.steps} steps of a run with elimination")
 
-    training = ("--data", out / "train.jsonl", "--lr", RATE, "--warmup", WARMUP, "--seed", SEED, "--recompute", "none")
+    training: tuple[Any, ...] = (
+        "--data",
+        out / "train.jsonl",
+        "--lr",
+        RATE,
+        "--warmup",
+        WARMUP,
+        "--seed",
+        SEED,
+        "--recompute",
+        "none",
+    )
     training += ("--save-every", 0, "--block-size", BLOCK, "--lora-targets", *TARGETS)
     with timed(times, "dense"):
         lemo("finetune", *common, *training, "--steps", plan.dense_steps, "--dense", "--out", out / "dense")
@@ -392,4 +403,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

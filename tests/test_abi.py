@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_library_exports_exactly_the_headers() -> None:
 
 
 @pytest.mark.parametrize("binary", [library_path, module_path])
-def test_no_torch_symbol_and_no_torch_library(binary) -> None:
+def test_no_torch_symbol_and_no_torch_library(binary: Callable[[], str]) -> None:
     undefined = tool("nm", "-D", "--undefined-only", "--demangle", binary())
     assert [line for line in undefined.splitlines() if TORCH.search(line)] == []
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "--dynamic", binary()))

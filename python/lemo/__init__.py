@@ -10,27 +10,33 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from .config import LemoConfig, Phase
+from lemo._moved import MovedModules
+from lemo.engine.config import LemoConfig, Phase
 
 if TYPE_CHECKING:
-    from .attach import Controller, apply, remove
-    from .memory import estimate
-    from .schedule import LemoCallback, Schedule
+    from lemo.engine.memory import estimate
+    from lemo.integration.callback import LemoCallback
+    from lemo.integration.controller import Controller
+    from lemo.integration.patch import apply, remove
+    from lemo.integration.schedule import Schedule
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Controller": "attach",
-    "apply": "attach",
-    "remove": "attach",
-    "estimate": "memory",
-    "LemoCallback": "schedule",
-    "Schedule": "schedule",
+    "Controller": "integration.controller",
+    "LemoCallback": "integration.callback",
+    "Schedule": "integration.schedule",
+    "apply": "integration.patch",
+    "estimate": "engine.memory",
+    "remove": "integration.patch",
 }
 
 __all__ = ["Controller", "LemoCallback", "LemoConfig", "Phase", "Schedule", "apply", "estimate", "remove"]
+
+sys.meta_path.append(MovedModules())
 
 
 def __getattr__(name: str) -> Any:

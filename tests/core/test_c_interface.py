@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
-import capi
 import pytest
 import torch
-from capi import Call, make, view
+from support import capi
+from support.capi import Call, make, view
 
 ROWS, DIM, BIG = 40, 8, 2**61
 
@@ -23,7 +25,13 @@ def forward(**changes: object) -> Call:
     q = torch.randn(ROWS, 1, DIM, generator=generator)
     out, lse = torch.full_like(q, -7.0), torch.full((1, ROWS), -7.0)
     cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
-    fields = {"q": view(q), "k": view(q), "v": view(q), "cu_seqlens": view(cu_seqlens), "out": view(out)}
+    fields: dict[str, Any] = {
+        "q": view(q),
+        "k": view(q),
+        "v": view(q),
+        "cu_seqlens": view(cu_seqlens),
+        "out": view(out),
+    }
     fields |= {"lse": view(lse), "max_seqlen": ROWS, "scale": 0.3}
     call = Call("attention_forward", make(capi.AttentionForward, **(fields | changes)))
     call.tensors = (q, out, lse, cu_seqlens)
@@ -110,7 +118,12 @@ def test_reserved_fields_are_zero() -> None:
 def predict(**changes: object) -> Call:
     x, w1, w2, w3, scores = torch.ones(2, 4), torch.ones(2, 4), torch.ones(2, 2), torch.ones(3, 2), torch.zeros(1)
     offsets, documents = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-    fields = {"x": view(x), "blocks": capi.blocks(offsets, documents, 2), "eps": 1e-5, "scores": view(scores)}
+    fields: dict[str, Any] = {
+        "x": view(x),
+        "blocks": capi.blocks(offsets, documents, 2),
+        "eps": 1e-5,
+        "scores": view(scores),
+    }
     for which in "qk":
         fields |= {f"w{which}1": view(w1), f"w{which}2": view(w2), f"w{which}3": view(w3)}
     call = Call("predict", make(capi.Predict, **(fields | changes)))
@@ -173,7 +186,13 @@ def test_an_empty_tensor_at_null_is_present() -> None:
     tile_offsets = torch.zeros(slots + 1, dtype=torch.int32)
     tiles = view(None, (0,))
     tiles.dtype = capi.DTYPES[torch.int32]
-    fields = {"q": view(q), "k": view(k), "v": view(v), "cu_seqlens": view(cu_seqlens), "out": view(out)}
+    fields: dict[str, Any] = {
+        "q": view(q),
+        "k": view(k),
+        "v": view(v),
+        "cu_seqlens": view(cu_seqlens),
+        "out": view(out),
+    }
     fields |= {"lse": view(lse), "tile_offsets": view(tile_offsets), "tiles": tiles}
     call = Call("attention_forward", make(capi.AttentionForward, max_seqlen=rows, scale=0.3, **fields))
     call.allocate()
@@ -189,7 +208,7 @@ def test_scores_take_memory_by_what_blocks_hold() -> None:
     and where memory does run out, nothing has been written."""
     code = """
         import resource, capi, torch
-        from capi import Call, make, view
+        from support.capi import Call, make, view
         x, scores, table = torch.ones(4, 1, 8), torch.full((1,), -7.0), torch.full((1, 1), -7.0)
         offsets, documents = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
         lists = capi.blocks(offsets, documents, 2**31 - 1)
@@ -209,7 +228,8 @@ def test_scores_take_memory_by_what_blocks_hold() -> None:
 
 
 def run_python(code: str) -> None:
-    path = [str(Path(__file__).parent), *sys.path]
-    source = f"import sys; sys.path[:0] = {path!r}\n" + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import capi
 import pytest
 import torch
-from capi import Call, make, view
 from lemo import ops
+from support import capi
+from support.capi import Call, make, view
 
 # Operations that take many seconds, of little memory. Each is ended after a few tenths of a second.
 ROWS = 1 << 15

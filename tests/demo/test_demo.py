@@ -1,48 +1,35 @@
 """The demo's pieces: what it reads, how it makes costs equal, and the model it ships."""
 
-import importlib
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
+import corpus
 import pytest
+import run
+import text
 import torch
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 MODEL = DEMO / "model"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def demo_on_path():
-    sys.path.insert(0, str(DEMO))
-    yield
-    sys.path.remove(str(DEMO))
-    for name in ("text", "run", "corpus"):
-        sys.modules.pop(name, None)
-
-
-def load(name):
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def files():
     """Listed once: torch and transformers are thousands of files."""
-    return load("text").source_files()
+    return text.source_files()
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def test_fine_tuning_text_is_nothing_pretraining_read(files):
-    read = {p.resolve() for root in load("corpus").default_roots() for p in load("corpus").source_files(root)}
+    read = {p.resolve() for root in corpus.default_roots() for p in corpus.source_files(root)}
     assert len(read) > 500 and len(files) > 100
     assert not {f.path.resolve() for f in files} & read
 
 
 def test_standard_library_is_told_from_site_packages(tmp_path):
-    text = load("text")
     standard = Path(sysconfig.get_path("stdlib"))
     assert text.is_standard_library(standard / "json" / "decoder.py")
     assert not text.is_standard_library(standard / "site-packages" / "torch" / "nn.py")
@@ -52,7 +39,6 @@ def test_standard_library_is_told_from_site_packages(tmp_path):
 
 
 def test_split_is_by_file_and_stable(files):
-    text = load("text")
     assert text.source_files(("peft",)) == text.source_files(("peft",))
     held = [f.name for f in files if f.held_out]
     assert 0.08 < len(held) / len(files) < 0.22
@@ -61,14 +47,12 @@ def test_split_is_by_file_and_stable(files):
 
 
 def test_pretraining_splits_versions_of_a_module_alike():
-    corpus = load("corpus")
     names = [f"python3.{v}/json/{m}.py" for v in (8, 11) for m in ("scanner", "decoder", "encoder")]
     assert [corpus.is_held_out(n) for n in names[:3]] == [corpus.is_held_out(n) for n in names[3:]]
     assert corpus.is_held_out("python3.11/test/test_lzma.py") == corpus.is_held_out("python3.11/lzma.py")
 
 
 def test_jsonl_stops_at_the_asked_length(files, tmp_path):
-    text = load("text")
     count = text.write_jsonl(files, tmp_path / "a.jsonl", characters=30_000, characters_each=12_000)
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert count == len(records) == 3
@@ -79,13 +63,13 @@ def test_jsonl_stops_at_the_asked_length(files, tmp_path):
 
 
 def seconds_of(dense, skip):
-    return load("run").StepCost("seconds", dense, skip)
+    return run.StepCost("seconds", dense, skip)
 
 
 @pytest.mark.parametrize("seconds, dense, skip", [(60, 1.5, 0.6), (40, 1.3, 1.1), (10, 4.0, 1.0), (100, 0.02, 0.011)])
 def test_equal_cost(seconds, dense, skip):
     step = seconds_of(dense, skip)
-    plan = load("run").equal_cost(seconds, step)
+    plan = run.equal_cost(seconds, step)
     spent = plan.eliminated_cost(step)
     assert spent <= plan.dense_cost(step) + 1e-9
     assert plan.dense_cost(step) - spent < skip + 1e-9  # less than one more step of the cheap kind
@@ -96,14 +80,14 @@ def test_equal_cost(seconds, dense, skip):
 
 def test_equal_cost_rejects_times_that_cannot_be():
     with pytest.raises(ValueError, match="step costs must be positive"):
-        load("run").equal_cost(10, seconds_of(0.0, 1.0))
+        run.equal_cost(10, seconds_of(0.0, 1.0))
 
 
 def test_schedule_gives_the_planned_steps():
-    from lemo.schedule import Schedule
-    from lemo.settings import parse_schedule
+    from lemo.integration.schedule import Schedule
+    from lemo.training.settings import parse_schedule
 
-    plan = load("run").equal_cost(60, seconds_of(1.5, 0.6))
+    plan = run.equal_cost(60, seconds_of(1.5, 0.6))
     schedule = Schedule(parse_schedule(plan.schedule("update_norm")))
     modes = [schedule.phase(step, plan.steps).mode for step in range(plan.steps)]
     assert modes == ["skip"] * plan.skip_steps + ["dense"] * plan.exact_steps
@@ -112,7 +96,7 @@ def test_schedule_gives_the_planned_steps():
 def demo_operations():
     from transformers import AutoConfig
 
-    run, config = load("run"), AutoConfig.from_pretrained(MODEL)
+    config = AutoConfig.from_pretrained(MODEL)
     dense, skip = (sum(run.step_operations(config, keep, 100_000).values()) for keep in (1.0, 0.5))
     return run.StepCost("operations", dense, skip)
 
@@ -128,16 +112,16 @@ def demo_operations():
 )
 def test_seconds_are_equal_unless_launches_bound_a_gpu(device, dense, skip, unit):
     measured = seconds_of(dense, skip)
-    plan = load("run").plan_runs(40, measured, demo_operations(), device)
+    plan = run.plan_runs(40, measured, demo_operations(), device)
     assert plan.step.unit == unit
     if unit == "seconds":
-        assert plan == load("run").equal_cost(40, measured)
+        assert plan == run.equal_cost(40, measured)
 
 
 @pytest.mark.parametrize("seconds", [8, 40])
 def test_equal_operations_stay_within_the_seconds(seconds):
     measured, counted = seconds_of(0.050, 0.053), demo_operations()
-    plan = load("run").plan_runs(seconds, measured, counted, "cuda")
+    plan = run.plan_runs(seconds, measured, counted, "cuda")
     assert 0 <= plan.dense_cost(counted) - plan.eliminated_cost(counted) < counted.skip
     assert 0.95 * seconds < plan.eliminated_cost(measured) < 1.02 * seconds
     assert plan.dense_cost(measured) < plan.eliminated_cost(measured)
@@ -162,7 +146,7 @@ def tiny_config():
 
 
 def test_operations_by_hand():
-    parts = load("run").step_operations(tiny_config(), 0.5, predictor_weights=10, tokens=100)
+    parts = run.step_operations(tiny_config(), 0.5, predictor_weights=10, tokens=100)
     frozen = 16 * 8 + 2 * 16 * 4 + 8 * 16 + 3 * 16 * 24  # q, k and v, o, MLP
     adapters = 8 * ((16 + 8) + 2 * (16 + 4) + (8 + 16))
     assert parts["projections"] == 3 * 50 * (2 * 2 * frozen + 3 * 2 * adapters)
@@ -172,7 +156,7 @@ def test_operations_by_hand():
 
 
 def test_operations_of_a_skipped_step_that_keeps_everything_are_the_dense_ones():
-    run, config = load("run"), tiny_config()
+    config = tiny_config()
     assert run.step_operations(config, 1.0, 10) == run.step_operations(config, 1.0)
     half, all_ = run.step_operations(config, 0.5, 10), run.step_operations(config, 1.0, 10)
     assert half["projections"] == all_["projections"] / 2 and half["attention"] == all_["attention"] / 4
@@ -187,7 +171,7 @@ def test_projections_are_counted_as_they_are_run(keep):
     from torch.utils.flop_counter import FlopCounterMode, addmm_flop
     from transformers import LlamaForCausalLM
 
-    run, config, tokens = load("run"), tiny_config(), 128
+    config, tokens = tiny_config(), 128
     lora = LoraConfig(r=run.RANK, target_modules=list(run.TARGETS), task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM(config), lora).train()
     phase = lemo.Phase("skip", keep=keep, policy="random") if keep < 1 else lemo.Phase("dense")
@@ -206,7 +190,7 @@ def test_projections_are_counted_as_they_are_run(keep):
 
 @pytest.mark.parametrize("device, dense, skip", [("cpu", 1.247, 0.623), ("cuda", 0.050, 0.053)])
 def test_report_says_what_is_equal(device, dense, skip):
-    run, measured = load("run"), seconds_of(dense, skip)
+    measured = seconds_of(dense, skip)
     plan = run.plan_runs(40, measured, demo_operations(), device)
     row = {"perplexity": 9.0, "low": 8.0, "high": 10.0, "tokens": 1000, "units": 3}
     change = {"ratio": 0.99, "ratio_low": 0.98, "ratio_high": 1.01}

@@ -1,12 +1,15 @@
 """Applying and removing, what stays untouched, the Trainer, and errors that say what to do."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import lemo
 import pytest
 import torch
 import transformers
-from lemo.layout import Blocks
-from lemo.policies import StepContext, make_policy, mix_seed
-from models import ATTENTION, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from lemo.engine.layout import Blocks
+from lemo.engine.policies import StepContext, make_policy, mix_seed
+from support.models import ATTENTION, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 ONE = [lemo.Phase("skip", keep=0.5, policy="random")]
 
@@ -172,7 +175,7 @@ def test_policies_draw_from_the_seed(policy):
 
 def test_random_shared_is_one_draw_for_all_layers():
     policy = make_policy("random", {"shared": True})
-    policy.context = type("C", (), {"seed": 9})
+    policy.context = cast(StepContext, SimpleNamespace(seed=9))
     assert policy.seed(0) == policy.seed(5)
     assert make_policy("random", {}).__class__ is policy.__class__
     assert len({mix_seed(0, step, layer) for step in range(50) for layer in range(50)}) == 2500

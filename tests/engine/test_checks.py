@@ -5,14 +5,15 @@ import functools
 import gc
 import types
 import weakref
+from typing import Any
 
 import accelerate
 import lemo
 import peft
 import pytest
 import torch
-from lemo.families import UnsupportedModelError
-from models import LINEARS, assert_close, base, batch, gradients, lora, tuned
+from lemo.engine.families import UnsupportedModelError
+from support.models import LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama import modeling_llama
@@ -286,7 +287,7 @@ class LigerSwiGLUMLP(MLP):
 @pytest.mark.parametrize("how", ["class", "instance"])
 def test_ligers_equivalents_stay(how):
     """Classes and forward methods that say they are Liger's: on the modules' class or on instances."""
-    space = {"__name__": "liger_kernel.transformers.equivalents", "silu": nn.functional.silu}
+    space: dict[str, Any] = {"__name__": "liger_kernel.transformers.equivalents", "silu": nn.functional.silu}
     space |= {"Norm": modeling_llama.LlamaRMSNorm, "MLP": modeling_llama.LlamaMLP}
     exec(LIGER, space)
     model, inputs = lora(base("llama"), LINEARS["llama"]).train(), batch("plain")

@@ -5,7 +5,7 @@ import copy
 import lemo
 import pytest
 import torch
-from models import ATTENTION, base, gradients, lora
+from support.models import ATTENTION, base, gradients, lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -3,7 +3,7 @@
 import lemo
 import pytest
 import torch
-from models import LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import LINEARS, assert_close, base, batch, gradients, lora, tuned
 
 
 def config(mode="dense", recompute="none", block_size=8, **options):

@@ -1,10 +1,10 @@
 """Answer-only labels: blocks that carry labels stay, whatever their score and the budget."""
 
 import lemo
-import lemo.policies
+import lemo.engine.policies
 import pytest
 import torch
-from models import VOCAB, gradients, tuned
+from support.models import VOCAB, gradients, tuned
 
 BLOCK, TOKENS = 8, 96
 
@@ -12,9 +12,9 @@ BLOCK, TOKENS = 8, 96
 @pytest.fixture
 def chosen(monkeypatch):
     lists = []
-    original = lemo.policies.Policy.choose
+    original = lemo.engine.policies.Policy.choose
     monkeypatch.setattr(
-        lemo.policies.Policy, "choose", lambda self, i, x: lists.append(original(self, i, x)) or lists[-1]
+        lemo.engine.policies.Policy, "choose", lambda self, i, x: lists.append(original(self, i, x)) or lists[-1]
     )
     return lists
 

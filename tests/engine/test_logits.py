@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import convert_outputs_to_fp32
-from lemo.output import MissingLogitsError
-from models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from lemo.engine.output import MissingLogitsError
+from support.models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
 from torch.utils import _pytree as pytree
 
 DENSE = lemo.Phase("dense")

@@ -3,13 +3,13 @@
 import dataclasses
 
 import lemo
-import lemo.engine
+import lemo.engine.stack
 import pytest
 import torch
 import transformers
-from lemo.layout import Blocks, Kept
-from lemo.participation import Participation
-from models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from lemo.engine.layout import Blocks, Kept
+from lemo.engine.participation import Participation
+from support.models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 MODES = [
     lemo.Phase("dense"),
@@ -375,9 +375,9 @@ def test_who_keeps_the_embeddings_output_finds_it_unchanged(family, where):
 
 def test_without_a_hook_the_embeddings_output_is_not_copied(monkeypatch):
     steps = []
-    original = lemo.engine.Stack.apply
+    original = lemo.engine.stack.Stack.apply
     monkeypatch.setattr(
-        lemo.engine.Stack, "apply", lambda x, step, *rest: steps.append(step) or original(x, step, *rest)
+        lemo.engine.stack.Stack, "apply", lambda x, step, *rest: steps.append(step) or original(x, step, *rest)
     )
     model = tuned("llama")
     lemo.apply(model, settings())

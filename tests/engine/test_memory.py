@@ -1,11 +1,11 @@
 """What a step saves for its backward pass, counted, against the documented formula."""
 
 import lemo
-import lemo.engine
+import lemo.engine.stack
 import pytest
 import torch
-from lemo.memory import layer_shape, saved_bytes
-from models import ATTENTION, LINEARS, base, lora
+from lemo.engine.memory import layer_shape, saved_bytes
+from support.models import ATTENTION, LINEARS, base, lora
 
 BLOCK, CONTEXT, LAYERS = 8, 128, 3
 
@@ -17,7 +17,7 @@ def tensors_of(value, seen):
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from tensors_of(v, seen)
-    elif isinstance(value, (lemo.engine.Record, lemo.engine.Rows)) and id(value) not in seen:
+    elif isinstance(value, (lemo.engine.stack.Record, lemo.engine.stack.Rows)) and id(value) not in seen:
         seen.add(id(value))
         for v in vars(value).values():
             yield from tensors_of(v, seen)
@@ -28,8 +28,9 @@ def count(model, settings, monkeypatch):
 
     Storages that died in the forward pass are not saved; parameters and what belongs to the step are not the layers'.
     """
-    packs, records = [], []
-    original = lemo.engine.forward
+    packs: list[torch.Tensor] = []
+    records: list[lemo.engine.stack.Record] = []
+    original = lemo.engine.stack.forward
 
     def spy(step, x):
         def pack(t):
@@ -43,7 +44,7 @@ def count(model, settings, monkeypatch):
         return result
 
     shared = list(model.parameters())
-    monkeypatch.setattr(lemo.engine, "forward", spy)
+    monkeypatch.setattr(lemo.engine.stack, "forward", spy)
     controller = lemo.apply(model, settings)
     ids = torch.randint(3, 80, (2, CONTEXT // 2))
     model(input_ids=ids, labels=ids)

@@ -1,12 +1,12 @@
 """Modes against their definition in plain torch; identity, replay, repeatability, accumulation."""
 
 import lemo
-import lemo.policies
+import lemo.engine.policies
 import pytest
-import reference
 import torch
-from lemo.layout import Kept
-from models import LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
+from lemo.engine.layout import Kept
+from support import reference
+from support.models import LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
 
 BLOCK = 8
 
@@ -15,13 +15,13 @@ BLOCK = 8
 def chosen(monkeypatch):
     """Every kept list as it was chosen."""
     lists = []
-    original = lemo.policies.select
+    original = lemo.engine.policies.select  # type: ignore[attr-defined]
 
     def record(*args, **kwargs):
         lists.append(original(*args, **kwargs))
         return lists[-1]
 
-    monkeypatch.setattr(lemo.policies, "select", record)
+    monkeypatch.setattr(lemo.engine.policies, "select", record)
     return lists
 
 

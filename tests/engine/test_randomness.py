@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 
 DENSE = [lemo.Phase("dense")]

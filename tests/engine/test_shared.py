@@ -4,8 +4,8 @@ import lemo
 import peft
 import pytest
 import torch
-from lemo.families import UnsupportedModelError
-from models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
+from lemo.engine.families import UnsupportedModelError
+from support.models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 
 DENSE = [lemo.Phase("dense")]
@@ -92,7 +92,7 @@ def test_hooks_on_parameters_run_once_with_the_whole_gradient(recompute):
     model, inputs = base("llama").train(), batch("plain")
     shared_layer(model)
     model.lm_head.weight = model.model.embed_tokens.weight
-    calls = {}
+    calls: dict[tuple[str, str], list[torch.Tensor | None]] = {}
     nodes = []
     for name, p in model.named_parameters():
         p.register_hook(lambda g, n=name: calls.setdefault((n, "tensor"), []).append(g.clone()))
@@ -129,7 +129,7 @@ def test_hooks_may_change_the_gradient_and_be_removed():
 def test_hooks_survive_an_error_in_backward():
     model, inputs = tuned("llama"), batch("plain")
     p = next(p for p in model.parameters() if p.requires_grad)
-    seen = []
+    seen: list[torch.Tensor] = []
     p.register_hook(seen.append)
     lemo.apply(model, settings())
     loss = model(**inputs).loss
@@ -143,7 +143,7 @@ def test_hooks_survive_an_error_in_backward():
 def test_hooked_parameters_of_a_layer_that_keeps_nothing():
     model, inputs = tuned("llama"), batch("plain")
     p = next(p for p in model.parameters() if p.requires_grad)
-    seen = []
+    seen: list[torch.Tensor] = []
     p.register_hook(seen.append)
     lemo.apply(model, settings(phases=[lemo.Phase("skip", keep=0.0, policy="random")]))
     model(**inputs).loss.backward()
@@ -153,7 +153,7 @@ def test_hooked_parameters_of_a_layer_that_keeps_nothing():
 def test_inactive_adapters_have_no_gradient():
     model, inputs = tuned("llama"), batch("plain")
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=ATTENTION["llama"], task_type="CAUSAL_LM"))
-    seen = []
+    seen: list[torch.Tensor] = []
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
         if ".other." in name:

@@ -3,7 +3,7 @@
 import lemo
 import pytest
 import torch
-from models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 
 SKIPS = [lemo.Phase("skip", policy=name) for name in ("random", "sampled", "exact", "update_norm")]
@@ -108,7 +108,7 @@ def test_hidden_states_may_change_in_place(family, options, kind):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_what_hooks_keep_is_not_overwritten(family, phase, recompute):
     model = lora(base(family), ATTENTION[family]).train()
-    kept = []
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(module, args, output):
         kept.extend((t, t.detach().clone()) for t in (*args, output) if isinstance(t, torch.Tensor))

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 
 import lemo
-import lemo.policies
+import lemo.engine.policies
 import pytest
 import torch
-from lemo.layout import Blocks, Kept, select
-from lemo.policies import StepContext, probabilities
-from lemo.settings import parse_schedule
-from models import LINEARS, VOCAB, base, gradients, lora
+from lemo.engine.layout import Blocks, Kept, select
+from lemo.engine.policies import StepContext, probabilities
+from lemo.training.settings import parse_schedule
+from support.models import LINEARS, VOCAB, base, gradients, lora
 
 BLOCK = 4
 
@@ -62,7 +62,7 @@ def test_the_expected_gradient_is_the_dense_one(family, lengths, layers, keep, p
     phase = lemo.Phase("backward", keep=keep, weighted=True, policy=policy, policy_options=options)
     lemo.apply(model, lemo.LemoConfig(block_size=BLOCK, phases=[phase], recompute=recompute))
     draws = Draws()
-    monkeypatch.setattr(lemo.policies, "select", draws)
+    monkeypatch.setattr(lemo.engine.policies, "select", draws)
     blocks = Blocks.from_lengths(lengths, BLOCK).num_blocks
     mean = {name: torch.zeros_like(g, dtype=torch.float64) for name, g in expected.items()}
     total = 0.0
@@ -108,9 +108,9 @@ def test_a_score_that_is_not_finite_is_reported_not_averaged(number, weighted):
     assert p.isfinite().tolist() == [i != 4 for i in range(10)]
     others = p[[1, 2, 3, 5, 6, 7, 8, 9]]
     assert bool((others[1:] > others[:-1]).all())
-    policy = lemo.policies.make_policy("sampled", {})
+    policy = lemo.engine.policies.make_policy("sampled", {})
     policy.begin(context)
-    policy.source.scores = lambda layer, x: scores
+    policy.source.scores = lambda layer, x: scores  # type: ignore[attr-defined]
     with pytest.raises(FloatingPointError, match=r"layer 7, policy 'sampled'.*block 4"):
         policy.choose(7, torch.zeros(40, 4))
 

@@ -5,7 +5,7 @@ import contextlib
 import lemo
 import pytest
 import torch
-from models import VOCAB, assert_close, base, tuned
+from support.models import VOCAB, assert_close, base, tuned
 from torch.utils.checkpoint import checkpoint
 
 PHASES = {

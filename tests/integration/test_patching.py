@@ -10,7 +10,7 @@ import lemo
 import pytest
 import torch
 from accelerate import Accelerator
-from models import assert_close, base, batch, gradients, tuned
+from support.models import assert_close, base, batch, gradients, tuned
 from torch import nn
 
 SKIP = [lemo.Phase("skip", keep=0.5, policy="random")]

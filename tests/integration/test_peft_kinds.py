@@ -1,11 +1,13 @@
 """Adapters of PEFT: the gradients of plain training, or a refusal by name; and models that are spread out."""
 
+from typing import Any
+
 import lemo
 import peft
 import pytest
 import torch
-from lemo.families import UnsupportedModelError
-from models import base, lora, tuned
+from lemo.engine.families import UnsupportedModelError
+from support.models import base, lora, tuned
 from torch import nn
 
 TARGETS = ["q_proj", "v_proj"]
@@ -62,7 +64,7 @@ WORKS = {
     "PromptEncoderConfig": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     "MultitaskPromptTuningConfig": {"num_virtual_tokens": 4, "num_tasks": 2},
 }
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "PrefixTuningConfig": ({"num_virtual_tokens": 4}, "PrefixTuningConfig: it trains a cache"),
     "CPTConfig": (
         {"cpt_token_ids": [7, 8], "cpt_tokens_type_mask": [1, 2], "cpt_mask": [1, 1]},
@@ -166,7 +168,7 @@ def test_fully_sharded(group):
 
     model = tuned("llama")
     lemo.apply(model, DENSE)
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     fully_shard(model.get_base_model().model.layers[1], mesh=mesh)
     with pytest.raises(UnsupportedModelError, match=r"whole weights of every layer.*DTensors.*DistributedDataParallel"):
         model(**batch("fsdp"))

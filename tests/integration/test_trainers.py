@@ -2,13 +2,14 @@
 
 import logging
 import weakref
+from typing import Any
 
 import lemo
 import pytest
 import torch
 import transformers
-from lemo.trainers import running_trainer
-from models import ATTENTION, VOCAB, base, batch, gradients, lora, tuned
+from lemo.integration.trainers import running_trainer
+from support.models import ATTENTION, VOCAB, base, batch, gradients, lora, tuned
 
 SKIP = [lemo.Phase("skip", keep=0.5, policy="update_norm")]
 
@@ -80,7 +81,12 @@ def test_tensorboard(tmp_path):
 
 def test_looking_for_the_trainer_holds_nothing():
     """Asking a running function for its variables makes a copy of them, which lives as long as the function runs."""
-    space = {"__name__": "transformers.trainer", "weakref": weakref, "look": running_trainer, "new": torch.nn.Identity}
+    space: dict[str, Any] = {
+        "__name__": "transformers.trainer",
+        "weakref": weakref,
+        "look": running_trainer,
+        "new": torch.nn.Identity,
+    }
     lines = ("found, batch = look(), new()", "look()", "ref = weakref.ref(batch)", "del batch", "return found, ref()")
     loop = "\n ".join(("def loop(self):", *lines))
     exec(loop, space)

@@ -1,14 +1,16 @@
 """TRL's trainers: the segmented loss in place of TRL's head, whichever came first, with the numbers TRL gets alone."""
 
+from typing import Any
+
 import lemo
 import pytest
 import torch
-from lemo import trl_head
+from lemo.integration import trl_head
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra lemo[test] has it)")
 
 import trl
-import trl_setup
+from support import trl_setup
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 DENSE = [lemo.Phase("dense")]
@@ -24,7 +26,7 @@ def tokenizer():
 def segmented(monkeypatch):
     """Counts calls of the segmented loss."""
     calls = []
-    original = trl_head.causal_lm_loss
+    original = trl_head.causal_lm_loss  # type: ignore[attr-defined]
     monkeypatch.setattr(trl_head, "causal_lm_loss", lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
 
@@ -51,7 +53,7 @@ def assert_same(ours, theirs):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
-SFT = {
+SFT: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed": {"packing": True, "packing_strategy": "bfd"},
     "padding-free": {"padding_free": True, "max_length": None},

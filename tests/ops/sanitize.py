@@ -1,7 +1,7 @@
 """A list of small attention cases under compute-sanitizer; run by hand on a GPU, since it takes minutes.
 
-  python tests/ops/sanitize.py memcheck
-  python tests/ops/sanitize.py racecheck --only 0 3
+  PYTHONPATH=tests python tests/ops/sanitize.py memcheck
+  PYTHONPATH=tests python tests/ops/sanitize.py racecheck --only 0 3
 
 For racecheck, build with -DLEMO_CUDA_RACECHECK=ON (cuda/attention/hopper/pipeline.cuh says why): in a usual build it
 reports accesses that are ordered. Exit status 0: the tool reported nothing. Only kernels of lemo's attention are
@@ -16,9 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
@@ -26,7 +23,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 def listed() -> list:
     """What the tools run: every head_dim, packed and at original offsets, ragged tiles, weights, lists, an empty row
     list, one block. Two tiles of keys are enough for a pipeline to go round."""
-    from cases import DIMS, Attention
+    from support.cases import DIMS, Attention
 
     return [
         *(Attention("ragged_64", 4, 1, dim, "rows") for dim in DIMS),
@@ -42,8 +39,8 @@ def listed() -> list:
 
 def run(only: list[int] | None) -> None:
     import torch
-    from cases import name_of
-    from compare import check_half
+    from support.cases import name_of
+    from support.compare import check_half
 
     for i, case in enumerate(listed()):
         if only is None or i in only:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import PACKINGS, Attention, Draw, Loss, leaf
-from compare import error
 from lemo import ops
+from support import cases, oracle
+from support.cases import PACKINGS, Attention, Draw, Loss, leaf
+from support.compare import error
 
 
 def close(actual: torch.Tensor, exact: torch.Tensor) -> None:

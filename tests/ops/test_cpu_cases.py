@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DIMS, PACKINGS, SELECT, Attention, name_of
-from compare import check_single
 from lemo import _native, ops
-from lemo.layout import Kept, select
+from lemo.engine.layout import Kept, select
+from support import oracle
+from support.cases import CASES, DIMS, PACKINGS, SELECT, Attention, name_of
+from support.compare import check_single
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

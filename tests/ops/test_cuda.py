@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-import oracle
 import pytest
 import torch
-from cases import ATTENTION, CASES, PACKINGS, SELECT, Loss, Norm, Select, name_of
-from compare import check_half
 from lemo import _native, ops
-from lemo.layout import Blocks, select
-from test_cpu_cases import check_select
+from lemo.engine.layout import Blocks, select
+from ops.test_cpu_cases import check_select
+from support import oracle
+from support.cases import ATTENTION, CASES, PACKINGS, SELECT, Loss, Norm, Select, name_of
+from support.compare import check_half
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 HALVES = [torch.bfloat16, torch.float16]

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ATTENTION, DIMS, Attention, Results, name_of
-from compare import check_half, error
 from lemo import ops
 from lemo.ops.attention import TILE_ROWS
-from test_cpu_cases import UNNAMED, unnamed_rows_stay
+from ops.test_cpu_cases import UNNAMED, unnamed_rows_stay
+from support.cases import ATTENTION, DIMS, Attention, Results, name_of
+from support.compare import check_half, error
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Attention, Draw
-from compare import error
 from lemo import ops
-from lemo.functions import ReLU, Rope, SwiGLU
-from lemo.layout import Blocks
+from lemo.engine.elementwise import ReLU, Rope, SwiGLU
+from lemo.engine.layout import Blocks
+from support.cases import Attention, Draw
+from support.compare import error
 from torch.autograd import gradcheck, gradgradcheck
 
 ROWS = torch.tensor([1, 4, -1, 7], dtype=torch.int32)  # -1 is padding

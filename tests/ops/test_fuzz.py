@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lemo import ops
-from test_torch import SOME, calls_of, select_everywhere
+from ops.test_torch import SOME, calls_of, select_everywhere
 from torch import Tensor
 
 # Seeded and without a limit on time: the same examples everywhere, however slow the machine is.

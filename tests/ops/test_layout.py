@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PACKINGS
-from lemo.layout import Blocks, Kept, kept_per_document, select
-from lemo.policies import mix_seed
+from lemo.engine.layout import Blocks, Kept, kept_per_document, select
+from lemo.engine.policies import mix_seed
+from support.cases import PACKINGS
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

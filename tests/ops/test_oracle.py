@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ATTENTION, LOSS, NORMS, PACKINGS, PREDICT, SCORES, leaf, name_of
+from support import oracle
+from support.cases import ATTENTION, LOSS, NORMS, PACKINGS, PREDICT, SCORES, leaf, name_of
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ def test_block_scores_by_definition(case) -> None:
     expected = []
     for document in documents:
         for n, (j0, j1) in enumerate(document):
-            total = 0.0
+            total = torch.zeros((), dtype=torch.float64)
             for i0, i1 in document[n:]:
                 best = torch.zeros((), dtype=torch.float64)
                 for j in range(j0, j1):

@@ -6,12 +6,12 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import oracle
 import pytest
 import torch
-from compare import FP32_ROUNDINGS, error
 from lemo import ops
 from lemo.ops.attention import TILE_ROWS, transpose_tile_lists
+from support import oracle
+from support.compare import FP32_ROUNDINGS, error
 from torch import Tensor
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import cases
+from typing import Any
+
 import pytest
 import torch
-from cases import PACKINGS, name_of
 from lemo import ops
-from lemo.layout import Blocks, Kept
+from lemo.engine.layout import Blocks, Kept
+from support import cases
+from support.cases import PACKINGS, name_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SOME = [
@@ -87,7 +89,8 @@ def test_opcheck_select() -> None:
 
 @pytest.mark.parametrize("op", ["gather", "gather_norm", "attention_forward"])
 def test_opcheck_with_gradients(op) -> None:
-    case = {"gather": SOME[0], "gather_norm": SOME[2], "attention_forward": cases.Attention("documents", 2, 1, 16)}[op]
+    table: dict[str, Any] = {"gather": SOME[0], "gather_norm": SOME[2]}
+    case = (table | {"attention_forward": cases.Attention("documents", 2, 1, 16)})[op]
     for func, args in calls_of(lambda: case.run(case.inputs("cpu", torch.float32))):
         if func._schema.name == f"lemo::{op}":
             args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import BLOCK, build
+from support.tiny import BLOCK, build
 
 
 @pytest.fixture(scope="session", autouse=True)

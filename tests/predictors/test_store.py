@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from lemo.predictors import CalibrationError, PredictorNetwork, PredictorSet, model_fingerprint
 from lemo.predictors import store as store_module
-from tiny import BLOCK, HIDDEN, LAYERS, build
+from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_fingerprint_follows_weights_not_adapters_or_types():
     assert changed["linear"] != plain["linear"]
     assert changed["embeddings_and_norms"] == plain["embeddings_and_norms"]
     with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
+        model.model.norm.weight.mul_(1.5)  # type: ignore[operator]
     assert model_fingerprint(model)["embeddings_and_norms"] != plain["embeddings_and_norms"]
 
 

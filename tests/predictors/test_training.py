@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 from lemo import ops
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from lemo.predictors import calibrate, evaluate_recall, format_report
-from lemo.predictors.init import fit_outputs, refit_outputs
+from lemo.predictors.fit import fit_outputs, refit_outputs
 from lemo.predictors.network import PredictorNetwork, informativeness, visible_queries
 from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.teacher import Teacher, documents
 from lemo.predictors.thresholds import search_thresholds
 from lemo.predictors.train import score_loss
-from tiny import BLOCK, HIDDEN, LAYERS, build
+from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 SETTINGS = {"block_size": BLOCK, "steps": 100, "rank": 16, "features": 8, "progress": False, "max_documents": 32}
 
@@ -139,7 +139,7 @@ def test_closed_form_start_fits_what_pooled_activations_determine():
     exact = count * (pooled["k"] @ torch.rand(16, generator=g))
     fit_outputs(network, pooled, exact, blocks)
     with torch.no_grad():
-        network.wq3[1:] = 0
+        network.wq3[1:] = 0  # type: ignore[operator]
         y = {side: pooled[side] @ getattr(network, f"w{side}3").T for side in "qk"}
     torch.testing.assert_close(informativeness(y["q"], y["k"], blocks, False), exact, rtol=0.03, atol=0.03)
 

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from texts import WORDS, make_text
-
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "engine")]
+from support.texts import WORDS, make_text
 
 
 @pytest.fixture(scope="session", autouse=True)

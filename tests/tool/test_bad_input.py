@@ -13,13 +13,13 @@ import lemo
 import pytest
 import torch
 import transformers
-from bad_input import NB, TABLE, Bad, CommandError, M, P, T
-from cases import Attention, Draw
 from lemo import _native, ops
 from lemo.cli import main
 from lemo.predictors import PredictorSet
-from models import base as make_base
-from models import batch, tuned
+from support.bad_input import NB, TABLE, Bad, CommandError, M, P, T
+from support.cases import Attention, Draw
+from support.models import base as make_base
+from support.models import batch, tuned
 from torch import Tensor
 
 # --- the valid starting points ----------------------------------------------------------------------------------------
@@ -48,14 +48,14 @@ def base(op: str) -> dict[str, Any]:
     if op in ("attention_forward", "attention_backward"):
         case = Attention("documents", 4, 2, 16, "rows", given=True)
         t = case.inputs("cpu", torch.float32)
-        names = ["q", "k", "v", "cu_seqlens", "rows"]
-        names += ["dout", "out", "lse", "key_weights", "row_slots"] if op == "attention_backward" else []
-        return {n: t[n] for n in names} | {"max_seqlen": case.max_seqlen, "scale": 0.25}
+        fields = ["q", "k", "v", "cu_seqlens", "rows"]
+        fields += ["dout", "out", "lse", "key_weights", "row_slots"] if op == "attention_backward" else []
+        return {n: t[n] for n in fields} | {"max_seqlen": case.max_seqlen, "scale": 0.25}
     if op == "attention_forward:lists":
         case = Attention("all_64", 4, 2, 16, lists=True)
         t = case.inputs("cpu", torch.float32)
-        names = ["q", "k", "v", "cu_seqlens", "tile_offsets", "tiles"]
-        return {n: t[n] for n in names} | {"rows": None, "max_seqlen": case.max_seqlen, "scale": 0.25}
+        fields = ["q", "k", "v", "cu_seqlens", "tile_offsets", "tiles"]
+        return {n: t[n] for n in fields} | {"rows": None, "max_seqlen": case.max_seqlen, "scale": 0.25}
     if op == "select_blocks":
         rule = {"mode": "budget", "keep": 0.5, "threshold": 0.0, "always_first": 0, "always_last": 0, "seed": 0}
         return {"scores": draw.uniform(NB, low=0.1, high=0.9), "num_tokens": T} | layout() | rule
@@ -90,6 +90,11 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
 
 class World:
     """Where an entry finds its inputs and does what is wrong; remembers all that must stay as it is."""
+
+    folder: Path
+    model_folder: Path
+    text: Path
+    good_calibration: Path
 
     def __init__(
         self,
@@ -126,8 +131,8 @@ class World:
         assert self.all_files() == self.files
         for name, tensor, before in self.tensors:
             assert content(tensor) == before, f"{name} was written"
-        for model, before in self.models:
-            assert state(model) == before
+        for model, unchanged in self.models:
+            assert state(model) == unchanged
 
     # operations
 
@@ -232,6 +237,10 @@ class World:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return str(path)
 
+    def empty_folder(self) -> str:
+        (self.folder / "empty").mkdir()
+        return str(self.folder / "empty")
+
     def finetune(self, *options: str, data: str | None = None, model: str | None = None) -> list[str]:
         return [
             *(
@@ -264,7 +273,7 @@ class World:
 
     def run_folder(self, settings: dict | None = None, **more: object) -> str:
         """A run folder that has been started with the default settings changed by these."""
-        from lemo.settings import FinetuneSettings
+        from lemo.training.settings import FinetuneSettings
 
         values = FinetuneSettings().to_json() | (settings or {})
         inputs = {"model": str(self.model_folder), "data": [str(self.text)]}

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from lemo.checkpoint import (
+from lemo.training.checkpoint import (
     MANIFEST,
     CheckpointError,
     Checkpoints,
@@ -128,7 +128,7 @@ def test_kill_9_at_any_moment(tmp_path: Path, moment: str) -> None:
         """
         import os, signal, shutil, sys
         from pathlib import Path
-        import lemo.checkpoint as c
+        import lemo.training.checkpoint as c
         root, moment = Path(sys.argv[1]), sys.argv[2]
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         checkpoints = c.Checkpoints(root, keep=1)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from lemo.adapters import adapter_name
 from lemo.cli import build_parser, main
+from lemo.training.adapters import adapter_name
 
 COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lemo.cli import main
-from texts import SENTENCE, make_text
+from support.texts import SENTENCE, make_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} . {% endfor %}"
@@ -43,17 +43,17 @@ SIZES = OPTIONS.split(" ")
 
 
 def test_answers_only_is_kept_by_the_run(chat_model: Path, chats: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    from lemo import finetune as module
+    from lemo.training import finetune as module
 
     seen: list[torch.Tensor] = []
-    read = module.PackedWindows.__getitem__
+    read = module.PackedWindows.__getitem__  # type: ignore[attr-defined]
 
     def remember(self, i: int) -> dict:
         item = read(self, i)
         seen.append((item["labels"] != -100).float().mean())
         return item
 
-    monkeypatch.setattr("lemo.finetune.PackedWindows.__getitem__", remember)
+    monkeypatch.setattr("lemo.training.finetune.PackedWindows.__getitem__", remember)
     out = tmp_path / "run"
     command = ["--model", chat_model, "--data", chats, "--answers-only", "--held-out", "0.2", *SIZES, "--out", out]
     assert finetune(*command) == 0
@@ -79,7 +79,8 @@ def test_padding_is_said_and_does_no_harm(model_folder: Path, tmp_path: Path, ca
         n = int(torch.randint(5, 40, (1,), generator=generator))
         row[:n] = torch.randint(2, 20, (n,), generator=generator)
     rows.numpy().astype("<u2").tofile(tmp_path / "t.bin")
-    for name, given in (("with", []), ("without", [])):
+    variants: tuple[tuple[str, list[str]], ...] = (("with", []), ("without", []))
+    for name, given in variants:
         model = tmp_path / name
         model.mkdir()
         for path in model_folder.iterdir():

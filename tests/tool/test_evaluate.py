@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lemo.data import load_documents
-from lemo.evaluate import Scores, compare, ratio_interval, score, student_quantile
+from lemo.training.evaluate import Scores, compare, ratio_interval, score, student_quantile
 
 
 # Student's t, two-sided 95 % and 99 %, from printed tables.
@@ -126,7 +126,7 @@ def everything(model: torch.nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {n: (id(t), t.requires_grad, t.detach().numpy().tobytes()) for n, t in tensors}
     for name, module in model.named_modules():
         found[f"module {name}"] = (type(module), module.training, sorted(module.__dict__), sorted(module._modules))
-    return found | {"config": model.config.to_dict()}
+    return found | {"config": model.config.to_dict()}  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")
@@ -289,10 +289,10 @@ def test_a_model_that_scales_its_logits_is_refused(model_folder: Path, one_domai
 
 
 def test_a_changed_base_model_is_noticed(model_folder: Path, one_domain, tmp_path: Path, monkeypatch) -> None:
-    import lemo.adapters
+    import lemo.training.adapters
 
     folder = make_adapter(model_folder, tmp_path / "pissa", 0.5, adapter_kinds()["pissa"])
-    monkeypatch.setattr(lemo.adapters, "_copies", lambda *_: {})
+    monkeypatch.setattr(lemo.training.adapters, "_copies", lambda *_: {})
     with pytest.raises(RuntimeError, match=r"changed the base model .*q_proj.*in a call of its own"):
         compare(load_base(model_folder), [str(folder)], one_domain, 64)
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from lemo.cli import main
 from lemo.data import PackedWindows, load_documents
-from lemo.finetune import _Run, learning_rate_factor
-from lemo.finetune import finetune as finetune_documents
-from lemo.settings import FinetuneSettings, parse_schedule
+from lemo.training.finetune import _Run, learning_rate_factor
+from lemo.training.finetune import finetune as finetune_documents
+from lemo.training.settings import FinetuneSettings, parse_schedule
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -122,7 +122,7 @@ def test_the_same_settings_give_the_same_adapter(
 KILLED = textwrap.dedent(
     """
     import os, signal, sys
-    import lemo.checkpoint as c
+    import lemo.training.checkpoint as c
     from lemo.cli import main
     step, moment = sys.argv[1], sys.argv[2]
     die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
@@ -181,7 +181,7 @@ def test_resuming_with_accumulation_and_a_decaying_rate(model_folder: Path, text
     options = ["--accumulate", "2", "--lr-schedule", "cosine", "--lora-dropout", "0.0", "--schedule", "skip:random"]
     assert finetune(model_folder, text_folder, tmp_path / "whole", *options) == 0
     with pytest.MonkeyPatch.context() as patch:
-        from lemo.finetune import RunLog
+        from lemo.training.finetune import RunLog
 
         real = RunLog.write
 

@@ -12,17 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lemo.checkpoint import MANIFEST, CheckpointError, Checkpoints, content_digest, locked, read_manifest
 from lemo.cli import main
-from lemo.plots import summary
 from lemo.predictors import CalibrationError, PredictorSet
-from lemo.run_folder import check_complete, continue_run, run_checkpoints, run_settings, saved_settings, start_run
-from lemo.run_log import RunLog, read_log
-from lemo.settings import FinetuneSettings
+from lemo.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, content_digest, locked, read_manifest
+from lemo.training.plots import summary
+from lemo.training.run_folder import (
+    check_complete,
+    continue_run,
+    run_checkpoints,
+    run_settings,
+    saved_settings,
+    start_run,
+)
+from lemo.training.run_log import RunLog, read_log
+from lemo.training.settings import FinetuneSettings
 
 SIZES = "--context 64 --block-size 8 --steps 4 --batch 1 --warmup 2 --lr 1e-2"
 OPTIONS = [*SIZES.split(" "), "--save-every", "2", "--quiet"]
-NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+NEEDED: tuple[str, ...] = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 NEEDED += ("rng_state.pth", "trainer_state.json")
 
 
@@ -172,13 +179,13 @@ def test_another_split_of_the_same_data(
     model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another version of lemo might hold other documents out."""
-    import lemo.finetune
+    import lemo.training.finetune
 
-    out, real = tmp_path / "run", lemo.finetune.split_held_out
+    out, real = tmp_path / "run", lemo.training.finetune.split_held_out  # type: ignore[attr-defined]
     command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--dense", "--held-out", "0.2"]
     assert main([*command, "--out", str(out), *OPTIONS]) == 0
     monkeypatch.setattr(
-        lemo.finetune, "split_held_out", lambda d, fraction, seed, *_, **__: real(d, fraction, seed + 1)
+        lemo.training.finetune, "split_held_out", lambda d, fraction, seed, *_, **__: real(d, fraction, seed + 1)
     )
     shutil.rmtree(out / "adapter")
     assert resume(out) == 2
@@ -355,8 +362,8 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
         """
         import os, signal, sys
         from pathlib import Path
-        import lemo.checkpoint as c
-        from lemo.run_folder import start_run
+        import lemo.training.checkpoint as c
+        from lemo.training.run_folder import start_run
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[2] == "written":
             c._fsync = die
@@ -379,9 +386,9 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
 
 
 def test_the_lock_is_held_until_the_adapter_is_there(original: Setting, tmp_path: Path, monkeypatch) -> None:
-    import lemo.finetune
+    import lemo.training.finetune
 
-    real, tried = lemo.finetune.write_folder, []
+    real, tried = lemo.training.finetune.write_folder, []  # type: ignore[attr-defined]
 
     def write_folder(target: Path, *args: Any, **kwargs: Any) -> None:
         if target.name == "adapter":
@@ -390,7 +397,7 @@ def test_the_lock_is_held_until_the_adapter_is_there(original: Setting, tmp_path
             tried.append(target)
         real(target, *args, **kwargs)
 
-    monkeypatch.setattr(lemo.finetune, "write_folder", write_folder)
+    monkeypatch.setattr(lemo.training.finetune, "write_folder", write_folder)
     out = tmp_path / "run"
     command = ["finetune", "--model", str(original.model), "--data", str(original.text), "--dense"]
     assert main([*command, "--out", str(out), *OPTIONS]) == 0

@@ -141,7 +141,8 @@ def test_every_kind_of_records_gives_the_same_documents(name: str, place: str, t
 
 @pytest.mark.parametrize("name", ["a.TXT", "a.txt.gz", "a.md.xz", "a", "a.gz"])
 def test_text_files_of_other_names(name: str, tmp_path: Path, tokenizer) -> None:
-    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(name).suffix, bytes)
+    packers: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress}
+    pack = packers.get(Path(name).suffix, bytes)
     (tmp_path / name).write_bytes(pack(b"the block of tokens"))
     assert texts_of(load_documents([str(tmp_path / name)], tokenizer, progress=False), tokenizer) == TEXTS[:1]
 

@@ -46,8 +46,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", 2
-    from lemo.checkpoint import CheckpointError
     from lemo.predictors import CalibrationError
+    from lemo.training.checkpoint import CheckpointError
 
     expected = (ValueError, OSError, ImportError, NotImplementedError, CheckpointError, CalibrationError)
     if isinstance(error, expected):
@@ -214,7 +214,7 @@ def check_supported(config: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lemo import families
+    from lemo.engine import families
 
     try:
         with torch.device("meta"):

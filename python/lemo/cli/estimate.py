@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from lemo.cli.common import Formatter, add_common, load_config, path_name
-from lemo.settings import parse_schedule
+from lemo.training.settings import parse_schedule
 
 _EPILOG = """\
 examples:
@@ -43,7 +43,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lemo.config import LemoConfig
+    from lemo.engine.config import LemoConfig
 
     model = load_config(args.model, None, False)
     config = LemoConfig(phases=parse_schedule(args.schedule, args.keep), recompute=args.recompute)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lemo.data import evaluation_pieces
-    from lemo.evaluate import compare, model_labels
+    from lemo.training.evaluate import compare, model_labels
 
     if args.context < 2:
         raise ValueError(f"--context {args.context}: expected at least 2 tokens")

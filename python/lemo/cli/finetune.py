@@ -22,7 +22,7 @@ from lemo.cli.common import (
     path_name,
     say,
 )
-from lemo.settings import FinetuneSettings
+from lemo.training.settings import FinetuneSettings
 
 _EPILOG = """\
 examples:
@@ -143,8 +143,8 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
 
     What lies at such a place is compared with the run's fingerprints once it has been read.
     """
-    from lemo.checkpoint import compare_settings
-    from lemo.run_folder import PLACES, run_settings, saved_settings
+    from lemo.training.checkpoint import compare_settings
+    from lemo.training.run_folder import PLACES, run_settings, saved_settings
 
     saved = run_settings(args.out)
     before = saved_settings(saved, args.out)
@@ -178,8 +178,8 @@ def _check_there(out: str, option: str, place: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lemo.finetune import finetune
-    from lemo.run_folder import check_new
+    from lemo.training.finetune import finetune
+    from lemo.training.run_folder import check_new
 
     for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("log_every", 1), ("evaluate_every", 0)):
         if getattr(args, name) < least:

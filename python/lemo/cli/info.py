@@ -144,9 +144,9 @@ def calibration(folder: Path) -> dict[str, Any]:
 
 def run_folder(folder: Path) -> dict[str, Any]:
     """Settings, progress and checkpoints of a run folder."""
-    from lemo.plots import steps_of
-    from lemo.run_folder import is_complete, run_checkpoints, run_settings
-    from lemo.run_log import LOG_FILE, read_log
+    from lemo.training.plots import steps_of
+    from lemo.training.run_folder import is_complete, run_checkpoints, run_settings
+    from lemo.training.run_log import LOG_FILE, read_log
 
     saved = run_settings(folder)
     steps = steps_of(read_log(folder / LOG_FILE))

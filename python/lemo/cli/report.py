@@ -33,8 +33,8 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lemo.finetune import LOG_FILE, read_log, run_settings
-    from lemo.plots import plot_run, summary
+    from lemo.training.finetune import LOG_FILE, read_log, run_settings
+    from lemo.training.plots import plot_run, summary
 
     folder = Path(args.run_folder)
     run_settings(folder)

@@ -24,13 +24,13 @@ wherever a document begins, so nothing crosses a document boundary. Order depend
 library's random generator.
 """
 
-from .documents import DataError, Documents
-from .load import load_documents
-from .order import permutation
-from .records import IGNORE_INDEX
-from .split import split_held_out
-from .tokens import TOKEN_DTYPES, write_tokens
-from .windows import PackedWindows, evaluation_pieces, evaluation_spans
+from lemo.data.documents import DataError, Documents
+from lemo.data.load import load_documents
+from lemo.data.order import permutation
+from lemo.data.records import IGNORE_INDEX
+from lemo.data.split import split_held_out
+from lemo.data.tokens import TOKEN_DTYPES, write_tokens
+from lemo.data.windows import PackedWindows, evaluation_pieces, evaluation_spans
 
 __all__ = [
     "IGNORE_INDEX",

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .documents import DataError, compact
-from .long_text import encode_long
-from .records import Chat, Pair, Tokens
+from lemo.data.documents import DataError, compact
+from lemo.data.long_text import encode_long
+from lemo.data.records import Chat, Pair, Tokens
 
 SPECIAL_TOKENS_IN_TEXT = ("auto", "parse", "plain")
 # A document with more characters is tokenised in pieces: tokenizers need about 150 bytes for each character at once.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .documents import DataError
+from lemo.data.documents import DataError
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .documents import DataError, Documents, compact
-from .encode import ChatEncoder, TextEncoder
-from .records import Chat, Pair, RecordOptions, Tokens
-from .sources import Piece, Sources, is_blank
-from .tokens import TOKEN_DTYPES, TokenFormat
+from lemo.data.documents import DataError, Documents, compact
+from lemo.data.encode import ChatEncoder, TextEncoder
+from lemo.data.records import Chat, Pair, RecordOptions, Tokens
+from lemo.data.sources import Piece, Sources, is_blank
+from lemo.data.tokens import TOKEN_DTYPES, TokenFormat
 
 # A single tokenizer call: large enough to keep its threads busy, small enough for the progress bar to move.
 _CHARACTERS_PER_CALL = 1 << 21

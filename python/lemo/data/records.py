@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .documents import DataError, compact
-from .tokens import TokenFormat, check_vocabulary, without_padding
+from lemo.data.documents import DataError, compact
+from lemo.data.tokens import TokenFormat, check_vocabulary, without_padding
 
 IGNORE_INDEX = -100
 CHAT_FIELDS = ("messages", "conversations")

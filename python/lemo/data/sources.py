@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from .documents import DataError
-from .formats import RECORDS, TOKENS, NoRecordsError, kind_of, read_bytes, read_records, read_text
-from .records import Content, RecordOptions, Tokens, choose_fields, content_of
-from .tokens import read_tokens, split_stream
+from lemo.data.documents import DataError
+from lemo.data.formats import RECORDS, TOKENS, NoRecordsError, kind_of, read_bytes, read_records, read_text
+from lemo.data.records import Content, RecordOptions, Tokens, choose_fields, content_of
+from lemo.data.tokens import read_tokens, split_stream
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .documents import DataError, Documents
-from .order import permutation
+from lemo.data.documents import DataError, Documents
+from lemo.data.order import permutation
 
 # With fewer documents than this, a held-out split of whole documents would be one author's or none.
 _MIN_DOCUMENTS_TO_SPLIT = 20

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .documents import DataError
+from lemo.data.documents import DataError
 
 TOKEN_DTYPES = ("uint16", "uint32")
 _MAGIC = b"LEMOTOK\x01"

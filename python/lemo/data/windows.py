@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .documents import DataError, Documents
-from .order import permutation
-from .records import IGNORE_INDEX
+from lemo.data.documents import DataError, Documents
+from lemo.data.order import permutation
+from lemo.data.records import IGNORE_INDEX
 
 # (document, start, stop): a part of a document, in its own tokens.
 Span = tuple[int, int, int]

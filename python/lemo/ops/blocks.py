@@ -1,7 +1,7 @@
 """Scores of token blocks, exact and predicted, and the choice among them (paper sections 4.1 and 4.2).
 
 T tokens in nb blocks of D documents: ``block_offsets`` int32 [nb + 1] (first token of every block) and ``documents``
-int32 [D + 1] (first block of every document), as in ``lemo.layout.Blocks``. No operation here is differentiable,
+int32 [D + 1] (first block of every document), as in ``lemo.engine.layout.Blocks``. No operation here is differentiable,
 and no output requires a gradient.
 Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
 """
@@ -226,7 +226,7 @@ def select_blocks(
     always_last: int,
     seed: int,
 ) -> tuple[Tensor, ...]:
-    """Chooses blocks; the list stays on the device, in buffers of capacity nb and T. ``lemo.layout.select`` cuts them.
+    """Chooses blocks; the list stays on the device, in buffers of capacity nb and T (cut by ``engine.layout.select``).
 
     scores float32 [nb] (modes "sample" and "poisson": probabilities in (0, 1]). mode "threshold" keeps scores >=
     threshold; "budget" the min(n, max(floor(keep n + 1/2), forced, 1)) highest of the n blocks of each document, ties

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 
 WEIGHT_NAMES = ("wq1", "wq2", "wq3", "wk1", "wk2", "wk3")
 NORMS = ("rms", "layer")

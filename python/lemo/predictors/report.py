@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.layout import Blocks, kept_per_document
+from lemo.engine.layout import Blocks, kept_per_document
 from lemo.predictors.network import visible_queries
 from lemo.predictors.store import PredictorSet
 from lemo.predictors.teacher import Consumer, Teacher, documents

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.checkpoint import content_digest
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights
+from lemo.training.checkpoint import content_digest
 
 CONFIG_NAME = "lemo_config.json"
 WEIGHTS_NAME = "predictors.safetensors"

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo import ops
-from lemo.checks import check_modules
-from lemo.engine import Step, forward
-from lemo.families import NormWeights, find
-from lemo.layout import Blocks, Kept, select
+from lemo.engine.checks import check_modules
+from lemo.engine.families import NormWeights, find
+from lemo.engine.layout import Blocks, Kept, select
+from lemo.engine.stack import Step, forward
 
 # consume(layer, x [T, d], exact scores float32 [nb], blocks)
 Consumer = Callable[[int, Tensor, Tensor, Blocks], None]

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.layout import Blocks
+from lemo.engine.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
-from lemo.predictors.init import fit_outputs, refit_outputs
+from lemo.predictors.fit import fit_outputs, refit_outputs
 from lemo.predictors.network import ALIGNMENT, PredictorNetwork, informativeness
 from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.report import Tally, compare

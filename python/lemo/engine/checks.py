@@ -1,0 +1,247 @@
+"""What a model must be for lemo to run its layers: checked by `lemo.apply`, and at every step for what came later.
+
+lemo computes decoder layers itself. A layer, attention, MLP or norm that someone replaced, patched or hooked would run
+in evaluation and not in training; it is refused by name. Projections are different: where the cheap path does not cover
+one, the module itself is called, with its hooks and whatever it does (linear.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from lemo.engine.config import Phase
+from lemo.engine.families.base import Family, UnsupportedModelError
+from lemo.engine.linear import HOOKS, hooked, projection, unwrap
+from lemo.engine.randomness import draws
+
+# Who may define what runs in a layer: transformers itself, torch's wrappers (compile), Liger's equivalents, ourselves.
+_TRUSTED = ("transformers.", "torch.", "kernels.", "liger_kernel.", "lemo.")
+_WATCHING = ("transformers.utils.output_capturing", "torch.utils.")
+_LIGER = {"LigerRMSNorm", "LigerRMSNormForLlama", "LigerSwiGLUMLP", "LigerLayerNorm"}
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+
+_INSTEAD = (
+    "lemo computes this part itself in training, so the change would only take part in evaluation. Undo it before "
+    "lemo.apply, or train this model without lemo (lemo.remove)"
+)
+
+
+def _refuse(where: str, what: str) -> None:
+    raise UnsupportedModelError(f"lemo does not support {where}: {what}; {_INSTEAD}")
+
+
+# --- modules and functions that lemo stands in for --------------------------------------------------------------------
+
+
+def _function(value: Any) -> Any:
+    while isinstance(value, functools.partial):
+        value = value.func
+    return getattr(value, "__func__", value)
+
+
+def _home(function: Any) -> str:
+    """The module that defines a function: functools.wraps copies __module__, but not the globals."""
+    names = getattr(function, "__globals__", {})
+    return str(names.get("__name__", type(function).__module__))
+
+
+# What `_trusted` found, by function; weak, because closures hold models.
+_known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _trusted(function: Any) -> bool:
+    """Whether a function and all that it wraps come from those who may define one."""
+    function = _function(function)
+    try:
+        known = _known.get(function)
+    except TypeError:  # neither a function nor hashable
+        return _defined_by_trusted(function)
+    if known is None:
+        known = _known[function] = _defined_by_trusted(function)
+    return known
+
+
+def _defined_by_trusted(function: Any) -> bool:
+    while function is not None:
+        function = _function(function)
+        if not _home(function).startswith(_TRUSTED):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _name(function: Any) -> str:
+    function = _function(function)
+    return f"{_home(function)}.{getattr(function, '__qualname__', function)}"
+
+
+def _stays_on_device(hook: Any) -> bool:
+    """Accelerate's hooks that only move inputs to the device the whole model is on."""
+    if not type(hook).__module__.startswith("accelerate."):
+        return False
+    if hasattr(hook, "hooks"):
+        return all(_stays_on_device(h) for h in hook.hooks)
+    return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", False)
+
+
+def _instance_forward(module: nn.Module) -> Any:
+    """The forward method that an instance has of its own; None where it is the class's."""
+    own = module.__dict__.get("forward")
+    if own is not None and _stays_on_device(module.__dict__.get("_hf_hook")):
+        own = module.__dict__.get("_old_forward")
+    return None if own is None or _function(own) is type(module).forward else own
+
+
+def _foreign_hook(hooks: Iterable[Any]) -> Any:
+    """A hook that is neither transformers' own recording of outputs (inactive in training) nor a counter of torch's."""
+    return next((h for h in hooks if not _home(_function(h)).startswith(_WATCHING)), None)
+
+
+def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]]) -> None:
+    inner = unwrap(module)
+    kind = type(inner)
+    liger = kind.__module__.startswith("liger_kernel.") and kind.__qualname__ in _LIGER
+    if (kind.__module__, kind.__qualname__) not in allowed and not liger:
+        expected = " or ".join(name for _, name in allowed)
+        _refuse(path, f"expected {expected} of {allowed[0][0]}, got {kind.__module__}.{kind.__qualname__}")
+    if not _trusted(kind.forward):
+        _refuse(path, f"{kind.__qualname__}.forward was replaced by {_name(kind.forward)}")
+    for m in (module,) if inner is module else (module, inner):
+        state = m.__dict__
+        if "forward" in state:
+            own = _instance_forward(m)
+            if own is not None and not _trusted(own):
+                _refuse(path, f"its forward method was replaced by {_name(own)}")
+        for name in HOOKS:
+            if state[name]:
+                hook = _foreign_hook(state[name].values())
+                if hook is not None:
+                    _refuse(path, f"it has a hook, {_name(hook)} (in {name})")
+
+
+def _check_functions(family: Family, lm: Any) -> None:
+    modeling = importlib.import_module(family.modeling)
+    for name in family.functions:
+        function = getattr(modeling, name, None)
+        if function is not None and not _trusted(function):
+            _refuse(f"{family.modeling}.{name}", f"it was replaced by {_name(function)}")
+    implementation = getattr(lm.config, "_attn_implementation", None)
+    registered = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", {}).get(implementation)
+    if registered is not None and not _trusted(registered):
+        _refuse(f"attention {implementation!r}", f"it is {_name(registered)}, not transformers' own")
+    for name in _GLOBAL_HOOKS:
+        hooks = getattr(torch_module, name, None)
+        hook = _foreign_hook(hooks.values()) if hooks else None
+        if hook is not None:
+            _refuse("hooks for all modules", f"{_name(hook)} is registered (torch.nn.modules.module.{name})")
+
+
+def check_modules(family: Family, lm: Any) -> None:
+    """Raises UnsupportedModelError, naming the module, where lemo would not run what the model runs."""
+    family.check(lm)
+    _check_functions(family, lm)
+    for path, allowed in family.outer_modules.items():
+        module = lm
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if module is not None:
+            _check_module(module, path, allowed)
+    decoder = family.decoder(lm)
+    for i, layer in enumerate(family.layers(decoder)):
+        for name, allowed in family.layer_modules.items():
+            module = getattr(layer, name, None) if name else layer
+            _check_module(module, f"{family.layers_path}.{i}" + (f".{name}" if name else ""), allowed)
+        family.check_layer(layer, f"{family.layers_path}.{i}")
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+def _live(module: nn.Module, pieces: set[int], inside: bool) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Trained parameters of a module without those of adapters that are not active; and whether in one of `pieces`."""
+    inside = inside or id(module) in pieces
+    for p in module._parameters.values():
+        if p is not None and p.requires_grad:
+            yield p, inside
+    if "modules_to_save" in module._modules and "original_module" in module._modules:
+        yield from _live(unwrap(module), pieces, inside)
+        return
+    by_adapter: Any = module.__dict__.get("adapter_layer_names") or getattr(type(module), "adapter_layer_names", ())
+    active: Any = ()
+    if by_adapter and not (getattr(module, "disable_adapters", False) or getattr(module, "merged", False)):
+        active = module.active_adapters
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if name not in by_adapter or not hasattr(child, "keys"):
+            yield from _live(child, pieces, inside)
+            continue
+        entries: Any = child
+        for key in entries.keys():  # noqa: SIM118 - a ParameterDict
+            entry = entries[key]
+            if key not in active:
+                continue
+            if isinstance(entry, nn.Module):
+                yield from _live(entry, pieces, inside)
+            elif isinstance(entry, nn.Parameter) and entry.requires_grad:
+                yield entry, inside
+
+
+def trained_parameters(family: Family, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """The parameters that layers train, each once, wherever and however often it stands.
+
+    Raises UnsupportedModelError for one that no part of its layer uses: it would silently get no gradient.
+    """
+    found: dict[int, Tensor] = {}
+    stray: dict[int, tuple[int, nn.Parameter]] = {}
+    for i, layer in enumerate(layers):
+        modules = (*family.attention_modules(layer), *family.mlp_modules(layer), *family.norm_modules(layer))
+        for p, inside in _live(layer, {id(m) for m in modules}, False):
+            if inside:
+                found[id(p)] = p
+            else:
+                stray[id(p)] = i, p
+    for key, (i, p) in stray.items():
+        if key not in found:
+            name = next(n for n, q in layers[i].named_parameters() if q is p)
+            raise UnsupportedModelError(
+                f"lemo does not support {family.layers_path}.{i}.{name}: the parameter trains, but no projection, MLP "
+                "or norm that lemo runs uses it, so it would get no gradient; freeze it (requires_grad_(False)) or "
+                "train without lemo (lemo.remove)"
+            )
+    return list(found.values())
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+def loose_modules(family: Family, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules of the layers that are called as they are: no projection of the cheap path, no activation function of
+    torch or transformers."""
+    modules = [m for layer in layers for m in (*family.attention_modules(layer), *family.mlp_modules(layer))]
+    return [m for m in modules if projection(m) is None and not _plain_activation(m)]
+
+
+def _plain_activation(module: nn.Module) -> bool:
+    home = type(module).__module__
+    known = home in ("torch.nn.modules.activation", "transformers.activations")
+    return known and not isinstance(module, nn.RReLU) and not hooked(module) and not module._parameters
+
+
+def check_randomness(family: Family, lm: Any, loose: Sequence[nn.Module], phases: Sequence[Phase]) -> bool | None:
+    """Whether layers draw random numbers; None: they may. ValueError if one of the phases cannot have that."""
+    found = True if family.dropout(lm) > 0 else draws(loose)
+    if found and any(phase.mode == "backward" for phase in phases):
+        raise ValueError(
+            'mode "backward" recomputes kept tokens only and cannot draw the same random numbers for them again: set '
+            "the model's dropout, lora_dropout and whatever else the adapter draws (rank_dropout, module_dropout, "
+            "sampling) to 0, or leave mode backward out of the phases"
+        )
+    return found

@@ -1,0 +1,234 @@
+"""What to eliminate, when, and how: the settings of one fine-tuning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+MODES = ("skip", "backward", "dense")
+POLICIES = ("predictors", "update_norm", "random", "sampled", "exact")
+RECOMPUTE = ("auto", "none", "attention", "full")
+SELECT = ("budget", "threshold")
+
+
+def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def _layer_indices(value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not whole or not value or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+        raise ValueError(
+            "LemoConfig.layers must be a list of layer indices (integers from 0), or None for all layers; to eliminate "
+            f'in none of them use mode "dense"; got {value!r}'
+        )
+    return tuple(value)
+
+
+def _fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be a number from 0 (nothing kept) to 1 (everything kept); got {value!r}")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training steps with one way of eliminating.
+
+    mode: "skip" leaves tokens out of layers forward and backward (paper section 4); "backward" computes the forward
+        pass exactly and sends gradients through kept tokens only; "dense" keeps everything.
+    keep: fraction of every document's blocks that a layer keeps. Default 0.5 (1 in "dense").
+    share: share of the steps, relative to the other phases' shares.
+    policy: how blocks are chosen (see `lemo.engine.policies`). Default in "skip": if the run has calibrated predictors,
+        "sampled" with their scores, one draw for all layers ("predictors" with `select` "threshold" or `mlp_keep`), and
+        "update_norm" where not. Default in "backward": "random", because informed choices bias the gradient there.
+    weighted: weigh gradients by inverse probabilities so that their expectation is the dense gradient. "backward" with
+        "random" or "sampled" only. Blocks are then drawn independently of one another (Poisson sampling), so the number
+        kept varies around `keep`: with n blocks by a standard deviation of at most sqrt(n) / 2.
+    policy_options: keyword arguments of the policy.
+    select: "budget" keeps `keep` of the blocks; "threshold" keeps blocks that score at least the layer's calibrated
+        threshold ("predictors" only; `keep` is then ignored).
+    mlp_keep: a kept list of its own for the MLP, from the same scores ("skip" only). Default: shared with attention.
+    """
+
+    mode: str = "skip"
+    keep: float | None = None
+    share: float = 1.0
+    policy: str | None = None
+    weighted: bool = False
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    select: str = "budget"
+    mlp_keep: float | None = None
+
+    def __post_init__(self) -> None:
+        _choice("Phase.mode", self.mode, MODES)
+        if self.keep is None:
+            object.__setattr__(self, "keep", 1.0 if self.mode == "dense" else 0.5)
+        _fraction("Phase.keep", self.keep)
+        if self.mode == "dense" and self.keep != 1.0:
+            raise ValueError(f'Phase.keep must be 1 (or left out) where mode is "dense"; got {self.keep}')
+        if (
+            isinstance(self.share, bool)
+            or not isinstance(self.share, (int, float))
+            or not 0 < self.share < float("inf")
+        ):
+            raise ValueError(f"Phase.share must be a positive number; got {self.share!r}")
+        if self.policy is not None:
+            _choice("Phase.policy", self.policy, POLICIES)
+        _choice("Phase.select", self.select, SELECT)
+        _flag("Phase.weighted", self.weighted)
+        if not isinstance(self.policy_options, Mapping):
+            raise ValueError(f"Phase.policy_options must be a dictionary of options; got {self.policy_options!r}")
+        if self.select == "threshold" and self.policy not in (None, "predictors"):
+            raise ValueError(
+                f'Phase.select "threshold" needs policy "predictors" (thresholds are calibrated); got {self.policy!r}'
+            )
+        if self.mlp_keep is not None:
+            _fraction("Phase.mlp_keep", self.mlp_keep)
+            if self.mode != "skip":
+                raise ValueError(f'Phase.mlp_keep needs mode "skip"; got mode {self.mode!r}')
+        if self.weighted and (self.mode != "backward" or self.policy not in (None, "random", "sampled")):
+            raise ValueError(
+                'Phase.weighted needs mode "backward" and policy "random" or "sampled" (weights are inverse '
+                f"probabilities); got mode {self.mode!r}, policy {self.policy!r}"
+            )
+        if self.weighted and self.keep == 0.0:
+            raise ValueError("Phase.keep must be above 0 with Phase.weighted: a block that is never kept has no weight")
+        if self.weighted and self.policy_options.get("shared"):
+            raise ValueError(
+                "Phase.weighted needs a separate draw in every layer: a block drawn once for all layers would be "
+                "weighted by 1/p again in each layer that uses it, and the gradient would grow with depth. Leave out "
+                "`shared`, or `weighted`"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = dataclasses.asdict(self)
+        values["policy_options"] = dict(self.policy_options)
+        return values
+
+
+def default_phases() -> tuple[Phase, ...]:
+    """Skip half of the blocks for most of the steps, then train with an exact forward pass.
+
+    Elimination trains the adapter for a model with tokens missing; the exact phase fits it to the dense model that
+    will be served. With skipped steps at 0.36 of a dense step's cost, 0.865 : 0.135 spends 70 % of the cost skipping.
+    """
+    return (Phase("skip", keep=0.5, share=0.865), Phase("dense", share=0.135))
+
+
+@dataclass
+class LemoConfig:
+    """Settings of one run.
+
+    block_size: tokens per block; at least 1.
+    phases: `Phase`s in order, or None for `default_phases()`.
+    recompute: what a layer saves for its backward pass. "none": everything the kept tokens need; "attention": the
+        layer's kept input and attention output, the rest is recomputed; "full": the kept input only; "auto": "full"
+        where the model has gradient checkpointing switched on, else "none". The flag itself is ignored: lemo runs the
+        layers, not transformers.
+    seed: of all random choices, with the step and the layer.
+    always_first, always_last: blocks at either end of every document that are always kept.
+    layers: indices of the layers that eliminate; the others keep everything. None: all of them.
+    keep_labelled: in mode "skip", whether blocks with labels are always kept, beyond the budget if need be. None: where
+        fewer than half of a batch's tokens have one (answers only); a token left out of all layers teaches nothing.
+    calibration: folder written by `lemo calibrate`; needed by the policies that predict.
+    deterministic: bitwise repeatable gradients on CUDA, slower. (The CPU is repeatable anyway.)
+    segment_rows: tokens per segment of the loss; 0 chooses.
+    return_logits: make the logits of a training forward pass with labels whole and return them beside the loss, as
+        transformers does and for its memory (tokens x vocabulary). Tokens that were in no layer have logits that mean
+        little.
+    """
+
+    block_size: int = 64
+    phases: Sequence[Phase] | None = None
+    recompute: str = "auto"
+    seed: int = 0
+    always_first: int = 1
+    always_last: int = 0
+    layers: Sequence[int] | None = None
+    keep_labelled: bool | None = None
+    calibration: str | os.PathLike[str] | None = None
+    deterministic: bool = False
+    segment_rows: int = 0
+    return_logits: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_size", 1), ("always_first", 0), ("always_last", 0), ("segment_rows", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"LemoConfig.{name} must be an integer of at least {least}; got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"LemoConfig.seed must be an integer; got {self.seed!r}")
+        _flag("LemoConfig.return_logits", self.return_logits)
+        _flag("LemoConfig.deterministic", self.deterministic)
+        if self.layers is not None:
+            self.layers = _layer_indices(self.layers)
+        if self.calibration is not None and not isinstance(self.calibration, (str, os.PathLike)):
+            raise ValueError(f"LemoConfig.calibration must be the path of a folder; got {self.calibration!r}")
+        if self.keep_labelled is not None and not isinstance(self.keep_labelled, bool):
+            raise ValueError(f"LemoConfig.keep_labelled must be True, False or None; got {self.keep_labelled!r}")
+        _choice("LemoConfig.recompute", self.recompute, RECOMPUTE)
+        phases = default_phases() if self.phases is None else tuple(self.phases)
+        if not phases:
+            raise ValueError("LemoConfig.phases must name at least one Phase; got an empty list")
+        for phase in phases:
+            if not isinstance(phase, Phase):
+                raise ValueError(f"LemoConfig.phases must hold lemo.Phase objects; got {type(phase).__name__}")
+        self.phases = phases
+        for phase in phases:
+            policy, _ = self.policy(phase)
+            if phase.select == "threshold" and policy != "predictors":
+                raise ValueError(
+                    'Phase.select "threshold" needs LemoConfig.calibration: the folder with the thresholds'
+                )
+            if policy == "predictors" and self.calibration is None:
+                raise ValueError(
+                    'policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`; got None'
+                )
+
+    def policy(self, phase: Phase) -> tuple[str, Mapping[str, Any]]:
+        """The policy of a phase and its options, defaults resolved."""
+        if phase.policy is not None:
+            return phase.policy, phase.policy_options
+        if phase.mode == "backward":
+            return "random", phase.policy_options
+        if self.calibration is None or phase.mode != "skip":
+            return "update_norm", phase.policy_options
+        if phase.select == "threshold" or phase.mlp_keep is not None:
+            return "predictors", phase.policy_options
+        # Chosen anew in every layer, the same blocks train a worse adapter (docs/method-notes.md).
+        return "sampled", {"shared": True, **phase.policy_options}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["phases"] = [phase.to_dict() for phase in self.phases or ()]
+        values["layers"] = None if self.layers is None else list(self.layers)
+        values["calibration"] = None if self.calibration is None else os.fspath(self.calibration)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Unknown names are an error, not ignored."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"LemoConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        values = dict(values)
+        if values.get("phases") is not None:
+            fields = {f.name for f in dataclasses.fields(Phase)}
+            for phase in values["phases"]:
+                extra = sorted(set(phase) - fields)
+                if extra:
+                    raise ValueError(f"Phase has no setting {', '.join(extra)}; it has {', '.join(sorted(fields))}")
+            values["phases"] = tuple(Phase(**phase) for phase in values["phases"])
+        return cls(**values)

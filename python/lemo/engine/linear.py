@@ -1,0 +1,203 @@
+"""Linear layers of the base model with their adapters: the cheap path, and the module itself where that is not safe.
+
+The cheap path covers frozen `nn.Linear` weights and PEFT's plain LoRA over them: one active adapter, no dropout, no
+variant (DoRA and others). Adapters stay in their own dtype (fp32 over a bf16 base); products run in the dtype of the
+input, adapter gradients accumulate in fp32. Everything else - quantised bases, LoRA dropout, DoRA, other adapter
+kinds, trainable base weights - calls the module: right, with whatever memory the module takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lemo.ops._schema import first_order
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """y = h weight^T + bias + scale (h a^T) b^T. weight [o, d] frozen unless it is a loss head; a [r, d], b [o, r]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+
+
+def unwrap(module: Any) -> Any:
+    """The module that runs in place of PEFT's `modules_to_save` wrapper; any other module itself."""
+    children = getattr(module, "_modules", ())
+    if "modules_to_save" not in children or "original_module" not in children:
+        return module
+    saved = module.modules_to_save
+    active = [name for name in getattr(module, "active_adapters", []) if name in saved]
+    if getattr(module, "disable_adapters", False) or not active:
+        return module.original_module
+    return saved[active[0]]
+
+
+# Where torch keeps a module's hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks, or a forward method that is the instance's own."""
+    s = module.__dict__
+    hooks = s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in s
+
+
+def ordinary(module: nn.Module, *kinds: str) -> bool:
+    """Whether a module is of one of these very classes (full names), without hooks or a forward method of its own."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" in kinds and not hooked(module)
+
+
+def _frozen(linear: nn.Linear) -> bool:
+    return not any(p is not None and p.requires_grad for p in linear._parameters.values())
+
+
+def _plain_lora(module: Any) -> bool:
+    try:
+        from peft.tuners.lora.layer import Linear
+    except ImportError:
+        return False
+    return type(module) is Linear and type(module.base_layer) is nn.Linear
+
+
+def projection(module: Any, *, trainable: bool = False) -> Projection | None:
+    """The weights of a module the cheap path covers, or None. `trainable`: also cover a base weight that trains."""
+    outer, module = module, unwrap(module)
+    if hooked(module) or (outer is not module and hooked(outer)):
+        return None
+    if type(module) is nn.Linear:
+        return Projection(module.weight, module.bias) if trainable or _frozen(module) else None
+    if not _plain_lora(module):
+        return None
+    base: nn.Linear = module.base_layer
+    if hooked(base):
+        return None
+    if not trainable and not _frozen(base):
+        return None
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if module.merged or module.disable_adapters or not active:
+        return Projection(base.weight, base.bias)
+    name = active[0]
+    a: Any = module.lora_A[name]
+    b: Any = module.lora_B[name]
+    plain = (
+        len(active) == 1
+        and all(type(m) is nn.Linear and not hooked(m) for m in (a, b))
+        and b.bias is None
+        and type(module.lora_dropout[name]) is nn.Identity
+        and not hooked(module.lora_dropout[name])
+        and name not in module.lora_variant
+        and not module.fan_in_fan_out
+    )
+    return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name])) if plain else None
+
+
+def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y accumulated and returned in fp32, without fp32 copies of the factors where the backend can."""
+    if x.dtype == torch.float32:
+        return x @ y
+    if x.is_cuda:
+        try:
+            return torch.mm(x, y, out_dtype=torch.float32)
+        except (TypeError, RuntimeError):  # a torch before 2.8
+            pass
+    return (x @ y).float()
+
+
+class LinearGroup(Function):
+    """Several projections of the same rows. h [M, d] -> one [M, o_i] per projection.
+
+    Arguments: h, scales, want_output, then weight, bias, a, b of every projection. Saves h once, if any projection
+    has an adapter that trains, and the [M, r] products h a^T; frozen weights get no gradient. With want_output False
+    the outputs are zeros without memory of their own: recomputation needs the graph, not always the last product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, scales: tuple[float, ...], want_output: bool, *parts: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        dtype, outputs, inner = h.dtype, [], []
+        adapters = False
+        for i, scale in enumerate(scales):
+            weight, bias, a, b = parts[4 * i : 4 * i + 4]
+            assert weight is not None
+            if want_output:
+                y = F.linear(h, weight.to(dtype), None if bias is None else bias.to(dtype))
+            else:
+                y = h.new_zeros(1, 1).expand(h.shape[0], weight.shape[0])
+            t = None
+            if a is not None and b is not None:
+                t = h @ a.to(dtype).t()
+                if want_output:
+                    y.addmm_(t, b.to(dtype).t(), alpha=scale)
+                adapters = adapters or ctx.needs_input_grad[3 + 4 * i + 2]
+            outputs.append(y)
+            inner.append(t if t is not None and ctx.needs_input_grad[3 + 4 * i + 3] else None)
+        ctx.scales = scales
+        ctx.save_for_backward(h if adapters else None, *inner, *parts)
+        return tuple(outputs)
+
+    @staticmethod
+    @first_order("a linear layer with its adapter")
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        n = len(ctx.scales)
+        h, *rest = ctx.saved_tensors
+        inner, parts = rest[:n], rest[n:]
+        dh: Any = None
+        grads: list[Tensor | None] = []
+        want_dh = ctx.needs_input_grad[0]
+        for i, (scale, dy) in enumerate(zip(ctx.scales, dys, strict=True)):
+            weight, _, a, b = parts[4 * i : 4 * i + 4]
+            want_a, want_b = ctx.needs_input_grad[3 + 4 * i + 2], ctx.needs_input_grad[3 + 4 * i + 3]
+            dtype = dy.dtype
+            if want_dh:
+                w = weight.to(dtype)
+                dh = dy @ w if dh is None else dh.addmm_(dy, w)
+            da = db = None
+            if a is not None:
+                dt: Any = None
+                if want_dh or want_a:
+                    dt = (dy @ b.to(dtype)).mul_(scale)
+                if want_dh:
+                    dh.addmm_(dt, a.to(dtype))
+                if want_a:
+                    da = _product_fp32(dt.t(), h).to(a.dtype)
+                if want_b:
+                    db = _product_fp32(dy.t(), inner[i]).mul_(scale).to(b.dtype)
+            grads += [None, None, da, db]
+        return dh, None, None, *grads
+
+
+def linear_group(modules: Sequence[nn.Module], h: Tensor, want_output: bool = True) -> tuple[Tensor, ...]:
+    """Outputs of several linear modules that read the same rows h [M, d], in h's dtype.
+
+    want_output False: values are not needed, only the graph behind them; the cheap path then skips the product.
+    """
+    outputs: list[Tensor | None] = [None] * len(modules)
+    fast: list[int] = []
+    parts: list[Tensor | None] = []
+    scales: list[float] = []
+    for i, module in enumerate(modules):
+        spec = projection(module)
+        if spec is None:
+            outputs[i] = module(h).to(h.dtype)
+        else:
+            fast.append(i)
+            parts += [spec.weight, spec.bias, spec.a, spec.b]
+            scales.append(spec.scale)
+    if fast:
+        for i, y in zip(fast, LinearGroup.apply(h, tuple(scales), want_output, *parts), strict=True):
+            outputs[i] = y
+    return tuple(y for y in outputs if y is not None)

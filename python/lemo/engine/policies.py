@@ -1,0 +1,349 @@
+"""How a layer's blocks are chosen: one small interface, five policies.
+
+A policy gives every block of the batch a score (or a probability); `choose` turns scores into a kept list. What a
+policy sees of a step is a `StepContext`; what it draws at random comes from the run's seed, the step, the micro-batch
+and the layer, so that a repeated run draws the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from abc import ABC
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo import ops
+from lemo.engine.config import Phase
+from lemo.engine.layout import Blocks, Kept, select
+
+_MASK = 2**64 - 1
+
+
+def mix_seed(*values: int) -> int:
+    """One 63-bit seed from several integers (splitmix64 steps)."""
+    z = 0
+    for value in values:
+        z = (z + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        z ^= z >> 31
+    return z >> 1
+
+
+@dataclass(frozen=True, eq=False)
+class StepContext:
+    """What is fixed during one forward pass.
+
+    blocks: of the packed batch; seed: of this micro-batch; queries_keys(layer, x): the layer's own q [T, Hq, D] and
+    k [T, Hk, D] for residual rows x [T, d], position embedding applied; scale: of their product; required: bool [nb],
+    blocks that are kept whatever their score and the budget (mode "skip": those with labels), or None.
+    """
+
+    blocks: Blocks
+    phase: Phase
+    seed: int
+    always_first: int
+    always_last: int
+    queries_keys: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    scale: Callable[[int], float]
+    required: Tensor | None = None
+
+
+class Policy(ABC):
+    """Scores blocks, layer after layer, for one forward pass at a time."""
+
+    name: str
+    # Whether `observe` wants the norms of what a layer added to the residual stream.
+    needs_update = False
+    # "budget": the highest scores; "sample": scores are probabilities.
+    mode = "budget"
+    # Whether all layers of a step share the first layer's choice, as one object.
+    shared = False
+
+    def begin(self, context: StepContext) -> None:
+        """A new forward pass; forgets the last one."""
+        self.context = context
+        self._pair: tuple[Kept | None, Kept | None] | None = None
+
+    def scores(self, layer: int, x: Tensor) -> Tensor:
+        """float32 [nb] for layer `layer` with input x [T, d]."""
+        raise NotImplementedError
+
+    def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
+        """norms: float32 [M], length of what the layer added to every kept row."""
+        return None
+
+    def seed(self, layer: int) -> int:
+        return mix_seed(self.context.seed, 0 if self.shared else layer)
+
+    def keep(self, layer: int) -> float:
+        """Fraction of the blocks that the layer keeps."""
+        assert self.context.phase.keep is not None
+        return self.context.phase.keep
+
+    def threshold(self, layer: int) -> float:
+        raise ValueError(f'Phase.select "threshold" needs policy "predictors"; got {self.name!r}')
+
+    def choose(self, layer: int, x: Tensor) -> tuple[Kept | None, Kept | None]:
+        """Kept lists of the layer's attention and MLP; None = nothing kept. The same object where they share one."""
+        if self._pair is None or not self.shared:
+            self._pair = self._choose(layer, x)
+        return self._pair
+
+    def _choose(self, layer: int, x: Tensor) -> tuple[Kept | None, Kept | None]:
+        phase = self.context.phase
+        if phase.select == "threshold":
+            scores = self.scores(layer, x)
+            passed = self._select(layer, scores, "threshold", 1.0, self.threshold(layer))
+            return passed, passed if phase.mlp_keep is None else self._budget(layer, scores, phase.mlp_keep)
+        keep = self.keep(layer)
+        known: Tensor | None = None
+        if keep not in (0.0, 1.0) or phase.mlp_keep not in (None, 0.0, 1.0):
+            known = self.scores(layer, x)
+        shared = self._budget(layer, known, keep)
+        return shared, shared if phase.mlp_keep is None else self._budget(layer, known, phase.mlp_keep)
+
+    def _budget(self, layer: int, scores: Tensor | None, keep: float) -> Kept | None:
+        if keep == 0.0:
+            required = self.context.required
+            # Nothing but what is required; there is a required block, or there would be no list of them.
+            return None if required is None else self._only(layer, required)
+        if keep == 1.0 or scores is None:
+            return Kept.everything(self.context.blocks)
+        return self._select(layer, scores, self.mode, keep, 0.0)
+
+    def _select(self, layer: int, scores: Tensor, mode: str, keep: float, threshold: float) -> Kept | None:
+        context = self.context
+        options: dict[str, Any] = {
+            "always_first": context.always_first,
+            "always_last": context.always_last,
+            "seed": self.seed(layer),
+            "chosen_by": f"layer {layer}, policy {self.name!r}",
+        }
+        if context.phase.weighted:
+            # Certain blocks have probability 1 already; see `inclusion_probabilities`.
+            kept = select(scores, context.blocks, mode="poisson", **{**options, "always_first": 0, "always_last": 0})
+            return kept if kept.num_blocks else None
+        required = context.required
+        if required is None:
+            return select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
+        # Required blocks come first within the budget; where they exceed it, the list grows by what is missing.
+        if mode != "sample":
+            scores = torch.where(required & scores.isfinite(), torch.finfo(scores.dtype).max, scores)
+        kept = select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
+        return self._only(layer, (kept.slots >= 0) | required)
+
+    def _only(self, layer: int, chosen: Tensor) -> Kept:
+        """The blocks of a mask [nb], which has one at least."""
+        chosen_by = f"layer {layer}, policy {self.name!r}"
+        return select(
+            chosen.float(), self.context.blocks, mode="threshold", threshold=0.5, always_first=0, chosen_by=chosen_by
+        )
+
+
+class Predictors(Policy):
+    """The paper's: small networks read the layer's input (lemo.predictors). per_layer: calibrated budgets."""
+
+    name = "predictors"
+
+    def __init__(self, predictors: Any, *, per_layer: bool = False) -> None:
+        if predictors is None:
+            raise ValueError('policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`')
+        self.predictors, self.per_layer = predictors, per_layer
+        self._placed: tuple[torch.device, torch.dtype] | None = None
+
+    def scores(self, layer: int, x: Tensor) -> Tensor:
+        where = (x.device, x.dtype)
+        if self._placed != where:
+            self.predictors, self._placed = self.predictors.to(device=x.device, dtype=x.dtype), where
+        return self.predictors.scores(layer, x, self.context.blocks)
+
+    def keep(self, layer: int) -> float:
+        return float(self.predictors.keep[layer]) if self.per_layer else super().keep(layer)
+
+    def threshold(self, layer: int) -> float:
+        return float(self.predictors.thresholds[layer])
+
+
+class UpdateNorm(Policy):
+    """A block scores what the previous layer added to it: the largest update of its tokens (no predictor needed).
+
+    Eliminated blocks had no update and score 0, so that with one budget for all layers the first layer's choice, drawn
+    at random, stays for the whole step: tokens are in or out of the network as a whole. Options: `dense_layers` keeps
+    everything in the first n layers, so that the first choice is an informed one; `carry` lets an eliminated block keep
+    its last known update, so that it may come back where the kept ones' updates shrink.
+    """
+
+    name = "update_norm"
+    needs_update = True
+
+    def __init__(self, predictors: Any = None, *, carry: bool = False, dense_layers: int = 0) -> None:
+        self.carry, self.dense_layers = carry, dense_layers
+
+    def begin(self, context: StepContext) -> None:
+        super().begin(context)
+        self._last: Tensor | None = None
+
+    def keep(self, layer: int) -> float:
+        return 1.0 if layer < self.dense_layers else super().keep(layer)
+
+    def scores(self, layer: int, x: Tensor) -> Tensor:
+        if self._last is None:
+            generator = torch.Generator().manual_seed(self.seed(layer))
+            drawn = torch.rand(self.context.blocks.num_blocks, generator=generator, dtype=torch.float32)
+            return drawn.to(x.device)
+        return self._last
+
+    def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
+        largest = norms.new_zeros(kept.num_blocks).scatter_reduce_(0, kept.row_slots.long(), norms, "amax")
+        if self.carry and self._last is not None:
+            last = self._last.clone()
+        else:
+            last = norms.new_zeros(self.context.blocks.num_blocks)
+        self._last = last.index_copy_(0, kept.blocks.long(), largest)
+
+
+class Random(Policy):
+    """Blocks at random, anew in every layer, or with `shared` one draw for all layers of a step."""
+
+    name = "random"
+    mode = "sample"
+
+    def __init__(self, predictors: Any = None, *, shared: bool = False) -> None:
+        self.shared = shared
+
+    def scores(self, layer: int, x: Tensor) -> Tensor:
+        flat = torch.ones(self.context.blocks.num_blocks, dtype=torch.float32, device=x.device)
+        return probabilities(flat, self.context, self.keep(layer), floor=1.0)
+
+
+class Sampled(Policy):
+    """Blocks drawn with probabilities that grow with a score: p proportional to floor + (1 - floor) score / mean.
+
+    source: the policy that scores, "predictors", "update_norm" or "exact"; by default "predictors" where calibrated.
+    shared: one draw for all layers of a step, with the first layer's probabilities, so that a token is in or out of the
+    network as a whole.
+    """
+
+    name = "sampled"
+    mode = "sample"
+
+    def __init__(
+        self, predictors: Any = None, *, source: str | None = None, floor: float = 0.3, shared: bool = False
+    ) -> None:
+        if not 0.0 < floor <= 1.0:
+            raise ValueError(f'policy "sampled": floor must be in (0, 1]; got {floor}')
+        source = source or ("update_norm" if predictors is None else "predictors")
+        if source not in ("predictors", "update_norm", "exact"):
+            raise ValueError(f'policy "sampled": source must be predictors, update_norm or exact; got {source!r}')
+        self.source, self.floor, self.shared = _CLASSES[source](predictors), floor, shared
+        self.needs_update = self.source.needs_update
+
+    def begin(self, context: StepContext) -> None:
+        super().begin(context)
+        self.source.begin(context)
+
+    def scores(self, layer: int, x: Tensor) -> Tensor:
+        scores = self.source.scores(layer, x).float()
+        return probabilities(scores, self.context, self.keep(layer), floor=self.floor)
+
+    def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
+        self.source.observe(layer, norms, kept)
+
+
+class Exact(Policy):
+    """The exact scores of the layer's own queries and keys (paper eq. 2): the oracle, as costly as attention itself.
+
+    normalize: divide a block's sum by the number of query blocks that see it.
+    """
+
+    name = "exact"
+
+    def __init__(self, predictors: Any = None, *, normalize: bool = False) -> None:
+        self.normalize = normalize
+
+    def scores(self, layer: int, x: Tensor) -> Tensor:
+        q, k = self.context.queries_keys(layer, x)
+        blocks = self.context.blocks
+        scale = self.context.scale(layer)
+        return ops.block_scores(q, k, blocks.offsets, blocks.documents, blocks.block_size, scale, self.normalize)[0]
+
+
+_CLASSES: dict[str, Any] = {cls.name: cls for cls in (Predictors, UpdateNorm, Random, Sampled, Exact)}
+
+
+def make_policy(name: str, options: Mapping[str, Any], predictors: Any = None) -> Policy:
+    """A policy by name. Raises ValueError for unknown names and options."""
+    if name not in _CLASSES:
+        raise ValueError(f"policy must be one of {', '.join(_CLASSES)}; got {name!r}")
+    for option in ("shared", "carry", "normalize", "per_layer"):
+        if option in options and not isinstance(options[option], bool):
+            raise ValueError(f"policy {name!r}: {option} must be True or False; got {options[option]!r}")
+    dense = options.get("dense_layers", 0)
+    if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
+        raise ValueError(f"policy {name!r}: dense_layers must be an integer of at least 0; got {dense!r}")
+    try:
+        return _CLASSES[name](predictors, **options)
+    except TypeError as error:
+        raise ValueError(f"policy {name!r} does not take these options: {dict(options)} ({error})") from None
+
+
+def probabilities(scores: Tensor, context: StepContext, keep: float, *, floor: float) -> Tensor:
+    """Probabilities float32 [nb] of drawing every block, floor + (1 - floor) score / mean score before scaling.
+
+    Without weights the draw has a fixed size: forced and required blocks get 1 and the others share what is left of the
+    document's budget, min(n, max(floor(keep n + 1/2), forced, 1)) of its n blocks.
+
+    With weights (`Phase.weighted`) every block needs a positive probability, and the sum is keep n, not rounded: forced
+    blocks get 1 only while they use at most half of that, and are drawn like the others in shorter documents. No block
+    gets less than about floor keep / 2.
+
+    A non-finite score yields NaN for its block, which the selection reports; other blocks are unaffected. All on the
+    device.
+    """
+    blocks = context.blocks
+    counts = (blocks.documents[1:] - blocks.documents[:-1]).long()
+    document = torch.repeat_interleave(
+        torch.arange(counts.shape[0], device=scores.device), counts, output_size=scores.shape[0]
+    )
+    place = torch.arange(scores.shape[0], device=scores.device) - blocks.documents[:-1].long()[document]
+    size = counts[document]
+
+    def per_document(values: Tensor) -> Tensor:
+        sums = torch.zeros(counts.shape[0], dtype=values.dtype, device=values.device)
+        return sums.scatter_add_(0, document, values)
+
+    certain = (place < context.always_first) | (place >= size - context.always_last)
+    share = ctypes.c_float(keep).value  # as the kernels count
+    if context.phase.weighted:
+        budget = share * counts.double()
+        certain &= (2.0 * per_document(certain.double()) <= budget)[document]
+    else:
+        if context.required is not None:
+            certain |= context.required
+        fixed = per_document(certain.double())
+        budget = torch.floor(share * counts.double() + 0.5).clamp(min=1.0).maximum(fixed)
+        budget = torch.minimum(budget, counts.double())
+    finite = scores.isfinite()
+    free = (~certain).double()
+    values = torch.where(finite, scores, 0.0).double() * free
+    mean = per_document(values) / per_document(free).clamp(min=1.0)
+    # A document whose scores are all zero has no information: every block alike.
+    relative = torch.where(mean[document] > 0, values / mean[document].clamp(min=1e-300), torch.ones_like(values))
+    weight = (floor + (1.0 - floor) * relative.clamp(min=0.0)) * free
+    p = certain.double()
+    open_ = free.bool()
+    for _ in range(8):  # every round caps what exceeded 1 and shares the rest among the others
+        rest = budget - per_document(torch.where(open_, 0.0, p))
+        total = per_document(torch.where(open_, weight, 0.0)).clamp(min=1e-300)
+        p = torch.where(open_, weight * (rest / total)[document], p)
+        over = open_ & (p >= 1.0)
+        p = p.clamp(max=1.0)
+        open_ = open_ & ~over
+    # The lower bound keeps weights 1/p finite.
+    return torch.where(finite, p.clamp(min=1e-3), math.nan).float()

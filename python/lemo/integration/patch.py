@@ -1,0 +1,210 @@
+"""`lemo.apply` and `lemo.remove`: one model instance trains through the engine, and is restored afterwards.
+
+Two `forward` methods are covered on the instance (see `lemo.integration.entries`): the decoder's and the causal
+language model's. Both step aside unless the module trains and gradients are on, so evaluation and `generate` run
+transformers' own code.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lemo import ops
+from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
+from lemo.engine.config import LemoConfig
+from lemo.engine.families import UnsupportedModelError, find
+from lemo.engine.linear import projection
+from lemo.engine.loss import Targets, causal_lm_logits, causal_lm_loss, causal_lm_output
+from lemo.engine.packing import Packed, pack
+from lemo.engine.wrappers import base_model
+from lemo.integration import trl_head
+from lemo.integration.checks_peft import check_adapters, check_weights
+from lemo.integration.controller import Controller
+from lemo.integration.entries import attach, controller_of, detach
+from lemo.integration.trainers import skips_tokens
+
+_LOSS_OF_OTHERS = (
+    'mode "skip" makes logits for a loss that lemo does not compute (label smoothing, a loss function of your own). '
+    "Tokens that were in no layer predict from their embedding alone, so a loss over them is too large, and lemo "
+    "cannot keep the blocks that carry labels. Let the model compute the loss from labels, or use phases with an exact "
+    'forward pass (mode "backward" or "dense")'
+)
+
+_TRANSFORMERS = (5, 6)  # from this major version, below that one
+
+
+# --- the two forward methods ------------------------------------------------------------------------------------------
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, those of **kwargs included."""
+    # Of the class: whoever wraps the instance's forward need not show its parameters.
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    named = dict(bound.arguments)
+    del named["self"]
+    named.update(named.pop("kwargs", {}))
+    return named
+
+
+def _check_arguments(named: dict[str, Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if named.get(name):
+            raise ValueError(f"{name}=True is not available in training with lemo: call model.eval() or lemo.remove")
+    if named.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values is not available in training with lemo: call model.eval() to generate; adapters that "
+            "train them (prefix tuning, cartridges) are not supported"
+        )
+    if (named.get("input_ids") is None) == (named.get("inputs_embeds") is None):
+        raise ValueError("expected exactly one of input_ids and inputs_embeds")
+
+
+def _packed(controller: Controller, named: dict[str, Any]) -> tuple[Packed, Tensor | None, Tensor | None]:
+    ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
+    given = ids if embeddings is None else embeddings
+    assert given is not None
+    if given.dim() != (2 if embeddings is None else 3):
+        raise ValueError(f"input_ids must have shape [B, S], inputs_embeds [B, S, d]; got {list(given.shape)}")
+    packed = pack(
+        controller.family,
+        (given.shape[0], given.shape[1]),
+        given.device,
+        controller.config.block_size,
+        named.get("attention_mask"),
+        named.get("position_ids"),
+        named,
+    )
+    return packed, ids, embeddings
+
+
+def _decoder_forward(
+    controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    controller.cover_heads()
+    named = _arguments(module, args, kwargs)
+    _check_arguments(named)
+    packed, ids, embeddings = _packed(controller, named)
+    x, _ = controller.run(packed, ids, embeddings)
+    n = controller.family.final_norm(module)
+    if n is not None:
+        x = ops.norm(x, *n.contiguous, n.kind, n.eps)
+    output = BaseModelOutputWithPast(last_hidden_state=packed.put(x))
+    return output.to_tuple() if named.get("return_dict") is False else output
+
+
+def _causal_lm_forward(
+    controller: Controller, module: Any, original: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
+        return original(*args, **kwargs)
+    named = _arguments(module, args, kwargs)
+    _check_arguments(named)
+    fused = trl_head.wanted(controller, module, original, kwargs)
+    if fused is not None:
+        packed, ids, embeddings = _packed(controller, named)
+        return trl_head.fused_output(
+            controller, module, fused, named, packed, lambda labelled: controller.run(packed, ids, embeddings, labelled)
+        )
+    if kwargs.get("fused_lm_head"):
+        return original(*args, **kwargs)
+    keep = named.get("logits_to_keep", 0)
+    ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
+    if named.get("labels") is None or not ordinary:
+        # Only the layers run through lemo then.
+        if skips_tokens(controller.phase):
+            controller._note(_LOSS_OF_OTHERS)
+        return original(*args, **kwargs)
+    packed, ids, embeddings = _packed(controller, named)
+    targets = Targets.of(packed, named)
+    x, step = controller.run(packed, ids, embeddings, targets.values != targets.ignore_index)
+    norm = controller.family.final_norm(controller.family.decoder(module))
+    head = projection(module.lm_head, trainable=True)
+    if head is None:
+        controller._note(
+            f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
+        )
+    if head is None or controller.config.return_logits:
+        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, packed)
+    else:
+        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=controller.config.segment_rows)
+        logits = None
+    controller._loss_tokens = count
+    return causal_lm_output(loss, logits, named.get("return_dict"))
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("transformers")
+    if not _TRANSFORMERS[0] <= int(version.split(".")[0]) < _TRANSFORMERS[1]:
+        raise UnsupportedModelError(
+            f"lemo supports transformers from {_TRANSFORMERS[0]}.0 and below {_TRANSFORMERS[1]}.0; installed is "
+            f"{version}"
+        )
+
+
+def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
+    """Lets `model` train with token elimination, in place; `remove` undoes it.
+
+    model: a transformers LlamaForCausalLM or OPTForCausalLM, before or after PEFT wraps it.
+    Raises UnsupportedModelError (a ValueError) for other models and versions of transformers, ValueError where lemo is
+    applied already or the settings do not fit, CalibrationError for a calibration of another model. Nothing is changed
+    then.
+    """
+    config = LemoConfig() if config is None else config
+    if not isinstance(config, LemoConfig):
+        raise ValueError(f"config must be a lemo.LemoConfig; got {type(config).__name__}")
+    _check_version()
+    family, inner = find(model)
+    check_adapters(model)
+    shape: Any = inner.config
+    layers = family.layers(family.decoder(inner))[: shape.num_hidden_layers]
+    check_weights(layers)
+    check_modules(family, inner)
+    trained_parameters(family, layers)
+    check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
+    if controller_of(inner) is not None:
+        raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
+    decoder = family.decoder(inner)
+    devices = {p.device for p in decoder.parameters()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(d) for d in devices))
+        raise UnsupportedModelError(
+            f"lemo needs the whole model on one device; its weights are on {names}: load it without a device_map, or "
+            'with device_map={"": 0}'
+        )
+    count = len(family.layers(decoder))
+    outside = [i for i in config.layers or () if not 0 <= i < count]
+    if outside:
+        raise ValueError(f"LemoConfig.layers: the model has layers 0 to {count - 1}; got {outside}")
+    predictors = None
+    if config.calibration is not None:
+        from lemo.predictors import PredictorSet
+
+        predictors = PredictorSet.load(config.calibration, model=inner)
+        if predictors.block_size != config.block_size:
+            raise ValueError(
+                f"LemoConfig.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
+                f"{predictors.block_size} tokens: use that size or calibrate again"
+            )
+    controller = Controller(family, inner, config, predictors)
+    attach(decoder, controller, _decoder_forward)
+    attach(inner, controller, _causal_lm_forward)
+    controller.cover_heads()
+    return controller
+
+
+def remove(model: Any) -> None:
+    """Gives `model` its own forward methods back. Raises ValueError if lemo is not applied to it."""
+    inner = base_model(model)
+    controller = controller_of(inner)
+    if controller is None:
+        raise ValueError("lemo is not applied to this model; nothing to remove")
+    controller.warn_of_unreached()
+    detach(controller.family.decoder(inner))
+    detach(inner)

@@ -1,0 +1,92 @@
+"""Passes that are compared with a training pass see the tokens that it saw.
+
+A preference loss sets the log-probabilities of a training pass against those of a reference (the same model without its
+adapters, say). In mode "skip" the two only agree where both leave the same tokens out of the same layers. So the lists
+of a step's passes are remembered, and `Controller.reference_pass` runs others over the same batch with them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lemo.engine.layout import Blocks, Kept, select
+
+_REMEMBERED = 8  # passes of one step
+
+
+@dataclass(eq=False)
+class Pass:
+    """Kept blocks of every layer's attention and MLP in one training pass; None: nothing kept."""
+
+    batch: Tensor
+    lengths: tuple[int, ...]
+    lists: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
+
+    def add(self, kept: tuple[Kept | None, Kept | None]) -> None:
+        attention, mlp = (None if k is None else k.blocks for k in kept)
+        self.lists.append((attention, attention if kept[0] is kept[1] else mlp))
+
+    def kept(self, layer: int, blocks: Blocks) -> tuple[Kept | None, Kept | None]:
+        attention, mlp = self.lists[layer]
+        first = _rebuild(attention, blocks)
+        return first, first if mlp is attention else _rebuild(mlp, blocks)
+
+
+def _rebuild(ids: Tensor | None, blocks: Blocks) -> Kept | None:
+    if ids is None:
+        return None
+    if ids.shape[0] == blocks.num_blocks:
+        return Kept.everything(blocks)
+    chosen = torch.zeros(blocks.num_blocks, dtype=torch.float32, device=ids.device).index_fill(0, ids.long(), 1.0)
+    return select(chosen, blocks, mode="threshold", threshold=0.5, always_first=0)
+
+
+def _fingerprint(batch: Tensor) -> Tensor:
+    """The ids, or a few channels of embeddings: these are not kept alive for a comparison."""
+    return batch.detach() if batch.dim() == 2 else batch.detach()[..., :8].clone()
+
+
+class Passes:
+    """The training passes of the present step."""
+
+    def __init__(self) -> None:
+        self._passes: deque[Pass] = deque(maxlen=_REMEMBERED)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Passes:
+        return Passes()
+
+    def begin(self, batch: Tensor, blocks: Blocks) -> Pass:
+        """batch: token ids [B, S], or embeddings [B, S, d]."""
+        self._passes.append(Pass(_fingerprint(batch), tuple(blocks.lengths)))
+        return self._passes[-1]
+
+    def clear(self) -> None:
+        self._passes.clear()
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        return any(tuple(p.batch.shape) == shape for p in self._passes)
+
+    def find(self, batch: Tensor, blocks: Blocks) -> Pass:
+        """The last pass over this batch (compared on the host). Raises RuntimeError where there was none."""
+        batch = _fingerprint(batch)
+        for earlier in reversed(self._passes):
+            same = earlier.batch.shape == batch.shape and earlier.lengths == tuple(blocks.lengths)
+            if same and torch.equal(earlier.batch, batch):
+                return earlier
+        raise RuntimeError(
+            f"controller.reference_pass(): no training pass of this step (of its last {_REMEMBERED}) had this batch: "
+            "run the training pass first, then the reference over the same tokens, mask and position_ids"
+        )
+
+
+def adapters_disabled(model: nn.Module) -> bool:
+    """Whether PEFT's adapters are switched off, as for a reference pass of the same model."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return False
+    return any(isinstance(m, BaseTunerLayer) and m.disable_adapters for m in model.modules())

@@ -1,0 +1,82 @@
+"""What lemo has to know of the trainer that runs it, and no callback is given: who it is, and its list of callbacks.
+
+transformers hands a callback its arguments and the model, but neither the trainer nor the handler. Both are callers of
+the callback (the trainer also of the model's forward pass), so they are looked up there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lemo.engine.config import Phase
+
+
+def _callers() -> Iterator[Any]:
+    """The objects of transformers and TRL whose methods are being executed, the innermost first."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        library = str(frame.f_globals.get("__name__", "")).startswith(("transformers.trainer", "trl."))
+        if library and code.co_varnames[:1] == ("self",) and code.co_flags & inspect.CO_OPTIMIZED:
+            variables = frame.f_locals
+            yield variables.get("self")
+            if sys.version_info < (3, 13):
+                variables.clear()  # a copy, which the frame would hold on to with everything in it
+        frame = frame.f_back
+
+
+def running_trainer() -> Any | None:
+    """The transformers Trainer that this code runs under, or None."""
+    from transformers import Trainer
+
+    callers = list(_callers())
+    return next((owner for owner in callers if isinstance(owner, Trainer)), None)
+
+
+def go_first(callback: Any) -> None:
+    """Moves a callback that is being called to the front of its trainer's list.
+
+    Reporters (TensorBoard and others) stand before the callbacks a user gives, and would write a step's logs down
+    before those have added to them.
+    """
+    for owner in list(_callers()):
+        callbacks = getattr(owner, "callbacks", None)
+        if isinstance(callbacks, list) and any(c is callback for c in callbacks):
+            if callbacks[0] is not callback:
+                # The list is being walked, past this callback's old place: none is skipped or called twice.
+                callbacks[:] = [callback, *(c for c in callbacks if c is not callback)]
+            return
+
+
+def skips_tokens(phase: Phase) -> bool:
+    """Whether the forward pass of a phase leaves tokens out."""
+    everything = phase.select == "budget" and phase.keep == 1.0 and phase.mlp_keep in (None, 1.0)
+    return phase.mode == "skip" and not everything
+
+
+def _trl_class(kind: type) -> str | None:
+    """The TRL class that `kind` is, or derives from most closely."""
+    return next((c.__qualname__ for c in kind.__mro__ if c.__module__.split(".")[0] == "trl"), None)
+
+
+def refuse_comparisons(phases: Iterable[Phase], trainer: Any = None, arguments: Any = None) -> None:
+    """Raises ValueError where a TRL trainer other than SFTTrainer would run a phase that skips tokens.
+
+    Such trainers set log-probabilities of the training pass against those of another one (a reference model, the policy
+    that sampled, the other answer of a pair), which sees every token.
+    """
+    names = [_trl_class(type(given)) for given in (trainer, arguments) if given is not None]
+    compares = next(
+        (name for name in names if name and name not in ("SFTTrainer", "SFTConfig") and not name.startswith("_")), None
+    )
+    if compares is None or not any(skips_tokens(phase) for phase in phases):
+        return
+    raise ValueError(
+        f'{compares}: mode "skip" is not available. The training pass would leave tokens out, but what its '
+        "log-probabilities are compared with (a reference model, an earlier policy, generated tokens) comes from the "
+        "whole model: losses and rewards would be wrong from the first step. Use phases with an exact forward, of mode "
+        '"backward" or "dense": LemoConfig(phases=[Phase("backward", keep=0.5)])'
+    )

@@ -1,0 +1,263 @@
+"""TRL's fused head (trl 1.16), computed by lemo's segmented loss.
+
+TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and take log-probabilities and statistics per token
+from the output; a `forward` that TRL puts on the model answers. It lies below our entry where lemo was applied after
+the trainer was built, and hides it where lemo was applied before. `cover` adds an entry on top in the second case,
+which marks the call, so that ours computes it below everything else that is wrapped around it.
+
+The gradient is that of the segmented loss, the sum over tokens, whose rows are then weighed by what arrives at each
+token's log-probability: exact, since no token's loss depends on another row of the residual stream.
+
+Labels that no token predicts (in mode "skip", those of tokens that were in no layer) get the mean of the others: TRL
+divides by the number of all labels, so its loss is the mean over tokens that took part, as lemo's own is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lemo import ops
+from lemo.engine.families.base import NormWeights
+from lemo.engine.linear import Projection, projection
+from lemo.engine.loss import Targets, causal_lm_loss, read_rows, shift
+from lemo.engine.packing import Packed
+from lemo.engine.stack import Step
+from lemo.integration.entries import add_entry, current_forward, is_entry, search
+
+if TYPE_CHECKING:
+    from lemo.integration.controller import Controller
+
+MARK = "lemo_head"  # keyword under which a marked call carries TRL's function
+_SEGMENT = 1 << 24  # logits computed at a time for the statistics
+
+
+def is_fused_head(function: Any) -> bool:
+    return (
+        isinstance(function, types.FunctionType)
+        and function.__code__.co_name == "_fused_forward"
+        and str(function.__globals__.get("__name__", "")).startswith("trl.")
+    )
+
+
+def cover(module: nn.Module) -> None:
+    """Puts an entry on top of TRL's head where it hides ours."""
+    own = current_forward(module)
+    head = search(own, is_fused_head)
+    if head is None or search(head, is_entry) is None:
+        return
+    if search(own, lambda f: is_entry(f) and search(f, lambda g: g is head) is not None) is None:
+        add_entry(module, _mark)
+
+
+def _mark(
+    controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    if kwargs.get("fused_lm_head"):
+        head = search(original, is_fused_head)
+        if head is not None and covers(controller, module, head):
+            kwargs = {name: value for name, value in kwargs.items() if name != "fused_lm_head"} | {MARK: head}
+    return original(*args, **kwargs)
+
+
+def wanted(
+    controller: Controller, module: nn.Module, original: Callable[..., Any], kwargs: dict[str, Any]
+) -> Any | None:
+    """TRL's function whose call this is, where lemo computes it; None for any other call."""
+    if MARK in kwargs:
+        return kwargs[MARK]
+    head = search(original, is_fused_head) if kwargs.get("fused_lm_head") else None
+    return head if head is not None and covers(controller, module, head) else None
+
+
+def covers(controller: Controller, module: Any, head: Any) -> bool:
+    """Whether the segmented loss gives what this head does. The layers run through lemo in any case."""
+    asked = inspect.getclosurevars(head).nonlocals
+    norm = controller.family.final_norm(controller.family.decoder(module))
+    weights = projection(module.lm_head, trainable=True)
+    reason = None
+    if weights is None:
+        reason = f"lm_head is a {type(module.lm_head).__name__}"
+    elif any(p is not None and p.requires_grad for p in _outside(norm, weights)):
+        # Their gradients are sums over tokens, which cannot be weighed by token afterwards.
+        reason = "lm_head or the norm before it trains"
+    elif any(
+        asked.get(name, plain) not in (plain, None)
+        for name, plain in (("temperature", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None))
+    ):
+        reason = "the logits are scaled"
+    elif asked.get("cast_lm_head_to_fp32"):
+        reason = "cast_lm_head_to_fp32 is set"
+    elif not {"log_probs", "is_top1", "mean_logits", "log_sum_sq_probs", "entropy"}.issuperset(asked["outputs"]):
+        reason = f"the trainer asks for {', '.join(asked['outputs'])}"
+    elif "entropy" in asked["outputs"] and "is_top1" not in asked["outputs"]:
+        reason = "the trainer may train by the entropy"
+    if reason is not None:
+        controller._note(f"TRL's own head computes the loss, since {reason}; the layers run through lemo")
+    return reason is None
+
+
+def _outside(norm: NormWeights | None, head: Projection) -> tuple[Tensor | None, ...]:
+    return (
+        *((norm.weight, norm.bias) if norm is not None else ()),
+        *(head.weight, head.bias, head.a, head.b),
+    )
+
+
+# --- per token --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Weights:
+    """Gradients that arrived at the tokens' log-probabilities, on their way to the rows of the residual stream."""
+
+    rows: Tensor | None = None
+
+
+class _WeighRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: _Weights) -> Tensor:
+        ctx.weights = weights
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        rows, ctx.weights.rows = ctx.weights.rows, None
+        # In place: the stack below takes the loss's own buffer over.
+        return dx.mul_(rows[:, None]), None
+
+
+class _LogProbs(Function):
+    """The given values, with the gradient of minus `total`'s terms."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, values: Tensor, weights: _Weights) -> Tensor:
+        ctx.weights = weights
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor, None, None]:
+        ctx.weights.rows = -dvalues
+        return dvalues.new_ones(()), None, None
+
+
+class _Statistic(Function):
+    """A value for logs: asking for its gradient is an error, not zero."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, total: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, dvalues: Tensor) -> Any:
+        raise RuntimeError(
+            "lemo's head gives the entropy for logs only, without a gradient: detach it, or call lemo.remove(model) to "
+            "train by the entropy"
+        )
+
+
+def _statistics(hidden: Tensor, head: Projection, targets: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Per token, float32 [N], of logits hidden [N, d] weight^T, a segment at a time. Without gradients."""
+    dtype = hidden.dtype
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    rows = max(1, _SEGMENT // head.weight.shape[0])
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        logits = F.linear(hidden[part], weight, bias)
+        if head.a is not None and head.b is not None:
+            logits.addmm_(hidden[part] @ head.a.to(dtype).t(), head.b.to(dtype).t(), alpha=head.scale)
+        logits = logits.float()
+        log_z = logits.logsumexp(1)
+        chosen = logits.gather(1, targets[part, None])[:, 0]
+        for name in names:
+            if name == "log_probs":
+                value = chosen - log_z
+            elif name == "is_top1":
+                value = (logits.argmax(1) == targets[part]).float()
+            elif name == "mean_logits":
+                value = logits.mean(1)
+            elif name == "log_sum_sq_probs":
+                value = (2 * logits).logsumexp(1) - 2 * log_z
+            else:
+                value = log_z - (logits.softmax(1) * logits).sum(1)
+            found[name].append(value)
+    return {name: torch.cat(parts) if parts else hidden.new_zeros(0).float() for name, parts in found.items()}
+
+
+def fused_output(
+    controller: Controller,
+    module: Any,
+    head: Any,
+    named: dict[str, Any],
+    packed: Packed,
+    run: Callable[[Tensor], tuple[Tensor, Step]],
+) -> Any:
+    """TRL's FusedCausalLMOutput for one training call. run: gets which tokens have a target, bool [T]."""
+    labels, shifted = named.get("labels"), named.get("shift_labels")
+    given = labels if shifted is None else shifted
+    if given is None or tuple(given.shape) != packed.shape:
+        got = None if given is None else list(given.shape)
+        raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {got}")
+    wide = (shift(given, -100) if shifted is None else given).to(packed.positions.device)
+    mask = wide != -100
+    targets = packed.take(wide).contiguous()
+    asked = inspect.getclosurevars(head).nonlocals["outputs"]
+    names = ("log_probs", *(name for name in asked if name != "log_probs"))
+
+    x, step = run(targets != -100)
+    norm = controller.family.final_norm(controller.family.decoder(module))
+    weights = projection(module.lm_head, trainable=True)
+    assert weights is not None
+    part = read_rows(step, _outside(norm, weights))
+    predicted = targets != -100
+    if part is not None:
+        # -1 where a selection failed: one place more takes it.
+        places = part.to(targets)
+        places = places.where(places >= 0, targets.shape[0])
+        took_part = predicted.new_zeros(targets.shape[0] + 1).index_fill(0, places, True)
+        predicted = predicted & took_part[:-1]
+    index = predicted.nonzero()[:, 0]  # one synchronisation; TRL's own head has it too
+    with torch.no_grad():
+        hidden = x.index_select(0, index)
+        if norm is not None:
+            hidden = ops.norm(hidden, norm.weight, norm.bias, norm.kind, norm.eps)
+        found = _statistics(hidden, weights, targets.index_select(0, index), names)
+        del hidden
+    arrived = _Weights()
+    total, controller._loss_tokens = causal_lm_loss(
+        _WeighRows.apply(x, arrived),
+        norm,
+        weights,
+        Targets(targets, items=1),  # their sum
+        step,
+        segment_rows=controller.config.segment_rows,
+    )
+
+    def by_token(values: Tensor) -> Tensor:
+        return values.new_zeros(targets.shape[0]).index_copy(0, index, values)
+
+    def in_batch(values: Tensor) -> Tensor:
+        return packed.put(values[:, None])[..., 0]
+
+    fields = {name: by_token(values) for name, values in found.items()}
+    fields["log_probs"] = _LogProbs.apply(total, fields["log_probs"], arrived)
+    if "entropy" in fields:
+        fields["entropy"] = _Statistic.apply(fields["entropy"], total)
+    missing, count = mask & ~in_batch(predicted), predicted.sum().clamp(min=1)
+    fields = {name: torch.where(missing, values.sum() / count, in_batch(values)) for name, values in fields.items()}
+    if shifted is None:
+        fields, mask = {name: values[:, :-1] for name, values in fields.items()}, mask[:, :-1]
+    if "is_top1" in fields and part is None:
+        fields["is_top1"] = fields["is_top1"] > 0
+    items = named.get("num_items_in_batch")
+    loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
+    return head.__globals__["FusedCausalLMOutput"](loss=loss, label_mask=mask, **fields)

@@ -1,0 +1,1 @@
+"""The `lemo finetune` and `lemo evaluate` jobs: run folders, checkpoints, logs, plots."""

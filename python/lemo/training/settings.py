@@ -1,0 +1,156 @@
+"""The settings of a fine-tuning run, and the notation for schedules. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, default_phases
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Everything that decides what a run computes. Two runs with equal settings and data give the same adapter.
+
+    schedule: see `parse_schedule`.  batch x accumulate windows of `context` tokens make one step.
+    calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
+    lora_targets: module names (those the model lacks are skipped), or "all-linear". The adapter is always float32.
+    """
+
+    context: int = 4096
+    steps: int = 100
+    batch: int = 1
+    accumulate: int = 1
+    schedule: str = "default"
+    keep: float = 0.5
+    policy: str | None = None
+    calibration: str | None = None
+    block_size: int = 64
+    recompute: str = "full"
+    lr: float = 2e-4
+    lr_schedule: str = "constant"
+    warmup: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
+    held_out: float = 0.0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "lora_rank", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.context < self.block_size:
+            raise ValueError(
+                f"context {self.context} is shorter than one block of {self.block_size} tokens; "
+                "give a longer context or a smaller block_size"
+            )
+        for name in ("lr", "lora_alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}, expected an integer from 0 to {(1 << 32) - 1}")
+        if not self.lora_targets:
+            raise ValueError("lora_targets is empty, expected names of linear layers or all-linear")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1]")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}, expected a fraction in [0, 1)")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}, expected a fraction in [0, 1)")
+        if self.lr_schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"lr_schedule is {self.lr_schedule!r}, expected constant, linear or cosine")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute is {self.recompute!r}, expected one of {', '.join(RECOMPUTE)}")
+        self.lemo_config()
+
+    def phases(self) -> list[Phase]:
+        return parse_schedule(self.schedule, self.keep, self.policy)
+
+    def lemo_config(self) -> LemoConfig:
+        return LemoConfig(
+            block_size=self.block_size,
+            calibration=self.calibration,
+            seed=self.seed,
+            recompute=self.recompute,
+            phases=self.phases(),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["lora_targets"] = list(self.lora_targets)
+        return values
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> FinetuneSettings:
+        """The inverse of `to_json`. Raises ValueError for names this version does not know."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FinetuneSettings)})
+        if unknown:
+            raise ValueError(f"settings {', '.join(unknown)} are not known to this version of lemo")
+        return FinetuneSettings(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
+
+
+# Skipping is cheap but trains for a model that is not served; an exact phase mends that (docs/method-notes.md).
+_EXACT_SHARE = default_phases()[-1].share
+_PRESETS = {
+    "default": f"skip@{1 - _EXACT_SHARE:g},dense@{_EXACT_SHARE:g}",
+    "low-memory": f"skip@{1 - 1.5 * _EXACT_SHARE:g},backward:weighted@{1.5 * _EXACT_SHARE:g}",
+    "skip": "skip",
+    "backward": "backward:weighted",
+    "dense": "dense",
+}
+
+
+def _kind_of_option(option: str) -> str:
+    if option in ("weighted", "shared"):
+        return f"'{option}'"
+    return "the kept fraction" if option[:1].isdigit() or option[:1] == "." else "the policy"
+
+
+def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> list[Phase]:
+    """Phases from a preset's name or from `MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]`, separated by commas.
+
+    SHARE is the phase's share of the steps, relative to the others' (default 1). KEEP defaults to `keep`, POLICY to
+    `policy` in `skip` phases; `backward` phases select at random unless they name a policy, because there any
+    preference biases the gradient. `shared`: one draw for all layers of a step (random, sampled). Raises ValueError.
+    """
+    phases = []
+    for part in _PRESETS.get(text, text).split(","):
+        description, at, share = part.strip().partition("@")
+        mode, *options = description.split(":")
+        values: dict[str, Any] = {"policy": policy if mode == "skip" else None}
+        if mode != "dense":
+            values["keep"] = keep
+        where = f"schedule {text!r}, phase {part.strip()!r}"
+        if mode not in MODES:
+            raise ValueError(
+                f"{where}: {mode!r} is neither a preset ({', '.join(_PRESETS)}) nor a mode ({', '.join(MODES)})"
+            )
+        try:
+            kinds = [_kind_of_option(option) for option in options]
+            if len(set(kinds)) < len(kinds):
+                twice = next(k for k in kinds if kinds.count(k) > 1)
+                raise ValueError(f"{twice} is given {kinds.count(twice)} times")
+            if at and not share:
+                raise ValueError("no share after @")
+            for option in options:
+                if option == "weighted":
+                    values["weighted"] = True
+                elif option == "shared":
+                    values["policy_options"] = {"shared": True}
+                elif _kind_of_option(option) == "the kept fraction":
+                    values["keep"] = float(option)
+                else:
+                    values["policy"] = option
+            phases.append(Phase(mode=mode, share=float(share or 1), **values))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return phases
