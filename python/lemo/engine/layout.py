@@ -152,7 +152,7 @@ class Kept:
         Only needed after a selection that was made without a synchronisation; see ``select``.
         """
         if self.info is not None:
-            _raise_fault(int(self.info[3]), self.chosen_by)
+            _raise_fault(ops.SelectInfo.read(self.info).fault, self.chosen_by)
 
 
 def kept_per_document(blocks: Blocks, keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
@@ -204,7 +204,7 @@ def select(
         num_blocks, num_rows, max_seqlen = sum(counts), sum(counts) * b, max(counts) * b
         pending = info
     else:
-        num_blocks, num_rows, max_seqlen, fault = info.tolist()
+        num_blocks, num_rows, max_seqlen, fault = ops.SelectInfo.read(info)
         _raise_fault(fault, chosen_by)
     return Kept(
         blocks=kept[:num_blocks],

@@ -20,7 +20,7 @@ from lemo.engine.families.base import NormWeights
 from lemo.engine.linear import Projection
 from lemo.engine.packing import Packed
 from lemo.engine.stack import Step
-from lemo.ops._schema import first_order, link
+from lemo.ops._autograd import first_order, link
 from lemo.ops.loss import usable
 
 

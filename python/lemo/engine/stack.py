@@ -30,7 +30,7 @@ from lemo.engine.families.base import Family, NormWeights, Tables
 from lemo.engine.layout import Blocks, Kept
 from lemo.engine.participation import Participation, leaves
 from lemo.engine.randomness import Generators, generators, same_generators, set_generators
-from lemo.ops._schema import first_order
+from lemo.ops._autograd import first_order
 
 # Rows the MLP works on at a time where its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192

@@ -1,4 +1,4 @@
-"""Causal attention over kept rows, forward and backward, by documents (paper section 5.1; weights: the docs on modes).
+"""Causal attention over kept rows, forward and backward, by document (paper section 5.1; weights: the docs on modes).
 
 M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies at row rows[i] of every tensor (``rows``
 int32 [M], or None: row i), ascending within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing Hq; rows and
@@ -14,108 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo._native import call
-from lemo.ops._schema import define, launch, library, need
-
-TILE_ROWS = 128  # LEMO_TILE_ROWS: rows that one list of two-dimensional sparsity speaks of
+from lemo._native import constant
+from lemo.ops._autograd import library
+from lemo.ops._operator import Size, need, operator
 
 
 def _like(x: Tensor, rows: Tensor | None) -> Tensor:
-    # Rows that are not named must read as zero in a result of ours; packed tensors have no such rows.
+    # Rows that `rows` does not name must read as zero; packed tensors have none.
     return x.new_empty(x.shape) if rows is None else x.new_zeros(x.shape)
 
 
-def _forward_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    tile_offsets: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    need("q", q, "R Hq D")
-    if rows is not None:
-        need("rows", rows, "M")
-    capacity = q.shape[0] if rows is None else rows.shape[0]
-    return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
-
-
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_out(*inputs)
-    _run("attention_forward", _named(_FORWARD, inputs), {"out": out, "lse": lse}, False)
-    return out, lse
-
-
-def _backward_out(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    key_weights: Tensor | None,
-    row_slots: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    deterministic: bool,
-    tile_offsets: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q, rows), _like(k, rows), _like(v, rows)
-
-
-def _backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _backward_out(*inputs)
-    named = _named(_BACKWARD, inputs)
-    _run("attention_backward", named, {"dq": dq, "dk": dk, "dv": dv}, named.pop("deterministic"))
-    return dq, dk, dv
-
-
-# Inputs in the order of the schemas. Outputs come before the lists in the C structs.
-_FORWARD = ("q", "k", "v", "cu_seqlens", "rows", "max_seqlen", "scale", "tile_offsets", "tiles")
-_BACKWARD = (
-    *("dout", "q", "k", "v", "out", "lse", "cu_seqlens", "rows", "key_weights", "row_slots"),
-    *("max_seqlen", "scale", "deterministic", "tile_offsets", "tiles"),
-)
-
-
-def _named(names: tuple[str, ...], inputs: tuple) -> dict[str, Any]:
-    return dict(zip(names, inputs, strict=False))  # the dispatcher leaves out defaults at the end
-
-
-def _run(name: str, inputs: dict[str, Any], outputs: dict[str, Tensor], deterministic: bool) -> None:
-    lists = {key: inputs.pop(key, None) for key in ("tile_offsets", "tiles")}
-    call(name, inputs["q"].device, inputs | outputs | lists, deterministic=deterministic)
-
-
-define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? rows, SymInt max_seqlen, float scale, "
-    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor out, Tensor lse)",
-    _forward,
-    _forward_out,
-)
-define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
-    "Tensor? rows, Tensor? key_weights, Tensor? row_slots, SymInt max_seqlen, float scale, bool deterministic, "
-    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor dq, Tensor dk, Tensor dv)",
-    _backward,
-    _backward_out,
-    derivative="error",
-)
-
-
+@operator("out lse")
 def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
     rows: Tensor | None,
-    max_seqlen: int,
+    max_seqlen: Size,
     scale: float,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
@@ -129,7 +45,11 @@ def attention_forward(
     tiles (int32 [L]), the queries of slot s see their own tile, causally, and the whole earlier tiles
     tiles[tile_offsets[s] : tile_offsets[s + 1]] (ascending numbers within the document), and nothing else.
     """
-    return torch.ops.lemo.attention_forward(q, k, v, cu_seqlens, rows, max_seqlen, scale, tile_offsets, tiles)
+    need("q", q, "R Hq D")
+    if rows is not None:
+        need("rows", rows, "M")
+    capacity = q.shape[0] if rows is None else rows.shape[0]
+    return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
 
 
 def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +58,9 @@ def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor
     That is the form ``attention_backward`` reads. Applied twice it gives the lists back. Nothing is synchronised.
     """
     slots, device = tile_offsets.shape[0] - 1, tiles.device
-    firsts = cu_seqlens[:-1] // TILE_ROWS + torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=device)
+    firsts = cu_seqlens[:-1] // constant("LEMO_TILE_ROWS") + torch.arange(
+        cu_seqlens.shape[0] - 1, dtype=torch.int32, device=device
+    )
     entries = torch.arange(tiles.shape[0], dtype=torch.int32, device=device)
     slot = torch.searchsorted(tile_offsets, entries, right=True, out_int32=True) - 1
     used = slot < slots  # entries beyond the last list are padding and stay behind the others
@@ -150,6 +72,7 @@ def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor
     return offsets, torch.where(used, slot - first, 0)[order].to(torch.int32)
 
 
+@operator("dq dk dv", derivative="error")
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -161,7 +84,7 @@ def attention_backward(
     rows: Tensor | None,
     key_weights: Tensor | None,
     row_slots: Tensor | None,
-    max_seqlen: int,
+    max_seqlen: Size,
     scale: float,
     deterministic: bool = False,
     tile_offsets: Tensor | None = None,
@@ -169,14 +92,13 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) restricted to the given rows, from the output and LSE of the forward pass that made them.
 
-    Where that pass saw more keys than these rows, probabilities P_ij = exp(scale q_i . k_j - lse_i) are still exact:
+    If that pass saw more keys than these rows, probabilities P_ij = exp(scale q_i . k_j - lse_i) are still exact:
     dS_ij = P_ij (dout_i . v_j - dout_i . out_i); dq_i = scale sum_j w_ij dS_ij k_j; dk_j = scale sum_i w_ij dS_ij q_i;
-    dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 where i and j share a
-    slot, or 1 without key_weights. deterministic: bitwise repeatable, also where torch's deterministic algorithms are
-    on. tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
+    dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 if i and j share a
+    slot, or 1 without key_weights. deterministic: bitwise repeatable, as also with torch's deterministic algorithms.
+    tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
     """
-    arguments = (dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic)
-    return launch(torch.ops.lemo.attention_backward, *arguments, tile_offsets, tiles)
+    return _like(q, rows), _like(k, rows), _like(v, rows)
 
 
 def attention(
@@ -203,43 +125,25 @@ def attention(
     if (out is None) != (lse is None):
         raise ValueError("lse: expected out and lse together, got one of them")
     if out is None:
-        out, lse = torch.ops.lemo.attention_forward(
-            q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale
-        )
-    return _Attention.apply(
-        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic
-    )
+        out, lse = attention_forward(q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale)
+    options = (max_seqlen, scale, deterministic)
+    return _Attention.apply(q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, *options)
 
 
 class _Attention(torch.autograd.Function):
     """Ties a computed output to the backward pass over the given rows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic):
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots)
-        ctx.max_seqlen, ctx.scale, ctx.deterministic = max_seqlen, scale, deterministic
-        return out.detach()  # not a view, which nobody could change in place afterwards
+    def forward(ctx, q, k, v, out, *rest):
+        *tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic = rest
+        ctx.save_for_backward(q, k, v, out, *tensors)
+        return out.detach()  # a view could not be changed in place afterwards
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots = ctx.saved_tensors
-        grads = launch(
-            torch.ops.lemo.attention_backward,
-            dout.contiguous(),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens,
-            rows,
-            key_weights,
-            row_slots,
-            ctx.max_seqlen,
-            ctx.scale,
-            ctx.deterministic,
-        )
-        return *grads, None, None, None, None, None, None, None, None, None
+        inputs: Any = (*ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic)
+        grads = attention_backward(dout.contiguous(), *inputs)
+        return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -254,14 +158,14 @@ def _grad(ctx, dout, dlse):
 
     def backward(dout):
         arguments = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
-        return torch.ops.lemo.attention_backward(dout.contiguous(), *arguments)
+        return attention_backward(dout.contiguous(), *arguments)
 
     grads = [None] * 3 if dout is None else list(backward(dout))
     if dlse is not None:
-        # dlse_i / ds_ij = P_ij: for q the output over keys as values, for k what v gets of the gradient dlse_i q_i.
+        # dlse_i / ds_ij = P_ij: dq is the output with keys as values, dk the gradient of v for dout_i = dlse_i q_i.
         weights = _by_row(dlse, q, cu_seqlens, rows)
         layout = (cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles)
-        means = torch.ops.lemo.attention_forward(q, k, k, *layout)[0]
+        means = attention_forward(q, k, k, *layout)[0]
         dq = torch.where(weights == 0, 0, ctx.scale * weights * means)
         dk = ctx.scale * backward(weights * q)[2]
         grads[:2] = [g if other is None else g + other for g, other in zip((dq, dk), grads, strict=False)]
