@@ -25,9 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_TUNED = re.compile(r"_hd(80|96)|_f16|_fp16")
-HOPPER = re.compile(r"6hopper")  # the namespace, in mangled names
-WARNING = re.compile(r"\(C75\d\d\).*6hopper|setmaxnreg ignored")
-RULES = 2  # to be raised with every new rule: what passed under the last ones is compiled again
+SM90 = re.compile(r"(9attention|7scoring)4sm90")  # the namespaces, in mangled names
+WARNING = re.compile(rf"\(C75\d\d\).*{SM90.pattern}|setmaxnreg ignored")
+RULES = 3  # to be raised with every new rule: what passed under the last ones is compiled again
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_ptxas(text: str) -> tuple[int, tuple[str, ...]]:
             frame, stored, loaded = map(int, match.groups())
             if stored or loaded:
                 found.append((kernel, f"spills {stored + loaded} bytes"))
-            elif frame and HOPPER.search(kernel):
+            elif frame and SM90.search(kernel):
                 found.append((kernel, f"{frame} bytes of local memory"))
         if match := re.search(r"Used (\d+) registers", line):
             registers = max(registers, int(match.group(1)))

@@ -9,7 +9,7 @@ CUTLASS's headers are those of the pip package nvidia-cutlass, or of the folder 
 Rates are TFLOP/s by number of tokens; share is a row's rate over the best rate of that size, where it is lowest. The
 row marked * is the library's: the results of all others have to agree with its results, which the tests check. A
 candidate that spills, cannot be launched or disagrees is left out, and the reason printed. The line printed last goes
-into cuda/attention/hopper/config.h or backward_config.h; nothing is tuned at run time.
+into cuda/attention/sm90/forward_config.h or backward_config.h; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from common import ROOT, compete, short_device_name, table, write_results
 
-HOPPER = ROOT / "cuda" / "attention" / "hopper"
-TABLES = {"forward": HOPPER / "config.h", "backward": HOPPER / "backward_config.h"}
+CUDA = ROOT / "cuda"
+SM90 = CUDA / "attention" / "sm90"
+TABLES = {"forward": SM90 / "forward_config.h", "backward": SM90 / "backward_config.h"}
 SHARED_MEMORY = 227 * 1024
 BARRIERS = 256  # bytes of shared memory, at most
 REGISTERS = 65536
@@ -156,14 +157,14 @@ def nvcc(*arguments: str) -> tuple[int, str]:
     program = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     flags = ["-O3", "-DNDEBUG", "-std=c++17", "--expt-relaxed-constexpr", "-gencode", "arch=compute_90a,code=sm_90a"]
     flags += ["-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    flags += [f"-I{ROOT}", f"-I{ROOT}/cpp", f"-I{ROOT}/cpp/include", "-isystem", cutlass_headers()]
+    flags += [f"-I{CUDA}", f"-I{ROOT}/cpp", f"-I{ROOT}/cpp/include", "-isystem", cutlass_headers()]
     done = subprocess.run([program, *flags, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout
 
 
 def build(candidate: Candidate, folder: Path, objects: list[str]) -> str:
     """Makes the candidate's library; returns what is wrong with it, or ""."""
-    source = HOPPER / f"{candidate.kind}_hd{padded(candidate.head_dim)}.cu"
+    source = SM90 / "instantiations" / f"{candidate.kind}_hd{padded(candidate.head_dim)}.cu"
     override = folder / f"{candidate.name}.h"  # nvcc would split a -D at its commas
     override.write_text(f"#define LEMO_TUNE_{candidate.kind.upper()} {candidate.row}\n")
     target = folder / f"{candidate.name}.so"
@@ -187,8 +188,8 @@ def build_all(candidates: list[Candidate], folder: Path, jobs: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kind, head_dim = candidates[0].kind, candidates[0].head_dim
     entry = [f"-DLEMO_TUNE_HEAD_DIM={head_dim}", f"-DLEMO_TUNE_PASS={1 if kind == 'forward' else 2}"]
-    sources = {ROOT / "benchmarks" / "tune_entry.cu": entry, ROOT / "cuda" / "common" / "device.cu": []}
-    sources |= {path: [] for path in sorted(HOPPER.glob("*.cu")) if "_hd" not in path.name}
+    sources = {ROOT / "benchmarks" / "tune_entry.cu": entry, CUDA / "common" / "device.cu": []}
+    sources |= {path: [] for folder in (SM90, CUDA / "common" / "sm90") for path in sorted(folder.glob("*.cu"))}
     commands = [
         (*flags, "-c", str(source), "-o", str(folder / f"{kind}_{head_dim}_{source.stem}.o"))
         for source, flags in sources.items()

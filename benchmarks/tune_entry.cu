@@ -2,11 +2,11 @@
 // LEMO_TUNE_HEAD_DIM and LEMO_TUNE_PASS (1 forward, 2 backward) choose it.
 #include <cstdio>
 
-#include "cuda/attention/params.h"
+#include "attention/params.h"
 #include "src/backend.h"
 
-namespace hopper = lemo::cuda::attention::hopper;
-using lemo::cuda::attention::Rows;
+namespace sm90 = lemo::cuda::attention::sm90;
+using lemo::cuda::TensorView;
 
 struct TuneArguments {
   void *q, *k, *v, *out, *dout, *dq, *dk, *dv;
@@ -26,14 +26,14 @@ extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const T
   (void)a;
   return sizeof(int);
 #else
-  return hopper::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, /*deterministic=*/false,
-                                                    /*listed=*/0);
+  return sm90::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, /*deterministic=*/false,
+                                                  /*listed=*/0);
 #endif
 }
 
 // 0, or 1 with the reason on stderr.
 extern "C" __attribute__((visibility("default"))) int tune_run(const TuneArguments* a) try {
-  const auto rows = [](void* data, int64_t heads) { return Rows{data, heads * kHeadDim, kHeadDim}; };
+  const auto rows = [](void* data, int64_t heads) { return TensorView{data, heads * kHeadDim, kHeadDim}; };
   const auto stream = static_cast<cudaStream_t>(a->stream);
 #if LEMO_TUNE_PASS == 1
   lemo::cuda::attention::ForwardParams params{};
@@ -61,9 +61,9 @@ extern "C" __attribute__((visibility("default"))) int tune_run(const TuneArgumen
   params.head_dim = kHeadDim;
   params.scale = a->scale;
 #if LEMO_TUNE_PASS == 1
-  hopper::launch_forward<kPaddedHeadDim>(params, LEMO_BF16, stream);
+  sm90::launch_forward<kPaddedHeadDim>(params, LEMO_BF16, stream);
 #else
-  hopper::launch_backward<kPaddedHeadDim>(params, LEMO_BF16, stream);
+  sm90::launch_backward<kPaddedHeadDim>(params, LEMO_BF16, stream);
 #endif
   return 0;
 } catch (const std::exception& error) {

@@ -1,7 +1,7 @@
 // The CUDA backend's table.
 #include <cuda_runtime.h>
 
-#include "cuda/kernels.h"
+#include "kernels.h"
 
 namespace lemo {
 namespace {

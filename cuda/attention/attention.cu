@@ -1,21 +1,19 @@
 // The attention entries of the backend table: arguments to kernel parameters, workspace, choice of the kernel.
 #include <cmath>
 
-#include "cuda/common/check.h"
-#include "cuda/common/launch.h"
-#include "cuda/kernels.h"
-#include "params.h"
+#include "attention/params.h"
+#include "common/check.h"
+#include "common/launch.h"
+#include "kernels.h"
 
 namespace lemo::cuda {
 namespace {
 
 using attention::BackwardParams;
-using attention::Documents;
 using attention::ForwardParams;
-using attention::Rows;
 using attention::TileLists;
 
-Rows rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
+TensorView rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
 
 Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& rows, const lemo_tensor& lse) {
   return {static_cast<const int32_t*>(cu_seqlens.data), data<const int32_t>(rows),
@@ -30,7 +28,7 @@ void check_scale(const char* operation, float scale) {
 }
 
 // Hopper's own kernels, where this build and the device have them. LEMO_CUDA_CAPABILITY=80 leaves them out.
-bool use_hopper(const lemo_exec& exec) {
+bool use_sm90(const lemo_exec& exec) {
 #ifdef LEMO_CUDA_SM90
   return device_info(exec.device_index).capability == 90;
 #else
@@ -40,7 +38,7 @@ bool use_hopper(const lemo_exec& exec) {
 }
 
 TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tensor& offsets, const lemo_tensor& tiles) {
-  if (present(offsets) && !use_hopper(exec)) {
+  if (present(offsets) && !use_sm90(exec)) {
     throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": tile_offsets: tile lists need compute capability 9.0");
   }
   return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
@@ -61,11 +59,11 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
   const Size rows = Size(capacity) + Size(args.cu_seqlens.shape[0]) * LEMO_TILE_ROWS + listed_entries(args.tiles);
   (rows * heads * (Size(args.q.shape[2]) + 256)).bytes("exec.workspace", 8);
 #ifdef LEMO_CUDA_SM90
-  if (use_hopper(exec)) {
+  if (use_sm90(exec)) {
     BackwardWorkspace workspace{};
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
-      workspace.bytes = static_cast<uint64_t>(attention::hopper::backward_workspace<kHeadDim == 80 ? 96 : kHeadDim>(
+      workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<kHeadDim == 80 ? 96 : kHeadDim>(
           capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0, listed_entries(args.tiles)));
     });
     return workspace;
@@ -104,16 +102,16 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
-    if (use_hopper(exec)) {
-      return attention::hopper::launch_forward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+    if (use_sm90(exec)) {
+      return attention::sm90::launch_forward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
     }
 #endif
-    attention::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
+    attention::sm80::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
   });
 }
 
 uint64_t attention_forward_workspace(const lemo_exec& exec, const lemo_attention_forward_args&) {
-  return use_hopper(exec) ? sizeof(int) : 0;
+  return use_sm90(exec) ? sizeof(int) : 0;
 }
 
 void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& args) {
@@ -151,11 +149,11 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
-    if (use_hopper(exec)) {
-      return attention::hopper::launch_backward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+    if (use_sm90(exec)) {
+      return attention::sm90::launch_backward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
     }
 #endif
-    attention::launch_backward<kHeadDim>(params, args.q.dtype, stream_of(exec));
+    attention::sm80::launch_backward<kHeadDim>(params, args.q.dtype, stream_of(exec));
   });
 }
 

@@ -5,21 +5,9 @@
 
 #include <cstdint>
 
+#include "common/documents.h"
+
 namespace lemo::cuda::attention {
-
-// A [rows, heads, head_dim] tensor whose last dimension is contiguous.
-struct Rows {
-  void* data;
-  int64_t row_stride;
-  int64_t head_stride;
-};
-
-struct Documents {
-  const int32_t* cu_seqlens;  // [count + 1]
-  const int32_t* rows;        // [capacity] storage rows, or null: packed row i is storage row i
-  int32_t count;
-  int64_t capacity;
-};
 
 // Two-dimensional sparsity, in tiles of 128 packed rows counted from the start of each document: what a tile visits
 // besides its own diagonal. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
@@ -29,7 +17,7 @@ struct TileLists {
 };
 
 struct ForwardParams {
-  Rows q, k, v, out;
+  TensorView q, k, v, out;
   float* lse;
   int64_t lse_stride;
   Documents documents;
@@ -43,7 +31,7 @@ struct ForwardParams {
 };
 
 struct BackwardParams {
-  Rows dout, q, k, v, out, dq, dk, dv;
+  TensorView dout, q, k, v, out, dq, dk, dv;
   const float* lse;
   int64_t lse_stride;
   Documents documents;
@@ -62,23 +50,25 @@ struct BackwardParams {
   int64_t storage_rows;  // extent of dout, q, k, v and out
   int32_t head_dim;
   bool deterministic;
-  void* workspace;  // hopper::backward_workspace bytes
+  void* workspace;  // sm90::backward_workspace bytes
 };
 
-// One definition per head_dim; each throws LEMO_UNSUPPORTED for a type this build leaves out.
+// One definition per head_dim, in instantiations/; each throws LEMO_UNSUPPORTED for a type this build leaves out.
+namespace sm80 {
 template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+}  // namespace sm80
 
 // The same on sm_90a: 64, 96 (which serves 80 too) and 128.
-namespace hopper {
+namespace sm90 {
 template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic, int64_t listed);
-}  // namespace hopper
+}  // namespace sm90
 
 }  // namespace lemo::cuda::attention

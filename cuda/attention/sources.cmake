@@ -2,26 +2,25 @@
 # LEMO_CUDA_ALL_KERNELS, which must then be defined for all of them.
 set(LEMO_ATTENTION_TUNED_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/attention.cu
-    ${CMAKE_CURRENT_LIST_DIR}/forward_hd64.cu
-    ${CMAKE_CURRENT_LIST_DIR}/forward_hd128.cu
-    ${CMAKE_CURRENT_LIST_DIR}/backward_hd64.cu
-    ${CMAKE_CURRENT_LIST_DIR}/backward_hd128.cu)
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd128.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/backward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/backward_hd128.cu)
 set(LEMO_ATTENTION_FULL_SOURCES
     ${LEMO_ATTENTION_TUNED_SOURCES}
-    ${CMAKE_CURRENT_LIST_DIR}/forward_hd80.cu
-    ${CMAKE_CURRENT_LIST_DIR}/forward_hd96.cu
-    ${CMAKE_CURRENT_LIST_DIR}/backward_hd80.cu
-    ${CMAKE_CURRENT_LIST_DIR}/backward_hd96.cu)
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd80.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd96.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/backward_hd80.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/backward_hd96.cu)
 
-# sm_90a only: row_tensor, and one file per pass and head_dim (96 serves 80 too).
-set(LEMO_ATTENTION_HOPPER_TUNED_SOURCES
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_ranks.cu
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/row_tensor.cu
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd64.cu
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd128.cu
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_hd64.cu
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_hd128.cu)
-set(LEMO_ATTENTION_HOPPER_FULL_SOURCES
-    ${LEMO_ATTENTION_HOPPER_TUNED_SOURCES}
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/forward_hd96.cu
-    ${CMAKE_CURRENT_LIST_DIR}/hopper/backward_hd96.cu)
+# sm_90a only: one file per pass and head_dim (96 serves 80 too).
+set(LEMO_ATTENTION_SM90_TUNED_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/backward_ranks.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_hd128.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_hd64.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_hd128.cu)
+set(LEMO_ATTENTION_SM90_FULL_SOURCES
+    ${LEMO_ATTENTION_SM90_TUNED_SOURCES}
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_hd96.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_hd96.cu)

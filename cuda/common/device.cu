@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "cuda/common/check.h"
+#include "common/check.h"
 
 namespace lemo::cuda {
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/common/check.h"
+#include "common/check.h"
 
 namespace lemo::cuda {
 

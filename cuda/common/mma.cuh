@@ -59,6 +59,10 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "memory");
 }
 
+// Every shared-memory row is padded by 16 bytes: an odd number of 16-byte units, so that the eight rows of an ldmatrix
+// fall into different banks for every head_dim, and addresses stay linear.
+constexpr int kPadding = 8;
+
 // Where this lane points ldmatrix inside a 16 x 16 tile, as {row, column}. One shape serves A from row-major storage
 // and (transposed) B from storage whose rows are k; the other serves B from storage whose rows are n and (transposed)
 // A from storage whose rows are k.
@@ -99,6 +103,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& packed, float (&x)[8]) {
+  const T* values = reinterpret_cast<const T*>(&packed);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(values[i]);
 }
 
 // Two neighbouring C tiles as one A tile.

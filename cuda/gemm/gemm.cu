@@ -1,6 +1,6 @@
 // Picks the kernels of the device at hand; alignment rules of the matrix products.
-#include "cuda/common/check.h"
-#include "cuda/common/gemm.h"
+#include "common/check.h"
+#include "common/gemm.h"
 
 namespace lemo::cuda {
 namespace {

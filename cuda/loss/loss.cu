@@ -1,11 +1,11 @@
 // Linear cross-entropy: per segment of tokens the logits, their softmax and gradient in place, and the products that
 // consume the gradient, before the next segment overwrites it. Everything that reads a segment of `hidden` runs
 // before its rows of dhidden are written, so the two may be the same memory.
-#include "cuda/common/check.h"
-#include "cuda/common/gemm.h"
-#include "cuda/kernels.h"
-#include "cuda/loss/softmax.h"
-#include "cuda/rows/rows.cuh"
+#include "common/check.h"
+#include "common/gemm.h"
+#include "kernels.h"
+#include "loss/softmax.h"
+#include "rows/rows.cuh"
 
 namespace lemo::cuda {
 namespace {

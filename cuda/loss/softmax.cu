@@ -1,8 +1,8 @@
 #include <cmath>
 
-#include "cuda/common/check.h"
-#include "cuda/common/vector.cuh"
-#include "cuda/loss/softmax.h"
+#include "common/check.h"
+#include "common/vector.cuh"
+#include "loss/softmax.h"
 
 namespace lemo::cuda {
 namespace {

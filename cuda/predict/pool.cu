@@ -1,5 +1,5 @@
-#include "cuda/predict/pool.h"
-#include "cuda/rows/rows.cuh"
+#include "predict/pool.h"
+#include "rows/rows.cuh"
 
 namespace lemo::cuda {
 namespace {

@@ -1,11 +1,11 @@
 // Predicted informativeness. The networks run in chunks of tokens: two tensor-core products with ReLU in the epilogue
 // (the first of both networks in one), then pooling into float32 [num_blocks, s]. ReLU networks without biases are
 // positively homogeneous, so the norm's 1/r is applied to the pooled activations and x is read as it is.
-#include "cuda/common/check.h"
-#include "cuda/common/gemm.h"
-#include "cuda/kernels.h"
-#include "cuda/predict/pool.h"
-#include "cuda/rows/rows.cuh"
+#include "common/check.h"
+#include "common/gemm.h"
+#include "kernels.h"
+#include "predict/pool.h"
+#include "rows/rows.cuh"
 
 namespace lemo::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // gather and scatter_add: rows copied from, and added to, their original offsets.
-#include "cuda/kernels.h"
-#include "cuda/rows/rows.cuh"
+#include "kernels.h"
+#include "rows/rows.cuh"
 
 namespace lemo::cuda {
 namespace {

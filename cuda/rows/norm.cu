@@ -1,6 +1,6 @@
 // gather_norm: RMSNorm or LayerNorm of rows read at their original offsets.
-#include "cuda/kernels.h"
-#include "cuda/rows/rows.cuh"
+#include "kernels.h"
+#include "rows/rows.cuh"
 
 namespace lemo::cuda {
 namespace {

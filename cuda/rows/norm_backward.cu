@@ -1,6 +1,6 @@
 // gather_norm_backward: the gradient at the rows' original offsets, and the gradients of weight and bias.
-#include "cuda/kernels.h"
-#include "cuda/rows/rows.cuh"
+#include "kernels.h"
+#include "rows/rows.cuh"
 
 namespace lemo::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/common/check.h"
-#include "cuda/common/vector.cuh"
+#include "common/check.h"
+#include "common/vector.cuh"
 
 namespace lemo::cuda {
 

@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
-#include "cuda/attention/params.h"
+#include "common/documents.h"
 
 namespace lemo::cuda::scoring {
 
 struct Params {
-  attention::Rows q, k;
+  TensorView q, k;
   const int32_t* offsets;    // [blocks + 1] first token of every block
   const int32_t* documents;  // [document_count + 1] first block of every document
   int32_t block_count;
@@ -50,14 +50,16 @@ inline int split_count(int64_t slots) {
   return static_cast<int>(splits < kMost ? splits : kMost);
 }
 
-// One definition per head_dim. The caller has cleared the map; the sum of `partial` is left to it.
+// One definition per head_dim, in instantiations/. The caller has cleared the map; the sum of `partial` is left to it.
+namespace sm80 {
 template <int kHeadDim>
 void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);
+}  // namespace sm80
 
 // The same on sm_90a: 64, 96 (which serves 80 too) and 128.
-namespace hopper {
+namespace sm90 {
 template <int kHeadDim>
 void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);
-}  // namespace hopper
+}  // namespace sm90
 
 }  // namespace lemo::cuda::scoring

@@ -1,11 +1,11 @@
 // The scores entry of the backend table, and the sum over splits.
 #include <string>
 
-#include "cuda/common/check.h"
-#include "cuda/common/launch.h"
-#include "cuda/kernels.h"
-#include "hopper_params.h"
-#include "params.h"
+#include "common/check.h"
+#include "common/launch.h"
+#include "kernels.h"
+#include "scores/params.h"
+#include "scores/sm90/scores_params.h"
 
 namespace lemo::cuda {
 namespace {
@@ -38,10 +38,10 @@ __global__ void finish_kernel(const __grid_constant__ Params params) {
 
 // Hopper's own kernel, where this build and the device have it and the blocks fit its tiles; the others (blocks that do
 // not divide 128, or below 16) take the kernel for sm_80. LEMO_CUDA_CAPABILITY=80 leaves it out.
-bool use_hopper(const lemo_exec& exec, const lemo_scores_args& args) {
+bool use_sm90(const lemo_exec& exec, const lemo_scores_args& args) {
 #ifdef LEMO_CUDA_SM90
   return device_info(exec.device_index).capability == 90 &&
-         scoring::hopper::supported(args.blocks.block_size, args.scale);
+         scoring::sm90::supported(args.blocks.block_size, args.scale);
 #else
   (void)exec, (void)args;
   return false;
@@ -57,13 +57,13 @@ struct Workspace {
 
 Workspace layout(const lemo_exec& exec, const lemo_scores_args& args, void* base) {
   const int64_t blocks = args.blocks.offsets.shape[0] - 1, documents = args.blocks.documents.shape[0] - 1;
-  const bool hopper = use_hopper(exec, args);
+  const bool sm90 = use_sm90(exec, args);
   Arena arena(base);
   Workspace workspace{};
-  workspace.splits = hopper ? scoring::hopper::split_count(blocks, documents, args.blocks.block_size)
-                            : scoring::split_count(scoring::key_unit_slots(blocks, documents, args.blocks.block_size));
+  workspace.splits = sm90 ? scoring::sm90::split_count(blocks, documents, args.blocks.block_size)
+                          : scoring::split_count(scoring::key_unit_slots(blocks, documents, args.blocks.block_size));
   workspace.partial = arena.take<float>(Size(blocks) * workspace.splits);
-  if (hopper) workspace.counter = arena.take<int>(1);
+  if (sm90) workspace.counter = arena.take<int>(1);
   workspace.bytes = arena.size();
   return workspace;
 }
@@ -114,10 +114,10 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (params.counter != nullptr) {
-      return scoring::hopper::launch_scores<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream);
+      return scoring::sm90::launch_scores<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream);
     }
 #endif
-    scoring::launch_scores<kHeadDim>(params, args.q.dtype, stream);
+    scoring::sm80::launch_scores<kHeadDim>(params, args.q.dtype, stream);
   });
   constexpr int kThreads = 256;
   finish_kernel<<<(params.block_count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(params);

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
 
-#include "cuda/common/check.h"
-#include "cuda/kernels.h"
+#include "common/check.h"
+#include "kernels.h"
 #include "src/hash.h"
 
 namespace lemo::cuda {

@@ -207,7 +207,8 @@ def test_scores_take_memory_by_what_blocks_hold() -> None:
     """block_size is a bound. 4 tokens under the largest bound of all fit into an address space that is nearly used up;
     and where memory does run out, nothing has been written."""
     code = """
-        import resource, capi, torch
+        import resource, torch
+        from support import capi
         from support.capi import Call, make, view
         x, scores, table = torch.ones(4, 1, 8), torch.full((1,), -7.0), torch.full((1, 1), -7.0)
         offsets, documents = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)

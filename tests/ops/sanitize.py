@@ -3,7 +3,7 @@
   PYTHONPATH=tests python tests/ops/sanitize.py memcheck
   PYTHONPATH=tests python tests/ops/sanitize.py racecheck --only 0 3
 
-For racecheck, build with -DLEMO_CUDA_RACECHECK=ON (cuda/attention/hopper/pipeline.cuh says why): in a usual build it
+For racecheck, build with -DLEMO_CUDA_RACECHECK=ON (cuda/common/sm90/pipeline.cuh says why): in a usual build it
 reports accesses that are ordered. Exit status 0: the tool reported nothing. Only kernels of lemo's attention are
 instrumented. Every allocation is one of its own (no caching), so that memcheck sees a read beyond a tensor even where
 another tensor follows.

@@ -167,7 +167,7 @@ def test_refit_brings_back_what_pruning_changed():
     g = torch.Generator().manual_seed(6)
     network = PredictorNetwork(HIDDEN, 24, 4, generator=g)
     blocks = Blocks.from_lengths([20 * BLOCK], BLOCK)
-    z = network.normalise(torch.randn(blocks.num_tokens, HIDDEN, generator=g))
+    z = network.apply_norm(torch.randn(blocks.num_tokens, HIDDEN, generator=g))
 
     def pooled():
         return {side: network.pool_block(network.hidden(z, side)[1], blocks).detach() for side in "qk"}
@@ -192,7 +192,7 @@ def test_pruning_units_that_never_fire_keeps_the_function_and_the_optimizer_stat
     states = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in network.named_parameters()}
     activity = Activity()
     for side in "qk":
-        activity.observe(side, *network.hidden(network.normalise(x), side))
+        activity.observe(side, *network.hidden(network.apply_norm(x), side))
     (kept,) = choose_units([activity], 0.4)
     assert kept["q", 1].tolist() == list(range(8))
     assert kept["q", 2].tolist() == list(range(0, 16, 2))

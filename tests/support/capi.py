@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Iterable
 from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import torch
+from lemo.__main__ import folder
 
 OK, INVALID, UNSUPPORTED, SMALL, NUMERICAL, BACKEND, INTERNAL, CANCELLED = range(8)
 DTYPES = {torch.float32: 0, torch.int32: 3, torch.int64: 4}
 
 
 def library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("lemo._C")
-    assert spec is not None and spec.origin is not None
-    lib = ctypes.CDLL(str(Path(spec.origin).with_name("liblemo.so")))
+    lib = ctypes.CDLL(str(folder("library-dir") / "liblemo.so"))
     lib.lemo_last_error.restype = ctypes.c_char_p
     return lib
 

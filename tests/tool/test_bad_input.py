@@ -226,7 +226,7 @@ class World:
             def no_space(path: Path) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-            self.monkeypatch.setattr("lemo.predictors.store._flush", no_space)
+            self.monkeypatch.setattr("lemo.storage.flush", no_space)
         predictors.save(self.folder / "calibration", overwrite=overwrite)
 
     # commands

@@ -104,7 +104,7 @@ typedef struct lemo_blocks {
 LEMO_API const char* lemo_last_error(void);
 LEMO_API const char* lemo_status_string(lemo_status status);
 
-/* "0.1.0" */
+/* "major.minor.patch", of the library at run time; LEMO_VERSION_* are those of the headers. */
 LEMO_API const char* lemo_version(void);
 
 /* 1 if this build has the backend; for LEMO_CUDA also a usable device must be present. */

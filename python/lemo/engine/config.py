@@ -205,7 +205,7 @@ class LemoConfig:
             return "update_norm", phase.policy_options
         if phase.select == "threshold" or phase.mlp_keep is not None:
             return "predictors", phase.policy_options
-        # Chosen anew in every layer, the same blocks train a worse adapter (docs/method-notes.md).
+        # Chosen anew in every layer, the same blocks train a worse adapter (docs/notebook.md).
         return "sampled", {"shared": True, **phase.policy_options}
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
+from lemo.storage import content_digest, is_leftover
 from lemo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     Checkpoints,
     Found,
     compare_settings,
-    content_digest,
-    is_leftover,
     write_text,
 )
 from lemo.training.settings import FinetuneSettings

@@ -98,7 +98,7 @@ class FinetuneSettings:
         return FinetuneSettings(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
 
 
-# Skipping is cheap but trains for a model that is not served; an exact phase mends that (docs/method-notes.md).
+# Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).
 _EXACT_SHARE = default_phases()[-1].share
 _PRESETS = {
     "default": f"skip@{1 - _EXACT_SHARE:g},dense@{_EXACT_SHARE:g}",

@@ -1,8 +1,0 @@
-#include "backward.cuh"
-
-namespace lemo::cuda::attention {
-template <>
-void launch_backward<128>(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
-  with_type(dtype, "attention_backward", [&](auto type) { run_backward<decltype(type), 128>(params, stream); });
-}
-}  // namespace lemo::cuda::attention

@@ -1,8 +1,0 @@
-#include "forward.cuh"
-
-namespace lemo::cuda::attention {
-template <>
-void launch_forward<80>(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
-  with_type(dtype, "attention_forward", [&](auto type) { run_forward<decltype(type), 80>(params, stream); });
-}
-}  // namespace lemo::cuda::attention

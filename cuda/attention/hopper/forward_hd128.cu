@@ -1,8 +1,0 @@
-#include "forward_launch.cuh"
-
-namespace lemo::cuda::attention::hopper {
-template <>
-void launch_forward<128>(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
-  with_type(dtype, "attention_forward", [&](auto type) { run_forward<decltype(type), 128>(params, dtype, stream); });
-}
-}  // namespace lemo::cuda::attention::hopper

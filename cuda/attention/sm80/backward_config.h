@@ -1,0 +1,36 @@
+// Tile sizes of the mma.sync backward kernels, one row per head_dim. Accumulators dominate the register budget (255 a
+// thread); shared memory stays under the 163 KiB an sm_80 block may have.
+#pragma once
+
+namespace lemo::cuda::attention::sm80 {
+
+// Gradients of keys and values: a warp owns 16 keys and holds their two gradients in registers.
+// kDqRowWarps x kDqColumnWarps warps share the product for dq.
+template <int kHeadDim>
+struct KeyGradientConfig;
+template <>
+struct KeyGradientConfig<64> {
+  static constexpr int kQueries = 128, kKeys = 128, kWarps = 8, kDqRowWarps = 4, kDqColumnWarps = 2;
+};
+template <>
+struct KeyGradientConfig<80> {
+  static constexpr int kQueries = 64, kKeys = 64, kWarps = 4, kDqRowWarps = 4, kDqColumnWarps = 1;
+};
+template <>
+struct KeyGradientConfig<96> {
+  static constexpr int kQueries = 64, kKeys = 128, kWarps = 8, kDqRowWarps = 4, kDqColumnWarps = 2;
+};
+template <>
+struct KeyGradientConfig<128> {
+  static constexpr int kQueries = 64, kKeys = 128, kWarps = 8, kDqRowWarps = 2, kDqColumnWarps = 4;
+};
+
+// Gradient of queries on its own (deterministic mode): a warp owns 16 queries.
+template <int kHeadDim>
+struct QueryGradientConfig {
+  static constexpr int kQueries = 128;
+  static constexpr int kKeys = 64;
+  static constexpr int kWarps = 8;
+};
+
+}  // namespace lemo::cuda::attention::sm80

@@ -1,0 +1,29 @@
+// The kernels of one backward pass, in order.
+#pragma once
+
+#include "attention/sm80/backward_rows.cuh"
+#include "attention/sm80/key_gradient.cuh"
+#include "attention/sm80/query_gradient.cuh"
+
+namespace lemo::cuda::attention::sm80 {
+
+template <typename T, int kHeadDim>
+void run_backward(const BackwardParams& params, cudaStream_t stream) {
+  const Documents& documents = params.documents;
+  const dim3 row_grid(static_cast<unsigned>((documents.capacity * params.heads + kRowPassItems - 1) / kRowPassItems));
+  launch(delta_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
+
+  using KeyConfig = KeyGradientConfig<kHeadDim>;
+  launch(key_gradient_kernel<T, kHeadDim>, tile_grid(documents, KeyConfig::kKeys, params.key_heads),
+         KeyConfig::kWarps * 32, KeyGradientLayout<kHeadDim>::kBytes, stream, params);
+
+  if (params.dq_float != nullptr) {
+    launch(convert_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
+  } else {
+    using QueryConfig = QueryGradientConfig<kHeadDim>;
+    launch(query_gradient_kernel<T, kHeadDim>, tile_grid(documents, QueryConfig::kQueries, params.heads),
+           QueryConfig::kWarps * 32, QueryGradientLayout<kHeadDim>::kBytes, stream, params);
+  }
+}
+
+}  // namespace lemo::cuda::attention::sm80

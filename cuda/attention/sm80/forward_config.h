@@ -1,0 +1,24 @@
+// Tile sizes of the mma.sync forward kernel, one row per head_dim. Accumulators dominate the register budget (255 a
+// thread); shared memory stays under the 163 KiB an sm_80 block may have.
+#pragma once
+
+namespace lemo::cuda::attention::sm80 {
+
+// Forward: a warp owns 32 queries, so that every key fragment feeds two products.
+template <int kHeadDim>
+struct ForwardConfig {
+  static constexpr int kQueries = 128;
+  static constexpr int kKeys = 64;
+  static constexpr int kWarps = 4;
+  static constexpr bool kQueriesInRegisters = kHeadDim <= 64;
+};
+
+// Steps of the q.k product that are unrolled where queries come from shared memory: all of them on sm_90; on sm_80 the
+// compiler would hoist so many loads that head_dim 128 spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kScoreUnroll = 4;
+#else
+constexpr int kScoreUnroll = 16;
+#endif
+
+}  // namespace lemo::cuda::attention::sm80

@@ -1,0 +1,180 @@
+// Forward pass: a block owns kQueries queries of one head and walks their keys from the diagonal down to the first.
+#pragma once
+
+#include "attention/params.h"
+#include "attention/sm80/forward_config.h"
+#include "attention/sm80/online_softmax.cuh"
+#include "common/launch.h"
+#include "common/sm80/mma_tile.cuh"
+
+namespace lemo::cuda::attention::sm80 {
+
+using namespace cuda::sm80;  // common/sm80
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
+    forward_kernel(const __grid_constant__ ForwardParams params) {
+  using Config = ForwardConfig<kHeadDim>;
+  constexpr int kThreads = Config::kWarps * 32;
+  constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys;
+  constexpr int kRowTiles = kQueries / Config::kWarps / 16;
+  constexpr int kWarpRows = kRowTiles * 16;
+  // A warp leaves out a tile that lies beyond its rows; what is left then has no fully masked row.
+  static_assert(kKeys % kWarpRows == 0);
+  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads>;
+  using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
+  constexpr int kPitch = KeyLoader::kPitch;
+
+  const Tile tile = locate_tile(params.documents, kQueries, blockIdx.x / params.heads);
+  if (tile.index >= tile.count) return;
+  // The tiles with the most keys start first.
+  const int query_start = (tile.count - 1 - tile.index) * kQueries;
+  const int head = blockIdx.x % params.heads;
+  const int key_head = head / params.group;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_start = query_start + warp * kWarpRows;
+
+  extern __shared__ __align__(16) unsigned char shared[];
+  const uint32_t queries = shared_address(shared);
+  const uint32_t keys = queries + QueryLoader::kElements * 2;
+  const uint32_t values = keys + KeyLoader::kElements * 2;
+  const LaneOffset by_row = lane_offset_rows_first(lane), by_column = lane_offset_columns_first(lane);
+  const uint32_t query_lane = queries + ((warp * kWarpRows + by_row.row) * kPitch + by_row.column) * 2;
+  const uint32_t key_lane = keys + (by_column.row * kPitch + by_column.column) * 2;
+  const uint32_t value_lane = values + (by_row.row * kPitch + by_row.column) * 2;
+
+  int key_tile = (min(query_start + kQueries, tile.length) + kKeys - 1) / kKeys - 1;
+  {
+    QueryLoader loader;
+    loader.find_rows(params.documents, tile, query_start);
+    loader.load(queries, head_pointer<T>(params.q, head), params.q.row_stride);
+  }
+  KeyLoader loader;
+  loader.find_rows(params.documents, tile, key_tile * kKeys);
+  loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
+  copy_async_commit();
+
+  uint32_t query_fragments[Config::kQueriesInRegisters ? kHeadDim / 16 : 1][kRowTiles][4];
+  if constexpr (Config::kQueriesInRegisters) {
+    copy_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        load_matrices(query_fragments[k][i], query_lane + (i * 16 * kPitch + k * 16) * 2);
+      }
+    }
+  }
+
+  OnlineSoftmax<kRowTiles> softmax;
+  float out[kRowTiles][kHeadDim / 8][4];
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) clear(out[i]);
+  const float scale_log2 = params.scale * kLog2E;
+
+#pragma unroll 1
+  for (; key_tile >= 0; --key_tile) {
+    const int key_start = key_tile * kKeys;
+    const bool active = key_start <= warp_start + kWarpRows - 1;
+    copy_async_wait<0>();
+    __syncthreads();  // the keys are there, and nobody reads the last values any more
+    loader.load(values, head_pointer<T>(params.v, key_head), params.v.row_stride);
+    copy_async_commit();
+
+    float s[kRowTiles][kKeys / 8][4];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) clear(s[i]);
+    if (active) {
+#pragma unroll(Config::kQueriesInRegisters ? kHeadDim : kScoreUnroll)
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          if constexpr (Config::kQueriesInRegisters) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) a[i][c] = query_fragments[k][i][c];
+          } else {
+            load_matrices(a[i], query_lane + (i * 16 * kPitch + k * 16) * 2);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t b[4];
+          load_matrices(b, key_lane + (n * 16 * kPitch + k * 16) * 2);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            multiply<T>(s[i][2 * n], a[i], b[0], b[1]);
+            multiply<T>(s[i][2 * n + 1], a[i], b[2], b[3]);
+          }
+        }
+      }
+      if (key_start + kKeys - 1 > warp_start) {
+        // Keys beyond the document come after every query of it, so that causality masks them too.
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              const int query = warp_start + i * 16 + (c / 2) * 8 + lane / 4;
+              const int key = key_start + n * 8 + (lane % 4) * 2 + c % 2;
+              if (key > query) s[i][n][c] = -INFINITY;
+            }
+          }
+        }
+      }
+    }
+
+    copy_async_wait<0>();
+    __syncthreads();  // the values are there, and nobody reads these keys any more
+    if (key_tile > 0) {
+      loader.find_rows(params.documents, tile, key_start - kKeys);
+      loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
+      copy_async_commit();
+    }
+    if (active) {
+      softmax.update(s, out, scale_log2);
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) pack_fragment<T>(a[i], s[i][2 * k], s[i][2 * k + 1]);
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t b[4];
+          load_matrices_transposed(b, value_lane + (k * 16 * kPitch + n * 16) * 2);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            multiply<T>(out[i][2 * n], a[i], b[0], b[1]);
+            multiply<T>(out[i][2 * n + 1], a[i], b[2], b[3]);
+          }
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+    float inverse[2], lse[2];
+    const int row = warp_start + i * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      softmax.finish(2 * i + half, params.scale, inverse[half], lse[half]);
+      if (lane % 4 == 0 && row + half * 8 < tile.length) {
+        params.lse[head * params.lse_stride + tile.start + row + half * 8] = lse[half];
+      }
+    }
+    store_rows<T>(params.documents, tile, params.out, head, row, out[i], inverse[0], inverse[1]);
+  }
+}
+
+template <typename T, int kHeadDim>
+void run_forward(const ForwardParams& params, cudaStream_t stream) {
+  using Config = ForwardConfig<kHeadDim>;
+  constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
+  launch(forward_kernel<T, kHeadDim>, tile_grid(params.documents, Config::kQueries, params.heads), Config::kWarps * 32,
+         kBytes, stream, params);
+}
+
+}  // namespace lemo::cuda::attention::sm80

@@ -1,0 +1,72 @@
+// The threads that add every step's dQ to the sums in device memory.
+//
+// They take the staged dQ over from the consumers, which go on to the next step meanwhile: neither starting the
+// addition nor waiting is theirs. Each is alone in its warp, since in deterministic mode lanes that sleep at a barrier
+// would keep the one that waits for its turn from looking. They take turns, so that one step's addition may still be on
+// its way when the next one's begins.
+//
+// Deterministic mode: key tiles add to a query tile's dQ in ascending order, each when its turn has come. A turn counts
+// the key tiles that have added to a (query tile, head). Thread blocks start in the order of their key tiles, so that
+// whoever is waited for already runs.
+#pragma once
+
+#include "attention/sm90/backward_sums.cuh"
+#include "attention/sm90/backward_walk.cuh"
+
+namespace lemo::cuda::attention::sm90 {
+
+__device__ __forceinline__ void wait_turn(const int* turn, int mine) {
+  int current;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];\n" : "=r"(current) : "l"(turn) : "memory");
+  } while (current != mine);
+}
+__device__ __forceinline__ void pass_turn(int* turn, int mine) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;\n" ::"l"(turn), "r"(mine + 1) : "memory");
+}
+// Between plain and bulk accesses to device memory, which a turn alone does not order.
+__device__ __forceinline__ void fence_bulk_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
+
+// What the consumers and the adding threads are told of a step, in its stage of queries; the producer alone walks.
+struct BackwardStep {
+  int query_tile;
+  int item;   // item_of
+  int entry;  // HeadWalk
+};
+
+// Adding thread `adder`: every kAdders-th of `total` steps, each from its stage; Walk says whose turn comes when. No
+// barrier is waited for too early for having skipped the other's steps: what is staged later was loaded later.
+template <int kHeadDim, class Walk, int kStages>
+__device__ __forceinline__ void add_sums(const BackwardKernelParams& params, const KeyWork& work, int adder, int total,
+                                         Ring<kStages>& stages, const BackwardStep* steps, const float* staged,
+                                         SumHandover& handover) {
+  constexpr int kSize = DqOrder<kHeadDim>::kSize;
+  const bool ordered = params.turns != nullptr;
+  cutlass::PipelineState<kStages> stage;
+  if (adder > 0) ++stage;
+  uint32_t phase = 0;
+#pragma unroll 1
+  for (int left = total - adder; left > 0; left -= kAdders) {
+    stages.wait(stage);
+    const BackwardStep step = steps[stage.index()];
+    stages.release_as_thread(stage);
+    for (int skipped = 0; skipped < kAdders; ++skipped) ++stage;
+    const int rank = ordered ? Walk::rank(params, work, step.entry) : 0;
+    if (ordered) {
+      wait_turn(params.turns + step.item, rank);
+      fence_bulk_global();
+    }
+    handover.staged[adder].wait(phase);
+    bulk_add(params.dq_sums + static_cast<int64_t>(step.item) * kSize, staged, kSize * 4);
+    bulk_wait_read();
+    handover.taken.arrive();
+    if (ordered) {
+      bulk_wait();
+      fence_bulk_global();
+      pass_turn(params.turns + step.item, rank);
+    }
+    phase ^= 1;
+  }
+}
+
+}  // namespace lemo::cuda::attention::sm90

@@ -1,0 +1,93 @@
+// The kernels of one backward pass.
+#pragma once
+
+#include <type_traits>
+
+#include "attention/sm90/backward_kernel.cuh"
+#include "attention/sm90/backward_rows.cuh"
+#include "common/launch.h"
+
+namespace lemo::cuda::attention::sm90 {
+
+// About two thread blocks per multiprocessor and section: causal tiles then pair up, a heavy one with a light one, so
+// that all end together, and no more heads than that share the L2 cache. Sections are equal: a small last one would
+// begin its heaviest tiles when the others are done.
+inline int section_key_heads(int64_t key_slots, int key_heads, int64_t multiprocessors) {
+  for (int heads = 1; heads < key_heads; ++heads) {
+    if (key_heads % heads == 0 && 10 * heads * key_slots >= 19 * multiprocessors) return heads;
+  }
+  return key_heads;
+}
+
+template <typename T, int kHeadDim>
+void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
+  constexpr int kColumns = kBoxColumns<kHeadDim>;
+  const Documents& documents = params.documents;
+  const auto tensor = [&](const TensorView& rows, int heads) {
+    return make_row_tensor(rows, params.storage_rows, heads, params.head_dim, kColumns, dtype);
+  };
+  BackwardKernelParams kernel_params{};
+  kernel_params.q = tensor(params.q, params.heads);
+  kernel_params.k = tensor(params.k, params.key_heads);
+  kernel_params.v = tensor(params.v, params.key_heads);
+  kernel_params.dout = tensor(params.dout, params.heads);
+  kernel_params.out_rows = params.out;
+  kernel_params.dout_rows = params.dout;
+  kernel_params.dq = params.dq;
+  kernel_params.dk = params.dk;
+  kernel_params.dv = params.dv;
+  kernel_params.lse = params.lse;
+  kernel_params.lse_stride = params.lse_stride;
+  kernel_params.documents = documents;
+  kernel_params.lists = params.lists;
+  kernel_params.key_weights = params.key_weights;
+  kernel_params.row_slots = params.row_slots;
+  kernel_params.heads = params.heads;
+  kernel_params.key_heads = params.key_heads;
+  kernel_params.group = params.group;
+  kernel_params.head_dim = params.head_dim;
+  kernel_params.scale = params.scale;
+  kernel_params.scale_log2 = params.scale * kLog2E;
+  const BackwardLayout layout =
+      backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads, params.deterministic, params.listed);
+  char* workspace = static_cast<char*>(params.workspace);
+  kernel_params.dq_sums = reinterpret_cast<float*>(workspace);
+  kernel_params.stats = reinterpret_cast<float*>(workspace + layout.stats);
+  kernel_params.sweeps = reinterpret_cast<unsigned long long*>(workspace + layout.sweeps);
+  kernel_params.turns = params.deterministic ? reinterpret_cast<int*>(workspace + layout.turns) : nullptr;
+  kernel_params.ranks = reinterpret_cast<int*>(workspace + layout.ranks);
+  kernel_params.listed = params.listed;
+
+  kernel_params.key_slots = static_cast<int>(documents.capacity / kBackwardKeys + documents.count);
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  kernel_params.section =
+      section_key_heads(kernel_params.key_slots, params.key_heads, device_info(device).multiprocessors);
+
+  const dim3 tiles(static_cast<unsigned>(layout.slots * params.heads));
+  launch(backward_stats_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
+  const auto launch_keys = [&](auto weighted, auto listed) {
+    constexpr bool kWeighted = decltype(weighted)::value, kListed = decltype(listed)::value;
+    launch(backward_kernel_sm90<T, kHeadDim, kWeighted, kListed>,
+           static_cast<unsigned>(kernel_params.key_slots * params.key_heads), (kBackwardConsumers + 1) * 128,
+           static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kListed>::Shared)), stream,
+           kernel_params);
+  };
+  const bool weighted = params.key_weights != nullptr, listed = params.lists.offsets != nullptr;
+  if (listed && params.deterministic) launch_backward_ranks(kernel_params, stream);
+  const auto choose_lists = [&](auto with_weights) {
+    if (listed) {
+      launch_keys(with_weights, std::true_type{});
+    } else {
+      launch_keys(with_weights, std::false_type{});
+    }
+  };
+  if (weighted) {
+    choose_lists(std::true_type{});
+  } else {
+    choose_lists(std::false_type{});
+  }
+  launch(backward_dq_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
+}
+
+}  // namespace lemo::cuda::attention::sm90

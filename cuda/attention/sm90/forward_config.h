@@ -1,0 +1,56 @@
+// The Hopper forward tile table: one row per head_dim, each with its reason. benchmarks/tune.py measures the
+// alternatives (it overrides every row by defining LEMO_TUNE_FORWARD as queries, keys, stages, producer, consumer) and
+// prints the row to commit.
+//
+// What limits a choice: 64 K registers (a consumer warpgroup holds 64 rows of S, P and O) and 227 KiB of shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "lemo/attention.h"
+
+namespace lemo::cuda::attention::sm90 {
+
+struct ForwardTile {
+  int queries;  // per thread block; 64 per consumer warpgroup
+  int keys;     // per step
+  int stages;   // of keys, and of values
+  // Per thread, multiples of 8; 128 (producer + warpgroups * consumer) <= 65536.
+  uint32_t producer_registers;
+  uint32_t consumer_registers;
+};
+
+// head_dim is the padded one: 80 runs as 96, whose last 16 columns are filled with zeros.
+template <int kHeadDim>
+constexpr ForwardTile kForwardTile = {};
+#ifdef LEMO_TUNE_FORWARD
+template <>
+constexpr ForwardTile kForwardTile<64> = {LEMO_TUNE_FORWARD};
+template <>
+constexpr ForwardTile kForwardTile<96> = {LEMO_TUNE_FORWARD};
+template <>
+constexpr ForwardTile kForwardTile<128> = {LEMO_TUNE_FORWARD};
+#else
+template <>  // three warpgroups: O takes only 32 registers, and a key tile is shared by more queries
+constexpr ForwardTile kForwardTile<64> = {192, 128, 3, 32, 160};
+template <>  // the producer also copies ragged rows itself (row_loader.cuh), which takes registers
+constexpr ForwardTile kForwardTile<96> = {128, 128, 2, 56, 224};
+template <>  // S + P + O = 160 registers of 232; 192 KiB of operands + 34 KiB of staged output
+constexpr ForwardTile kForwardTile<128> = {128, 128, 2, 40, 232};
+#endif
+
+// With tile lists, a query tile is the LEMO_TILE_ROWS = 128 rows that one list describes, of as many heads as there are
+// warpgroups for (WorkOrder).
+template <int kHeadDim>
+constexpr ForwardTile kListedTile = {};
+template <>
+constexpr ForwardTile kListedTile<64> = {192, LEMO_TILE_ROWS, 3, 32, 160};
+template <>
+constexpr ForwardTile kListedTile<96> = {128, LEMO_TILE_ROWS, 2, 56, 224};
+template <>
+constexpr ForwardTile kListedTile<128> = {128, LEMO_TILE_ROWS, 2, 40, 232};
+
+template <int kHeadDim, bool kListed>
+constexpr ForwardTile kForwardShape = kListed ? kListedTile<kHeadDim> : kForwardTile<kHeadDim>;
+
+}  // namespace lemo::cuda::attention::sm90

@@ -1,0 +1,59 @@
+// The grid, the descriptors and the order of the work of one forward launch.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/sm90/forward_kernel.cuh"
+#include "common/launch.h"
+
+namespace lemo::cuda::attention::sm90 {
+
+// Key heads of a section keep their keys and values within this much of the L2 cache (50 MiB on H100, 60 on H200).
+constexpr int64_t kSectionBytes = 32 << 20;
+
+inline int heads_in_cache(int64_t rows, int key_heads, int head_dim) {
+  const int64_t bytes = std::max<int64_t>(1, rows * head_dim * 2 * 2);
+  return static_cast<int>(std::clamp<int64_t>(kSectionBytes / bytes, 1, key_heads));
+}
+
+template <typename T, int kHeadDim, bool kListed>
+void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
+  using Mainloop = ForwardMainloop<T, kHeadDim, kListed>;
+  const Documents& documents = params.documents;
+  constexpr int kColumns = kBoxColumns<kHeadDim>;
+  const int key_heads = params.heads / params.group;
+  ForwardKernelParams kernel_params{};
+  kernel_params.q = make_row_tensor(params.q, params.storage_rows, params.heads, params.head_dim, kColumns, dtype);
+  kernel_params.k = make_row_tensor(params.k, params.storage_rows, key_heads, params.head_dim, kColumns, dtype);
+  kernel_params.v = make_row_tensor(params.v, params.storage_rows, key_heads, params.head_dim, kColumns, dtype);
+  kernel_params.out = params.out;
+  kernel_params.lse = params.lse;
+  kernel_params.lse_stride = params.lse_stride;
+  kernel_params.documents = documents;
+  kernel_params.lists = params.lists;
+  kernel_params.heads = params.heads;
+  kernel_params.group = params.group;
+  kernel_params.head_dim = params.head_dim;
+  // A scale of 0 would make NaN of masked scores; this one makes every visible score 0 all the same.
+  kernel_params.scale_log2 = std::max(params.scale * kLog2E, 1e-30f);
+  ForwardSchedule& schedule = kernel_params.schedule;
+  schedule.next = params.counter;
+  schedule.slots = static_cast<int>(documents.capacity / Mainloop::Order::kRows + documents.count);
+  schedule.section = heads_in_cache(documents.capacity, key_heads, params.head_dim);
+  schedule.items = schedule.slots * key_heads * Mainloop::Order::items(params.group);
+
+  check(cudaMemsetAsync(params.counter, 0, sizeof(int), stream), "attention_forward");
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const int blocks = std::min(schedule.items, device_info(device).multiprocessors);
+  launch(forward_kernel_sm90<T, kHeadDim, kListed>, blocks, (Mainloop::kConsumers + 1) * 128,
+         static_cast<int>(sizeof(ForwardShared<Mainloop, kHeadDim>)), stream, kernel_params);
+}
+
+template <typename T, int kHeadDim>
+void run_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
+  if (params.lists.offsets != nullptr) return run_forward_as<T, kHeadDim, true>(params, dtype, stream);
+  run_forward_as<T, kHeadDim, false>(params, dtype, stream);
+}
+
+}  // namespace lemo::cuda::attention::sm90

@@ -1,0 +1,34 @@
+// What the Hopper forward kernel is told.
+#pragma once
+
+#include "attention/params.h"
+#include "common/sm90/row_tensor.h"
+
+namespace lemo::cuda::attention::sm90 {
+
+using namespace cuda::sm90;  // common/sm90
+
+// Thread blocks fetch work items until none is left. Items are ordered by section of heads (whose keys and values share
+// the L2 cache), then by query tile, heaviest first within a document, then by head.
+struct ForwardSchedule {
+  int* next;    // zero at the start: items handed out beyond the first one of every thread block
+  int slots;    // query tiles of all documents, an upper bound (document_tiles.cuh: locate_tile)
+  int section;  // key heads per section
+  int items;    // slots * key heads * WorkOrder::items
+};
+
+struct ForwardKernelParams {
+  RowTensor q, k, v;
+  TensorView out;
+  float* lse;
+  int64_t lse_stride;
+  Documents documents;
+  TileLists lists;
+  ForwardSchedule schedule;
+  int heads;
+  int group;
+  int head_dim;
+  float scale_log2;
+};
+
+}  // namespace lemo::cuda::attention::sm90

@@ -1,0 +1,8 @@
+#include "attention/sm90/forward_launch.cuh"
+
+namespace lemo::cuda::attention::sm90 {
+template <>
+void launch_forward<96>(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
+  with_type(dtype, "attention_forward", [&](auto type) { run_forward<decltype(type), 96>(params, dtype, stream); });
+}
+}  // namespace lemo::cuda::attention::sm90

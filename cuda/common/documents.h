@@ -1,0 +1,24 @@
+// Tensors and packed documents as the kernels of attention and scores receive them: plain pointers and element strides.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace lemo::cuda {
+
+// A [rows, heads, head_dim] tensor whose last dimension is contiguous.
+struct TensorView {
+  void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+struct Documents {
+  const int32_t* cu_seqlens;  // [count + 1]
+  const int32_t* rows;        // [capacity] storage rows, or null: packed row i is storage row i
+  int32_t count;
+  int64_t capacity;
+};
+
+}  // namespace lemo::cuda

@@ -1,5 +1,0 @@
-#include "cuda/gemm/gemm_sm80.h"
-
-namespace lemo::cuda::sm80 {
-GemmKernels gemm_bf16() { return kernels<cutlass::bfloat16_t>(); }
-}  // namespace lemo::cuda::sm80

@@ -1,5 +1,0 @@
-#include "cuda/gemm/gemm_sm90.h"
-
-namespace lemo::cuda::sm90 {
-GemmKernels gemm_bf16() { return kernels<cutlass::bfloat16_t>(); }
-}  // namespace lemo::cuda::sm90

@@ -1,5 +1,0 @@
-#include "cuda/gemm/gemm_sm90.h"
-
-namespace lemo::cuda::sm90 {
-GemmKernels gemm_f16() { return kernels<cutlass::half_t>(); }
-}  // namespace lemo::cuda::sm90

@@ -1,8 +1,0 @@
-#include "hopper_kernel.cuh"
-
-namespace lemo::cuda::scoring::hopper {
-template <>
-void launch_scores<64>(const Params& params, int32_t dtype, cudaStream_t stream) {
-  with_type(dtype, "scores", [&](auto type) { run_scores<decltype(type), 64>(params, dtype, stream); });
-}
-}  // namespace lemo::cuda::scoring::hopper
