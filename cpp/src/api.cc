@@ -60,7 +60,7 @@ Args read_args(const Args* given) {
   for_each_reserved(args, [](const char* name, int32_t value) {
     if (value != 0) {
       throw Error(LEMO_INVALID_ARGUMENT, std::string("args.") + name + ": expected 0, got " + std::to_string(value) +
-                                             "; zero-initialise the struct");
+                                             "; zero-initialize the struct");
     }
   });
   return args;

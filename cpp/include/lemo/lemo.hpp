@@ -1,4 +1,5 @@
-/* C++17 sugar over the C interface: exceptions, tensor views, one `run` for every operation. Header only.
+/** @file
+ * The C interface for C++17: exceptions, tensor views, one `run` for every operation. Header only.
  *
  *   std::vector<float> x(T * d), packed(M * d);
  *   auto args = lemo::make<lemo_gather_args>();

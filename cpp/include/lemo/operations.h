@@ -1,4 +1,5 @@
-/* The list of operations and of the fields of their arguments, for code that treats all of them alike: the library's
+/** @file
+ * The list of operations and of the fields of their arguments, for code that treats all of them alike: the library's
  * own table, entry points and Python module, lemo.hpp, and bindings for other languages. Macros only.
  *
  * LEMO_OPERATIONS(PLAIN, WITH_WORKSPACE) expands PLAIN(op) or WITH_WORKSPACE(op) for every operation: lemo_<op>() takes
