@@ -430,36 +430,86 @@ void validate(const lemo_exec& exec, const lemo_predict_args& a, Purpose purpose
 
 namespace {
 
-// What forward and backward share; returns the capacity (packed rows).
-int64_t check_attention(const Checker& check, const lemo_tensor& q, const lemo_tensor& k, const lemo_tensor& v,
-                        const lemo_tensor& cu_seqlens, const lemo_tensor& rows, int64_t max_seqlen, float scale) {
-  check.data("q", q, {{"R", kAny}, {"Hq", kAny}, {"D", kAny}});
-  check_rows_fit("q", q.shape[0]);
-  const int64_t r = q.shape[0];
-  const int64_t d = q.shape[2];
-  check_range("q", d >= 1, "a head dimension of at least 1", static_cast<double>(d));
-  check.like("k", k, "q", q, {{"R", r}, {"Hk", kAny}, {"D", d}});
-  check.like("v", v, "q", q, {{"R", r}, {"Hk", k.shape[1]}, {"D", d}});
-  check_heads(q.shape[1], k.shape[1]);
-  check.typed("cu_seqlens", cu_seqlens, LEMO_I32, {{"D + 1", kAny}});
-  check_range("cu_seqlens", cu_seqlens.shape[0] >= 2, "at least one document, so 2 entries or more",
+// The packed rows of one side of attention: `side` ends the arguments' names ("" or "_k"), `data` is the tensor whose
+// storage they name. Returns the capacity.
+int64_t check_packed_rows(const Checker& check, const std::string& side, const lemo_tensor& data,
+                          const lemo_tensor& cu_seqlens, Dim documents, const lemo_tensor& rows, int64_t max_seqlen) {
+  const std::string cu_name = "cu_seqlens" + side, rows_name = "rows" + side, max_name = "max_seqlen" + side;
+  check.typed(cu_name.c_str(), cu_seqlens, LEMO_I32, {documents});
+  check_range(cu_name.c_str(), cu_seqlens.shape[0] >= 2, "at least one document, so 2 entries or more",
               static_cast<double>(cu_seqlens.shape[0]));
-  check_list_fits("cu_seqlens", cu_seqlens);
+  check_list_fits(cu_name.c_str(), cu_seqlens);
   if (present(rows)) {
-    check.typed("rows", rows, LEMO_I32, {{"capacity", kAny}});
-    check_list_fits("rows", rows);
+    check.typed(rows_name.c_str(), rows, LEMO_I32, {{side.empty() ? "capacity" : "capacity_k", kAny}});
+    check_list_fits(rows_name.c_str(), rows);
   }
-  check_range("max_seqlen", max_seqlen >= 0, "at least 0", static_cast<double>(max_seqlen));
-  check_scale(scale);
-  const int64_t capacity = present(rows) ? rows.shape[0] : r;
+  check_range(max_name.c_str(), max_seqlen >= 0, "at least 0", static_cast<double>(max_seqlen));
+  const int64_t capacity = present(rows) ? rows.shape[0] : data.shape[0];
   if (check.values()) {
-    const int64_t m = check_cu_seqlens_values(cu_seqlens, capacity, max_seqlen);
+    const int64_t m = check_cu_seqlens_values(side.c_str(), cu_seqlens, capacity, max_seqlen);
     if (present(rows)) {
-      check_rows_values(rows, m, r, false, true);
-      check_rows_ascend(rows, cu_seqlens);
+      check_rows_values(rows, m, data.shape[0], false, true, rows_name.c_str());
+      check_rows_ascend(rows_name.c_str(), rows, cu_seqlens);
     }
   }
   return capacity;
+}
+
+struct Capacities {
+  int64_t queries, keys;
+};
+
+// What forward and backward share.
+template <class Args>
+Capacities check_attention(const Checker& check, const Args& a) {
+  check.data("q", a.q, {{"R", kAny}, {"Hq", kAny}, {"D", kAny}});
+  check_rows_fit("q", a.q.shape[0]);
+  const int64_t d = a.q.shape[2];
+  check_range("q", d >= 1, "a head dimension of at least 1", static_cast<double>(d));
+  const bool own_keys = present(a.cu_seqlens_k);
+  check.like("k", a.k, "q", a.q, {own_keys ? Dim{"Rk", kAny} : Dim{"R", a.q.shape[0]}, {"Hk", kAny}, {"D", d}});
+  check_rows_fit("k", a.k.shape[0]);
+  check.like("v", a.v, "q", a.q, {{own_keys ? "Rk" : "R", a.k.shape[0]}, {"Hk", a.k.shape[1]}, {"D", d}});
+  check_heads(a.q.shape[1], a.k.shape[1]);
+  check_scale(a.scale);
+  const int64_t queries = check_packed_rows(check, "", a.q, a.cu_seqlens, {"D + 1", kAny}, a.rows, a.max_seqlen);
+  if (!own_keys) {
+    if (present(a.rows_k)) invalid("rows_k: expected cu_seqlens_k with it, got no tensor for cu_seqlens_k");
+    check_range("max_seqlen_k", a.max_seqlen_k == 0, "0 without cu_seqlens_k", static_cast<double>(a.max_seqlen_k));
+    return {queries, queries};
+  }
+  if (present(a.tile_offsets)) {
+    throw Error(LEMO_UNSUPPORTED,
+                "tile_offsets: expected no tile lists with cu_seqlens_k: tiles are numbered by rows that queries and "
+                "keys share, got both; leave out one of them");
+  }
+  const Dim documents = {"D + 1", a.cu_seqlens.shape[0]};
+  return {queries, check_packed_rows(check, "_k", a.k, a.cu_seqlens_k, documents, a.rows_k, a.max_seqlen_k)};
+}
+
+// The block slots of queries and keys, with key_weights.
+void check_key_weights(const Checker& check, const lemo_attention_backward_args& a, const Capacities& capacities) {
+  if (!present(a.key_weights)) {
+    if (present(a.row_slots_k)) invalid("row_slots_k: expected key_weights with it, got no tensor for key_weights");
+    if (present(a.row_slots)) invalid("row_slots: expected key_weights with it, got no tensor for key_weights");
+    return;
+  }
+  const bool own_keys = present(a.cu_seqlens_k);
+  check.typed("key_weights", a.key_weights, LEMO_F32, {{"K", kAny}});
+  check_list_fits("key_weights", a.key_weights);
+  check.typed("row_slots", a.row_slots, LEMO_I32, {{"capacity", capacities.queries}});
+  if (own_keys) {
+    check.typed("row_slots_k", a.row_slots_k, LEMO_I32, {{"capacity_k", capacities.keys}});
+  } else if (present(a.row_slots_k)) {
+    invalid("row_slots_k: expected cu_seqlens_k with it, got no tensor for cu_seqlens_k");
+  }
+  if (!check.values()) return;
+  const auto count = [](const lemo_tensor& cu_seqlens) {
+    return static_cast<const int32_t*>(cu_seqlens.data)[cu_seqlens.shape[0] - 1];
+  };
+  const int64_t slots = a.key_weights.shape[0];
+  check_slots_values("row_slots", a.row_slots, count(a.cu_seqlens), slots, lemo_tensor{});
+  if (own_keys) check_slots_values("row_slots_k", a.row_slots_k, count(a.cu_seqlens_k), slots, lemo_tensor{});
 }
 
 // `transposed`: query tiles of each key tile.
@@ -480,7 +530,7 @@ void check_tile_lists(const Checker& check, const lemo_tensor& offsets, const le
 
 void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
-  const int64_t capacity = check_attention(check, a.q, a.k, a.v, a.cu_seqlens, a.rows, a.max_seqlen, a.scale);
+  const int64_t capacity = check_attention(check, a).queries;
   const Dim r = {"R", a.q.shape[0]};
   const Dim hq = {"Hq", a.q.shape[1]};
   check.like("out", a.out, "q", a.q, {r, hq, {"D", a.q.shape[2]}}, Role::kOutput);
@@ -490,28 +540,20 @@ void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpo
 
 void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
-  const int64_t capacity = check_attention(check, a.q, a.k, a.v, a.cu_seqlens, a.rows, a.max_seqlen, a.scale);
+  const Capacities capacities = check_attention(check, a);
   const Dim r = {"R", a.q.shape[0]};
+  const Dim rk = {present(a.cu_seqlens_k) ? "Rk" : "R", a.k.shape[0]};
   const Dim hq = {"Hq", a.q.shape[1]};
   const Dim hk = {"Hk", a.k.shape[1]};
   const Dim d = {"D", a.q.shape[2]};
   check.like("dout", a.dout, "q", a.q, {r, hq, d});
   check.like("out", a.out, "q", a.q, {r, hq, d});
-  check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacity}});
-  if (present(a.key_weights)) {
-    check.typed("key_weights", a.key_weights, LEMO_F32, {{"K", kAny}});
-    check_list_fits("key_weights", a.key_weights);
-    check.typed("row_slots", a.row_slots, LEMO_I32, {{"capacity", capacity}});
-    if (check.values()) {
-      const auto* cu_seqlens = static_cast<const int32_t*>(a.cu_seqlens.data);
-      const int64_t m = cu_seqlens[a.cu_seqlens.shape[0] - 1];
-      check_slots_values("row_slots", a.row_slots, m, a.key_weights.shape[0], lemo_tensor{});
-    }
-  }
+  check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacities.queries}});
+  check_key_weights(check, a, capacities);
   check.like("dq", a.dq, "q", a.q, {r, hq, d}, Role::kOutput);
-  check.like("dk", a.dk, "q", a.q, {r, hk, d}, Role::kOutput);
-  check.like("dv", a.dv, "q", a.q, {r, hk, d}, Role::kOutput);
-  check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacity, true);
+  check.like("dk", a.dk, "q", a.q, {rk, hk, d}, Role::kOutput);
+  check.like("dv", a.dv, "q", a.q, {rk, hk, d}, Role::kOutput);
+  check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacities.queries, true);
 }
 
 void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Purpose purpose) {

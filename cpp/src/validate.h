@@ -19,11 +19,13 @@ LEMO_OPERATIONS(LEMO_DECLARE_VALIDATE, LEMO_DECLARE_VALIDATE)
 
 // Values of index lists in host memory (validate_values.cc).
 void check_blocks_values(const lemo_blocks& blocks, int64_t num_tokens);  // num_tokens < 0: any
-void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows, bool padding, bool unique);
+void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows, bool padding, bool unique,
+                       const char* name = "rows");
 void check_slots_values(const char* name, const lemo_tensor& slots, int64_t count, int64_t num_slots,
                         const lemo_tensor& rows);
-void check_rows_ascend(const lemo_tensor& rows, const lemo_tensor& cu_seqlens);  // within every document
-int64_t check_cu_seqlens_values(const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen);
+void check_rows_ascend(const char* name, const lemo_tensor& rows, const lemo_tensor& cu_seqlens);  // in every document
+// Returns M. `side`: of the arguments' names, "" or "_k".
+int64_t check_cu_seqlens_values(const char* side, const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen);
 void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,
                              bool transposed);
 void check_targets_values(const lemo_tensor& targets, int64_t ignore_index, int64_t num_classes);

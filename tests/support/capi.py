@@ -68,13 +68,13 @@ Predict = _struct(
 AttentionForward = _struct(
     "AttentionForward",
     *("q", "k", "v", "cu_seqlens", "rows", ("max_seqlen", c_int64), ("scale", c_float), ("reserved", c_int32)),
-    *("out", "lse", "tile_offsets", "tiles"),
+    *("out", "lse", "tile_offsets", "tiles", "cu_seqlens_k", "rows_k", ("max_seqlen_k", c_int64)),
 )
 AttentionBackward = _struct(
     "AttentionBackward",
     *("dout", "q", "k", "v", "out", "lse", "cu_seqlens", "rows", "key_weights", "row_slots"),
     *(("max_seqlen", c_int64), ("scale", c_float), ("reserved", c_int32)),
-    *("dq", "dk", "dv", "tile_offsets", "tiles"),
+    *("dq", "dk", "dv", "tile_offsets", "tiles", "cu_seqlens_k", "rows_k", "row_slots_k", ("max_seqlen_k", c_int64)),
 )
 
 

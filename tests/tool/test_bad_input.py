@@ -16,7 +16,7 @@ import transformers
 from lemo import _native, ops
 from lemo.cli import main
 from lemo.predictors import PredictorSet
-from support.bad_input import NB, TABLE, Bad, CommandError, M, P, T
+from support.bad_input import NB, SPLIT, TABLE, Bad, CommandError, M, P, T
 from support.cases import Attention, Draw
 from support.models import base as make_base
 from support.models import batch, tuned
@@ -56,6 +56,12 @@ def base(op: str) -> dict[str, Any]:
         t = case.inputs("cpu", torch.float32)
         fields = ["q", "k", "v", "cu_seqlens", "tile_offsets", "tiles"]
         return {n: t[n] for n in fields} | {"rows": None, "max_seqlen": case.max_seqlen, "scale": 0.25}
+    if op in ("attention_forward:keys", "attention_backward:keys"):
+        t = SPLIT.inputs("cpu", torch.float32)
+        fields = ["q", "k", "v", "cu_seqlens", "rows"]
+        backward = ["dout", "out", "lse", "key_weights", "row_slots", "row_slots_k"]
+        fields += backward if "backward" in op else []
+        return {n: t[n] for n in fields} | SPLIT.key_rows(t) | {"max_seqlen": SPLIT.max_seqlen, "scale": 0.25}
     if op == "select_blocks":
         rule = {"mode": "budget", "keep": 0.5, "threshold": 0.0, "always_first": 0, "always_last": 0, "seed": 0}
         return {"scores": draw.uniform(NB, low=0.1, high=0.9), "num_tokens": T} | layout() | rule

@@ -8,7 +8,7 @@
  * LEMO_FIELDS_<op>(F) expands F(role, field) for every field of lemo_<op>_args after `struct_size`, in order:
  *   input             a tensor that must be given
  *   optional          a tensor that may be absent
- *   companion         a tensor that goes with the nearest `optional` field above it: both are given or neither
+ *   companion         a tensor that goes with other optional ones, which the header names: all are given or not it
  *   output            a tensor that is written, and must be given
  *   optional_output   a tensor that is written if it is given
  *   inout             a tensor that is read and written, and must be given
@@ -64,13 +64,14 @@
 #define LEMO_FIELDS_attention_forward(F)                                                                 \
   F(input, q) F(input, k) F(input, v) F(input, cu_seqlens) F(optional, rows) F(value, max_seqlen)        \
   F(value, scale) F(reserved, reserved) F(output, out) F(output, lse) F(optional, tile_offsets)          \
-  F(companion, tiles)
+  F(companion, tiles) F(optional, cu_seqlens_k) F(optional, rows_k) F(value, max_seqlen_k)
 
 #define LEMO_FIELDS_attention_backward(F)                                                                \
   F(input, dout) F(input, q) F(input, k) F(input, v) F(input, out) F(input, lse) F(input, cu_seqlens)    \
   F(optional, rows) F(optional, key_weights) F(companion, row_slots) F(value, max_seqlen)                \
   F(value, scale) F(reserved, reserved) F(output, dq) F(output, dk) F(output, dv)                        \
-  F(optional, tile_offsets) F(companion, tiles)
+  F(optional, tile_offsets) F(companion, tiles) F(optional, cu_seqlens_k) F(optional, rows_k)            \
+  F(companion, row_slots_k) F(value, max_seqlen_k)
 
 #define LEMO_FIELDS_linear_cross_entropy(F)                                                              \
   F(input, hidden) F(input, weight) F(optional, bias) F(optional, lora_a) F(companion, lora_b)           \

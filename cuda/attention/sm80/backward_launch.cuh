@@ -14,15 +14,17 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   launch(delta_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
 
   using KeyConfig = KeyGradientConfig<kHeadDim>;
-  launch(key_gradient_kernel<T, kHeadDim>, tile_grid(documents, KeyConfig::kKeys, params.key_heads),
-         KeyConfig::kWarps * 32, KeyGradientLayout<kHeadDim>::kBytes, stream, params);
+  const int64_t key_slots = tile_slots(params.key_documents, KeyConfig::kKeys);
+  launch(key_gradient_kernel<T, kHeadDim>, static_cast<unsigned>(key_slots * params.key_heads), KeyConfig::kWarps * 32,
+         KeyGradientLayout<kHeadDim>::kBytes, stream, params);
 
   if (params.dq_float != nullptr) {
     launch(convert_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
   } else {
     using QueryConfig = QueryGradientConfig<kHeadDim>;
-    launch(query_gradient_kernel<T, kHeadDim>, tile_grid(documents, QueryConfig::kQueries, params.heads),
-           QueryConfig::kWarps * 32, QueryGradientLayout<kHeadDim>::kBytes, stream, params);
+    const int64_t slots = query_slots<kAlignedRows>(documents, QueryConfig::kQueries);
+    launch(query_gradient_kernel<T, kHeadDim>, static_cast<unsigned>(slots * params.heads), QueryConfig::kWarps * 32,
+           QueryGradientLayout<kHeadDim>::kBytes, stream, params);
   }
 }
 

@@ -1,6 +1,7 @@
 // Forward pass: a block owns kQueries queries of one head and walks their keys from the diagonal down to the first.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm80/forward_config.h"
 #include "attention/sm80/online_softmax.cuh"
@@ -21,14 +22,19 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   constexpr int kWarpRows = kRowTiles * 16;
   // A warp leaves out a tile that lies beyond its rows; what is left then has no fully masked row.
   static_assert(kKeys % kWarpRows == 0);
-  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads>;
+  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, true>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
   constexpr int kPitch = KeyLoader::kPitch;
 
-  const Tile tile = locate_tile(params.documents, kQueries, blockIdx.x / params.heads);
-  if (tile.index >= tile.count) return;
+  const QueryTile located = locate_queries<kAlignedRows>(params.documents, params.key_documents, kQueries,
+                                                         static_cast<int>(blockIdx.x / params.heads));
+  if (located.tile.index >= located.tile.count) return;
+  const FromFirstKey rows(located);
+  const Tile &tile = rows.queries, &key_rows = rows.keys;
+  __shared__ Tile query_rows;  // for the end: the loop has no registers to spare
+  if (threadIdx.x == 0) query_rows = tile;
   // The tiles with the most keys start first.
-  const int query_start = (tile.count - 1 - tile.index) * kQueries;
+  const int query_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
   const int head = blockIdx.x % params.heads;
   const int key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -50,7 +56,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     loader.load(queries, head_pointer<T>(params.q, head), params.q.row_stride);
   }
   KeyLoader loader;
-  loader.find_rows(params.documents, tile, key_tile * kKeys);
+  loader.find_rows(params.key_documents, key_rows, key_tile * kKeys);
   loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
   copy_async_commit();
 
@@ -110,7 +116,8 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
         }
       }
       if (key_start + kKeys - 1 > warp_start) {
-        // Keys beyond the document come after every query of it, so that causality masks them too.
+        // Keys beyond the document come after every query of it, so that causality masks them too. Key tiles begin
+        // where the tiles of queries do (aligned_rows.cuh).
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -129,7 +136,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     copy_async_wait<0>();
     __syncthreads();  // the values are there, and nobody reads these keys any more
     if (key_tile > 0) {
-      loader.find_rows(params.documents, tile, key_start - kKeys);
+      loader.find_rows(params.key_documents, key_rows, key_start - kKeys);
       loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
       copy_async_commit();
     }
@@ -161,11 +168,11 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.finish(2 * i + half, params.scale, inverse[half], lse[half]);
-      if (lane % 4 == 0 && row + half * 8 < tile.length) {
-        params.lse[head * params.lse_stride + tile.start + row + half * 8] = lse[half];
+      if (lane % 4 == 0 && row + half * 8 < query_rows.length && row + half * 8 >= query_rows.first) {
+        params.lse[head * params.lse_stride + query_rows.start + row + half * 8] = lse[half];
       }
     }
-    store_rows<T>(params.documents, tile, params.out, head, row, out[i], inverse[0], inverse[1]);
+    store_rows<T>(params.documents, query_rows, params.out, head, row, out[i], inverse[0], inverse[1]);
   }
 }
 
@@ -173,8 +180,10 @@ template <typename T, int kHeadDim>
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
   constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
-  launch(forward_kernel<T, kHeadDim>, tile_grid(params.documents, Config::kQueries, params.heads), Config::kWarps * 32,
-         kBytes, stream, params);
+  // Heads fastest: all heads' heaviest tiles start first, which evens out the end of the launch.
+  const int64_t slots = query_slots<kAlignedRows>(params.documents, Config::kQueries);
+  launch(forward_kernel<T, kHeadDim>, static_cast<unsigned>(slots * params.heads), Config::kWarps * 32, kBytes, stream,
+         params);
 }
 
 }  // namespace lemo::cuda::attention::sm80

@@ -23,14 +23,14 @@ template <typename T, int kHeadDim>
 void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
   constexpr int kColumns = kBoxColumns<kHeadDim>;
   const Documents& documents = params.documents;
-  const auto tensor = [&](const TensorView& rows, int heads) {
-    return make_row_tensor(rows, params.storage_rows, heads, params.head_dim, kColumns, dtype);
+  const auto tensor = [&](const TensorView& rows, int64_t storage_rows, int heads) {
+    return make_row_tensor(rows, storage_rows, heads, params.head_dim, kColumns, dtype);
   };
   BackwardKernelParams kernel_params{};
-  kernel_params.q = tensor(params.q, params.heads);
-  kernel_params.k = tensor(params.k, params.key_heads);
-  kernel_params.v = tensor(params.v, params.key_heads);
-  kernel_params.dout = tensor(params.dout, params.heads);
+  kernel_params.q = tensor(params.q, params.storage_rows, params.heads);
+  kernel_params.k = tensor(params.k, params.key_storage_rows, params.key_heads);
+  kernel_params.v = tensor(params.v, params.key_storage_rows, params.key_heads);
+  kernel_params.dout = tensor(params.dout, params.storage_rows, params.heads);
   kernel_params.out_rows = params.out;
   kernel_params.dout_rows = params.dout;
   kernel_params.dq = params.dq;
@@ -39,17 +39,18 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   kernel_params.lse = params.lse;
   kernel_params.lse_stride = params.lse_stride;
   kernel_params.documents = documents;
+  kernel_params.key_documents = params.key_documents;
   kernel_params.lists = params.lists;
   kernel_params.key_weights = params.key_weights;
   kernel_params.row_slots = params.row_slots;
+  kernel_params.key_row_slots = params.key_row_slots;
   kernel_params.heads = params.heads;
   kernel_params.key_heads = params.key_heads;
   kernel_params.group = params.group;
   kernel_params.head_dim = params.head_dim;
   kernel_params.scale = params.scale;
   kernel_params.scale_log2 = params.scale * kLog2E;
-  const BackwardLayout layout =
-      backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads, params.deterministic, params.listed);
+  const BackwardLayout layout = backward_layout<kHeadDim>(documents, params.heads, params.deterministic, params.listed);
   char* workspace = static_cast<char*>(params.workspace);
   kernel_params.dq_sums = reinterpret_cast<float*>(workspace);
   kernel_params.stats = reinterpret_cast<float*>(workspace + layout.stats);
@@ -58,7 +59,7 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   kernel_params.ranks = reinterpret_cast<int*>(workspace + layout.ranks);
   kernel_params.listed = params.listed;
 
-  kernel_params.key_slots = static_cast<int>(documents.capacity / kBackwardKeys + documents.count);
+  kernel_params.key_slots = static_cast<int>(tile_slots(params.key_documents, kBackwardKeys));
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   kernel_params.section =

@@ -21,13 +21,13 @@ struct RowRuns {
 
 // Shared memory holds kHeadDim / kBoxColumns slabs of [kSlabRows, kBoxColumns] elements, of which the target is the
 // first row; each swizzled: CuTe's K-major
-// SW128 (or SW64) atoms, rows first. Rows beyond the document are zeros, whatever storage holds there, so that a masked
-// probability of 0 never meets a NaN.
+// SW128 (or SW64) atoms, rows first. Rows that do not exist are zeros, whatever storage holds there, so that a masked
+// probability of 0 never meets a NaN. With kCut, rows may begin after tile.first, and else do at 0 or before.
 //
 // A producer warp gets few issue slots beside the consumers, and what it executes between a stage's release and its
 // copy is time that the stage stands empty. So the common case, consecutive runs, is worked out before the wait and
 // issued by one lane without a branch; the other case reads the row map anew.
-template <int kRows, int kHeadDim, int kSlabRows = kRows>
+template <int kRows, int kHeadDim, int kSlabRows = kRows, bool kCut = false>
 class RowLoader {
  public:
   using Runs = RowRuns<kRows>;
@@ -48,7 +48,7 @@ class RowLoader {
   __device__ __forceinline__ Pending fetch(int position) const {
     Pending pending;
     pending.runs.position = position;
-    pending.runs.consecutive = documents_.rows == nullptr && position + kRows <= tile_.length;
+    pending.runs.consecutive = documents_.rows == nullptr && position + kRows <= tile_.length && !is_cut(position);
     if (pending.runs.consecutive) {
 #pragma unroll
       for (int run = 0; run < Runs::kRuns; ++run) pending.runs.starts[run] = tile_.start + position + run * kRunRows;
@@ -89,13 +89,16 @@ class RowLoader {
 
   // The storage row of row `position` of the document.
   __device__ __forceinline__ int fetch_row(int position) const {
-    const int inside = tile_.start + min(position, tile_.length - 1);
+    const int clamped = min(kCut ? max(position, tile_.first) : position, tile_.length - 1);
+    const int inside = tile_.start + clamped;
     const int storage = documents_.rows != nullptr ? documents_.rows[inside] : inside;
-    return position < tile_.length ? storage : -1;
+    return position < tile_.length && !is_cut(position) ? storage : -1;
   }
+  __device__ __forceinline__ bool is_cut(int position) const { return kCut && position < tile_.first; }
   // Of a run by its ends: rows of a document ascend, so that ends as far apart as those of a box have a box between
   // them. A box that begins at -kRunRows lies outside of the tensor whole: zeros.
   static __device__ __forceinline__ int start_of(int first, int last) {
+    if (kCut && first < 0 && last >= 0) return kScattered;
     return first < 0 ? -kRunRows : last - first == kRunRows - 1 ? first : kScattered;
   }
 

@@ -95,6 +95,8 @@ class _Parameter:
             self.convert = functools.partial(choice, self.name, prefix=meaning)
         elif self.is_unsigned:
             self.convert = (2**64).__rmod__
+        elif optional and not self.is_tensor:
+            self.convert = lambda given: 0 if given is None else given
 
     def schema(self) -> str:
         default = f'"{self.default}"' if isinstance(self.default, str) else repr(self.default)

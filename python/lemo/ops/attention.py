@@ -4,6 +4,12 @@ M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies a
 int32 [M], or None: row i), ascending within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing Hq; rows and
 heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed rows, or
 more. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+
+Keys with separate rows (chunks of queries over all keys so far, context parallelism): with ``cu_seqlens_k`` (int32
+[D + 1]), k and v are [Rk, Hk, D], packed key row j lies at row rows_k[j] (``rows_k`` int32 [Mk], or None: row j), and
+``max_seqlen_k`` is the longest document in packed key rows, or more; what is named above describes the queries. Each
+document is aligned at its end: query i of nq sees key j of nk iff j <= i + nk - nq. A query that sees no key has out 0,
+lse -inf and gradients 0. Not together with tile lists.
 """
 
 from __future__ import annotations
@@ -24,6 +30,11 @@ def _like(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.new_empty(x.shape) if rows is None else x.new_zeros(x.shape)
 
 
+def _need_longest(cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) -> None:
+    if cu_seqlens_k is not None and max_seqlen_k is None:
+        raise ValueError("max_seqlen_k: expected the longest document in key rows with cu_seqlens_k, got None")
+
+
 @operator("out lse")
 def attention_forward(
     q: Tensor,
@@ -35,6 +46,10 @@ def attention_forward(
     scale: float,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    max_seqlen_k: Size | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j softmax_j(scale q_i . k_j) v_j over j <= i of i's document: (out [R, Hq, D], lse float32 [Hq, M]).
 
@@ -48,6 +63,7 @@ def attention_forward(
     need("q", q, "R Hq D")
     if rows is not None:
         need("rows", rows, "M")
+    _need_longest(cu_seqlens_k, max_seqlen_k)
     capacity = q.shape[0] if rows is None else rows.shape[0]
     return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
 
@@ -55,7 +71,7 @@ def attention_forward(
 def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """From the key tiles of every query tile to the query tiles of every key tile: (tile_offsets, tiles), same shapes.
 
-    That is the form ``attention_backward`` reads. Applied twice it gives the lists back. Nothing is synchronised.
+    That is the form ``attention_backward`` reads. Applied twice it gives the lists back. Nothing is synchronized.
     """
     slots, device = tile_offsets.shape[0] - 1, tiles.device
     firsts = cu_seqlens[:-1] // constant("LEMO_TILE_ROWS") + torch.arange(
@@ -89,6 +105,11 @@ def attention_backward(
     deterministic: bool = False,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    row_slots_k: Tensor | None = None,
+    max_seqlen_k: Size | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) restricted to the given rows, from the output and LSE of the forward pass that made them.
 
@@ -97,8 +118,12 @@ def attention_backward(
     dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 if i and j share a
     slot, or 1 without key_weights. deterministic: bitwise repeatable, as also with torch's deterministic algorithms.
     tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
+
+    With cu_seqlens_k, dk and dv have the shape of k, and the slot of key j is row_slots_k[j] (int32 [Mk]).
     """
-    return _like(q, rows), _like(k, rows), _like(v, rows)
+    _need_longest(cu_seqlens_k, max_seqlen_k)
+    key_rows = rows if cu_seqlens_k is None else rows_k
+    return _like(q, rows), _like(k, key_rows), _like(v, key_rows)
 
 
 def attention(
@@ -115,6 +140,10 @@ def attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     deterministic: bool = False,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    row_slots_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
 
@@ -124,52 +153,57 @@ def attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if (out is None) != (lse is None):
         raise ValueError("lse: expected out and lse together, got one of them")
+    _need_longest(cu_seqlens_k, max_seqlen_k)
     if out is None:
-        out, lse = attention_forward(q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale)
-    options = (max_seqlen, scale, deterministic)
-    return _Attention.apply(q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, *options)
+        keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": max_seqlen_k}
+        out, lse = attention_forward(q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale, **keys)
+    lists = (cu_seqlens, rows, key_weights, row_slots, cu_seqlens_k, rows_k, row_slots_k)
+    return _Attention.apply(q, k, v, out, lse, *lists, max_seqlen, scale, deterministic, max_seqlen_k)
 
 
 class _Attention(torch.autograd.Function):
     """Ties a computed output to the backward pass over the given rows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, *rest):
-        *tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic = rest
+    def forward(ctx, q, k, v, out, *others):
+        *tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic, ctx.max_seqlen_k = others
         ctx.save_for_backward(q, k, v, out, *tensors)
         return out.detach()  # a view could not be changed in place afterwards
 
     @staticmethod
     def backward(ctx, dout):
-        inputs: Any = (*ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic)
-        grads = attention_backward(dout.contiguous(), *inputs)
+        *tensors, cu_seqlens_k, rows_k, row_slots_k = ctx.saved_tensors
+        inputs: Any = (*tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic)
+        keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
+        grads = attention_backward(dout.contiguous(), *inputs, row_slots_k=row_slots_k, **keys)
         return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, tile_offsets, tiles)
+    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, *lists, ctx.max_seqlen_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, *lists)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles, cu_seqlens_k, rows_k = ctx.saved_tensors
     lists = (None, None) if tile_offsets is None else transpose_tile_lists(tile_offsets, tiles, cu_seqlens)
+    keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
 
     def backward(dout):
-        arguments = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
-        return attention_backward(dout.contiguous(), *arguments)
+        arguments: Any = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
+        return attention_backward(dout.contiguous(), *arguments, **keys)
 
     grads = [None] * 3 if dout is None else list(backward(dout))
     if dlse is not None:
         # dlse_i / ds_ij = P_ij: dq is the output with keys as values, dk the gradient of v for dout_i = dlse_i q_i.
         weights = _by_row(dlse, q, cu_seqlens, rows)
         layout = (cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles)
-        means = attention_forward(q, k, k, *layout)[0]
+        means = attention_forward(q, k, k, *layout, **keys)[0]
         dq = torch.where(weights == 0, 0, ctx.scale * weights * means)
         dk = ctx.scale * backward(weights * q)[2]
         grads[:2] = [g if other is None else g + other for g, other in zip((dq, dk), grads, strict=False)]
-    return *grads, None, None, None, None, None, None
+    return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def _by_row(dlse: Tensor, q: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
