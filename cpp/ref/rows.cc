@@ -92,8 +92,6 @@ void gather_norm(const lemo_exec& exec, const lemo_gather_norm_args& a) {
       if (present(a.residual)) simd().add(d, sum, row(a.residual, i), 1.0f);
       const Statistics stats = statistics(d, sum, a.norm, a.eps, centred);
       if (present(a.packed)) std::memcpy(row(a.packed, i), sum, static_cast<size_t>(d) * sizeof(float));
-      if (present(a.mean)) floats(a.mean)[i] = stats.mean;
-      if (present(a.rstd)) floats(a.rstd)[i] = stats.rstd;
       float* y = row(a.y, i);
       for (int64_t j = 0; j < d; ++j) {
         float value = (sum[j] - stats.mean) * stats.rstd;

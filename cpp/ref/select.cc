@@ -118,10 +118,10 @@ void select(const lemo_exec&, const lemo_select_args& a) {
   std::fill(floats(a.weights) + slot, floats(a.weights) + num_blocks, 0.0f);
   std::fill(ints(a.rows) + packed, ints(a.rows) + a.rows.shape[0], -1);
   std::fill(ints(a.row_slots) + packed, ints(a.row_slots) + a.row_slots.shape[0], -1);
-  ints(a.info)[0] = slot;
-  ints(a.info)[1] = packed;
-  ints(a.info)[2] = longest;
-  ints(a.info)[3] = 0;
+  ints(a.info)[LEMO_INFO_KEPT_BLOCKS] = slot;
+  ints(a.info)[LEMO_INFO_KEPT_ROWS] = packed;
+  ints(a.info)[LEMO_INFO_LONGEST_DOCUMENT] = longest;
+  ints(a.info)[LEMO_INFO_FAULT] = 0;
 }
 
 uint64_t select_workspace(const lemo_exec&, const lemo_select_args&) { return 0; }

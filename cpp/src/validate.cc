@@ -334,8 +334,6 @@ void validate(const lemo_exec& exec, const lemo_gather_norm_args& a, Purpose pur
   check_norm(a.norm, a.eps);
   check.like("y", a.y, "x", a.x, {{"M", m}, {"d", d}}, Role::kOutput);
   if (present(a.packed)) check.like("packed", a.packed, "x", a.x, {{"M", m}, {"d", d}}, Role::kOutput);
-  if (present(a.mean)) check.typed("mean", a.mean, LEMO_F32, {{"M", m}}, Role::kOutput);
-  if (present(a.rstd)) check.typed("rstd", a.rstd, LEMO_F32, {{"M", m}}, Role::kOutput);
   if (check.values() && !identity) check_rows_values(a.rows, m, a.x.shape[0], true, false);
 }
 
@@ -391,7 +389,7 @@ void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose)
   check.typed("rows", a.rows, LEMO_I32, {{"T", kAny}}, Role::kOutput);
   check.typed("row_slots", a.row_slots, LEMO_I32, {{"T", a.rows.shape[0]}}, Role::kOutput);
   check.typed("weights", a.weights, LEMO_F32, {{"num_blocks", n}}, Role::kOutput);
-  check.typed("info", a.info, LEMO_I32, {{"4", 4}}, Role::kOutput);
+  check.typed("info", a.info, LEMO_I32, {{"4", LEMO_INFO_SIZE}}, Role::kOutput);
   check_rows_fit("rows", a.rows.shape[0]);
 }
 
@@ -493,6 +491,7 @@ Capacities check_attention(const Checker& check, const Args& a) {
 void check_key_weights(const Checker& check, const lemo_attention_backward_args& a, const Capacities& capacities) {
   if (!present(a.key_weights)) {
     if (present(a.row_slots_k)) invalid("row_slots_k: expected key_weights with it, got no tensor for key_weights");
+    if (present(a.row_slots)) invalid("row_slots: expected key_weights with it, got no tensor for key_weights");
     return;
   }
   const bool own_keys = present(a.cu_seqlens_k);

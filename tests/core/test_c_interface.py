@@ -62,7 +62,7 @@ def test_the_last_error_stays_where_it_is() -> None:
     assert address() == before
     assert (
         ctypes.string_at(before)
-        == b"attention_forward: args.reserved: expected 0, got 12345; zero-initialise the struct"
+        == b"attention_forward: args.reserved: expected 0, got 12345; zero-initialize the struct"
     )
 
 

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -101,24 +101,6 @@ class Blocks:
         return token - starts[torch.bucketize(token, starts[1:], right=True)]
 
 
-class SelectionInfo(NamedTuple):
-    """What a selection reports, in the order in which the operator writes it on the device.
-
-    num_blocks K; num_rows M; max_seqlen: the longest document in packed rows; fault: 0, or 1 + the first block whose
-    score is unusable, or -1 if a threshold keeps nothing.
-    """
-
-    num_blocks: int
-    num_rows: int
-    max_seqlen: int
-    fault: int
-
-    @classmethod
-    def read(cls, info: Tensor) -> SelectionInfo:
-        """From the operator's int32 [4]. Waits for the device."""
-        return cls(*info.tolist())
-
-
 @dataclass(frozen=True, eq=False)
 class Kept:
     """K kept blocks with M kept tokens of ``source``, in order.
@@ -127,7 +109,7 @@ class Kept:
     row_offsets: int32 [K + 1], first packed row of every kept block; cu_seqlens: int32 [D + 1], packed rows of every
     document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every
     packed row's block; weights: float32 [K], 1/p of a block drawn by Poisson sampling, else 1. max_seqlen: the longest
-    document in packed rows, or an upper bound of it. info: what `SelectionInfo.read` reads, if the selection has not
+    document in packed rows, or an upper bound of it. info: what `lemo.ops.SelectInfo.read` reads, if the selection has not
     been checked for faults yet. chosen_by: who made the list, for error messages.
     """
 
@@ -175,7 +157,7 @@ class Kept:
         Only needed after a selection that was made without a synchronisation; see ``select``.
         """
         if self.info is not None:
-            _raise_fault(SelectionInfo.read(self.info).fault, self.chosen_by)
+            _raise_fault(ops.SelectInfo.read(self.info).fault, self.chosen_by)
 
 
 # Kept lists of a layer's attention and MLP; None: nothing kept. One object if they share a list.
@@ -231,7 +213,7 @@ def select(
         num_blocks, num_rows, max_seqlen = sum(counts), sum(counts) * b, max(counts) * b
         pending = info
     else:
-        num_blocks, num_rows, max_seqlen, fault = SelectionInfo.read(info)
+        num_blocks, num_rows, max_seqlen, fault = ops.SelectInfo.read(info)
         _raise_fault(fault, chosen_by)
     return Kept(
         blocks=kept[:num_blocks],

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lemo.ops._schema import first_order
+from lemo.ops._autograd import first_order
 
 
 @dataclass(frozen=True, eq=False)

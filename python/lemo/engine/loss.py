@@ -21,7 +21,7 @@ from lemo.engine.gradients import Handover
 from lemo.engine.linear import Projection
 from lemo.engine.packing import Packed
 from lemo.engine.step import Step
-from lemo.ops._schema import first_order, link
+from lemo.ops._autograd import first_order, link
 from lemo.ops.loss import usable
 
 Reduction = Literal["mean", "sum"]

@@ -27,7 +27,7 @@ from lemo.engine.backward import backward
 from lemo.engine.forward import forward
 from lemo.engine.gradients import without_hooks
 from lemo.engine.step import Step
-from lemo.ops._schema import first_order
+from lemo.ops._autograd import first_order
 
 
 class Stack(Function):
