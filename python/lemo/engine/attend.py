@@ -8,6 +8,7 @@ no change in the layers: a subclass of `Attention` overrides `attend` and `atten
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,9 +65,12 @@ class Attention:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """(out [M, Hq, D], lse float32 [Hq, M]) of q [M, Hq, D] over k and v [Mk, Hk, D]."""
-        _need_one_list(queries, keys)
-        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale)
+        """(out [M, Hq, D], lse float32 [Hq, M]) of q [M, Hq, D] over k and v [Mk, Hk, D].
+
+        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end.
+        """
+        others = _key_rows(queries, keys)
+        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale, **others)
 
     def attend_with_gradient(
         self,
@@ -80,7 +84,9 @@ class Attention:
         lse: Tensor | None,
     ) -> Tensor:
         """As `attend`, differentiable in q, k and v; given out and lse are not computed again."""
-        _need_one_list(queries, keys)
+        others = _key_rows(queries, keys)
+        if others:
+            others["row_slots_k"] = keys.slots
         return ops.attention(
             q,
             k,
@@ -93,9 +99,10 @@ class Attention:
             out=out,
             lse=lse,
             deterministic=self.deterministic,
+            **others,
         )
 
 
-def _need_one_list(queries: PackedRows, keys: PackedRows) -> None:
-    if queries is not keys:
-        raise ValueError("keys: expected the rows of the queries, got others; override Attention.attend for those")
+def _key_rows(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
+    """What the operators need to know of keys that have separate rows; nothing if they have those of the queries."""
+    return {} if keys is queries else {"cu_seqlens_k": keys.cu_seqlens, "max_seqlen_k": keys.max_seqlen}
