@@ -131,8 +131,8 @@ Args read_args(const char* op, const py::args& given) {
   return args;
 }
 
-// Runs without the interpreter's lock, and takes it now and then for signals that have arrived. Python calls their
-// handlers on its main thread only.
+// Releases the interpreter's lock, and takes it back now and then to handle signals that have arrived. Python calls
+// their handlers on its main thread only.
 class Unlocked {
  public:
   explicit Unlocked(lemo_exec& exec) : state_(PyEval_SaveThread()) {
