@@ -15,6 +15,7 @@ constexpr const char* kDoc = R"(The C interface of lemo, one function per operat
 
     _C.<op>(exec, allocate, *fields) -> None
     _C.fields      {op: ((field, role), ...)} in the order of the arguments; the roles are those of lemo/operations.h
+    _C.structs     {op: ((field, type), ...)} of lemo_<op>_args after struct_size, as the header has them
     _C.constants   {name: value} of every enumerator of the headers, and of LEMO_MAX_DIMS and LEMO_TILE_ROWS
 
 exec      (device, device_index, stream, deterministic, num_threads), integers
@@ -130,8 +131,8 @@ Args read_args(const char* op, const py::args& given) {
   return args;
 }
 
-// Runs without the interpreter's lock, and takes it now and then for signals that have arrived. Python calls their
-// handlers on its main thread only.
+// Releases the interpreter's lock, and takes it back now and then to handle signals that have arrived. Python calls
+// their handlers on its main thread only.
 class Unlocked {
  public:
   explicit Unlocked(lemo_exec& exec) : state_(PyEval_SaveThread()) {
@@ -201,6 +202,23 @@ py::tuple describe_fields() {
   return fields;
 }
 
+const char* type_name(const lemo_tensor&) { return "lemo_tensor"; }
+const char* type_name(const lemo_blocks&) { return "lemo_blocks"; }
+const char* type_name(int32_t) { return "int32_t"; }
+const char* type_name(int64_t) { return "int64_t"; }
+const char* type_name(uint64_t) { return "uint64_t"; }
+const char* type_name(float) { return "float"; }
+
+template <class Args>
+py::tuple describe_struct() {
+  py::list fields;
+  const Args args = {};
+  lemo::Fields<Args>::visit(args, [&](lemo::FieldRole, const char* name, const auto& field) {
+    fields.append(py::make_tuple(name, type_name(field)));
+  });
+  return fields;
+}
+
 #define LEMO_CONSTANT(name) constants[#name] = static_cast<int64_t>(name);
 // clang-format off
 py::dict constants_of_the_headers() {
@@ -258,15 +276,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_backend", [](int device) { return lemo_has_backend(static_cast<lemo_device>(device)) != 0; });
   m.def("hash_uniform", &lemo_hash_uniform);
   m.attr("constants") = constants_of_the_headers();
-  py::dict fields;
-#define LEMO_DEFINE(op)       \
-  define(m, #op, &lemo_##op); \
-  fields[#op] = describe_fields<lemo_##op##_args>();
+  py::dict fields, structs;
+#define LEMO_DEFINE(op)                              \
+  define(m, #op, &lemo_##op);                        \
+  fields[#op] = describe_fields<lemo_##op##_args>(); \
+  structs[#op] = describe_struct<lemo_##op##_args>();
 #define LEMO_DEFINE_WITH_WORKSPACE(op)                \
   define(m, #op, &lemo_##op, &lemo_##op##_workspace); \
-  fields[#op] = describe_fields<lemo_##op##_args>();
+  fields[#op] = describe_fields<lemo_##op##_args>();  \
+  structs[#op] = describe_struct<lemo_##op##_args>();
   LEMO_OPERATIONS(LEMO_DEFINE, LEMO_DEFINE_WITH_WORKSPACE)
 #undef LEMO_DEFINE_WITH_WORKSPACE
 #undef LEMO_DEFINE
   m.attr("fields") = fields;
+  m.attr("structs") = structs;
 }

@@ -1,4 +1,4 @@
-// Every entry point: guard, read the structs, validate, check the workspace, hand over to the backend's table.
+// Every entry point: guard, read the structs, validate, check the workspace, call the backend's function.
 #include <algorithm>
 #include <type_traits>
 
@@ -30,7 +30,7 @@ void check_workspace(const lemo_exec& exec, uint64_t needed) {
                                               " bytes, got " +
                                               std::to_string(exec.workspace == nullptr ? 0 : exec.workspace_size));
   }
-  // Host allocators rarely give more than a cache line.
+  // Host allocators rarely align to more than a cache line.
   const uint64_t alignment = exec.device == LEMO_CPU ? 64 : 256;
   if (reinterpret_cast<uintptr_t>(exec.workspace) % alignment != 0) {
     throw Error(LEMO_INVALID_ARGUMENT,
@@ -55,7 +55,7 @@ Args read_args(const Args* given) {
     const int32_t dims = t.ndim < LEMO_MAX_DIMS ? t.ndim : LEMO_MAX_DIMS;
     if (dims <= 0 || std::find(t.shape, t.shape + dims, 0) == t.shape + dims) return;
     if (t.data == nullptr) t.data = no_elements;
-    std::fill_n(t.stride, LEMO_MAX_DIMS, 0);  // whatever they say, nothing lies there
+    std::fill_n(t.stride, LEMO_MAX_DIMS, 0);  // meaningless without elements
   });
   for_each_reserved(args, [](const char* name, int32_t value) {
     if (value != 0) {

@@ -1,8 +1,7 @@
 // One table of functions per backend. Arguments arrive validated: shapes, dtypes, strides and alignment agree, and the
-// workspace is large enough. A tensor's data is NULL where it is absent and nowhere else: an empty tensor has an
-// address. Sizes of one tensor fit PTRDIFF_MAX; products of several do not have to. A backend checks only what it alone
-// knows (which kernels it has), in `supports`-style throws of lemo::Error(LEMO_UNSUPPORTED, ...) before its first
-// write.
+// workspace is large enough. A tensor's data is NULL if it is absent and only then: an empty tensor has an address.
+// Sizes of one tensor fit PTRDIFF_MAX; products of several need not. A backend checks only what it alone knows, which
+// kernels it has, and throws lemo::Error(LEMO_UNSUPPORTED, ...) before its first write.
 #pragma once
 
 #include <cstdint>

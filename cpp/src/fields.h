@@ -1,4 +1,4 @@
-// The fields of every argument struct, from the list in lemo/operations.h: what can be done to all of them alike.
+// Visitors of the fields of every argument struct, from the list in lemo/operations.h.
 #pragma once
 
 #include <cstddef>
@@ -43,8 +43,7 @@ struct Fields;
   };                                                                                                     \
   static_assert(Fields<lemo_##op##_args>::ascend(), "LEMO_FIELDS_" #op ": expected the struct's order"); \
   static_assert(Fields<lemo_##op##_args>::bytes() == sizeof(lemo_##op##_args),                           \
-                "LEMO_FIELDS_" #op                                                                       \
-                ": expected every field of the struct, and a reserved one where it would be padded");
+                "LEMO_FIELDS_" #op ": expected every field of the struct, and a reserved field instead of padding");
 LEMO_OPERATIONS(LEMO_DEFINE_FIELDS, LEMO_DEFINE_FIELDS)
 #undef LEMO_DEFINE_FIELDS
 #undef LEMO_OFFSET

@@ -1,5 +1,5 @@
 // The rules for arguments, the same for every backend: struct fields, devices, dtypes, shapes, strides, alignment,
-// ranges, and, where the data is in host memory, the values of index lists. All throw lemo::Error.
+// ranges, and the values of index lists if they are in host memory. All throw lemo::Error.
 #pragma once
 
 #include "src/backend.h"

@@ -7,7 +7,7 @@
 //   - a valid call is accepted, its numbers are finite, and it gives the same bits with another number of threads;
 //   - an accepted call writes elements of its outputs and nothing else;
 //   - a refused call has changed nothing, for whatever reason it was refused, out of memory included;
-//   - the sanitizers have nothing to say.
+//   - the sanitizers report nothing.
 #include <unistd.h>
 
 #include <cmath>
@@ -128,7 +128,7 @@ class Trial {
       case 6:
         t.dtype = random_.one_of<int32_t>({0, 1, 2, 3, 4, 5, 6, -1, INT32_MAX});
         break;
-      case 7:  // an index, or a number that is none
+      case 7:  // an index, or a value such as NaN
         change_contents(t);
         place = false;
         break;
@@ -239,7 +239,7 @@ class Trial {
       if (t.dtype != LEMO_F32 || t.data == nullptr) return;
       const Block& block = *memory_.find(t.data);
       for (size_t i = 0; i < block.size / 4; ++i) {
-        if (!std::isfinite(reinterpret_cast<const float*>(block.bytes)[i])) fail("a result that is no number");
+        if (!std::isfinite(reinterpret_cast<const float*>(block.bytes)[i])) fail("a result that is not finite");
       }
     });
   }

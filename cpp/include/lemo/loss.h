@@ -1,8 +1,8 @@
 /** @file
  * Output projection and cross-entropy in segments of tokens: logits never exist as a whole (paper section 5.2).
  *
- *   z = h W^T (+ lora_scale (h A^T) B^T) (+ bias);   softcap c > 0: z = c tanh(z / c)
- *   loss = mean or sum, over tokens t with targets[t] != ignore_index, of logsumexp(z_t) - z_t[targets[t]]
+ *   z = h W^T (+ lora_scale (h A^T) B^T) (+ bias);   softcap c > 0: z = c tanh(z / c);   z(t): row t of z
+ *   loss = mean or sum, over tokens t with targets[t] != ignore_index, of logsumexp(z(t)) - z(t)[targets[t]]
  *
  * Gradients are those of `loss` itself (upstream gradient 1), computed in the same pass; each is optional. Over no
  * token, the loss and all gradients are 0. N tokens, V classes, rank r; on CUDA d and r are multiples of 8. */

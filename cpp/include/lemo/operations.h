@@ -8,7 +8,7 @@
  * LEMO_FIELDS_<op>(F) expands F(role, field) for every field of lemo_<op>_args after `struct_size`, in order:
  *   input             a tensor that must be given
  *   optional          a tensor that may be absent
- *   companion         a tensor that goes with other optional ones, which the header names: all are given or not it
+ *   companion         a tensor that goes with optional ones that the header names: given if they are, and only then
  *   output            a tensor that is written, and must be given
  *   optional_output   a tensor that is written if it is given
  *   inout             a tensor that is read and written, and must be given

@@ -41,7 +41,7 @@ typedef struct lemo_gather_norm_args {
   lemo_tensor rows;     /**< optional: int32 [M], rows of `x` or -1 */
   lemo_tensor residual; /**< optional: float [M, d]; absent: 0 */
   lemo_tensor weight;   /**< optional: float or float32 [d]; absent: 1 */
-  lemo_tensor bias;     /**< optional: [d] in the dtype of `weight`, which it needs; absent: 0 */
+  lemo_tensor bias;     /**< optional: [d] in the dtype of `weight`; needs `weight`; absent: 0 */
   int32_t norm;         /**< lemo_norm */
   float eps;            /**< finite, at least 0 */
 

@@ -9,8 +9,8 @@
  *  - Arguments are checked and memory is taken before anything is written: a call that fails leaves every output as it
  *    was, whatever its status. Two exceptions leave outputs undefined: LEMO_CANCELLED, and on CUDA a
  *    LEMO_BACKEND_ERROR of a kernel that was already running.
- *  - Comments of tensors begin with their role. "optional": may be absent. "with `x`": given if `x` is, and only then.
- *    "out": written; "inout": read and written. All others are read and must be given.
+ *  - Comments of tensors begin with their role. "optional": may be absent. "with" another one: given if that is, and
+ *    only then. "out": written; "inout": read and written. All others are read and must be given.
  *  - "float" is the dtype an operation computes in: float32 on the CPU, float16 or bfloat16 on CUDA, the same for all
  *    such tensors of a call.
  *  - Strides count elements, not bytes. The last dimension is contiguous. On CUDA "float" tensors of more than one

@@ -1,4 +1,4 @@
-"""Output projection and cross-entropy in segments of tokens: logits never exist whole (paper section 5.2).
+"""Output projection and cross-entropy in segments of tokens: logits never exist as a whole (paper section 5.2).
 
 z = h W^T (+ lora_scale (h A^T) B^T) (+ bias); softcap c > 0: z = c tanh(z / c); loss = mean or sum over tokens whose
 target is not ``ignore_index`` of logsumexp(z_t) - z_t[target_t]. Over no valid token, mean and sum are 0 with zero
@@ -105,7 +105,7 @@ def linear_cross_entropy_loss(
 
 
 def usable(dloss: Tensor, valid: Tensor) -> Tensor:
-    """The gradient of a loss over ``valid`` [1] targets: 0 over none, where a division by their number made it inf."""
+    """The gradient of a loss over ``valid`` [1] targets: 0 over none, for which a division by their number gave inf."""
     return torch.where(valid.view(()) > 0, dloss, torch.zeros_like(dloss))
 
 
