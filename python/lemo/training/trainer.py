@@ -56,6 +56,7 @@ class RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._checkpoints, self._run, self._identity = checkpoints, run, identity
         self._random_states: list[tuple[str, bytes]] = []
+        self._writing = False
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         scheduler: Any = getattr(self, "lr_scheduler", None)
@@ -67,6 +68,10 @@ class RunTrainer(Trainer):
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def store_flos(self) -> None:
+        if not self._writing:  # a sum over the processes, of which only the first is writing
+            super().store_flos()
 
     def _random_state(self) -> tuple[str, bytes]:
         """Name and content of the file that Trainer writes for this process's random state."""
@@ -85,16 +90,17 @@ class RunTrainer(Trainer):
         """The first process writes everything, the others' random states included, so that one rename publishes it."""
         root, processes = self.args.output_dir, self._run.processes
         processes.together(lambda: self._run.check_finite(self.state.global_step))
+        self.store_flos()
         if processes.count > 1:
             self._random_states = processes.gather(processes.together(self._random_state))
 
         def write(folder: Path) -> None:
             # Trainer names the folder itself, below its output folder: let it write there, then lift the files out.
-            self.args.output_dir = str(folder)
+            self.args.output_dir, self._writing = str(folder), True
             try:
                 super(RunTrainer, self)._save_checkpoint(*args, **kwargs)
             finally:
-                self.args.output_dir = root
+                self.args.output_dir, self._writing = root, False
             inner = folder / f"checkpoint-{self.state.global_step}"
             for path in list(inner.iterdir()):
                 path.rename(folder / path.name)
