@@ -333,7 +333,7 @@ def test_windows_without_a_label_are_blamed_on_the_data() -> None:
     from types import SimpleNamespace
 
     labels = [[-100, 3], [-100, -100], [-100, 4], [-100, 5]]
-    run: Any = SimpleNamespace(settings=FinetuneSettings(batch=2), log_every=1)
+    run: Any = SimpleNamespace(settings=FinetuneSettings(batch=2), log_every=1, windows_per_step=2)
     run.windows = [{"labels": torch.tensor(values)} for values in labels]
     assert RunInProgress.advice(run, 1).startswith("1 of the 2 windows")
     assert RunInProgress.advice(run, 2).startswith("Lower --lr")

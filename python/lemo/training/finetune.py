@@ -26,11 +26,13 @@ from lemo.data import Documents, PackedWindows, split_held_out
 from lemo.engine.config import LemoConfig
 from lemo.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.training.evaluate import check_scorable
+from lemo.training.processes import Processes
 from lemo.training.run_folder import (
     ADAPTER,
     RUN_FILE,
     check_complete,
     check_identity,
+    check_same,
     continue_run,
     environment,
     is_complete,
@@ -130,52 +132,121 @@ def finetune(
     places "model", "tokenizer" and "data" may differ: what they hold is compared instead.
     save_every: steps between checkpoints, 0 = none.  log_every: steps per log line.
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
-    Raises ValueError for settings or data, CheckpointError for the run folder.
+    Started by torchrun or accelerate launch, each process trains on its own share of every step's windows (see
+    `FinetuneSettings.batch`), and the first alone writes, logs and reports.
+    Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed where another
+    process raised one of these.
     """
     out = Path(out).expanduser()  # as Trainer does with its own output folder
-    full_identity = _identity(model, documents, settings, identity or {})
-    checkpoints = run_checkpoints(out, keep_checkpoints)
-    held: Documents | None = None
-    if settings.held_out:
-        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
-        check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
-        full_identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
-    if resume:
-        check_identity(out, full_identity)  # another model would also be refused by its calibration, with less to say
-    length = settings.steps * settings.batch * settings.accumulate
-    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
-    set_seed(settings.seed)
-    wrapped = _with_adapter(model, settings)
+    processes = Processes.join(next(model.parameters()).device)
+    if not processes.first:
+        report = _silent
+    checkpoints = run_checkpoints(out, keep_checkpoints, processes.count)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
-        # Everything that can be wrong with the settings shows before the run folder is made.
-        with _applied(wrapped, settings.lemo_config()) as controller:
-            lock.enter_context(locked(out))
-            if resume and is_complete(out):
-                check_complete(out, full_identity, checkpoints, report)
+        with contextlib.ExitStack() as applied:
+            # Everything that can be wrong with the settings shows before the run folder is made.
+            run_identity = processes.together(
+                lambda: _identity(model, documents, settings, {"processes": processes.count, **(identity or {})})
+            )
+            documents, held, windows = processes.together(
+                lambda: _inputs(documents, settings, run_identity, out if resume else None, processes.count, report)
+            )
+            check_same(processes, run_identity)
+            set_seed(settings.seed)
+            wrapped = processes.together(lambda: _with_adapter(model, settings))
+            controller = processes.together(lambda: applied.enter_context(_applied(wrapped, settings.lemo_config())))
+            opened = processes.on_first(lambda: _open(lock, out, run_identity, resume, checkpoints, report))
+            if opened.complete:
                 report(f"{out} is complete already: {settings.steps} steps")
                 return FinetuneResult(out / ADAPTER, 0, settings.steps)
-            start = _begin(out, full_identity, resume, checkpoints, report)
-            log = RunLog(out / LOG_FILE)
-            if resume:
-                log.cut(start.step if start else 0, report)
-            _log_start(log, wrapped, documents, start)
-            run = RunInProgress(wrapped, settings, log, controller, held, windows, log_every, evaluate_every, progress)
-            _train(run, checkpoints, full_identity, save_every, start)
-            run.check_finite(settings.steps)
+            start = opened.start
+            processes.together(lambda: _check_visible(start))
+            log = RunLog(out / LOG_FILE, processes.first)
+            _log_start(log, wrapped, documents, start, processes.count)
+            run = RunInProgress(
+                wrapped, settings, log, controller, held, windows, log_every, evaluate_every, progress, processes
+            )
+            _train(run, checkpoints, run_identity, save_every, start)
+            processes.together(lambda: run.check_finite(settings.steps))
             if not evaluate_every or settings.steps % evaluate_every:
                 run.evaluate(settings.steps)
-        write_folder(out / ADAPTER, lambda folder: wrapped.save_pretrained(str(folder)), manifest=False)
+        processes.on_first(
+            lambda: write_folder(out / ADAPTER, lambda f: wrapped.save_pretrained(str(f)), manifest=False)
+        )
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
 
 
-def _log_start(log: RunLog, model: Any, documents: Documents, start: Checkpoint | None) -> None:
+def _silent(line: str) -> None:
+    """The report of every process but the first."""
+
+
+def _inputs(
+    documents: Documents,
+    settings: FinetuneSettings,
+    identity: dict[str, Any],
+    resumed: Path | None,
+    processes: int,
+    report: Callable[[str], None],
+) -> tuple[Documents, Documents | None, PackedWindows]:
+    """The documents to train on, those held out, and the windows of all steps; completes `identity`.
+
+    resumed: the folder of a run that must have this identity. Raises ValueError or CheckpointError.
+    """
+    held: Documents | None = None
+    if settings.held_out:
+        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
+        check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
+        identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
+    if resumed:
+        check_identity(resumed, identity)  # another model would also be refused by its calibration, with less to say
+    length = settings.steps * settings.batch * settings.accumulate * processes
+    return documents, held, PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run folder that this run holds. complete: there is nothing left to do; start: where training resumes."""
+
+    complete: bool
+    start: Checkpoint | None
+
+
+def _open(
+    lock: contextlib.ExitStack,
+    out: Path,
+    identity: dict[str, Any],
+    resume: bool,
+    checkpoints: Checkpoints,
+    report: Callable[[str], None],
+) -> _Opened:
+    """Locks the run folder and prepares it. Raises CheckpointError."""
+    lock.enter_context(locked(out))
+    if resume and is_complete(out):
+        check_complete(out, identity, checkpoints, report)
+        return _Opened(True, None)
+    start = _begin(out, identity, resume, checkpoints, report)
+    if resume:
+        RunLog(out / LOG_FILE).cut(start.step if start else 0, report)
+    return _Opened(False, start)
+
+
+def _check_visible(start: Checkpoint | None) -> None:
+    if start is not None and not start.folder.is_dir():
+        raise CheckpointError(
+            f"{start.folder} is not visible to every process; to resume on several machines, keep the run folder on a "
+            "file system that they share"
+        )
+
+
+def _log_start(log: RunLog, model: Any, documents: Documents, start: Checkpoint | None, processes: int) -> None:
     log.write(
         event="resume" if start else "start",
         step=start.step if start else 0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         tokens=documents.num_tokens,
         documents=len(documents),
+        processes=processes,
         pid=os.getpid(),
     )
 
@@ -212,6 +283,14 @@ def _train(
         run=run,
         identity=identity,
     )
+    if trainer.args.world_size != run.processes.count:
+        raise RuntimeError(
+            f"transformers sees {trainer.args.world_size} processes, lemo {run.processes.count}; start several with "
+            "torchrun or accelerate launch"
+        )
+    if run.processes.count > 1:
+        # For dropout; the adapter's first weights, equal in all processes, were drawn before.
+        set_seed((run.settings.seed + run.processes.rank) % (1 << 32))
     trainer.remove_callback(PrinterCallback)
     run.model.config.use_cache = False
     trainer.train(resume_from_checkpoint=str(start.folder) if start else None)

@@ -14,7 +14,8 @@ from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, RecomputeSet
 class FinetuneSettings:
     """Everything that decides what a run computes. Two runs with equal settings and data give the same adapter.
 
-    schedule: see `parse_schedule`.  batch x accumulate windows of `context` tokens make one step.
+    schedule: see `parse_schedule`.
+    batch: windows of `context` tokens per forward pass. In each process, batch x accumulate windows make one step.
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
     the model's family. The adapter is always float32.
