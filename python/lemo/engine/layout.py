@@ -109,8 +109,8 @@ class Kept:
     row_offsets: int32 [K + 1], first packed row of every kept block; cu_seqlens: int32 [D + 1], packed rows of every
     document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every
     packed row's block; weights: float32 [K], 1/p of a block drawn by Poisson sampling, else 1. max_seqlen: the longest
-    document in packed rows, or an upper bound of it. info: for `lemo.ops.SelectInfo.read`, if the selection has not
-    been checked for faults yet. chosen_by: who made the list, for error messages.
+    document in packed rows, or an upper bound of it. info: what `lemo.ops.SelectInfo.read` reads, if the selection has
+    not been checked for faults yet. chosen_by: who made the list, for error messages.
     """
 
     blocks: Tensor
