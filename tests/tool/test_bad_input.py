@@ -58,10 +58,10 @@ def base(op: str) -> dict[str, Any]:
         return {n: t[n] for n in fields} | {"rows": None, "max_seqlen": case.max_seqlen, "scale": 0.25}
     if op in ("attention_forward:keys", "attention_backward:keys"):
         t = SPLIT.inputs("cpu", torch.float32)
-        names = ["q", "k", "v", "cu_seqlens", "rows"]
+        fields = ["q", "k", "v", "cu_seqlens", "rows"]
         backward = ["dout", "out", "lse", "key_weights", "row_slots", "row_slots_k"]
-        names += backward if "backward" in op else []
-        return {n: t[n] for n in names} | SPLIT.key_rows(t) | {"max_seqlen": SPLIT.max_seqlen, "scale": 0.25}
+        fields += backward if "backward" in op else []
+        return {n: t[n] for n in fields} | SPLIT.key_rows(t) | {"max_seqlen": SPLIT.max_seqlen, "scale": 0.25}
     if op == "select_blocks":
         rule = {"mode": "budget", "keep": 0.5, "threshold": 0.0, "always_first": 0, "always_last": 0, "seed": 0}
         return {"scores": draw.uniform(NB, low=0.1, high=0.9), "num_tokens": T} | layout() | rule

@@ -248,8 +248,8 @@ def attention(
         raise ValueError("lse: expected out and lse together, got one of them")
     longest_k = _longest(cu_seqlens_k, max_seqlen_k)
     if out is None:
-        lists = (cu_seqlens, rows, max_seqlen, scale, None, None, cu_seqlens_k, rows_k, longest_k)
-        out, lse = torch.ops.lemo.attention_forward(q.detach(), k.detach(), v.detach(), *lists)
+        layout = (cu_seqlens, rows, max_seqlen, scale, None, None, cu_seqlens_k, rows_k, longest_k)
+        out, lse = torch.ops.lemo.attention_forward(q.detach(), k.detach(), v.detach(), *layout)
     lists = (cu_seqlens, rows, key_weights, row_slots, cu_seqlens_k, rows_k, row_slots_k)
     return _Attention.apply(q, k, v, out, lse, *lists, max_seqlen, scale, deterministic, longest_k)
 
