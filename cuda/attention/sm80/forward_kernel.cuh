@@ -29,17 +29,14 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
 
   const QueryTile located = locate_queries<kAlignedRows, kSplit>(params.documents, params.key_documents, kQueries,
                                                                  static_cast<int>(blockIdx.x / params.heads));
-  if (located.tile.index >= located.tile.count) return;
-  const FromFirstKey rows = count_from_first_key(located);
-  const Tile& tile = rows.queries;
-  __shared__ FromFirstKey stored;  // the loop has no registers to spare
-  if constexpr (kSplit) {
-    if (threadIdx.x == 0) stored = rows;
-    __syncthreads();
-  }
-  const Tile &query_rows = choose<kSplit>(stored, rows).queries, &key_rows = choose<kSplit>(stored, rows).keys;
+  const Tile& tile = located.tile;
+  if (tile.index >= tile.count) return;
+  const Tile key_rows = {located.document.key_start, tile.length, 0, 0, kUncut};
+  __shared__ Tile stored;  // for the end: the loop has no registers to spare
+  if (kSplit && threadIdx.x == 0) stored = tile;
+  const Tile& query_rows = choose<kSplit>(stored, tile);
   // The tiles with the most keys start first.
-  const int query_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
+  const int query_start = (tile.count - 1 - tile.index) * kQueries;
   const int head = blockIdx.x % params.heads;
   const int key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -54,6 +51,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   const uint32_t key_lane = keys + (by_column.row * kPitch + by_column.column) * 2;
   const uint32_t value_lane = values + (by_row.row * kPitch + by_row.column) * 2;
 
+  const int last_tile = -located.document.ahead / kKeys;
   int key_tile = (min(query_start + kQueries, tile.length) + kKeys - 1) / kKeys - 1;
   {
     QueryLoader loader;
@@ -85,7 +83,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   const float scale_log2 = params.scale * kLog2E;
 
 #pragma unroll 1
-  for (; key_tile >= 0; --key_tile) {
+  for (; key_tile >= last_tile; --key_tile) {
     const int key_start = key_tile * kKeys;
     const bool active = key_start <= warp_start + kWarpRows - 1;
     copy_async_wait<0>();
@@ -139,8 +137,13 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     }
 
     copy_async_wait<0>();
+<<<<<<< HEAD
     __syncthreads();  // the values have arrived, and these keys are no longer in use
     if (key_tile > 0) {
+=======
+    __syncthreads();  // the values are there, and nobody reads these keys any more
+    if (key_tile > last_tile) {
+>>>>>>> w-attn
       loader.find_rows(params.key_documents, key_rows, key_start - kKeys);
       loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
       copy_async_commit();

@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     }
     multiply_fragments<T, kHeadDim, kKeys, kPitch>(dq, ds, keys + by_row_bytes);
   }
-  store_rows<T>(params.documents, query_rows, params.dq, static_cast<int>(blockIdx.x % params.heads), query, dq,
-                params.scale, params.scale);
+  store_rows<T>(params.documents, query_rows, params.dq, kSplit ? static_cast<int>(blockIdx.x % params.heads) : head,
+                query, dq, params.scale, params.scale);
 }
 
 }  // namespace lemo::cuda::attention::sm80
