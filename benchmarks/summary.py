@@ -1,9 +1,10 @@
-"""Writes the measured figures of benchmarks/results/ into README.md and docs/performance.md, between their markers.
+"""Writes the measured figures of benchmarks/results/ into the pages, between their markers.
 
-No figure in those pages is typed by hand, and a test fails where a page and the result files differ.
+README.md has the headline table (<!-- headline: ... -->), docs/results.md every table (<!-- measured: ... -->). No
+figure between markers is typed by hand, and a test fails if a page and the results files differ.
 
   python benchmarks/summary.py            # rewrite the pages
-  python benchmarks/summary.py --check    # exit 1 where a page is out of date
+  python benchmarks/summary.py --check    # exit 1 if a page is out of date
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +37,117 @@ def source(name: str, result: dict[str, Any]) -> str:
     )
 
 
-def activation() -> list[str]:
-    name = "activation-h200"
-    if (result := load(name)) is None:
+# --- one LoRA step ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The rows that README and the figure show. Ratios are better for lemo above 1 (faster) and below 1 (memory).
+
+    bars: label, milliseconds, MiB, times faster than the first bar, share of its memory.
+    """
+
+    title: str
+    memory: str
+    bars: list[tuple[str, float, int, float, float]]
+    source: str
+
+
+SHOWN = ("peer", "dense", "skip-0.5", "skip-0.3", "backward-0.5")
+
+
+def label(row: dict[str, Any]) -> str:
+    """What a row of a step is called in tables and the figure."""
+    if row["method"] != "lemo":
+        return row["method"]
+    if row["mode"] == "dense":
+        return "lemo, nothing eliminated"
+    return f"lemo, `{row['mode']}` {row['keep']:g}" + " weighted" * row.get("weighted", False)
+
+
+def in_thousands(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def step_results() -> dict[str, dict[str, Any]]:
+    """By name, the newest first."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step-*.json"))}
+    return dict(sorted(found.items(), key=lambda item: item[1]["date"], reverse=True))
+
+
+def headline() -> Headline | None:
+    """The newest steps of an 8B model at 64K tokens, everything recomputed."""
+    for name, result in step_results().items():
+        rows = {
+            row["row"]: row
+            for row in result["rows"]
+            if (row["context"], row["recompute"], row["model"]) == (65536, "full", "llama3-8b")
+            and "Liger" in row["peer"]
+            and {"time_ratio", "memory_ratio"} <= row.keys()
+        }
+        if {"peer", "dense"} <= rows.keys():
+            bars = [
+                (label(row), row["step_ms"], row["peak_mib"], row["time_ratio"], row["memory_ratio"])
+                for row in (rows[name] for name in SHOWN if name in rows)
+            ]
+            title = "One LoRA step of a Llama-3-8B shape at 64K tokens, everything recomputed"
+            return Headline(title, "peak memory", bars, source(name, result))
+    return None
+
+
+def headline_table() -> list[str]:
+    if (found := headline()) is None:
         return []
-    lines = ["**One LoRA step, Llama-3-8B shape, no recomputation** (both in one call)", ""]
     rows = [
-        [
-            row["method"] + (f", {row['mode']} {row['keep']:g}, policy {row['policy']}" if "keep" in row else ""),
-            f"{row['context']:,}",
-            f"{row['step_ms']:.0f} ms",
-            f"{row['time_ratio']:.2f} x",
-            f"{row['activation_mib']:,} MiB",
-            f"{row['activation_ratio']:.2f} x",
-        ]
-        for row in result["rows"]
+        [name, f"{ms / 1000:.2f} s", f"{faster:.2f} x", f"{mib / 1024:.1f} GiB", f"{share:.2f} x"]
+        for name, ms, mib, faster, share in found.bars
     ]
-    header = ["", "tokens", "step", "time", "activations (peak - weights)", "ratio"]
-    return [*lines, *markdown(header, rows), "", source(name, result), ""]
+    header = ["", "step", "faster", found.memory, "of the peer's"]
+    return [f"**{found.title}**", "", *markdown(header, rows), "", found.source]
+
+
+def steps() -> list[str]:
+    """Every row of benchmarks/step.py, a table per file."""
+    lines = []
+    for name, result in step_results().items():
+        rows = [
+            [
+                in_thousands(row["context"]),
+                row["recompute"],
+                label(row),
+                row["policy"] or "",
+                "out of memory" if "error" in row else f"{row['step_ms']:,.0f} ms",
+                f"{row['time_ratio']:.2f} x" if "time_ratio" in row else "",
+                f"{row['peak_mib']:,} MiB" if "peak_mib" in row else "",
+                f"{row['memory_ratio']:.2f} x" if "memory_ratio" in row else "",
+                f"{row['peak_mib'] - row['before_mib']:,} MiB" if {"peak_mib", "before_mib"} <= row.keys() else "",
+            ]
+            for row in result["rows"]
+        ]
+        models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
+        header = [
+            "tokens",
+            "recomputed",
+            "",
+            "policy",
+            "step",
+            "peer's time / ours",
+            "peak",
+            "ours / peer's",
+            "peak - weights",
+        ]
+        lines += [f"**One LoRA step, {models}, {result['gpu']}** (forward, backward, AdamW; in one process)", ""]
+        checked = result["check"]
+        what = (
+            f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} and "
+            f"{checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
+        )
+        left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
+        lines += [*markdown(header, rows), "", " ".join([what, *left_out, source(name, result)]), ""]
+    return lines
+
+
+# --- everything else --------------------------------------------------------------------------------------------------
 
 
 def equivalence() -> list[str]:
@@ -191,7 +286,7 @@ def attention(name: str) -> list[str]:
 
 
 def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
-    """Speed-up over dense cuDNN by kept share, the ideal beside it; then the other peers."""
+    """Speed-up over dense cuDNN by kept share, with the ideal; then the other peers."""
     keeps = sorted({row["keep"] for row in rows})
     lines = ["**Blocks kept at random, at original offsets, 16K tokens, head_dim 128: speed-up over dense cuDNN**", ""]
     table = [["ideal, 1 / keep²", "", *(f"{keep**-2:.1f}" for keep in keeps)]]
@@ -234,7 +329,7 @@ def tiles() -> list[str]:
 
 
 def attention_in_short(name: str) -> list[str]:
-    """Both passes beside the faster dense peer of PyTorch and FlashAttention-4, one line per size."""
+    """Both passes against the faster dense peer of PyTorch and FlashAttention-4, one line per size."""
     if (result := load(name)) is None:
         return []
     titles = {
@@ -264,37 +359,43 @@ def attention_in_short(name: str) -> list[str]:
     return [title, "", *markdown(header, lines), "", source(name, result), ""]
 
 
-def blocks() -> dict[Path, list[str]]:
-    return {
-        ROOT / "README.md": [
-            *activation(),
-            *attention_in_short("attention-h100"),
-            *quality(),
-            *recall(),
-            *equivalence(),
-        ],
-        ROOT / "docs" / "performance.md": [
-            *operations(),
-            *attention("attention-h100"),
-            *tiles(),
-        ],
-    }
+def pages() -> list[tuple[Path, str, list[str]]]:
+    """Page, kind of marker, and the lines between."""
+    found = headline()
+    everything = [
+        *([] if found is None else [f"![{found.title}: time and {found.memory}](images/step.svg)", ""]),
+        *steps(),
+        *attention_in_short("attention-h100"),
+        *quality(),
+        *recall(),
+        *equivalence(),
+        *operations(),
+        *attention("attention-h100"),
+        *tiles(),
+    ]
+    return [
+        (ROOT / "README.md", "headline", [*headline_table(), ""]),
+        (ROOT / "docs" / "results.md", "measured", everything),
+    ]
 
 
-def rewritten(page: Path, lines: list[str]) -> str:
-    begin, end = "<!-- measured: benchmarks/summary.py -->", "<!-- end of measured -->"
-    head, rest = page.read_text().split(begin)
-    tail = rest.split(end)[1]
-    return head + begin + "\n" + "\n".join(lines) + end + tail
+def rewritten(page: Path, kind: str, lines: list[str]) -> str:
+    """The page with `lines` between its markers. Raises SystemExit unless it has one pair of them."""
+    begin, end = f"<!-- {kind}: benchmarks/summary.py -->", f"<!-- end of {kind} -->"
+    text = page.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{page.name}: expected one line {begin} and, after it, one line {end}")
+    head, rest = text.split(begin)
+    return head + begin + "\n" + "\n".join(lines) + end + rest.split(end)[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     args = parser.parse_args()
     stale = []
-    for page, lines in blocks().items():
-        text = rewritten(page, lines)
+    for page, kind, lines in pages():
+        text = rewritten(page, kind, lines)
         if text != page.read_text():
             stale.append(page.name)
             if not args.check:

@@ -1,4 +1,4 @@
-"""Published figures: every result file says how it was made, and the pages say what the files say."""
+"""Published figures: every results file says how it was made, and pages and pictures show what the files hold."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
-def test_result_files_say_how_they_were_made(path: Path) -> None:
+def test_results_files_say_how_they_were_made(path: Path) -> None:
     result = json.loads(path.read_text())
     for key in ("gpu", "versions", "commit", "date", "command", "rows"):
         assert result.get(key), f"{path.name} has no {key}"
     assert result["commit"] != "unknown"
-    script = result["command"].split()[1]
-    assert (ROOT / script).exists() or (ROOT / "benchmarks" / script).exists(), result["command"]
+    script = Path(result["command"].split()[1]).name
+    assert (ROOT / "benchmarks" / script).exists(), result["command"]
+    explained = (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"`{path.stem.split('-')[0]}-" in explained and f"{script}" in explained, (
+        f"benchmarks/README.md: {path.name}"
+    )
 
 
-def test_pages_show_what_the_files_hold() -> None:
-    run = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "summary.py"), "--check"], capture_output=True)
-    assert run.returncode == 0, run.stdout.decode() + "; run `python benchmarks/summary.py`"
+@pytest.mark.parametrize("script", ["summary.py", "figure.py"])
+def test_pages_and_figure_show_what_the_files_hold(script: str) -> None:
+    run = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--check"], capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr}; run `python benchmarks/{script}`"

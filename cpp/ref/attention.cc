@@ -1,4 +1,4 @@
-// Attention forward in tiles with a running maximum and sum of every row, so that no row of P exists whole.
+// Attention forward in tiles with a running maximum and sum of every row, so that no row of P exists as a whole.
 #include <cmath>
 #include <limits>
 
@@ -25,7 +25,7 @@ struct QueryTile {
   }
   static Size floats(int64_t width) { return (Size(2) * width + kKeys + 2) * kQueries; }
   float* queries;  // [kQueries, width], scaled
-  float* sums;     // [kQueries, width]: unnormalised output
+  float* sums;     // [kQueries, width]: unnormalized output
   float* tile;     // [kQueries, kKeys]: scores, then probabilities
   float* highest;  // running maximum
   float* total;    // running sum of exponentials
@@ -87,7 +87,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     const int64_t base = (head / group * num_tiles + document.first_tile) * tile_size;
     QueryTile s(scratch.of(worker), width);
     collect_rows(a.q, rows, head, document.queries.start + first, count, a.scale, width, s.queries);
-    // These rows lie in at most two of the tiles that lists speak of.
+    // These rows lie in at most two tiles of the tile lists.
     const int64_t list_tile = first / LEMO_TILE_ROWS;
     const int64_t upper = std::min(count, (list_tile + 1) * LEMO_TILE_ROWS - first);
     const TileList upper_list(a.tile_offsets, a.tiles, document, tile.document, list_tile);

@@ -56,7 +56,8 @@ struct Tiling {
 // The most key tiles that `capacity` rows in `documents` documents can make.
 inline int64_t max_key_tiles(int64_t capacity, int64_t documents) { return capacity / kKeys + documents; }
 
-// What one tile of LEMO_TILE_ROWS rows sees of its document besides itself, from its list; everything without lists.
+// What one tile of LEMO_TILE_ROWS rows sees of its document besides itself: the tiles of its list, or all without
+// lists.
 class TileList {
  public:
   TileList(const lemo_tensor& offsets, const lemo_tensor& tiles, const Document& document, int64_t document_index,

@@ -1,4 +1,4 @@
-// Index lists by value, for data in host memory: an index that is wrong would read or write outside a tensor.
+// The values of index lists in host memory: a wrong index would read or write outside a tensor.
 #include <vector>
 
 #include "src/validate.h"
@@ -135,7 +135,7 @@ void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tile
               begin[s]);
     }
   }
-  int64_t next = 0;  // slots before it have been looked at
+  int64_t next = 0;  // slots before it have been checked
   for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
     const int64_t count = (int64_t{starts[d + 1]} - starts[d] + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS;
     const int64_t first = starts[d] / LEMO_TILE_ROWS + d;

@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kWarps * 32) blank_rows_kernel(const __grid_co
 
 void launch_blank_rows(const BlankRows& params, cudaStream_t stream) {
   if (params.rows.capacity <= 0) return;
-  launch(blank_rows_kernel, static_cast<unsigned>((params.rows.capacity + kWarps - 1) / kWarps), kWarps * 32, 0, stream,
-         params);
+  launch("attention", blank_rows_kernel, static_cast<unsigned>((params.rows.capacity + kWarps - 1) / kWarps),
+         kWarps * 32, 0, stream, params);
 }
 
 }  // namespace lemo::cuda::attention

@@ -48,7 +48,7 @@ __device__ __forceinline__ T* head_pointer(const TensorView& tensor, int head) {
 }
 
 __device__ __forceinline__ int64_t storage_row(const Documents& documents, int packed_row) {
-  return documents.rows != nullptr ? documents.rows[packed_row] : packed_row;
+  return documents.row_map != nullptr ? documents.row_map[packed_row] : packed_row;
 }
 
 }  // namespace lemo::cuda

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from lemo.integration.patch import apply, remove
     from lemo.integration.schedule import Schedule
 
-__version__ = "0.1.0"
+__version__: str
 
 _WHERE = {
+    "__version__": "_version",
     "Controller": "integration.controller",
     "LemoCallback": "integration.callback",
     "Schedule": "integration.schedule",

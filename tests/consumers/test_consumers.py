@@ -1,57 +1,94 @@
-"""A C99 and a C++17 project find the installed library with find_package, link lemo::lemo and run operations; another
-has the library inside of it and stays as it was."""
+"""A C99 and a C++17 project find the installed library with CMake and with pkg-config, link it and run operations,
+be it a shared library, a static one or the one in a wheel; another project has the library inside of it and stays as it
+was."""
+
+from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.installations import ROOT, Installation, run
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+HERE = Path(__file__).parent
+INSTALLATIONS = ("shared", "static", "wheel_installation")
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library installed from a CPU-only build, kept between test runs in LEMO_TEST_BUILD_DIR or build/consumers."""
-    build = Path(os.environ.get("LEMO_TEST_BUILD_DIR", ROOT / "build" / "consumers"))
-    prefix = tmp_path_factory.mktemp("prefix")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    run("cmake", "-S", ROOT, "-B", build, *generator, "-DLEMO_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}")
-    run("cmake", "--build", build, "--parallel", "2")
-    run("cmake", "--install", build, "--prefix", prefix)
-    return prefix
+def needed(program: Path) -> str:
+    return run("readelf", "--dynamic", program)
 
 
+@pytest.mark.parametrize("installation", INSTALLATIONS, indirect=True)
 @pytest.mark.parametrize("project", ["c99", "cpp17"])
-def test_project_builds_and_runs(project: str, prefix: Path, tmp_path: Path) -> None:
-    source = Path(__file__).parent / project
-    run("cmake", "-S", source, "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release")
+def test_cmake_project(project: str, installation: Installation, version: str, tmp_path: Path) -> None:
+    options = (f"-Dlemo_DIR={installation.cmake}", "-DCMAKE_BUILD_TYPE=Release")
+    run("cmake", "-S", HERE / project, "-B", tmp_path, *options)
     run("cmake", "--build", tmp_path)
-    assert run(tmp_path / "consumer").strip() == "lemo 0.1.0 ok"
+    assert run(tmp_path / "consumer").strip() == f"lemo {version} ok"
+    assert ("liblemo.so" in needed(tmp_path / "consumer")) == (not installation.static)
 
 
-def test_another_version_is_refused(prefix: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("pkg-config") is None, reason="pkg-config is not installed")
+@pytest.mark.parametrize("installation", INSTALLATIONS, indirect=True)
+@pytest.mark.parametrize(
+    ("compiler", "source"), [(("CC", "cc", "-std=c99"), "c99/main.c"), (("CXX", "c++", "-std=c++17"), "cpp17/main.cpp")]
+)
+def test_pkg_config(
+    compiler: tuple[str, str, str], source: str, installation: Installation, version: str, tmp_path: Path
+) -> None:
+    variable, usual, standard = compiler
+    arguments = ("--cflags", "--libs", *(["--static"] if installation.static else []), "lemo")
+    flags = shlex.split(run("pkg-config", *arguments, PKG_CONFIG_PATH=str(installation.pkgconfig)))
+    assert ("-DLEMO_STATIC" in flags) == installation.static
+    program = tmp_path / "consumer"
+    warnings = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
+    run(*shlex.split(os.environ.get(variable, usual)), standard, *warnings, HERE / source, *flags, "-o", program)
+    assert run(program, LD_LIBRARY_PATH=str(installation.library)).strip() == f"lemo {version} ok"
+    assert ("liblemo.so" in needed(program)) == (not installation.static)
+    assert run("pkg-config", "--modversion", "lemo", PKG_CONFIG_PATH=str(installation.pkgconfig)).strip() == version
+
+
+@pytest.mark.parametrize("installation", INSTALLATIONS, indirect=True)
+def test_nothing_names_the_folder_it_was_built_in(installation: Installation) -> None:
+    texts = [path for path in installation.library.rglob("*") if path.suffix in (".cmake", ".pc")]
+    assert len(texts) >= 5
+    for path in texts:
+        text = path.read_text()
+        assert str(ROOT) not in text, path
+        assert "/before" not in text, path
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("own", True), ("9.0", False)])
+def test_versions_that_are_accepted(
+    wanted: str, found: bool, shared: Installation, version: str, tmp_path: Path
+) -> None:
+    wanted = version.rpartition(".")[0] if wanted == "own" else wanted
     (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.24)\nproject(other LANGUAGES CXX)\nfind_package(lemo 9.0 CONFIG REQUIRED)\n"
+        "cmake_minimum_required(VERSION 3.24)\nproject(other LANGUAGES CXX)\n"
+        f"find_package(lemo {wanted} CONFIG REQUIRED)\n"
     )
-    command = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={prefix}"]
+    command = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-Dlemo_DIR={shared.cmake}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "9.0" in done.stderr
+    assert (done.returncode == 0) == found, done.stderr
+    assert found or wanted in done.stderr
 
 
 def test_install_has_headers_and_one_library(prefix: Path) -> None:
     headers = {path.name for path in (prefix / "include" / "lemo").iterdir()}
     assert headers == {path.name for path in (ROOT / "cpp" / "include" / "lemo").iterdir()}
-    assert [path.name for path in prefix.glob("lib*/*.so*")] == ["liblemo.so"]
+    assert [path.name for path in prefix.rglob("*.so*")] == ["liblemo.so"]
+
+
+def test_module_refuses_a_static_library(tmp_path: Path) -> None:
+    options = ("-DLEMO_PYTHON=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLEMO_CUDA=OFF")
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "LEMO_PYTHON=ON needs the shared library" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +105,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("build_type", "asserts"), [(None, True), ("Debug", True), ("Release", False)])
 def test_inside_another_project(how: str, build_type: str | None, asserts: bool, source: Path, tmp_path: Path) -> None:
     """The project itself checks that no setting has changed (its CMakeLists.txt); its build type is its own."""
-    project = Path(__file__).parent / "subproject"
+    project = HERE / "subproject"
     options = [f"-DLEMO_SOURCE={source}", f"-DFETCH={'ON' if how == 'FetchContent' else 'OFF'}"]
     options += [] if build_type is None else [f"-DCMAKE_BUILD_TYPE={build_type}"]
     run("cmake", "-S", project, "-B", tmp_path / "build", *options)
@@ -82,8 +119,8 @@ def test_inside_another_project(how: str, build_type: str | None, asserts: bool,
     assert sorted(map(str, installed)) == ["bin", "bin/own"]
 
 
-def test_a_project_around_it_links_and_runs(source: Path, tmp_path: Path) -> None:
-    project = Path(__file__).parent / "subproject"
+def test_a_project_around_it_links_and_runs(source: Path, version: str, tmp_path: Path) -> None:
+    project = HERE / "subproject"
     run("cmake", "-S", project, "-B", tmp_path, f"-DLEMO_SOURCE={source}")
     run("cmake", "--build", tmp_path, "--target", "consumer", "--parallel", "2")
-    assert run(tmp_path / "consumer").strip() == "lemo 0.1.0 ok"
+    assert run(tmp_path / "consumer").strip() == f"lemo {version} ok"

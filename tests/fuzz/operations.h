@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "lemo/operations.h"
 #include "memory.h"
 
 namespace fuzz {
@@ -50,35 +51,30 @@ struct Packing {
 template <class Args>
 struct Operation;
 
-#define FUZZ_OPERATION(op, size, ...)                                                                             \
-  template <>                                                                                                     \
-  struct Operation<lemo_##op##_args> {                                                                            \
-    static constexpr const char* name = #op;                                                                      \
-    static lemo_status run(const lemo_exec* exec, const lemo_##op##_args* args) { return lemo_##op(exec, args); } \
-    static lemo_status workspace(const lemo_exec* exec, const lemo_##op##_args* args, uint64_t* bytes) {          \
-      (void)exec, (void)args, (void)bytes;                                                                        \
-      return size;                                                                                                \
-    }                                                                                                             \
-    static bool writes(const std::string& field) {                                                                \
-      for (const char* output : {__VA_ARGS__}) {                                                                  \
-        if (field == output) return true;                                                                         \
-      }                                                                                                           \
-      return false;                                                                                               \
-    }                                                                                                             \
+#define FUZZ_RUN(op)                       \
+  static constexpr const char* name = #op; \
+  static lemo_status run(const lemo_exec* exec, const lemo_##op##_args* args) { return lemo_##op(exec, args); }
+#define FUZZ_OPERATION(op)                                                                     \
+  template <>                                                                                  \
+  struct Operation<lemo_##op##_args> {                                                         \
+    FUZZ_RUN(op)                                                                               \
+    static lemo_status workspace(const lemo_exec*, const lemo_##op##_args*, uint64_t* bytes) { \
+      *bytes = 0;                                                                              \
+      return LEMO_OK;                                                                          \
+    }                                                                                          \
   };
-FUZZ_OPERATION(gather, (*bytes = 0, LEMO_OK), "out")
-FUZZ_OPERATION(scatter_add, (*bytes = 0, LEMO_OK), "x")
-FUZZ_OPERATION(gather_norm, (*bytes = 0, LEMO_OK), "y", "packed", "mean", "rstd")
-FUZZ_OPERATION(gather_norm_backward, lemo_gather_norm_backward_workspace(exec, args, bytes), "dx", "dweight", "dbias")
-FUZZ_OPERATION(select, lemo_select_workspace(exec, args, bytes), "kept", "slots", "row_offsets", "cu_seqlens", "rows",
-               "row_slots", "weights", "info")
-FUZZ_OPERATION(scores, lemo_scores_workspace(exec, args, bytes), "scores", "map")
-FUZZ_OPERATION(predict, lemo_predict_workspace(exec, args, bytes), "scores", "queries", "keys")
-FUZZ_OPERATION(attention_forward, lemo_attention_forward_workspace(exec, args, bytes), "out", "lse")
-FUZZ_OPERATION(attention_backward, lemo_attention_backward_workspace(exec, args, bytes), "dq", "dk", "dv")
-FUZZ_OPERATION(linear_cross_entropy, lemo_linear_cross_entropy_workspace(exec, args, bytes), "loss", "valid", "dhidden",
-               "dweight", "dbias", "dlora_a", "dlora_b")
+#define FUZZ_OPERATION_WITH_WORKSPACE(op)                                                                \
+  template <>                                                                                            \
+  struct Operation<lemo_##op##_args> {                                                                   \
+    FUZZ_RUN(op)                                                                                         \
+    static lemo_status workspace(const lemo_exec* exec, const lemo_##op##_args* args, uint64_t* bytes) { \
+      return lemo_##op##_workspace(exec, args, bytes);                                                   \
+    }                                                                                                    \
+  };
+LEMO_OPERATIONS(FUZZ_OPERATION, FUZZ_OPERATION_WITH_WORKSPACE)
+#undef FUZZ_OPERATION_WITH_WORKSPACE
 #undef FUZZ_OPERATION
+#undef FUZZ_RUN
 
 inline void fill(Random& random, Memory& m, lemo_gather_args& a) {
   Packing p(random, 5, 6);
@@ -122,8 +118,6 @@ inline void fill(Random& random, Memory& m, lemo_gather_norm_args& a) {
   a.eps = 1e-3f;
   a.y = m.floats({count, d});
   if (random.once_in(2)) a.packed = m.floats({count, d});
-  if (random.once_in(2)) a.mean = m.floats({count});
-  if (random.once_in(2)) a.rstd = m.floats({count});
 }
 
 inline void fill(Random& random, Memory& m, lemo_gather_norm_backward_args& a) {
@@ -165,7 +159,7 @@ inline void fill(Random& random, Memory& m, lemo_select_args& a) {
   a.rows = m.tensor(LEMO_I32, {p.tokens()});
   a.row_slots = m.tensor(LEMO_I32, {p.tokens()});
   a.weights = m.floats({n});
-  a.info = m.tensor(LEMO_I32, {4});
+  a.info = m.tensor(LEMO_I32, {LEMO_INFO_SIZE});
 }
 
 inline void fill(Random& random, Memory& m, lemo_scores_args& a) {

@@ -3,9 +3,9 @@
   PYTHONPATH=tests python tests/ops/sanitize.py memcheck
   PYTHONPATH=tests python tests/ops/sanitize.py racecheck --only 0 3
 
-For racecheck, build with -DLEMO_CUDA_RACECHECK=ON (cuda/common/sm90/pipeline.cuh says why): in a usual build it
+For racecheck, build with -DLEMO_CUDA_RACECHECK=ON (cuda/common/sm90/pipeline.cuh gives the reason): in a usual build it
 reports accesses that are ordered. Exit status 0: the tool reported nothing. Only kernels of lemo's attention are
-instrumented. Every allocation is one of its own (no caching), so that memcheck sees a read beyond a tensor even where
+instrumented. Every tensor is allocated separately (no caching), so that memcheck sees a read beyond a tensor even if
 another tensor follows.
 """
 

@@ -172,7 +172,7 @@ def test_linear_cross_entropy_loss_of_a_frozen_head_makes_no_weight_gradient() -
     hidden = draw.normal(10, 8).requires_grad_()
     weight = draw.normal(12, 8)
     loss = ops.linear_cross_entropy_loss(hidden, weight, draw.integers(12, 10))
-    assert [saved.numel() for saved in loss.grad_fn.saved_tensors] == [hidden.numel(), 0, 0, 0, 0]
+    assert [saved.shape for saved in loss.grad_fn.saved_tensors if saved is not None] == [hidden.shape]
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass, got a second"):
         loss.backward()

@@ -8,13 +8,14 @@ import itertools
 import pytest
 import torch
 from lemo import ops
-from lemo.ops.attention import TILE_ROWS
+from lemo._native import constant
 from ops.test_cpu_cases import UNNAMED, unnamed_rows_stay
 from support.cases import ATTENTION, DIMS, Attention, Results, name_of
 from support.compare import check_half, error
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TILE_ROWS = constant("LEMO_TILE_ROWS")
 HALVES = [torch.bfloat16, torch.float16]
 REPEATS = 1000
 

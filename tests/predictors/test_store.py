@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lemo import storage
 from lemo.engine.layout import Blocks
 from lemo.predictors import CalibrationError, PredictorNetwork, PredictorSet, model_fingerprint
-from lemo.predictors import store as store_module
 from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 
@@ -86,17 +86,17 @@ def test_failing_save_changes_nothing(tmp_path, predictors, monkeypatch, exists,
     before = tree(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
     if failing == "write":
-        monkeypatch.setattr(store_module, "_flush", lambda path: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(storage, "flush", lambda path: (_ for _ in ()).throw(full))
     else:
-        replace, calls = os.replace, []
+        rename, calls = os.rename, []
 
         def fail(source, target):
             calls.append(source)
             if len(calls) == (2 if failing == "second rename" and exists else 1):
                 raise full
-            replace(source, target)
+            rename(source, target)
 
-        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(CalibrationError, match=r"no space left.*nothing was changed"):
         predictors.save(tmp_path / "c", overwrite=True)
     assert tree(tmp_path) == before

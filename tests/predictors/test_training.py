@@ -15,6 +15,7 @@ from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.teacher import Teacher, documents
 from lemo.predictors.thresholds import search_thresholds
 from lemo.predictors.train import score_loss
+from support import models
 from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 SETTINGS = {"block_size": BLOCK, "steps": 100, "rank": 16, "features": 8, "progress": False, "max_documents": 32}
@@ -66,10 +67,10 @@ def test_thresholds_keep_the_target_on_new_text(model, texts, calibrated):
     assert sum(calibrated.keep) / LAYERS == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", models.FAMILIES)
 def test_teacher_scores_match_the_full_matrix(family):
     """Against the model's own attention module: its softmax probabilities fix q.k up to a constant per row."""
-    model = build(1, family)
+    model = build(1, family) if family in models.LAYERS else models.base(family, initializer_range=0.02).eval()
     ids = torch.randint(0, 64, (3 * BLOCK + 3,), generator=torch.Generator().manual_seed(0))
     teacher, seen = Teacher(model, BLOCK, False), {}
     teacher.read(ids, lambda i, x, exact, blocks: seen.update({i: (x.clone(), exact)}))
@@ -167,7 +168,7 @@ def test_refit_brings_back_what_pruning_changed():
     g = torch.Generator().manual_seed(6)
     network = PredictorNetwork(HIDDEN, 24, 4, generator=g)
     blocks = Blocks.from_lengths([20 * BLOCK], BLOCK)
-    z = network.normalise(torch.randn(blocks.num_tokens, HIDDEN, generator=g))
+    z = network.apply_norm(torch.randn(blocks.num_tokens, HIDDEN, generator=g))
 
     def pooled():
         return {side: network.pool_block(network.hidden(z, side)[1], blocks).detach() for side in "qk"}
@@ -192,7 +193,7 @@ def test_pruning_units_that_never_fire_keeps_the_function_and_the_optimizer_stat
     states = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in network.named_parameters()}
     activity = Activity()
     for side in "qk":
-        activity.observe(side, *network.hidden(network.normalise(x), side))
+        activity.observe(side, *network.hidden(network.apply_norm(x), side))
     (kept,) = choose_units([activity], 0.4)
     assert kept["q", 1].tolist() == list(range(8))
     assert kept["q", 2].tolist() == list(range(0, 16, 2))

@@ -180,6 +180,8 @@ class World:
         options = {"post_norm": {"do_layer_norm_before": False}, "layerdrop": {"layerdrop": 0.1}}
         if kind in options:
             return make_base("opt", **options[kind])
+        if kind == "window":
+            return make_base("qwen2", use_sliding_window=True, sliding_window=16)
         if kind == "projected":
             return make_base("opt", word_embed_proj_dim=16)
         return make_base("llama" if kind == "attention_dropout" else "opt", attention_dropout=0.1)
@@ -232,7 +234,7 @@ class World:
             def no_space(path: Path) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-            self.monkeypatch.setattr("lemo.predictors.store._flush", no_space)
+            self.monkeypatch.setattr("lemo.storage.flush", no_space)
         predictors.save(self.folder / "calibration", overwrite=overwrite)
 
     # commands
@@ -286,11 +288,11 @@ class World:
         self.file("out/run.json", json.dumps({"settings": values, "inputs": inputs} | more))
         return str(self.folder / "out")
 
-    def another_model(self, kind: str = "llama") -> str:
+    def another_model(self, kind: str = "llama", **options: Any) -> str:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-        config = AutoConfig.for_model(kind, vocab_size=48, num_key_value_heads=2, eos_token_id=0, **sizes)
+        config = AutoConfig.for_model(kind, vocab_size=48, num_key_value_heads=2, eos_token_id=0, **sizes, **options)
         AutoModelForCausalLM.from_config(config).save_pretrained(self.folder / kind)
         AutoTokenizer.from_pretrained(self.model_folder).save_pretrained(self.folder / kind)
         return str(self.folder / kind)

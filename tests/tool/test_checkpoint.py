@@ -122,13 +122,14 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 
 # Each of these is a moment at which the writing process is killed, as the name of the function it dies in.
-@pytest.mark.parametrize("moment", ["write", "_digest", "_fsync", "rename", "after-rename", "rmtree"])
+@pytest.mark.parametrize("moment", ["write", "file_digest", "flush", "rename", "after-rename", "rmtree"])
 def test_kill_9_at_any_moment(tmp_path: Path, moment: str) -> None:
     script = textwrap.dedent(
         """
         import os, signal, shutil, sys
         from pathlib import Path
         import lemo.training.checkpoint as c
+        from lemo import storage
         root, moment = Path(sys.argv[1]), sys.argv[2]
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         checkpoints = c.Checkpoints(root, keep=1)
@@ -138,8 +139,8 @@ def test_kill_9_at_any_moment(tmp_path: Path, moment: str) -> None:
             if moment == "write":
                 (folder / "more").write_text("half"); die()
         rename, rmtree = os.rename, shutil.rmtree
-        if moment in ("_digest", "_fsync"):
-            setattr(c, moment, die)
+        if moment in ("file_digest", "flush"):
+            setattr(storage, moment, die)
         elif moment == "rename":
             os.rename = die
         elif moment == "after-rename":

@@ -14,9 +14,9 @@ import pytest
 import torch
 from lemo.cli import main
 from lemo.data import PackedWindows, load_documents
-from lemo.training.finetune import _Run, learning_rate_factor
 from lemo.training.finetune import finetune as finetune_documents
 from lemo.training.settings import FinetuneSettings, parse_schedule
+from lemo.training.trainer import RunInProgress, learning_rate_factor
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -166,7 +166,7 @@ def test_killed_while_saving_resumes_bit_for_bit(
     assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--save-every", "3"]) == 0
     said = capsys.readouterr().err
     assert "not used" in said and "stopped while writing" in said
-    assert (f"going on from step {last}" if last else "starting again from step 0") in said
+    assert (f"resuming from step {last}" if last else "starting again from step 0") in said
     assert_same_adapter(finished, out)
     assert not list(out.glob(".writing-*"))
     log = records(out)
@@ -333,10 +333,10 @@ def test_windows_without_a_label_are_blamed_on_the_data() -> None:
     from types import SimpleNamespace
 
     labels = [[-100, 3], [-100, -100], [-100, 4], [-100, 5]]
-    run: Any = SimpleNamespace(settings=FinetuneSettings(batch=2), log_every=1)
+    run: Any = SimpleNamespace(settings=FinetuneSettings(batch=2), log_every=1, windows_per_step=2)
     run.windows = [{"labels": torch.tensor(values)} for values in labels]
-    assert _Run.advice(run, 1).startswith("1 of the 2 windows")
-    assert _Run.advice(run, 2).startswith("Lower --lr")
+    assert RunInProgress.advice(run, 1).startswith("1 of the 2 windows")
+    assert RunInProgress.advice(run, 2).startswith("Lower --lr")
 
 
 @pytest.mark.parametrize(("window", "last"), [(0, 0), (9, 3)])

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from lemo.cli import main
 from lemo.predictors import CalibrationError, PredictorSet
-from lemo.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, content_digest, locked, read_manifest
+from lemo.storage import content_digest
+from lemo.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, locked, read_manifest
 from lemo.training.plots import summary
 from lemo.training.run_folder import (
     check_complete,
@@ -262,7 +263,7 @@ def test_a_manifest_that_leaves_a_part_out(
     assert resume(out) == 0 and adapter_of(out) == whole
     said = capsys.readouterr().err
     assert "not used" in said and (f"lists no {missing}" if digest == "new" else "its own digest differs") in said
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
 
 
 def test_other_versions_are_said_and_recorded(stopped: Setting, whole: bytes, monkeypatch, capsys) -> None:
@@ -309,7 +310,7 @@ def test_odd_names_of_folders(stopped: Setting, whole: bytes, capsys) -> None:
     said = capsys.readouterr().err
     for name in odd:
         assert f"{name}: " in said
-    assert "checkpoint-3: written at step 2" in said and "going on from step 2" in said
+    assert "checkpoint-3: written at step 2" in said and "resuming from step 2" in said
     left = {p.name for p in out.glob("checkpoint-*")}
     assert left == {*odd, "checkpoint-4"} - {"checkpoint-3"}
     assert main(["info", str(out)]) == 0
@@ -362,14 +363,15 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
         """
         import os, signal, sys
         from pathlib import Path
-        import lemo.training.checkpoint as c
+        import lemo.storage
+        from lemo.training.checkpoint import locked
         from lemo.training.run_folder import start_run
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[2] == "written":
-            c._fsync = die
+            lemo.storage.flush = die
         else:
             os.replace = die
-        with c.locked(Path(sys.argv[1])):
+        with locked(Path(sys.argv[1])):
             start_run(Path(sys.argv[1]), {"settings": {}})
         """
     )

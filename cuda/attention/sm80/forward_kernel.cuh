@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys;
   constexpr int kRowTiles = kQueries / Config::kWarps / 16;
   constexpr int kWarpRows = kRowTiles * 16;
-  // A warp leaves out a tile that lies beyond its rows; what is left then has no fully masked row.
+  // A warp skips key tiles beyond its rows; no row is then fully masked in the tiles it visits.
   static_assert(kKeys % kWarpRows == 0);
   using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, kSplit>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     const int key_start = key_tile * kKeys;
     const bool active = key_start <= warp_start + kWarpRows - 1;
     copy_async_wait<0>();
-    __syncthreads();  // the keys are there, and nobody reads the last values any more
+    __syncthreads();  // the keys have arrived, and the previous values are no longer in use
     loader.load(values, head_pointer<T>(params.v, key_head), params.v.row_stride);
     copy_async_commit();
 
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     }
 
     copy_async_wait<0>();
-    __syncthreads();  // the values are there, and nobody reads these keys any more
+    __syncthreads();  // the values have arrived, and these keys are no longer in use
     if (key_tile > last_tile) {
       loader.find_rows(params.key_documents, key_rows, key_start - kKeys);
       loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
@@ -186,7 +186,8 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
   // Heads fastest: all heads' heaviest tiles start first, which evens out the end of the launch.
   const int64_t slots = query_slots<kAlignedRows>(params.documents, Config::kQueries);
   const auto kernel = params.documents.aligned ? forward_kernel<T, kHeadDim, true> : forward_kernel<T, kHeadDim, false>;
-  launch(kernel, static_cast<unsigned>(slots * params.heads), Config::kWarps * 32, kBytes, stream, params);
+  launch("attention_forward", kernel, static_cast<unsigned>(slots * params.heads), Config::kWarps * 32, kBytes, stream,
+         params);
 }
 
 }  // namespace lemo::cuda::attention::sm80

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
 #pragma unroll 1
     for (int query_start = first_query; query_start < length; query_start += kQueries) {
       copy_async_wait<0>();
-      __syncthreads();  // this stage is there; the other one and the scores are not read any more
+      __syncthreads();  // this stage has arrived; the other one and the scores are no longer in use
       if (next_head < end_head) load_next(stage ^ 1);
       const uint32_t stage_offset = Layout::kStages + stage * Layout::kStage;
       const uint32_t queries = base + stage_offset, douts = queries + Layout::kQueryBytes;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
         }
       }
       if (params.key_weights != nullptr) {
-        // Read anew for every tile: this mode pays with four cached loads rather than all modes with four registers.
+        // Read again for every tile: four cached loads in this mode instead of four registers in all modes.
         float weights[2] = {1.0f, 1.0f};
         int slots[2] = {0, 0};
 #pragma unroll
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
       multiply_fragments<T, kHeadDim, kQueries, kPitch>(dk, ds, queries + by_row_bytes);
 
       if (params.dq_float != nullptr) {
-        __syncthreads();  // every warp's scores are there
+        __syncthreads();  // every warp's scores are written
         constexpr int kRows = kQueries / Config::kDqRowWarps, kColumns = kHeadDim / Config::kDqColumnWarps;
         static_assert(kRows % 16 == 0 && kColumns % 16 == 0);
         const int row = warp % Config::kDqRowWarps * kRows, column = warp / Config::kDqRowWarps * kColumns;

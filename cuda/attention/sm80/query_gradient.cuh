@@ -1,4 +1,5 @@
-// dQ on its own, for deterministic mode: a block owns kQueries queries of one head and walks the keys they see.
+// dQ in a separate kernel, for deterministic mode: a block owns kQueries queries of one head and walks the keys
+// they see.
 #pragma once
 
 #include "attention/aligned_rows.cuh"
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
 #pragma unroll 1
   for (int key_start = 0; key_start < key_end; key_start += kKeys) {
     copy_async_wait<0>();
-    __syncthreads();  // this stage is there, and nobody reads the other one any more
+    __syncthreads();  // this stage has arrived, and the other one is no longer in use
     if (key_start + kKeys < key_end) load_keys(key_start + kKeys, stage ^ 1);
     const uint32_t offset = Layout::kStages + stage * Layout::kStage;
     const uint32_t keys = base + offset, values = keys + Layout::kKeyBytes;

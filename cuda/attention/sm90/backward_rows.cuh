@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kTileThreads)
     dout[pass] = out[pass] = make_uint4(0, 0, 0, 0);
     if (row < tile.length && row >= tile.first && in_row) {
       const int64_t storage = storage_row(params.documents, tile.start + row);
-      dout[pass] = *reinterpret_cast<const uint4*>(head_pointer<T>(params.dout_rows, head) +
-                                                   storage * params.dout_rows.row_stride + lane * 8);
-      out[pass] = *reinterpret_cast<const uint4*>(head_pointer<T>(params.out_rows, head) +
-                                                  storage * params.out_rows.row_stride + lane * 8);
+      dout[pass] = *reinterpret_cast<const uint4*>(head_pointer<T>(params.dout_view, head) +
+                                                   storage * params.dout_view.row_stride + lane * 8);
+      out[pass] = *reinterpret_cast<const uint4*>(head_pointer<T>(params.out_view, head) +
+                                                  storage * params.out_view.row_stride + lane * 8);
     }
   }
   float4* sums = reinterpret_cast<float4*>(params.dq_sums + item * DqOrder<kHeadDim>::kSize);

@@ -1,4 +1,4 @@
-// Key weights of mode `backward`: w_ij = weight of j's block slot, or 1 where query i lies in the same slot.
+// Key weights of mode `backward`: w_ij = weight of j's block slot, or 1 if query i lies in the same slot.
 #pragma once
 
 #include "attention/sm90/backward_walk.cuh"
@@ -6,14 +6,14 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-// What a thread block knows of its keys. In shared memory, each consumer warp its own 16: accumulators leave no
+// The weights and slots of a thread block's keys, 16 per consumer warp; in shared memory, because accumulators leave no
 // registers.
 struct KeyWeights {
   float weight[kBackwardKeys];
   int slot[kBackwardKeys];
-  int near_end[kBackwardWarps];  // queries from here on share no slot with these keys: rows of a slot are neighbours
+  int near_end[kBackwardWarps];  // queries from here on share no slot with these keys: rows of a slot are neighbors
 
-  // By every lane of a consumer warp.
+  // Called by every lane of a consumer warp.
   __device__ __forceinline__ void load(const BackwardKernelParams& params, const KeyWork& work) {
     const Tile& tile = work.tile;
     const int32_t* slots = params.key_row_slots + tile.start;
@@ -37,8 +37,8 @@ struct KeyWeights {
     __syncwarp();
   }
 
-  // Weighs the probabilities, [keys, queries], of the query tile that begins at query_start: elements kBegin to kEnd of
-  // a lane's.
+  // Weighs the probabilities, [keys, queries], of the query tile that begins at query_start: this lane's elements
+  // kBegin to kEnd.
   template <int kBegin, int kEnd, class Scores>
   __device__ __forceinline__ void apply(const BackwardKernelParams& params, const KeyWork& work, int query_start,
                                         Scores& p) const {

@@ -35,7 +35,7 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   kernel_params.heads = params.heads;
   kernel_params.group = params.group;
   kernel_params.head_dim = params.head_dim;
-  // A scale of 0 would make NaN of masked scores; this one makes every visible score 0 all the same.
+  // A scale of 0 would turn masked scores into NaN; with this one every visible score still becomes 0.
   kernel_params.scale_log2 = std::max(params.scale * kLog2E, 1e-30f);
   ForwardSchedule& schedule = kernel_params.schedule;
   schedule.next = params.counter;
@@ -47,7 +47,7 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const int blocks = std::min(schedule.items, device_info(device).multiprocessors);
-  launch(forward_kernel_sm90<T, kHeadDim, kListed>, blocks, (Mainloop::kConsumers + 1) * 128,
+  launch("attention_forward", forward_kernel_sm90<T, kHeadDim, kListed>, blocks, (Mainloop::kConsumers + 1) * 128,
          static_cast<int>(sizeof(ForwardShared<Mainloop, kHeadDim>)), stream, kernel_params);
 }
 

@@ -6,9 +6,8 @@
 
 namespace lemo::cuda::sm80 {
 
-// Loads kRows rows of head_dim elements through the row map: eight neighbouring lanes read one row. The row numbers are
-// fetched apart from the rows, so that a caller can have them ready one tile ahead. kCut: rows may begin after
-// tile.first.
+// Loads kRows rows of head_dim elements through the row map: eight neighboring lanes read one row. Row numbers are
+// fetched separately, so that a caller can have them ready one tile ahead. kCut: rows may begin after tile.first.
 template <typename T, int kRows, int kHeadDim, int kThreads, bool kCut = false>
 class TileLoader {
  public:
@@ -52,7 +51,7 @@ class TileLoader {
   static constexpr int kChunks = kHeadDim / 8;
   static constexpr int kRowsPerWarp = 32 / kLanes;
   static_assert(kRows % kRowsPerPass == 0 && kPasses * kRowsPerWarp <= 32);
-  int row_;  // one of the warp's rows in every lane; all lanes see them through shuffles
+  int row_;  // every lane holds one of the warp's rows; the others read it through shuffles
 };
 
 // acc (16 x kColumns) += A (16 x kDepth) B^T, both operands stored with contiguous depth: a_address and b_address carry
@@ -100,7 +99,7 @@ __device__ __forceinline__ void clear(float (&acc)[kTiles][4]) {
   }
 }
 
-// Writes two C-layout rows (row, row + 8 of a 16-row tile) of factor * acc, where they lie inside the document.
+// Writes two C-layout rows (row, row + 8 of a 16-row tile) of factor * acc, if they lie inside the document.
 template <typename T, int kTiles>
 __device__ __forceinline__ void store_rows(const Documents& documents, const Tile& tile, const TensorView& target,
                                            int head, int row, const float (&acc)[kTiles][4], float factor_top,

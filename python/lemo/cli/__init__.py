@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lemo.cli.common import Formatter, explain
+from lemo.cli.common import Formatter, explain, process
 
 _COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
 
@@ -55,11 +55,21 @@ def _let_waiting_threads_sleep() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _which_process() -> str:
+    try:
+        rank, count = process()
+    except ValueError:
+        return ""
+    return f" (process {rank} of {count})" if rank else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors become one message on stderr unless --debug is given."""
     _let_waiting_threads_sleep()
     args = build_parser().parse_args(argv)
     try:
+        if args.command != "finetune" and process()[1] > 1:
+            raise ValueError(f"runs in one process, but WORLD_SIZE is {process()[1]}; start it without torchrun")
         with warnings.catch_warnings():
             if not args.debug:
                 # Other libraries' notices to their own developers; ours are printed as lines.
@@ -79,5 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         message, code = explain(error)
-        print(f"lemo {args.command}: {message}", file=sys.stderr)
+        if message:
+            print(f"lemo {args.command}{_which_process()}: {message}", file=sys.stderr)
         return code

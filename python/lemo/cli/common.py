@@ -25,14 +25,31 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
         return super()._get_help_string(action)
 
 
+def process() -> tuple[int, int]:
+    """(rank, number of processes), as torchrun and accelerate launch say it in the environment."""
+    from lemo.training.processes import world_size
+
+    count = world_size()
+    rank = os.environ.get("RANK", "")
+    if count > 1 and not rank.isdecimal():
+        raise ValueError(f"WORLD_SIZE is {count}, but RANK is {rank!r}; start several processes with torchrun")
+    return (int(rank) if count > 1 else 0), count
+
+
 def say(line: str) -> None:
-    """A line for the user, on stderr: stdout carries results only."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the user, on stderr: stdout carries results only. Of several processes, the first alone speaks."""
+    if process()[0] == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """(message, exit code) of an error."""
+    """(message, exit code) of an error; no message if another process has the error to report."""
     import torch
+
+    from lemo.training.processes import AnotherProcessFailed
+
+    if isinstance(error, AnotherProcessFailed):
+        return "", 1
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
@@ -54,6 +71,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, 2
     if isinstance(error, FloatingPointError):
         return text, 1
+    if process()[1] > 1 and "closed by peer" in text:  # gloo raises nothing more specific
+        return "another process of the run has ended; see its message", 1
     return f"{type(error).__name__}: {text} (run again with --debug for where it happened)", 1
 
 
@@ -156,13 +175,23 @@ def device_of(name: str | None) -> Any:
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        if process()[1] > 1:
+            if ":" in name:
+                raise ValueError(f"--device {name}: several processes take one GPU each; give --device cuda")
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local >= count:
+                raise ValueError(
+                    f"process {local} of this machine has no GPU: torch sees {count}; start at most as many processes "
+                    "as there are GPUs"
+                )
+            return torch.device("cuda", local)
         if not count or (device.index or 0) >= count:
             raise ValueError(f"--device {name}: this machine shows {count} usable GPUs to torch; use --device cpu")
     return device
@@ -209,8 +238,11 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     return config
 
 
-def check_supported(config: Any) -> None:
-    """Raises UnsupportedModelError for a model that lemo cannot train. Looks at an empty copy: no weights are read."""
+def check_supported(config: Any, context: int | None = None) -> None:
+    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens.
+
+    Looks at an empty copy: no weights are read.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -223,7 +255,9 @@ def check_supported(config: Any) -> None:
         raise families.UnsupportedModelError(
             f"lemo does not support models of type {config.model_type!r} ({_first_line(error)})"
         ) from error
-    families.find(model)
+    family, _ = families.find(model)
+    if context is not None:
+        family.check_length(config, context)
 
 
 def load_model(args: argparse.Namespace, context: int | None = None, *, to_train: bool = False) -> Any:
@@ -236,7 +270,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     if args.quiet:
         transformers_logging.disable_progress_bar()
     if to_train:  # first: that the context is too long for it does not matter where the model cannot be used at all
-        check_supported(load_config(args.model, None, False))
+        check_supported(load_config(args.model, None, False), context)
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
     name = args.dtype or "auto"

@@ -17,6 +17,7 @@ from lemo.cli.common import (
     add_common,
     add_data,
     add_model,
+    device_of,
     load_data,
     load_model,
     path_name,
@@ -50,6 +51,9 @@ policies (--policy, for skip phases): predictors (the paper's: needs --calibrati
   calibration), sampled, random, exact (slow: for comparison). In a schedule, :shared after sampled or random makes one
   draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration
 
+several GPUs: torchrun --nproc-per-node 4 -m lemo finetune ... (the same options). Each process takes the GPU of its
+rank and its own windows: a step has batch x accumulate x processes of them. To resume, start as many processes again.
+
 The run folder: run.json (settings), log.jsonl (loss, tokens/s, kept ratio per layer, memory), checkpoint-*/ (the last
 few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN makes a table and pictures of it.
 """
@@ -58,7 +62,7 @@ few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN mak
 _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "context": ("tokens per window", int, "run"),
     "steps": ("optimizer steps", int, "run"),
-    "batch": ("windows per forward pass", int, "run"),
+    "batch": ("windows per forward pass, in each process", int, "run"),
     "accumulate": ("forward passes per step", int, "run"),
     "seed": ("of the adapter's first weights, the order of the data and every random choice", int, "run"),
     "held_out": ("fraction of the data kept from training and evaluated densely", float, "run"),
@@ -179,27 +183,14 @@ def _check_there(out: str, option: str, place: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import finetune
-    from lemo.training.run_folder import check_new
+    from lemo.training.processes import Processes
 
     for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("log_every", 1), ("evaluate_every", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
-    for name in ("model", "tokenizer"):
-        if getattr(args, name) is not None:
-            setattr(args, name, absolute(getattr(args, name)))
-    if args.data is not None:
-        args.data = [absolute(source) for source in args.data]
-    settings = _settings(args)
-    if args.resume is False:
-        if (Path(args.out) / "run.json").exists():
-            raise ValueError(
-                f"--out {args.out} holds a run already; continue it with --resume, or choose another folder"
-            )
-        check_new(Path(args.out))  # before model and data are read, which may take long
-    if settings.calibration and not Path(settings.calibration).is_dir():
-        raise ValueError(f"--calibration {settings.calibration}: no such folder; make it with lemo calibrate")
-    model = load_model(args, settings.context, to_train=True)
-    documents = load_data(args, model.config)
+    processes = Processes.join(device_of(args.device))
+    args.quiet = args.quiet or not processes.first
+    model, documents, settings = processes.together(lambda: _load(args))
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     result = finetune(
         model,
@@ -215,5 +206,28 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         report=say,
     )
-    print(result.adapter)
+    if processes.first:
+        print(result.adapter)
     return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, FinetuneSettings]:
+    """Model, documents and settings of the run, new or resumed; `args` then names all of its inputs."""
+    from lemo.training.run_folder import check_new
+
+    for name in ("model", "tokenizer"):
+        if getattr(args, name) is not None:
+            setattr(args, name, absolute(getattr(args, name)))
+    if args.data is not None:
+        args.data = [absolute(source) for source in args.data]
+    settings = _settings(args)
+    if args.resume is False:
+        if (Path(args.out) / "run.json").exists():
+            raise ValueError(
+                f"--out {args.out} holds a run already; continue it with --resume, or choose another folder"
+            )
+        check_new(Path(args.out))  # before model and data are read, which may take long
+    if settings.calibration and not Path(settings.calibration).is_dir():
+        raise ValueError(f"--calibration {settings.calibration}: no such folder; make it with lemo calibrate")
+    model = load_model(args, settings.context, to_train=True)
+    return model, load_data(args, model.config), settings

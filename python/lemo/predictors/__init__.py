@@ -1,13 +1,14 @@
 """Predictors of block informativeness: the networks, their training on a frozen model, and their folder on disk."""
 
+from lemo.predictors.calibration import CalibrationSettings, calibrate
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.network import LayerWeights, PredictorNetwork
 from lemo.predictors.report import evaluate_recall, format_report, plot_report
 from lemo.predictors.store import CalibrationError, PredictorSet
-from lemo.predictors.train import calibrate
 
 __all__ = [
     "CalibrationError",
+    "CalibrationSettings",
     "LayerWeights",
     "PredictorNetwork",
     "PredictorSet",

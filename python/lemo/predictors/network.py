@@ -93,7 +93,7 @@ class PredictorNetwork(nn.Module):
             w1 = w1 - w1.mean(1, keepdim=True)
         return w1, w2, w3
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def apply_norm(self, x: Tensor) -> Tensor:
         """z [T, d] float32 of residual rows x [T, d]."""
         x = x.float()
         if self.norm == "rms":
@@ -108,7 +108,7 @@ class PredictorNetwork(nn.Module):
 
     def forward(self, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Query and key vectors [nb, c] float32 of every block, from residual rows x [T, d]."""
-        z = self.normalise(x)
+        z = self.apply_norm(x)
         queries, keys = (self.pooled(self.hidden(z, side)[1], blocks, side) for side in "qk")
         return queries, keys
 

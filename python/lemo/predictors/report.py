@@ -36,7 +36,7 @@ def compare(
     """One document. Sums over its blocks, from which recall and precision follow.
 
     The truth is what the exact scores keep of a budget ``keep``; "position" is what a rule that knows no content keeps
-    (the earliest blocks, or for normalised scores the latest): plain column sums favour early blocks, normalised ones
+    (the earliest blocks, or for normalized scores the latest): plain column sums favour early blocks, normalized ones
     late ones, and a predictor has to be measured against that. The document's first block, always kept, does not count.
     """
     count = kept_per_document(blocks, keep)[0]

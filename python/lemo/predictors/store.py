@@ -1,17 +1,15 @@
 """Calibrated predictors on disk: one folder with ``lemo_config.json`` and ``predictors.safetensors``.
 
-The folder is written under a temporary name beside its target and gets its name by one rename, so that it is either
-complete or absent. The configuration names the format, every layer's sizes, the model the predictors were trained for,
-and the size and digest of the weight file, so that a damaged or exchanged file is noticed when it is read.
+The folder is complete or absent (see `lemo.storage`). The configuration names the format, every layer's sizes, the
+model the predictors were trained for, and the size and digest of the weight file, so that a damaged or exchanged file
+is noticed when it is read.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo import storage
 from lemo.engine.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights
-from lemo.training.checkpoint import content_digest
+from lemo.storage import content_digest, file_digest, replaced_name
 
 CONFIG_NAME = "lemo_config.json"
 WEIGHTS_NAME = "predictors.safetensors"
@@ -127,28 +126,10 @@ class PredictorSet:
         it was until the new one is complete. Raises CalibrationError where it cannot be written.
         """
         target = Path(folder)
-        old = target.with_name(f".replaced-{target.name}")
-        temporary = target.with_name(f".writing-{target.name}-{os.getpid()}")
         check_target(target, overwrite)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            self._write(temporary)
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(target, old)
-                try:
-                    os.replace(temporary, target)
-                except BaseException:
-                    os.replace(old, target)
-                    raise
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(temporary, target)
-            _flush(target.parent)
+            storage.write_folder(target, self._write, overwrite=True)
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CalibrationError(f"cannot write {target}: {_reason(error)}; nothing was changed") from error
 
     def _write(self, folder: Path) -> None:
@@ -172,15 +153,12 @@ class PredictorSet:
             "thresholds": list(self.thresholds),
             "keep": list(self.keep),
             "sizes": [[list(w.shape) for w in layer] for layer in self.layers],
-            "weights": {"bytes": path.stat().st_size, "sha256": _digest(path)},
+            "weights": {"bytes": path.stat().st_size, "sha256": file_digest(path)},
             "model": self.fingerprint,
             "report": self.report,
         }
         config["digest"] = content_digest(config)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            _flush(folder / name)
-        _flush(folder)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -241,15 +219,15 @@ def calibration_digest(folder: str | os.PathLike[str]) -> str:
     config = _read_config(folder)
     _read_weights(folder, config)
     _check_digest(folder, config)
-    return hashlib.sha256((_digest(folder / CONFIG_NAME) + _digest(folder / WEIGHTS_NAME)).encode()).hexdigest()
+    return hashlib.sha256((file_digest(folder / CONFIG_NAME) + file_digest(folder / WEIGHTS_NAME)).encode()).hexdigest()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not folder.is_dir():
         hint = "run `lemo calibrate` first"
-        if folder.with_name(f".replaced-{folder.name}").is_dir():
-            hint = f"an interrupted overwrite left the previous one at {folder.with_name(f'.replaced-{folder.name}')}"
+        if replaced_name(folder).is_dir():
+            hint = f"an interrupted overwrite left the previous one at {replaced_name(folder)}"
         raise CalibrationError(f"calibration folder {folder} does not exist: {hint}")
     try:
         config = json.loads(path.read_bytes())
@@ -317,7 +295,7 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         raise CalibrationError(
             f"{path} is truncated or was exchanged: expected {expected.get('bytes')} bytes, got {size}; calibrate again"
         )
-    if _digest(path) != expected.get("sha256"):
+    if file_digest(path) != expected.get("sha256"):
         raise CalibrationError(f"{path} is not what was written (its digest differs): calibrate again")
     try:
         return load_file(path)
@@ -343,23 +321,5 @@ def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         )
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _reason(error: BaseException) -> str:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors reports the operating system's error as text only
-    return f"no space left on the disk ({error})" if full or "os error 28" in str(error) else str(error)
+    return f"no space left on the disk ({error})" if storage.is_disk_full(error) else str(error)

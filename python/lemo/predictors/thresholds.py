@@ -16,7 +16,7 @@ layer's blocks that score less), which outliers cannot stretch; the result is in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def search_thresholds(
     blocks = p.shape[1]
     ordered, order = p.sort(dim=1, stable=True)
     rank = torch.empty_like(p).scatter_(1, order, torch.arange(blocks, dtype=p.dtype).expand_as(p) / blocks)
-    # Forced blocks are no choice, and a document's first one may hold most of the informativeness (attention sinks).
+    # Forced blocks are always kept and excluded here; the first may hold most of the informativeness (attention sinks).
     value = e * ~f
     value = value / value.sum(1, keepdim=True).clamp_min(1e-300)
 
@@ -67,6 +67,15 @@ def search_thresholds(
         t = (t + eta * slope).clamp(0.0, 1.0)
         price += rate * (1 - step / rounds) * float(kept(t).mean() - keep)
 
+    t = _shifted_to(t, kept, keep)
+    thresholds = _in_units_of_scores(t, ordered)
+    shares = ((p >= thresholds[:, None]) | f).double().mean(1)
+    return tuple(thresholds.tolist()), tuple(shares.tolist())
+
+
+def _shifted_to(t: Tensor, kept: Callable[[Tensor], Tensor], keep: float) -> Tensor:
+    """Thresholds (ranks) [L] shifted by what all layers have in common, so that they keep the share `keep`."""
+
     def shifted(by: float) -> Tensor:
         return (t + by).clamp(0.0, 1.0)
 
@@ -75,13 +84,16 @@ def search_thresholds(
         middle = (low + high) / 2
         low, high = (middle, high) if float(kept(shifted(middle)).mean()) >= keep else (low, middle)
     # Of the two sides of the last jump, the nearer.
-    t = shifted(min((low, high), key=lambda by: abs(float(kept(shifted(by)).mean()) - keep)))
+    return shifted(min((low, high), key=lambda by: abs(float(kept(shifted(by)).mean()) - keep)))
+
+
+def _in_units_of_scores(t: Tensor, ordered: Tensor) -> Tensor:
+    """Ranks [L] as scores, given each layer's scores in ascending order [L, N]."""
+    blocks = ordered.shape[1]
     # Between the last block left out and the first one kept, so that rounding of scores decides nothing.
     first = (t * blocks).ceil().long()
     above = ordered.gather(1, first.clamp(max=blocks - 1)[:, None])[:, 0]
     below = ordered.gather(1, (first - 1).clamp(min=0)[:, None])[:, 0]
     beyond = ordered[:, -1] + (ordered[:, -1].abs() + 1) * 1e-3
     thresholds = torch.where(first >= blocks, beyond, (above + below) / 2)
-    thresholds = torch.where(first == 0, ordered[:, 0], thresholds)
-    shares = ((p >= thresholds[:, None]) | f).double().mean(1)
-    return tuple(thresholds.tolist()), tuple(shares.tolist())
+    return torch.where(first == 0, ordered[:, 0], thresholds)

@@ -1,18 +1,14 @@
-"""Folders that are either complete or absent, whatever happens while they are written.
+"""A run's checkpoints: folders with a manifest, each complete or absent (see `lemo.storage`).
 
-A folder is written under a hidden temporary name, every file of it is flushed to the disk, a manifest with sizes and
-digests is added, and only then does one rename give it its name. A process killed at any moment leaves the previous
-checkpoints as they were; what it had half-written keeps the temporary name, is never read, and is reported. A folder
-that was damaged afterwards does not match its manifest, and a damaged manifest does not match its own digest: either
-is reported, and the next older checkpoint is used.
+The manifest lists every file with size and digest, and has a digest of its content. A folder that was damaged after it
+was written does not match its manifest, and a damaged manifest does not match its own digest: either is reported, and
+the next older checkpoint is used. What a killed process left half-written is never read, and is reported.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -22,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lemo import storage
+from lemo.storage import TEMPORARY, content_digest
+
 MANIFEST = "lemo_manifest.json"
-_TEMPORARY = ".writing-"
 _STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 _FORMAT = 2  # 1 had no digest of the manifest itself
 
@@ -36,109 +34,52 @@ class ForeignFormat(CheckpointError):
     """A checkpoint of another version of lemo: not damaged, but not readable here."""
 
 
-# ---- one folder, atomically ------------------------------------------------------------------------------------------
-
-
-def content_digest(values: dict[str, Any]) -> str:
-    """Hex digest of JSON values, whatever their order and spacing in a file; a "digest" among them does not count."""
-    counted = {k: v for k, v in values.items() if k != "digest"}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+# ---- one folder and its manifest -------------------------------------------------------------------------------------
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
-# What is left of ENOSPC once torch's and safetensors' writers have turned it into text of their own.
-_DISK_FULL_TEXTS = ("No space left", "os error 28", "file write failed", "unexpected pos")
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(text in str(link) for text in _DISK_FULL_TEXTS):
-            return True
-        link = link.__cause__ or link.__context__
-    return False
-
-
 def write_folder(
     target: Path, write: Callable[[Path], None], extra: dict[str, Any] | None = None, *, manifest: bool = True
 ) -> None:
-    """Create `target`, filled by `write(folder)`, completely or not at all.
+    """Creates `target`, filled by `write(folder)`, completely or not at all.
 
-    extra: kept in the manifest. manifest: False leaves the folder as `write` made it. Raises CheckpointError where
+    extra: kept in the manifest. manifest: False leaves the folder as `write` made it. Raises CheckpointError if
     `target` exists already or cannot be written; what was half-written is removed and everything else is as before.
     """
     target = Path(target)
     if target.exists():
         raise CheckpointError(f"{target} exists already and is never overwritten; remove it or choose another folder")
-    temporary = target.parent / f"{_TEMPORARY}{target.name}-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write(temporary)
-        files = _files(temporary)
+
+    def fill(folder: Path) -> None:
+        write(folder)
         if manifest:
-            entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-            content = {"format": _FORMAT, "files": entries, **(extra or {})}
-            (temporary / MANIFEST).write_text(json.dumps(content | {"digest": content_digest(content)}, indent=1))
-            files.append(temporary / MANIFEST)
-        for path in files:
-            _fsync(path)
-        for folder in [p for p in temporary.rglob("*") if p.is_dir()] + [temporary]:
-            _fsync(folder)
-        os.rename(temporary, target)
-        _fsync(target.parent)
+            files = {
+                str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": storage.file_digest(p)}
+                for p in _files(folder)
+            }
+            content = {"format": _FORMAT, "files": files, **(extra or {})}
+            (folder / MANIFEST).write_text(json.dumps(content | {"digest": content_digest(content)}, indent=1))
+
+    try:
+        storage.write_folder(target, fill)
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
-            try:
-                free = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free now)"
-            except OSError:
-                free = ""
+        if storage.is_disk_full(error):
             raise CheckpointError(
-                f"no space left on the disk while writing {target}{free}; earlier checkpoints are intact. "
-                "Free space and run again with --resume"
+                f"no space left on the disk while writing {target}{storage.free_space(target.parent)}; earlier "
+                "checkpoints are intact. Free space and run again with --resume"
             ) from error
         raise CheckpointError(f"cannot write {target}: {error}; earlier checkpoints are intact") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content, completely or not at all."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    """Replaces a file's content, completely or not at all. Raises CheckpointError."""
     try:
-        temporary.write_text(text)
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
+        storage.write_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror}; the previous file is intact") from error
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether this was left half-written by a process that was stopped."""
-    return path.name.startswith(_TEMPORARY)
 
 
 def _manifest_content(folder: Path) -> dict[str, Any]:
@@ -178,7 +119,7 @@ def read_manifest(folder: Path, required: Sequence[str] = ()) -> dict[str, Any]:
         if path.stat().st_size != size:
             raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, expected {size}")
         try:
-            digest = _digest(path)
+            digest = storage.file_digest(path)
         except OSError as error:
             raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from None
         if digest != sha256:
@@ -235,7 +176,7 @@ class Checkpoints:
         # Later ones are damaged, or this step would not be done again; they must not push out what was just written.
         for old in [s for s in self._steps() if s <= step][: -self.keep]:
             # Renamed first: a process killed while deleting leaves no folder that looks like a checkpoint.
-            doomed = self.root / f"{_TEMPORARY}old-{old}-{os.getpid()}"
+            doomed = self.root / f"{TEMPORARY}old-{old}-{os.getpid()}"
             os.rename(self.folder(old), doomed)
             _remove(doomed)
         return target
@@ -261,7 +202,7 @@ class Checkpoints:
     def find(self) -> Found:
         """Look at every folder; half-written and damaged ones are listed in `ignored`."""
         found = Found()
-        for path in sorted(self.root.glob(f"{_TEMPORARY}*")):
+        for path in sorted(self.root.glob(f"{TEMPORARY}*")):
             found.ignored.append(f"{path.name}: left by a run that was stopped while writing")
         for line, in_the_way in self._others():
             (found.stopping if in_the_way else found.ignored).append(line)
@@ -279,7 +220,7 @@ class Checkpoints:
 
     def remove_leftovers(self) -> None:
         """Delete what stopped runs left half-written. Only while holding the run's lock."""
-        for path in self.root.glob(f"{_TEMPORARY}*"):
+        for path in self.root.glob(f"{TEMPORARY}*"):
             _remove(path)
 
 

@@ -20,7 +20,9 @@ import torch
 
 from lemo.data import Documents, evaluation_pieces, evaluation_spans
 from lemo.data.windows import Span
+from lemo.engine.families import logit_softcap
 from lemo.training.adapters import adapter_name, check_adapter, loaded_adapter
+from lemo.training.processes import Processes
 
 # Fewer documents than this say too little about the spread between documents; windows are the units then.
 _MIN_DOCUMENTS_AS_UNITS = 10
@@ -147,7 +149,7 @@ def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     base = _base_of(model)
     logits = base.get_output_embeddings()(hidden).float()
-    cap = getattr(base.config, "final_logit_softcapping", None)
+    cap = logit_softcap(base.config)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -189,11 +191,14 @@ def score(
     max_tokens: int | None = None,
     tokens_per_batch: int | None = None,
     tick: Callable[[int], None] = lambda n: None,
+    processes: Processes | None = None,
 ) -> Scores:
-    """Score every document densely, over its labels. The model's training mode is put back afterwards.
+    """Score every document densely, over its labels. The model's training mode is restored afterwards.
 
     tokens_per_batch: tokens of one forward pass (default: one context). tick: called with tokens done.
+    processes: among which the batches are divided; all get the whole result. Default: this one does everything.
     """
+    processes = processes or Processes()
     spans = check_scorable(documents, context, ", ".join(documents.names) or "the data", max_tokens)
     pieces = [(d, documents.document(d)[start:stop]) for d, start, stop in spans]
     masks = [None if (m := documents.labelled(d)) is None else m[start:stop] for d, start, stop in spans]
@@ -202,7 +207,8 @@ def score(
     was_training = model.training
     model.eval()
     try:
-        for rows in _batches(pieces, tokens_per_batch or context):
+        batches = list(_batches(pieces, tokens_per_batch or context))
+        for rows in batches[processes.rank :: processes.count]:
             lengths = torch.tensor([len(pieces[i][1]) for i in rows])
             ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
             labels = torch.full_like(ids, -100)
@@ -215,6 +221,7 @@ def score(
             tick(int(lengths.sum()))
     finally:
         model.train(was_training)
+    nll = processes.sum(nll)
     if not np.isfinite(nll).all():
         raise FloatingPointError(
             "the model's loss is not finite on this text; check the weights, the dtype and the context"

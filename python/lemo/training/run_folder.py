@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
+from lemo.storage import content_digest, is_leftover
 from lemo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     Checkpoints,
     Found,
     compare_settings,
-    content_digest,
-    is_leftover,
     write_text,
 )
+from lemo.training.processes import Processes
 from lemo.training.settings import FinetuneSettings
 
 RUN_FILE, ADAPTER = "run.json", "adapter"
@@ -38,16 +38,24 @@ _NEEDED = (
     "adapter_model.safetensors",
     "optimizer.pt",
     "scheduler.pt",
-    "rng_state.pth",
     "trainer_state.json",
 )
 
 Report = Callable[[str], None]
 
 
-def run_checkpoints(out: Path | str, keep: int = 2) -> Checkpoints:
-    """The checkpoints of a run folder; those that lack a part of the training state do not count."""
-    return Checkpoints(out, keep, _NEEDED)
+def run_checkpoints(out: Path | str, keep: int = 2, processes: int = 1) -> Checkpoints:
+    """The checkpoints of a run folder; those that lack a part of the training state do not count.
+
+    processes: of the run; every one has its own random state.
+    """
+    ranks = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return Checkpoints(out, keep, [*_NEEDED, *ranks])
+
+
+def processes_of(saved: dict[str, Any]) -> int:
+    """How many processes a run has, by its identity."""
+    return saved.get("processes", 1)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -79,11 +87,14 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: it has no settings{_copy_of_settings(Path(folder))}")
     if not isinstance(saved.get("inputs", {}), dict) or not isinstance(saved.get("events", []), list):
         raise CheckpointError(f"{path} is damaged: inputs or events are not what lemo writes")
+    processes = processes_of(saved)
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise CheckpointError(f"{path} is damaged: processes is {processes!r}, expected a number of at least 1")
     return saved
 
 
 def _copy_of_settings(folder: Path) -> str:
-    complete = run_checkpoints(folder).find().checkpoints
+    complete = Checkpoints(folder, required=_NEEDED).find().checkpoints
     if not complete:
         return "; start a new run in another folder"
     return f"; {complete[-1].folder}/lemo_manifest.json holds the same values under settings"
@@ -122,6 +133,7 @@ def _what_must_be_equal(identity: dict[str, Any]) -> dict[str, Any]:
 def _compare(saved: dict[str, Any], now: dict[str, Any], what: str, note: str = "") -> None:
     """Raise CheckpointError naming every field of the identity in which `now` differs from `saved`."""
     try:
+        saved = {"processes": 1, **saved}  # not recorded before runs could have several
         ours = _what_must_be_equal({k: v for k, v in saved.items() if k in now})
         compare_settings(ours, _what_must_be_equal(now), what)
     except CheckpointError as error:
@@ -171,6 +183,22 @@ def start_run(out: Path, identity: dict[str, Any]) -> None:
     check_new(out)
     Checkpoints(out).remove_leftovers()
     write_run(out, {**identity, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "events": []})
+
+
+def check_same(processes: Processes, identity: dict[str, Any]) -> None:
+    """Raises ValueError, in every process, unless all of them train the same model in the same way on the same data."""
+    mine = _what_must_be_equal(json.loads(json.dumps(identity)))
+    first = processes.gather(mine)[0]
+
+    def compare() -> None:
+        different = sorted(n for n in first.keys() | mine.keys() if first.get(n) != mine.get(n))
+        if different:
+            raise ValueError(
+                f"process {processes.rank} differs from process 0 in {', '.join(different)}; start every process with "
+                "the same command, model, data and calibration"
+            )
+
+    processes.together(compare)
 
 
 def check_identity(out: Path, identity: dict[str, Any]) -> None:

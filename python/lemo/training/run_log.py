@@ -86,10 +86,10 @@ def _json_values(value: Any, where: str, lost: list[str]) -> Any:
 
 
 class RunLog:
-    """Appends JSON lines, each flushed at once."""
+    """Appends JSON lines, each flushed at once. active: whether this process writes the log; others discard it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, active: bool = True) -> None:
+        self.path, self.active = path, active
 
     def cut(self, step: int, report: Callable[[str], None] = lambda line: None) -> None:
         """Drop what was logged after `step`: those steps are about to be done again."""
@@ -97,6 +97,8 @@ class RunLog:
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
 
     def write(self, **record: Any) -> None:
+        if not self.active:
+            return
         lost: list[str] = []
         values = _json_values(record, "", lost)
         if lost:

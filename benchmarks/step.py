@@ -1,0 +1,309 @@
+"""One LoRA step (forward, backward, AdamW) of a Llama-3-8B shape: lemo against what a user would run instead.
+
+Random bf16 weights, LoRA r=8 alpha=16 on q, k, v, o, one document of N tokens whose labels are its ids, everything
+recomputed in the backward pass (gradient checkpointing). The peer is transformers + PEFT + Liger with cuDNN attention.
+All rows run in one process over the same weights, the peer first; before that, a short document checks that lemo with
+nothing eliminated has the peer's loss and gradients.
+
+  python benchmarks/step.py                                     # 64K and 16K tokens: minutes on an H100 or H200
+  python benchmarks/step.py --context 8192 --recompute none     # nothing recomputed
+  python benchmarks/step.py --only dense skip-0.5               # some of the rows; the peer always runs
+  python benchmarks/step.py --model tiny --context 512          # a smoke run, also without a GPU (no memory figures)
+
+Rows:
+{rows}
+
+step_ms is the median of the timed steps, by CUDA events, step_ms_min and step_ms_max their spread; peak_mib the largest
+amount of memory that PyTorch had allocated during one of them, weights included, and before_mib what it had before.
+time_ratio is the peer's time over ours (above 1: lemo is faster), memory_ratio our peak over the peer's (below 1: lemo
+needs less). kept is the share of blocks that a layer kept, on average. The loss is the last step's; in mode "skip" it
+is over the tokens that took part. Results: benchmarks/results/step-GPU.json, written after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import add_output, header, table, write_results
+from llama import LIGER, PLAIN, SHAPES, Base, make_base, make_model, missing_liger, ours, peer, release
+
+COLUMNS = ("row", "context", "kept", "step_ms", "time_ratio", "peak_mib", "memory_ratio", "loss", "error")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way of training with lemo.
+
+    policy: None is the default without a calibration. calibrated: with predictors, as `lemo calibrate` makes them (they
+    are not trained here: what they choose changes, what they cost does not), and the default policy that goes with
+    them. density: share of the attention's tiles that are computed, for modes that choose tiles.
+    """
+
+    mode: str
+    keep: float = 1.0
+    policy: str | None = None
+    weighted: bool = False
+    calibrated: bool = False
+    density: float | None = None
+
+    def describe(self) -> str:
+        if self.mode == "dense":
+            return "lemo, nothing eliminated"
+        chosen = "the default policy with a calibration" if self.calibrated else f"policy {self.policy or 'default'}"
+        return f"mode {self.mode}, {self.keep:g} of the tokens kept, {'weighted, ' * self.weighted}{chosen}"
+
+
+ROWS = {
+    "dense": Row("dense"),
+    "skip-0.5": Row("skip", 0.5, "update_norm"),
+    "skip-0.3": Row("skip", 0.3, "update_norm"),
+    "skip-0.5-calibrated": Row("skip", 0.5, calibrated=True),
+    "skip-0.3-calibrated": Row("skip", 0.3, calibrated=True),
+    "backward-0.5": Row("backward", 0.5, "random", weighted=True),
+}
+
+
+def settings(row: Row, recompute: str, calibration: Path) -> Any:
+    import lemo
+
+    keep = None if row.mode == "dense" else row.keep
+    phase = lemo.Phase(row.mode, keep=keep, policy=row.policy, weighted=row.weighted)
+    return lemo.LemoConfig(phases=[phase], recompute=recompute, calibration=calibration if row.calibrated else None)
+
+
+def untrained_calibration(base: Base, folder: Path) -> Path:
+    """Predictors of the size that `lemo calibrate` begins with."""
+    from lemo.predictors import PredictorNetwork, PredictorSet, model_fingerprint
+
+    n = base.config.num_hidden_layers
+    generator = torch.Generator().manual_seed(0)
+    networks = [PredictorNetwork(base.config.hidden_size, 64, 32, generator=generator) for _ in range(n)]
+    PredictorSet(
+        [network.export() for network in networks],
+        norm="rms",
+        pool="max",
+        eps=1e-5,
+        normalize=False,
+        thresholds=(0.0,) * n,
+        keep=(0.5,) * n,
+        block_size=64,
+        context=4096,
+        fingerprint=model_fingerprint(make_model(base)),
+    ).save(folder)
+    return folder
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def document(base: Base, tokens: int) -> torch.Tensor:
+    generator = torch.Generator(base.device).manual_seed(2)
+    return torch.randint(0, base.config.vocab_size, (1, tokens), device=base.device, generator=generator)
+
+
+def timed(step: Any, cuda: bool) -> float:
+    """Milliseconds of one call, by events on the GPU."""
+    if not cuda:
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, steps: int) -> dict[str, Any]:
+    """One step to warm up, then the timed ones. Without enough memory, what is known then and the reason."""
+    ids = document(base, tokens)
+    figures: dict[str, Any] = {}
+    try:
+        with contestant as (model, controller):
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+            loss = torch.zeros(())
+
+            def step() -> None:
+                nonlocal loss
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                loss = loss.detach()
+
+            step()
+            if base.cuda:
+                torch.cuda.synchronize()
+                figures["before_mib"] = torch.cuda.memory_allocated() >> 20
+                torch.cuda.reset_peak_memory_stats()
+            times = [timed(step, base.cuda) for _ in range(steps)]
+            figures |= {
+                "step_ms": round(statistics.median(times), 1),
+                "step_ms_min": round(min(times), 1),
+                "step_ms_max": round(max(times), 1),
+                "steps": steps,
+                "loss": round(loss.item(), 4),
+            }
+            if controller is not None:
+                figures["kept"] = round(statistics.mean(controller.kept_ratios), 4)
+            if base.cuda:
+                figures["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
+    except torch.OutOfMemoryError:
+        figures = {"error": "out of memory"}
+    return figures
+
+
+def gradients(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = [p.grad.float().flatten() for p in model.parameters() if p.requires_grad]
+    return loss.item(), torch.cat(grads)
+
+
+def check(base: Base, peer_name: str, recompute: str, tokens: int) -> dict[str, Any]:
+    """Loss and LoRA gradients of lemo, nothing eliminated, against the peer's. Raises SystemExit if they differ.
+
+    The limits allow for bf16: two correct implementations of 32 layers differ by a few percent of the gradient's norm.
+    """
+    ids = document(base, tokens)
+    with peer(base, peer_name, recompute) as (model, _):
+        expected, theirs = gradients(model, ids)
+    del model
+    with ours(base, settings(ROWS["dense"], recompute, Path())) as (model, _):
+        loss, mine = gradients(model, ids)
+    del model
+    found = {
+        "context": tokens,
+        "peer_loss": expected,
+        "loss": loss,
+        "loss_error": abs(loss - expected) / abs(expected),
+        "loss_limit": 1e-3 if base.cuda else 1e-5,
+        "gradient_error": ((mine - theirs).norm() / theirs.norm()).item(),
+        "gradient_limit": 0.2 if base.cuda else 1e-4,
+    }
+    for kind in ("loss", "gradient"):
+        if not found[f"{kind}_error"] <= found[f"{kind}_limit"]:  # nor if it is not a number
+            raise SystemExit(f"lemo with nothing eliminated does not compute the peer's {kind}: {found}")
+    return found
+
+
+def compare(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A row with the peer's figures and the ratios to them."""
+    row = row | {"peer": other["method"]}
+    for name in ("step_ms", "peak_mib"):
+        if name in other:
+            row[f"peer_{name}"] = other[name]
+    if "step_ms" in row and "step_ms" in other:
+        row["time_ratio"] = round(other["step_ms"] / row["step_ms"], 3)
+    if "peak_mib" in row and "peak_mib" in other:
+        row["memory_ratio"] = round(row["peak_mib"] / other["peak_mib"], 3)
+    return row
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def choose_peer(wanted: str | None) -> tuple[str, list[dict[str, str]]]:
+    """The peer, and what was left out with the reason. Never silently a weaker one on a GPU."""
+    reason = missing_liger()
+    if wanted == "plain" or (wanted is None and not torch.cuda.is_available()):
+        return PLAIN, [{"row": LIGER, "reason": reason or "--peer plain"}]
+    if reason:
+        raise SystemExit(f"the peer {LIGER} cannot run: {reason}. --peer plain compares with {PLAIN}")
+    return LIGER, []
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    width = max(map(len, ROWS))
+    rows = "\n".join(f"  {name:{width}}  {row.describe()}" for name, row in ROWS.items())
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").replace("{rows}", rows), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[65536, 16384], help="tokens of the document (default: 65536 16384)"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), metavar="ROW", help="rows to measure (default: all)")
+    parser.add_argument(
+        "--recompute",
+        choices=["full", "none"],
+        default="full",
+        help="what the backward pass computes again, in lemo and the peer (default: full)",
+    )
+    parser.add_argument("--model", choices=sorted(SHAPES), default="llama3-8b", help="shape (default: llama3-8b)")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a smoke run")
+    parser.add_argument("--steps", type=int, help="timed steps per row (default: 3 from 64K tokens, up to 9 below)")
+    parser.add_argument(
+        "--peer", choices=["liger", "plain"], help="plain: without Liger (default: liger on a GPU, plain without one)"
+    )
+    add_output(parser, "step")
+    args = parser.parse_args(arguments)
+    if args.layers is not None and args.layers < 1:
+        parser.error(f"--layers: expected at least 1, got {args.layers}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {args.steps}")
+    if min(args.context) < 64:
+        parser.error(f"--context: expected at least 64 tokens (one block), got {min(args.context)}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    made = header()  # before anything is written: a results file under version control would make the commit "-dirty"
+    warnings.filterwarnings("ignore", category=FutureWarning)  # new names in transformers that old versions lack
+    peer_name, left_out = choose_peer(args.peer)
+    for missing in left_out:
+        print(f"left out: {missing['row']}: {missing['reason']}", flush=True)
+    start = time.perf_counter()
+    base = make_base(args.model, args.layers)
+    print(f"{base.name}: weights made in {time.perf_counter() - start:.0f} s", flush=True)
+    checked = check(base, peer_name, args.recompute, min(2048, *args.context))
+    release(base)
+    print(f"nothing eliminated: loss within {checked['loss_error']:.1e}, gradient {checked['gradient_error']:.1e}")
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        release(base)
+        rows.append(row)
+        print(table([row], COLUMNS).splitlines()[1], flush=True)
+        write_results(args.out, rows, **made, check=checked, left_out=left_out)
+        return row
+
+    print("  ".join(COLUMNS), flush=True)
+    chosen = {name: row for name, row in ROWS.items() if args.only is None or name in args.only}
+    calibrated = any(row.calibrated for row in chosen.values())
+    with tempfile.TemporaryDirectory() if calibrated else nullcontext("") as scratch:
+        calibration = untrained_calibration(base, Path(scratch) / "calibration") if calibrated else Path()
+        release(base)
+        for tokens in args.context:
+            steps = args.steps or max(3, min(9, 3 * 65536 // tokens))
+            same = {"context": tokens, "recompute": args.recompute, "model": base.name}
+            identity = {"row": "peer", "method": peer_name, "mode": "dense", "keep": 1.0, "density": None}
+            found = measure(base, peer(base, peer_name, args.recompute), tokens, steps)
+            reference = identity | {"policy": None, "weighted": False} | same | found
+            reference = add(compare(reference, reference))
+            for name, row in chosen.items():
+                config = settings(row, args.recompute, calibration)
+                policy, options = config.policy(config.phases[0])
+                identity = {"row": name, "method": "lemo", "mode": row.mode, "keep": row.keep, "density": row.density}
+                identity["policy"] = None if row.mode == "dense" else policy + " shared" * bool(options.get("shared"))
+                found = measure(base, ours(base, config), tokens, steps)
+                add(compare(identity | {"weighted": row.weighted} | same | found, reference))
+    print(table(rows, COLUMNS))
+    print(write_results(args.out, rows, **made, check=checked, left_out=left_out))
+    return int(any("error" in row for row in rows if row["row"] != "peer"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

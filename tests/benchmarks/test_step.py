@@ -1,0 +1,193 @@
+"""The benchmark of one LoRA step on a tiny shape, and what the pages and the figure make of its results."""
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+LIGER = "transformers + PEFT + Liger"
+
+
+def step(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """benchmarks/step.py without a GPU, wherever the test runs."""
+    command = [sys.executable, "benchmarks/step.py", *map(str, arguments)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The results file of a run that took every row, and its output."""
+    out = tmp_path_factory.mktemp("results") / "step-cpu.json"
+    done = step("--model", "tiny", "--layers", 2, "--context", 320, "--steps", 2, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Modules of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("summary", "figure", "step")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def test_every_row_is_measured_against_the_peer(smoke: tuple[dict[str, Any], str], benchmarks: Any) -> None:
+    result, printed = smoke
+    rows = {row["row"]: row for row in result["rows"]}
+    assert list(rows) == ["peer", *benchmarks.step.ROWS]
+    peer = rows["peer"]
+    for name, row in rows.items():
+        assert (row["context"], row["recompute"], row["model"], row["steps"]) == (320, "full", "tiny, 2 layers", 2)
+        assert row["step_ms_min"] <= row["step_ms"] <= row["step_ms_max"]
+        assert row["peer"] == "transformers + PEFT" and row["peer_step_ms"] == peer["step_ms"]
+        assert row["time_ratio"] == pytest.approx(peer["step_ms"] / row["step_ms"], abs=1e-3)
+        assert "peak_mib" not in row and "memory_ratio" not in row  # nothing to measure without a GPU
+        assert f"\n{name}  320" in printed
+    kept = {name: row["kept"] for name, row in rows.items() if name != "peer"}
+    assert kept["dense"] == 1.0 and kept["skip-0.5"] == kept["skip-0.5-calibrated"] == 0.6  # of five blocks
+    assert kept["skip-0.3"] == kept["skip-0.3-calibrated"] == 0.4 and 0 < kept["backward-0.5"] < 1
+    policies = {name: row["policy"] for name, row in rows.items()}
+    assert policies["skip-0.5"] == "update_norm" and policies["skip-0.5-calibrated"] == "sampled shared"
+    assert rows["dense"]["loss"] == pytest.approx(peer["loss"], abs=1e-3)
+    assert rows["skip-0.5"]["loss"] != rows["dense"]["loss"]
+
+
+def test_the_check_comes_first_and_left_out_rows_have_reasons(smoke: tuple[dict[str, Any], str]) -> None:
+    result, printed = smoke
+    check = result["check"]
+    assert check["loss_error"] <= check["loss_limit"] and 0 < check["gradient_error"] <= check["gradient_limit"]
+    assert result["left_out"] == [{"row": LIGER, "reason": "liger-kernel needs a GPU"}]
+    assert f"left out: {LIGER}: liger-kernel needs a GPU" in printed
+    assert result["command"].startswith("python benchmarks/step.py --model tiny") and "--out" not in result["command"]
+
+
+def test_no_weaker_peer_unasked() -> None:
+    done = step("--model", "tiny", "--peer", "liger")
+    assert done.returncode != 0
+    assert "cannot run: liger-kernel needs a GPU. --peer plain compares with transformers + PEFT" in done.stderr
+
+
+def test_a_wrong_loss_ends_the_run(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark would time something else than the peer's step."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = benchmarks.step.make_base("tiny", layers=1)
+    monkeypatch.setitem(benchmarks.step.ROWS, "dense", benchmarks.step.Row("skip", 0.5))
+    with pytest.raises(SystemExit, match="nothing eliminated does not compute the peer's loss"):
+        benchmarks.step.check(base, "transformers + PEFT", "full", 256)
+
+
+def test_a_row_that_does_not_fit(benchmarks: Any) -> None:
+    """512K tokens may fit with lemo and not with the peer: the rows stay, without ratios."""
+
+    @contextlib.contextmanager
+    def full() -> Any:
+        yield full_model, None
+
+    def full_model(**batch: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full_model.parameters = lambda: [torch.nn.Parameter(torch.zeros(1))]  # type: ignore[attr-defined]
+    base = SimpleNamespace(cuda=False, device=torch.device("cpu"), config=SimpleNamespace(vocab_size=10))
+    found = benchmarks.step.measure(base, full(), 64, 1)
+    assert found == {"error": "out of memory"}
+    row = benchmarks.step.compare({"step_ms": 2.0, "peak_mib": 3}, {"method": LIGER, **found})
+    assert row == {"step_ms": 2.0, "peak_mib": 3, "peer": LIGER}
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+def write_result(folder: Path, name: str, context: int, date: str, fits: bool = True) -> None:
+    same = {"context": context, "recompute": "full", "model": "llama3-8b", "peer": LIGER, "keep": 1.0, "policy": None}
+    same |= {"weighted": False}
+    peer = {"row": "peer", "method": LIGER, "mode": "dense"} | same
+    peer |= {"step_ms": 14000.0, "peak_mib": 40960, "time_ratio": 1.0, "memory_ratio": 1.0}
+    table = {
+        "skip-0.3": ("skip", 0.3, 2000.0, 20480),
+        "dense": ("dense", 1.0, 12500.0, 36864),
+        "skip-0.5": ("skip", 0.5, 4000.0, 25600),
+        "backward-0.5": ("backward", 0.5, 7000.0, 32768),
+        "skip-0.5-calibrated": ("skip", 0.5, 4100.0, 25600),
+    }
+    rows = [peer if fits else peer | {"error": "out of memory"}]
+    for row, (mode, keep, ms, mib) in table.items():
+        values = {"row": row, "method": "lemo", "mode": mode, "keep": keep, "weighted": mode == "backward"}
+        values |= {"step_ms": ms, "peak_mib": mib, "policy": "update_norm"}
+        if fits:
+            values |= {"time_ratio": 14000.0 / ms, "memory_ratio": mib / 40960}
+        rows.append(same | values)
+    result = {"gpu": "NVIDIA H100", "versions": {"torch": "2.11.0"}, "commit": "0" * 12, "date": date, "rows": rows}
+    result |= {"command": "python benchmarks/step.py", "left_out": []}
+    result["check"] = {"loss_error": 1e-5, "gradient_error": 0.02, "context": 2048}
+    (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def results(benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(benchmarks.summary, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_headline_and_figure(benchmarks: Any, results: Path) -> None:
+    """Five rows in the order of the story, from the newest file that has them."""
+    write_result(results, "step-h200", 65536, "2026-11-28T10:00:00+00:00")
+    write_result(results, "step-a", 65536, "2026-11-27T10:00:00+00:00")
+    write_result(results, "step-b", 16384, "2026-11-29T10:00:00+00:00")
+    lines = benchmarks.summary.headline_table()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert cells[2:] == [
+        [LIGER, "14.00 s", "1.00 x", "40.0 GiB", "1.00 x"],
+        ["lemo, nothing eliminated", "12.50 s", "1.12 x", "36.0 GiB", "0.90 x"],
+        ["lemo, `skip` 0.5", "4.00 s", "3.50 x", "25.0 GiB", "0.62 x"],
+        ["lemo, `skip` 0.3", "2.00 s", "7.00 x", "20.0 GiB", "0.50 x"],
+        ["lemo, `backward` 0.5 weighted", "7.00 s", "2.00 x", "32.0 GiB", "0.80 x"],
+    ]
+    assert "64K tokens" in lines[0] and "step-h200.json" in lines[-1]
+
+    drawn = benchmarks.figure.picture(benchmarks.summary.headline())
+    assert drawn == benchmarks.figure.picture(benchmarks.summary.headline())
+    bars = [
+        e for e in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}rect") if e.get("class") != "ground"
+    ]
+    widths = [float(bar.attrib["width"]) for bar in bars]
+    assert len(widths) == 10
+    assert [w / widths[0] for w in widths[:5]] == pytest.approx([1, 12.5 / 14, 4 / 14, 2 / 14, 7 / 14], abs=1e-3)
+    assert [w / widths[5] for w in widths[5:]] == pytest.approx([1, 0.9, 0.625, 0.5, 0.8], abs=1e-3)
+    assert "prefers-color-scheme: dark" in drawn
+
+
+def test_without_a_peer_there_is_no_headline(benchmarks: Any, results: Path) -> None:
+    assert benchmarks.summary.headline() is None
+    write_result(results, "step-h100", 65536, "2026-11-28T10:00:00+00:00", fits=False)
+    assert benchmarks.summary.headline() is None  # no ratio to a peer that did not fit
+
+
+def test_full_tables(benchmarks: Any, results: Path, smoke: tuple[dict[str, Any], str]) -> None:
+    """Of a real file, without memory, and of one with rows that did not fit."""
+    (results / "step-cpu.json").write_text(json.dumps(smoke[0]))
+    write_result(results, "step-h100", 524288, "2026-11-28T10:00:00+00:00", fits=False)
+    text = "\n".join(benchmarks.summary.steps())
+    assert "| 512K | full | transformers + PEFT + Liger |  | out of memory |" in text
+    assert "| 512K | full | lemo, `skip` 0.3 | update_norm | 2,000 ms |  | 20,480 MiB |  | " in text
+    assert "| 320 | full | lemo, `skip` 0.5 | sampled shared |" in text
+    assert f"Left out: {LIGER}: liger-kernel needs a GPU." in text
+
+
+def test_markers_are_needed(benchmarks: Any, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- headline: benchmarks/summary.py -->\nold\n<!-- end of headline -->\nb\n")
+    text = benchmarks.summary.rewritten(page, "headline", ["new", ""])
+    assert text == "a\n<!-- headline: benchmarks/summary.py -->\nnew\n<!-- end of headline -->\nb\n"
+    with pytest.raises(SystemExit, match=r"README\.md: expected one line <!-- measured"):
+        benchmarks.summary.rewritten(page, "measured", [])
