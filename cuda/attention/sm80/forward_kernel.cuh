@@ -137,13 +137,8 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     }
 
     copy_async_wait<0>();
-<<<<<<< HEAD
     __syncthreads();  // the values have arrived, and these keys are no longer in use
-    if (key_tile > 0) {
-=======
-    __syncthreads();  // the values are there, and nobody reads these keys any more
     if (key_tile > last_tile) {
->>>>>>> w-attn
       loader.find_rows(params.key_documents, key_rows, key_start - kKeys);
       loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
       copy_async_commit();

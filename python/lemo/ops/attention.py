@@ -155,13 +155,8 @@ def attention(
         raise ValueError("lse: expected out and lse together, got one of them")
     _need_longest(cu_seqlens_k, max_seqlen_k)
     if out is None:
-<<<<<<< HEAD
         keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": max_seqlen_k}
         out, lse = attention_forward(q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale, **keys)
-=======
-        layout = (cu_seqlens, rows, max_seqlen, scale, None, None, cu_seqlens_k, rows_k, longest_k)
-        out, lse = torch.ops.lemo.attention_forward(q.detach(), k.detach(), v.detach(), *layout)
->>>>>>> w-attn
     lists = (cu_seqlens, rows, key_weights, row_slots, cu_seqlens_k, rows_k, row_slots_k)
     return _Attention.apply(q, k, v, out, lse, *lists, max_seqlen, scale, deterministic, max_seqlen_k)
 
