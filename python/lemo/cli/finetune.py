@@ -206,6 +206,7 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         report=say,
     )
+    processes.leave()
     if processes.first:
         print(result.adapter)
     return 0
