@@ -3,7 +3,7 @@ and include/ as `cmake --install` makes them, for C and C++ programs that link t
 
 Environment: LEMO_CUDA=AUTO|ON|OFF (default AUTO: on where nvcc and the CUTLASS headers are found),
 LEMO_CUDA_ARCHITECTURES="90a;80", LEMO_CUTLASS_DIR, LEMO_BUILD_DIR (kept between builds), MAX_JOBS, CMAKE_ARGS;
-LEMO_VERSION_LABEL=cu130 makes the version 0.1.0 into 0.1.0+cu130.
+LEMO_VERSION_LABEL=cu130 appends +cu130 to the version.
 """
 
 import os
@@ -51,6 +51,7 @@ class CMakeBuild(build_ext):
         names = ("LEMO_CUDA", "LEMO_CUDA_ARCHITECTURES", "LEMO_CUTLASS_DIR")
         settings |= {name: os.environ[name] for name in names if name in os.environ}
         configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *(f"-D{k}={v}" for k, v in settings.items())]
+        configure += ["-U_Python_*", "-UPYTHON_*", "-Upybind11_DIR"]  # what a kept folder knows of another Python
         if shutil.which("ninja") and not (folder / "Makefile").exists():
             configure += ["-G", "Ninja"]
         jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))

@@ -1,7 +1,7 @@
-"""Compile the CUDA kernels (no GPU needed), report registers, and fail where a kernel spills.
+"""Compile the CUDA kernels (no GPU needed), report registers, and fail if a kernel spills.
 
-Hopper kernels are held to more: no local memory at all, and no warning of the assembler that it gave up overlapping
-matrix products (C7510) or ignored their register budgets.
+The sm_90a kernels of attention and scores have to satisfy more: no local memory at all, and no warning of the assembler
+that it gave up overlapping matrix products (C7510) or ignored their register budgets.
 
   python .ci/cuda_compile.py --build build/cuda [--full] [--jobs N]
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_TUNED = re.compile(r"_hd(80|96)|_f16|_fp16")
 SM90 = re.compile(r"(9attention|7scoring)4sm90")  # the namespaces, in mangled names
 WARNING = re.compile(rf"\(C75\d\d\).*{SM90.pattern}|setmaxnreg ignored")
-RULES = 3  # to be raised with every new rule: what passed under the last ones is compiled again
+RULES = 3  # raise it with every new rule: what passed under the old ones is then compiled again
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_ptxas(text: str) -> tuple[int, tuple[str, ...]]:
 
 
 def newest_input(dependencies: Path) -> float:
-    """The latest change among the files a dependency file names; infinite where it or one of them is missing."""
+    """The latest change among the files a dependency file names; infinite if it or one of them is missing."""
     try:
         words = dependencies.read_text().replace("\\\n", " ").partition(":")[2].split()
         return max(Path(word).stat().st_mtime for word in words)

@@ -33,9 +33,14 @@ def output(*command: object) -> str:
     return subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def toolkit(name: str) -> str | None:
+    """A program of the CUDA toolkit."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
 def cuda_label() -> str:
     """cu130 for nvcc 13.0: the name that PyTorch's wheels give to what they were built with."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = os.environ.get("CUDACXX") or toolkit("nvcc")
     if nvcc is None:
         raise SystemExit("the CUDA wheel needs nvcc: expected it on PATH, in /usr/local/cuda/bin or as CUDACXX")
     found = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
@@ -69,6 +74,22 @@ def repair(wheel: Path, out: Path) -> Path:
     return found
 
 
+def cuda_faults(library: Path) -> list[str]:
+    """What is wrong with the architectures that a library has CUDA code for."""
+    cuobjdump = toolkit("cuobjdump")
+    if cuobjdump is None:
+        print("no cuobjdump (a part of the CUDA toolkit): the architectures in the library are not checked", flush=True)
+        return []
+    found = set(re.findall(r"\.(sm_\w+)\.cubin", output(cuobjdump, "--list-elf", library)))
+    ptx = set(re.findall(r"\.(sm_\w+)\.ptx", output(cuobjdump, "--list-ptx", library)))
+    faults = []
+    if found != set(ARCHITECTURES.values()):
+        faults.append(f"has CUDA code for {sorted(found)}, expected {sorted(ARCHITECTURES.values())}")
+    if ptx != {"sm_80"}:
+        faults.append(f"has PTX for {sorted(ptx)}, expected ['sm_80']")
+    return faults
+
+
 def check(wheel: Path, kind: str) -> None:
     """Every module, header and native file is there, nothing else is, and CUDA code is for the architectures asked."""
     with zipfile.ZipFile(wheel) as archive:
@@ -86,10 +107,7 @@ def check(wheel: Path, kind: str) -> None:
         faults += [f"holds {name}" for name in sorted(libraries - {"lemo/lib/liblemo.so"})]
         if kind == "cuda" and "lemo/lib/liblemo.so" in names:
             with tempfile.TemporaryDirectory() as folder:
-                listed = output("cuobjdump", "--list-elf", archive.extract("lemo/lib/liblemo.so", folder))
-            found = set(re.findall(r"\.(sm_\w+)\.cubin", listed))
-            if found != set(ARCHITECTURES.values()):
-                faults.append(f"has CUDA code for {sorted(found)}, expected {sorted(ARCHITECTURES.values())}")
+                faults += cuda_faults(Path(archive.extract("lemo/lib/liblemo.so", folder)))
     if faults:
         raise SystemExit("\n  ".join([f"{wheel.name}:", *faults]))
 

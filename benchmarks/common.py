@@ -42,7 +42,7 @@ def commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LEMO_COMMIT", "unknown")
+        return os.environ.get("LEMO_COMMIT", "unknown")[:12]
     return run.stdout.strip()
 
 

@@ -86,7 +86,7 @@ def main() -> int:
     args = parser.parse_args()
     found = headline()
     if found is None:
-        raise SystemExit("no results to draw: benchmarks/results has neither a step-*.json nor an activation-h200.json")
+        raise SystemExit("no results to draw: benchmarks/results has no step-*.json with steps of 64K tokens")
     drawn = picture(found)
     if OUT.exists() and OUT.read_text() == drawn:
         return 0

@@ -76,7 +76,7 @@ def step_results() -> dict[str, dict[str, Any]]:
 
 
 def headline() -> Headline | None:
-    """The newest steps of an 8B model at 64K tokens, everything recomputed; before there are any, steps at 16K."""
+    """The newest steps of an 8B model at 64K tokens, everything recomputed."""
     for name, result in step_results().items():
         rows = {
             row["row"]: row
@@ -92,15 +92,7 @@ def headline() -> Headline | None:
             ]
             title = "One LoRA step of a Llama-3-8B shape at 64K tokens, everything recomputed"
             return Headline(title, "peak memory", bars, source(name, result))
-    name = "activation-h200"
-    if (result := load(name)) is None:
-        return None
-    bars = [
-        (label(row), row["step_ms"], row["activation_mib"], 1 / row["time_ratio"], row["activation_ratio"])
-        for row in result["rows"]
-    ]
-    title = "One LoRA step of a Llama-3-8B shape at 16K tokens, nothing recomputed"
-    return Headline(title, "activations", bars, source(name, result))
+    return None
 
 
 def headline_table() -> list[str]:
@@ -128,11 +120,22 @@ def steps() -> list[str]:
                 f"{row['time_ratio']:.2f} x" if "time_ratio" in row else "",
                 f"{row['peak_mib']:,} MiB" if "peak_mib" in row else "",
                 f"{row['memory_ratio']:.2f} x" if "memory_ratio" in row else "",
+                f"{row['peak_mib'] - row['before_mib']:,} MiB" if {"peak_mib", "before_mib"} <= row.keys() else "",
             ]
             for row in result["rows"]
         ]
         models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
-        header = ["tokens", "recomputed", "", "policy", "step", "peer's time / ours", "peak", "ours / peer's"]
+        header = [
+            "tokens",
+            "recomputed",
+            "",
+            "policy",
+            "step",
+            "peer's time / ours",
+            "peak",
+            "ours / peer's",
+            "peak - weights",
+        ]
         lines += [f"**One LoRA step, {models}, {result['gpu']}** (forward, backward, AdamW; in one process)", ""]
         checked = result["check"]
         what = (
@@ -142,26 +145,6 @@ def steps() -> list[str]:
         left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
         lines += [*markdown(header, rows), "", " ".join([what, *left_out, source(name, result)]), ""]
     return lines
-
-
-def activation() -> list[str]:
-    name = "activation-h200"
-    if (result := load(name)) is None:
-        return []
-    lines = ["**One LoRA step, Llama-3-8B shape, no recomputation** (both in one call)", ""]
-    rows = [
-        [
-            row["method"] + (f", {row['mode']} {row['keep']:g}, policy {row['policy']}" if "keep" in row else ""),
-            f"{row['context']:,}",
-            f"{row['step_ms']:.0f} ms",
-            f"{row['time_ratio']:.2f} x",
-            f"{row['activation_mib']:,} MiB",
-            f"{row['activation_ratio']:.2f} x",
-        ]
-        for row in result["rows"]
-    ]
-    header = ["", "tokens", "step", "time", "activations (peak - weights)", "ratio"]
-    return [*lines, *markdown(header, rows), "", source(name, result), ""]
 
 
 # --- everything else --------------------------------------------------------------------------------------------------
@@ -382,7 +365,6 @@ def pages() -> list[tuple[Path, str, list[str]]]:
     everything = [
         *([] if found is None else [f"![{found.title}: time and {found.memory}](images/step.svg)", ""]),
         *steps(),
-        *activation(),
         *attention_in_short("attention-h100"),
         *quality(),
         *recall(),

@@ -1,4 +1,4 @@
-"""Tiles of the Hopper attention kernels: compiles every feasible row of their tables, times all in turn and ranks them.
+"""Tiles of the sm_90a attention kernels: compiles every feasible row of their tables, times all in turn and ranks them.
 
   python benchmarks/tune.py forward --head-dim 128                 # on the GPU's machine, with nvcc and CUTLASS
   python benchmarks/tune.py backward --head-dim 64 --compile-only --build tuned    # here first, then there:
@@ -100,7 +100,7 @@ def forward_candidates(head_dim: int) -> Iterator[Candidate]:
 
     A consumer thread holds S (keys / 2 registers), P (keys / 4) and O (head_dim / 2), and at least 32 more. A single
     consumer warpgroup would leave the tensor cores idle during its softmax. Queries have two stages. As many key tiles
-    as the queries begin in have to be there at once.
+    as the queries begin in have to be loaded at once.
     """
     width = padded(head_dim)
     for queries, keys, stages in itertools.product((128, 192), (64, 128, 192), (2, 3, 4)):
@@ -163,7 +163,7 @@ def nvcc(*arguments: str) -> tuple[int, str]:
 
 
 def build(candidate: Candidate, folder: Path, objects: list[str]) -> str:
-    """Makes the candidate's library; returns what is wrong with it, or ""."""
+    """Makes the candidate's library; returns its fault, or ""."""
     source = SM90 / "instantiations" / f"{candidate.kind}_hd{padded(candidate.head_dim)}.cu"
     override = folder / f"{candidate.name}.h"  # nvcc would split a -D at its commas
     override.write_text(f"#define LEMO_TUNE_{candidate.kind.upper()} {candidate.row}\n")
@@ -178,7 +178,7 @@ def build(candidate: Candidate, folder: Path, objects: list[str]) -> str:
     if spilled or frame:
         fault = f"{spilled} bytes spilled, {frame} of stack"
     elif re.search(r"\(C75\d\d\)|setmaxnreg ignored", text):
-        fault = "wgmma serialised or no setmaxnreg"
+        fault = "wgmma serialized or no setmaxnreg"
     if fault:
         target.unlink()
     return fault
@@ -265,7 +265,7 @@ def load(candidates: list[Candidate], folder: Path, problems: list[Problem]) -> 
             try:
                 agrees = all(problem.agrees(library) for problem in problems)
             except RuntimeError as error:  # a fault on the device ends the process's use of it
-                raise SystemExit(f"{candidate.name}: {error}\nremove {path} and go on with --no-compile") from error
+                raise SystemExit(f"{candidate.name}: {error}\nremove {path} and resume with --no-compile") from error
             print(f"# {candidate.name}: {'agrees' if agrees else 'does not run, or disagrees'}", flush=True)
             if agrees:
                 libraries[candidate] = library

@@ -1,8 +1,9 @@
-// What benchmarks/tune.py calls in each of its libraries: one Hopper kernel, packed rows or a row list, bf16.
-// LEMO_TUNE_HEAD_DIM and LEMO_TUNE_PASS (1 forward, 2 backward) choose it.
+// The functions that benchmarks/tune.py calls in each of its libraries: one sm_90a kernel, packed rows or a row list,
+// in bf16. LEMO_TUNE_HEAD_DIM and LEMO_TUNE_PASS (1 forward, 2 backward) choose it.
 #include <cstdio>
 
 #include "attention/params.h"
+#include "common/sm90/padded_head_dim.h"
 #include "src/backend.h"
 
 namespace sm90 = lemo::cuda::attention::sm90;
@@ -19,15 +20,15 @@ struct TuneArguments {
 };
 
 constexpr int kHeadDim = LEMO_TUNE_HEAD_DIM;
-constexpr int kPaddedHeadDim = kHeadDim == 80 ? 96 : kHeadDim;
+constexpr int kPaddedHeadDim = lemo::cuda::sm90::padded_head_dim(kHeadDim);
 
 extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const TuneArguments* a) {
 #if LEMO_TUNE_PASS == 1
   (void)a;
   return sizeof(int);
 #else
-  return sm90::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, /*deterministic=*/false,
-                                                  /*listed=*/0);
+  const lemo::cuda::Documents documents = {a->cu_seqlens, a->rows, a->documents, a->capacity, false};
+  return sm90::backward_workspace<kPaddedHeadDim>(documents, a->heads, /*deterministic=*/false, /*list_capacity=*/0);
 #endif
 }
 
@@ -54,8 +55,8 @@ extern "C" __attribute__((visibility("default"))) int tune_run(const TuneArgumen
   params.v = rows(a->v, a->key_heads);
   params.lse = a->lse;
   params.lse_stride = a->capacity;
-  params.documents = {a->cu_seqlens, a->rows, a->documents, a->capacity};
-  params.storage_rows = a->storage_rows;
+  params.documents = params.key_documents = {a->cu_seqlens, a->rows, a->documents, a->capacity, false};
+  params.storage_rows = params.key_storage_rows = a->storage_rows;
   params.heads = a->heads;
   params.group = a->heads / a->key_heads;
   params.head_dim = kHeadDim;

@@ -4,7 +4,9 @@
 #include "attention/params.h"
 #include "common/check.h"
 #include "common/launch.h"
+#include "common/sm90/padded_head_dim.h"
 #include "kernels.h"
+#include "src/key_rows.h"
 
 namespace lemo::cuda {
 namespace {
@@ -13,11 +15,23 @@ using attention::BackwardParams;
 using attention::ForwardParams;
 using attention::TileLists;
 
-TensorView rows_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
+TensorView view_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
 
-Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& rows, const lemo_tensor& lse) {
-  return {static_cast<const int32_t*>(cu_seqlens.data), data<const int32_t>(rows),
-          static_cast<int32_t>(cu_seqlens.shape[0] - 1), lse.shape[1]};
+// Both sides of either pass's documents. No data is read, so that workspace sizes can ask too.
+template <class Args>
+Documents queries_of(const Args& args) {
+  return {static_cast<const int32_t*>(args.cu_seqlens.data), data<const int32_t>(args.rows),
+          static_cast<int32_t>(args.cu_seqlens.shape[0] - 1), args.lse.shape[1], key_rows(args).separate};
+}
+template <class Args>
+Documents keys_of(const Args& args) {
+  const KeyRows keys = key_rows(args);
+  return {static_cast<const int32_t*>(keys.cu_seqlens.data), data<const int32_t>(keys.rows),
+          static_cast<int32_t>(keys.cu_seqlens.shape[0] - 1), keys.capacity, false};
+}
+
+bool no_pairs(const Documents& queries, const Documents& keys) {
+  return queries.count <= 0 || queries.capacity <= 0 || keys.capacity <= 0;
 }
 
 void check_scale(const char* operation, float scale) {
@@ -27,7 +41,8 @@ void check_scale(const char* operation, float scale) {
               std::string(operation) + ": scale: expected a finite value >= 0, got " + std::to_string(scale));
 }
 
-// Hopper's own kernels, where this build and the device have them. LEMO_CUDA_CAPABILITY=80 leaves them out.
+// Whether the sm_90a kernels are used: if both the build and the device have them. LEMO_CUDA_CAPABILITY=80 turns them
+// off.
 bool use_sm90(const lemo_exec& exec) {
 #ifdef LEMO_CUDA_SM90
   return device_info(exec.device_index).capability == 90;
@@ -39,12 +54,14 @@ bool use_sm90(const lemo_exec& exec) {
 
 TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tensor& offsets, const lemo_tensor& tiles) {
   if (present(offsets) && !use_sm90(exec)) {
-    throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": tile_offsets: tile lists need compute capability 9.0");
+    throw Error(LEMO_UNSUPPORTED, std::string(operation) +
+                                      ": tile_offsets: tile lists need a device of compute capability 9.0 and a build "
+                                      "for it; leave out the lists");
   }
   return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
 }
 
-int64_t listed_entries(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
+int64_t list_capacity(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
 
 struct BackwardWorkspace {
   float* delta;
@@ -54,17 +71,19 @@ struct BackwardWorkspace {
 
 BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args, void* base) {
   const int64_t heads = args.q.shape[1], capacity = args.lse.shape[1];
-  // Before the layouts multiply these: the most that any of them keeps for a row of a head, in bytes, with room to
-  // spare, and as many rows as tiles of 128 can have.
-  const Size rows = Size(capacity) + Size(args.cu_seqlens.shape[0]) * LEMO_TILE_ROWS + listed_entries(args.tiles);
+  // Refuses sizes that would overflow before the layouts multiply them: for every row of a head more bytes than any
+  // layout keeps, and as many rows as tiles of 128 can hold, with one more tile per document if one may be cut.
+  const int64_t spare = key_rows(args).separate ? 2 : 1;
+  const Size rows =
+      Size(capacity) + Size(args.cu_seqlens.shape[0]) * (spare * LEMO_TILE_ROWS) + list_capacity(args.tiles);
   (rows * heads * (Size(args.q.shape[2]) + 256)).bytes("exec.workspace", 8);
 #ifdef LEMO_CUDA_SM90
   if (use_sm90(exec)) {
     BackwardWorkspace workspace{};
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
-      workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<kHeadDim == 80 ? 96 : kHeadDim>(
-          capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0, listed_entries(args.tiles)));
+      workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<sm90::padded_head_dim(kHeadDim)>(
+          queries_of(args), heads, exec.deterministic != 0, list_capacity(args.tiles)));
     });
     return workspace;
   }
@@ -83,27 +102,34 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   constexpr const char* kName = "attention_forward";
   check_scale(kName, args.scale);
   ForwardParams params{};
-  params.q = rows_of(args.q);
-  params.k = rows_of(args.k);
-  params.v = rows_of(args.v);
-  params.out = rows_of(args.out);
+  params.q = view_of(args.q);
+  params.k = view_of(args.k);
+  params.v = view_of(args.v);
+  params.out = view_of(args.out);
   params.lse = static_cast<float*>(args.lse.data);
   params.lse_stride = args.lse.stride[0];
-  params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
+  params.documents = queries_of(args);
+  params.key_documents = keys_of(args);
   params.heads = static_cast<int32_t>(args.q.shape[1]);
   params.group = static_cast<int32_t>(args.q.shape[1] / args.k.shape[1]);
   params.head_dim = static_cast<int32_t>(args.q.shape[2]);
   params.storage_rows = args.q.shape[0];
+  params.key_storage_rows = args.k.shape[0];
   params.scale = args.scale;
   params.counter = static_cast<int*>(exec.workspace);
   params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
-  if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
   DeviceGuard guard(exec.device_index);
+  if (params.documents.aligned) {
+    const attention::BlankRows blank = {params.documents, params.key_documents, false,      {params.out, {}},
+                                        params.heads,     params.head_dim,      params.lse, params.lse_stride};
+    attention::launch_blank_rows(blank, stream_of(exec));
+  }
+  if (no_pairs(params.documents, params.key_documents)) return;
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (use_sm90(exec)) {
-      return attention::sm90::launch_forward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+      return attention::sm90::launch_forward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
     }
 #endif
     attention::sm80::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
@@ -118,39 +144,53 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   constexpr const char* kName = "attention_backward";
   check_scale(kName, args.scale);
   BackwardParams params{};
-  params.dout = rows_of(args.dout);
-  params.q = rows_of(args.q);
-  params.k = rows_of(args.k);
-  params.v = rows_of(args.v);
-  params.out = rows_of(args.out);
-  params.dq = rows_of(args.dq);
-  params.dk = rows_of(args.dk);
-  params.dv = rows_of(args.dv);
+  params.dout = view_of(args.dout);
+  params.q = view_of(args.q);
+  params.k = view_of(args.k);
+  params.v = view_of(args.v);
+  params.out = view_of(args.out);
+  params.dq = view_of(args.dq);
+  params.dk = view_of(args.dk);
+  params.dv = view_of(args.dv);
   params.lse = static_cast<const float*>(args.lse.data);
   params.lse_stride = args.lse.stride[0];
-  params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
+  params.documents = queries_of(args);
+  params.key_documents = keys_of(args);
   params.key_weights = data<const float>(args.key_weights);
-  if (present(args.key_weights)) params.row_slots = data<const int32_t>(args.row_slots);
+  if (present(args.key_weights)) {
+    params.row_slots = data<const int32_t>(args.row_slots);
+    params.key_row_slots = params.documents.aligned ? data<const int32_t>(args.row_slots_k) : params.row_slots;
+  }
   params.heads = static_cast<int32_t>(args.q.shape[1]);
   params.key_heads = static_cast<int32_t>(args.k.shape[1]);
   params.group = params.heads / params.key_heads;
   params.scale = args.scale;
   params.storage_rows = args.q.shape[0];
+  params.key_storage_rows = args.k.shape[0];
   params.head_dim = static_cast<int32_t>(args.q.shape[2]);
   params.deterministic = exec.deterministic != 0;
   params.workspace = exec.workspace;
   params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
-  params.listed = listed_entries(args.tiles);
-  if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
+  params.list_capacity = list_capacity(args.tiles);
+  DeviceGuard guard(exec.device_index);
+  if (params.documents.aligned) {
+    using attention::BlankRows;
+    const Documents &queries = params.documents, &keys = params.key_documents;
+    const int32_t dim = params.head_dim;
+    attention::launch_blank_rows({queries, keys, false, {params.dq, {}}, params.heads, dim, nullptr, 0},
+                                 stream_of(exec));
+    attention::launch_blank_rows({keys, queries, true, {params.dk, params.dv}, params.key_heads, dim, nullptr, 0},
+                                 stream_of(exec));
+  }
+  if (no_pairs(params.documents, params.key_documents)) return;
   const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
   params.delta = workspace.delta;
   params.dq_float = workspace.dq_float;
-  DeviceGuard guard(exec.device_index);
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (use_sm90(exec)) {
-      return attention::sm90::launch_backward<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream_of(exec));
+      return attention::sm90::launch_backward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
     }
 #endif
     attention::sm80::launch_backward<kHeadDim>(params, args.q.dtype, stream_of(exec));

@@ -1,4 +1,4 @@
-// What the attention kernels are told: plain pointers and element strides.
+// Parameters of the attention kernels, and the functions that launch them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,49 +9,70 @@
 
 namespace lemo::cuda::attention {
 
-// Two-dimensional sparsity, in tiles of 128 packed rows counted from the start of each document: what a tile visits
-// besides its own diagonal. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
+// Two-dimensional sparsity, in tiles of 128 packed rows counted from the start of each document: the tiles that a tile
+// visits in addition to the diagonal one. Tile i of document d has the slot cu_seqlens[d] / 128 + d + i.
 struct TileLists {
-  const int32_t* offsets;  // [slots + 1]; null: every tile visits every other it may see
-  const int32_t* blocks;   // tile numbers within the document
+  const int32_t* offsets;  // [slots + 1]; null: every tile visits all that causality allows
+  const int32_t* tiles;    // tile numbers within the document
 };
 
 struct ForwardParams {
   TensorView q, k, v, out;
   float* lse;
   int64_t lse_stride;
-  Documents documents;
+  Documents documents;  // of queries
+  Documents key_documents;
   TileLists lists;
-  int64_t storage_rows;  // extent of q, k, v and out
+  int64_t storage_rows;  // extent of q and out
+  int64_t key_storage_rows;
   int32_t heads;
   int32_t group;  // query heads per key head
   int32_t head_dim;
   float scale;
-  int* counter;  // workspace of the Hopper kernel
+  int* counter;  // workspace of the sm_90a kernel
 };
 
 struct BackwardParams {
   TensorView dout, q, k, v, out, dq, dk, dv;
   const float* lse;
   int64_t lse_stride;
-  Documents documents;
+  Documents documents;  // of queries
+  Documents key_documents;
   const float* key_weights;  // null: every weight is 1
-  const int32_t* row_slots;
+  const int32_t* row_slots;  // of queries
+  const int32_t* key_row_slots;
   int32_t heads;
   int32_t key_heads;
   int32_t group;
   float scale;
   float* delta;     // workspace [heads, capacity]: dout . out
-  float* dq_float;  // workspace [capacity, heads, head_dim], or null: dq comes from its own kernel
+  float* dq_float;  // workspace [capacity, heads, head_dim], or null: a separate kernel computes dq
 
-  // Of the Hopper kernels, which need neither delta nor dq_float.
-  TileLists lists;       // transposed: the query tiles of each key tile
-  int64_t listed;        // entries that lists.blocks has room for
-  int64_t storage_rows;  // extent of dout, q, k, v and out
+  // For the sm_90a kernels, which need neither delta nor dq_float.
+  TileLists lists;        // transposed: the query tiles of each key tile
+  int64_t list_capacity;  // entries that lists.tiles has room for
+  int64_t storage_rows;   // extent of dout, q and out
+  int64_t key_storage_rows;
   int32_t head_dim;
   bool deterministic;
   void* workspace;  // sm90::backward_workspace bytes
 };
+
+// The square that rows are aligned to (aligned_rows.cuh) wherever tiles divide it.
+constexpr int kAlignedRows = 128;
+
+// Rows without a counterpart on the other side of their document: queries that see no key, or keys of no query.
+struct BlankRows {
+  Documents rows;
+  Documents others;
+  bool keys;              // what `rows` are
+  TensorView tensors[2];  // zeroed; the second may be absent (null)
+  int32_t heads;
+  int32_t head_dim;
+  float* lse;  // set to -infinity; null: absent
+  int64_t lse_stride;
+};
+void launch_blank_rows(const BlankRows& params, cudaStream_t stream);
 
 // One definition per head_dim, in instantiations/; each throws LEMO_UNSUPPORTED for a type this build leaves out.
 namespace sm80 {
@@ -61,14 +82,14 @@ template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 }  // namespace sm80
 
-// The same on sm_90a: 64, 96 (which serves 80 too) and 128.
+// The same on sm_90a, one definition per padded head_dim (common/sm90/padded_head_dim.h).
 namespace sm90 {
 template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
-int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic, int64_t listed);
+int64_t backward_workspace(const Documents& documents, int64_t heads, bool deterministic, int64_t list_capacity);
 }  // namespace sm90
 
 }  // namespace lemo::cuda::attention

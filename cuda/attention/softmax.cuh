@@ -3,10 +3,9 @@
 
 #include <cuda_runtime.h>
 
-namespace lemo::cuda::attention {
+#include "common/constants.h"
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+namespace lemo::cuda::attention {
 
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));

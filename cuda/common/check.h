@@ -17,7 +17,7 @@ inline void check(cudaError_t status, const char* what) {
               std::string(what) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
 }
 
-// After a launch: reports (and clears) a launch error. Nothing is synchronised, so faults inside a kernel surface in a
+// After a launch: reports (and clears) a launch error. Nothing is synchronized, so faults inside a kernel surface in a
 // later call.
 inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
 
@@ -43,7 +43,7 @@ struct DeviceInfo {
   int capability;  // major * 10 + minor
   int multiprocessors;
 };
-// Cached; throws where the ordinal names no device. LEMO_CUDA_CAPABILITY=80 in the environment makes newer devices use
+// Cached; throws if the ordinal names no device. LEMO_CUDA_CAPABILITY=80 in the environment makes newer devices use
 // the sm_80 kernels, so that the fallback can be tested on them.
 DeviceInfo device_info(int device);
 

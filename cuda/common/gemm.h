@@ -1,5 +1,5 @@
-// Matrix products on tensor cores, fp32 accumulation: the one place the rest of the backend gets them from.
-// CUTLASS is included only by cuda/gemm/*.cu, one file per architecture and dtype.
+// Matrix products on tensor cores with fp32 accumulation, as the rest of the backend uses them. CUTLASS's own products
+// are instantiated only under gemm/, in one file per architecture and dtype.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,11 +33,11 @@ struct Gemm {
   bool relu = false;  // kNT
 };
 
-// Bytes of workspace (16-byte aligned); a function of kind and sizes. Throws lemo::Error where no kernel fits.
+// Bytes of workspace (16-byte aligned); a function of kind and sizes. Throws lemo::Error if no kernel fits.
 uint64_t gemm_workspace(int device, const Gemm& g);
 void gemm(int device, cudaStream_t stream, const Gemm& g, void* workspace);
 
-// One architecture's kernels. `multiprocessors` decides how far k is split where D has few tiles.
+// One architecture's kernels. `multiprocessors` decides how far k is split when D has few tiles.
 struct GemmKernels {
   uint64_t (*workspace)(const Gemm& g, int device, int multiprocessors);
   void (*run)(const Gemm& g, int device, int multiprocessors, void* workspace, cudaStream_t stream);

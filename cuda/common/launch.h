@@ -12,14 +12,15 @@
 namespace lemo::cuda {
 
 template <typename Kernel, typename... Args>
-void launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const Args&... args) {
+void launch(const char* operation, Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+            const Args&... args) {
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                shared_bytes),
-          "cudaFuncSetAttribute");
+          operation);
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(args...);
-  check_launch("attention and scores kernels");
+  check_launch(operation);
 }
 
 // Calls run(T{}) with the element type of `dtype`. Builds without LEMO_CUDA_ALL_KERNELS hold the bf16 kernels only.

@@ -4,7 +4,7 @@
 //   A (16 x 16): a0 = (g, 2t..2t+1), a1 = (g + 8, ..), a2 = (g, 2t + 8..), a3 = (g + 8, 2t + 8..)
 //   B (16 x 8):  b0 = (k = 2t..2t+1, n = g), b1 = (k = 2t + 8.., n = g)
 //   C (16 x 8):  c0, c1 = (g, 2t..2t+1), c2, c3 = (g + 8, 2t..2t+1)
-// Two neighbouring C tiles therefore are one A tile after rounding: chained products need no shuffles.
+// Two neighboring C tiles therefore are one A tile after rounding: chained products need no shuffles.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@
 
 namespace lemo::cuda {
 
-// threadIdx.x, read anew at every use: where accumulators fill the register file, values derived from it are cheaper to
+// threadIdx.x, read again at every use: when accumulators fill the register file, values derived from it are cheaper to
 // recompute than to keep.
 __device__ __forceinline__ int thread_index() {
   int index;
@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes, or writes 16 zero bytes where `valid` is false (the source is then not read).
+// Copies 16 bytes, or writes 16 zero bytes if `valid` is false (the source is then not read).
 __device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
                : "memory");
@@ -112,7 +112,7 @@ __device__ __forceinline__ void unpack(const uint4& packed, float (&x)[8]) {
   for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(values[i]);
 }
 
-// Two neighbouring C tiles as one A tile.
+// Two neighboring C tiles as one A tile.
 template <typename T>
 __device__ __forceinline__ void pack_fragment(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
   a[0] = pack<T>(left[0], left[1]);

@@ -10,8 +10,8 @@
 namespace lemo::cuda {
 namespace {
 
-constexpr int64_t kLogitsBytes = int64_t{128} << 20;
-constexpr int64_t kRowTile = 128;  // segments are whole tiles of the matrix kernels
+constexpr int64_t kLogitsBytes = int64_t{128} << 20;  // of a segment, unless the caller chooses its rows
+constexpr int64_t kRowTile = 128;                     // segments are whole tiles of the matrix kernels
 
 struct Workspace {
   LossScales* scales;
@@ -91,16 +91,20 @@ class Loss {
     return {static_cast<const char*>(t.data) + first_row * stride * size, stride};
   }
 
+  struct Factors {
+    float alpha, beta;
+    const float* alpha_device = nullptr;  // replaces alpha
+  };
+
   // Runs one product, or with measuring_ only notes its workspace.
-  void multiply(GemmKind kind, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix d, float alpha, float beta,
-                const float* alpha_device = nullptr) {
+  void multiply(GemmKind kind, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix d, Factors factors) {
     Gemm g = {};
     g.kind = kind, g.dtype = a_.hidden.dtype;
     g.m = m, g.n = n, g.k = k;
     g.a = a.data, g.lda = a.stride;
     g.b = b.data, g.ldb = b.stride;
     g.d = const_cast<void*>(d.data), g.ldd = d.stride;
-    g.alpha = alpha, g.beta = beta, g.alpha_device = alpha_device;
+    g.alpha = factors.alpha, g.beta = factors.beta, g.alpha_device = factors.alpha_device;
     if (measuring_) {
       const uint64_t bytes = gemm_workspace(exec_.device_index, g);
       gemm_bytes_ = bytes > gemm_bytes_ ? bytes : gemm_bytes_;
@@ -116,36 +120,40 @@ class Loss {
     const float* gradient = measuring_ ? nullptr : &w_.scales->gradient;
     const float* lora_gradient = measuring_ ? nullptr : &w_.scales->lora_gradient;
 
-    multiply(GemmKind::kNT, rows, classes_, d_, hidden, weight, logits, 1.0f, 0.0f);
+    multiply(GemmKind::kNT, rows, classes_, d_, hidden, weight, logits, {1.0f, 0.0f});
     if (r_ > 0) {
-      multiply(GemmKind::kNT, rows, r_, d_, hidden, matrix(a_.lora_a), lora, 1.0f, 0.0f);
-      multiply(GemmKind::kNT, rows, classes_, r_, lora, matrix(a_.lora_b), logits, a_.lora_scale, 1.0f);
+      multiply(GemmKind::kNT, rows, r_, d_, hidden, matrix(a_.lora_a), lora, {1.0f, 0.0f});
+      multiply(GemmKind::kNT, rows, classes_, r_, lora, matrix(a_.lora_b), logits, {a_.lora_scale, 1.0f});
     }
     if (!measuring_) {
-      softmax_loss(stream_of(exec_),
-                   {a_.hidden.dtype, w_.logits, rows, classes_, columns_, data<void>(a_.bias),
-                    data<int64_t>(a_.targets) + first, a_.ignore_index, a_.softcap, gradient_, w_.losses + first});
-      if (present(a_.dbias)) {
-        sum_columns(stream_of(exec_), a_.hidden.dtype, w_.logits, rows, classes_, columns_, w_.scales, first > 0,
-                    data<float>(a_.dbias));
-      }
+      SoftmaxArgs softmax = {};
+      softmax.dtype = a_.hidden.dtype;
+      softmax.logits = w_.logits;
+      softmax.rows = rows, softmax.classes = classes_, softmax.stride = columns_;
+      softmax.bias = data<void>(a_.bias);
+      softmax.targets = data<int64_t>(a_.targets) + first, softmax.ignore_index = a_.ignore_index;
+      softmax.softcap = a_.softcap;
+      softmax.gradient = gradient_;
+      softmax.losses = w_.losses + first;
+      softmax_loss(stream_of(exec_), softmax);
+      if (present(a_.dbias)) sum_columns(stream_of(exec_), softmax, w_.scales, first > 0, data<float>(a_.dbias));
     }
     if (present(a_.dweight)) {
-      multiply(GemmKind::kTN, classes_, d_, rows, logits, hidden, matrix(a_.dweight), 1.0f, later, gradient);
+      multiply(GemmKind::kTN, classes_, d_, rows, logits, hidden, matrix(a_.dweight), {1.0f, later, gradient});
     }
     if (present(a_.dlora_b)) {
-      multiply(GemmKind::kTN, classes_, r_, rows, logits, lora, matrix(a_.dlora_b), 1.0f, later, lora_gradient);
+      multiply(GemmKind::kTN, classes_, r_, rows, logits, lora, matrix(a_.dlora_b), {1.0f, later, lora_gradient});
     }
     if (lora_gradient_) {
-      multiply(GemmKind::kNN, rows, r_, classes_, logits, matrix(a_.lora_b), dlora, a_.lora_scale, 0.0f);
+      multiply(GemmKind::kNN, rows, r_, classes_, logits, matrix(a_.lora_b), dlora, {a_.lora_scale, 0.0f});
     }
     if (present(a_.dlora_a)) {
-      multiply(GemmKind::kTN, r_, d_, rows, dlora, hidden, matrix(a_.dlora_a), 1.0f, later, gradient);
+      multiply(GemmKind::kTN, r_, d_, rows, dlora, hidden, matrix(a_.dlora_a), {1.0f, later, gradient});
     }
     if (present(a_.dhidden)) {
       const Matrix dhidden = matrix(a_.dhidden, first);
-      multiply(GemmKind::kNN, rows, d_, classes_, logits, weight, dhidden, 1.0f, 0.0f, gradient);
-      if (r_ > 0) multiply(GemmKind::kNN, rows, d_, r_, dlora, matrix(a_.lora_a), dhidden, 1.0f, 1.0f, gradient);
+      multiply(GemmKind::kNN, rows, d_, classes_, logits, weight, dhidden, {1.0f, 0.0f, gradient});
+      if (r_ > 0) multiply(GemmKind::kNN, rows, d_, r_, dlora, matrix(a_.lora_a), dhidden, {1.0f, 1.0f, gradient});
     }
   }
 

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "common/check.h"
+#include "common/constants.h"
 #include "common/vector.cuh"
 #include "loss/softmax.h"
 
@@ -9,8 +10,6 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // A running log-sum-exp in base 2: maximum and sum of 2^(z log2e - maximum).
 struct Running {
@@ -98,11 +97,11 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(const SoftmaxArgs arg
     float maximum = z[0];
 #pragma unroll
     for (int j = 1; j < kVector; ++j) maximum = fmaxf(maximum, z[j]);
-    maximum = fmaxf(running.maximum, maximum * kLog2e);
+    maximum = fmaxf(running.maximum, maximum * kLog2E);
     const float at = reference(maximum);
     float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) sum += exp2f(fmaf(z[j], kLog2e, -at));
+    for (int j = 0; j < kVector; ++j) sum += exp2f(fmaf(z[j], kLog2E, -at));
     running.sum = running.sum * exp2f(running.maximum - at) + sum;
     running.maximum = maximum;
   }
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(const SoftmaxArgs arg
     logits.read(row, v, z);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      float gradient = exp2f(fmaf(z[j], kLog2e, -at)) * scale;
+      float gradient = exp2f(fmaf(z[j], kLog2E, -at)) * scale;
       if (v * kVector + j == target) gradient -= kGradientScale;
       if (args.softcap > 0.0f && v * kVector + j < args.classes) {
         const float ratio = z[j] / args.softcap;
@@ -213,13 +212,12 @@ void softmax_loss(cudaStream_t stream, const SoftmaxArgs& args) {
   check_launch("linear_cross_entropy: softmax");
 }
 
-void sum_columns(cudaStream_t stream, int32_t dtype, const void* gradients, int64_t rows, int64_t classes,
-                 int64_t stride, const LossScales* scales, bool accumulate, float* sums) {
-  dispatch_dtype(dtype, [&](auto type) {
+void sum_columns(cudaStream_t stream, const SoftmaxArgs& args, const LossScales* scales, bool accumulate, float* sums) {
+  dispatch_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(classes, kVector), 128));
-    columns_kernel<T>
-        <<<blocks, 128, 0, stream>>>(static_cast<const T*>(gradients), rows, classes, stride, scales, accumulate, sums);
+    const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(args.classes, kVector), 128));
+    columns_kernel<T><<<blocks, 128, 0, stream>>>(static_cast<const T*>(args.logits), args.rows, args.classes,
+                                                  args.stride, scales, accumulate, sums);
   });
   check_launch("linear_cross_entropy: dbias");
 }

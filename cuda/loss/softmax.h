@@ -25,7 +25,7 @@ void count_valid(cudaStream_t stream, const int64_t* targets, int64_t count, int
 
 struct SoftmaxArgs {
   int32_t dtype;
-  void* logits;  // [rows, stride]; overwritten with scaled gradients where `gradient`, zeros from `classes` on
+  void* logits;  // [rows, stride]; overwritten with scaled gradients if `gradient`, zeros from `classes` on
   int64_t rows, classes, stride;
   const void* bias;  // [classes] or NULL
   const int64_t* targets;
@@ -36,9 +36,9 @@ struct SoftmaxArgs {
 };
 void softmax_loss(cudaStream_t stream, const SoftmaxArgs& args);
 
-// sums [classes] = (accumulate ? sums : 0) + scales->gradient * column sums of the gradients [rows, stride]
-void sum_columns(cudaStream_t stream, int32_t dtype, const void* gradients, int64_t rows, int64_t classes,
-                 int64_t stride, const LossScales* scales, bool accumulate, float* sums);
+// sums [classes] = (accumulate ? sums : 0) + scales->gradient * column sums of the gradients that softmax_loss left in
+// args.logits.
+void sum_columns(cudaStream_t stream, const SoftmaxArgs& args, const LossScales* scales, bool accumulate, float* sums);
 
 // loss = sum of losses [count], in double precision and a fixed order; divided by *valid for a mean (0 if none).
 void reduce_loss(cudaStream_t stream, const float* losses, int64_t count, bool mean, const int64_t* valid, float* loss);

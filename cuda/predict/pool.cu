@@ -184,12 +184,12 @@ void row_scale(cudaStream_t stream, const lemo_tensor& x, bool layer, float eps,
   check_launch("predict: row scales");
 }
 
-void pool(cudaStream_t stream, int32_t dtype, bool maximum, const void* active, int64_t s, const float* rstd,
-          const int32_t* offsets, int64_t num_blocks, int64_t first, int64_t count, float* pooled) {
-  dispatch_dtype(dtype, [&](auto type) {
+void pool(cudaStream_t stream, const PoolArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
-    pool_kernel<T><<<static_cast<unsigned>(num_blocks), kPoolThreads, 0, stream>>>(
-        maximum, static_cast<const T*>(active), s, rstd, offsets, first, count, pooled);
+    pool_kernel<T><<<static_cast<unsigned>(args.num_blocks), kPoolThreads, 0, stream>>>(
+        args.maximum, static_cast<const T*>(args.active), args.s, args.rstd, args.offsets, args.first, args.count,
+        args.pooled);
   });
   check_launch("predict: pool");
 }
@@ -210,13 +210,13 @@ void copy_rows(cudaStream_t stream, const float* in, int64_t rows, int64_t colum
   check_launch("predict: queries, keys");
 }
 
-void column_sums(cudaStream_t stream, const float* queries, const float* keys, float* suffix, const int32_t* documents,
-                 int64_t num_documents, int64_t num_blocks, int64_t c, bool normalize, float* scores) {
-  const dim3 grid(static_cast<unsigned>(num_documents), static_cast<unsigned>(ceil_div(c, kSuffixColumns)));
-  suffix_kernel<<<grid, dim3(kSuffixColumns, kSegments), 0, stream>>>(queries, documents, c, suffix);
+void column_sums(cudaStream_t stream, const ColumnSumArgs& args) {
+  const dim3 grid(static_cast<unsigned>(args.num_documents), static_cast<unsigned>(ceil_div(args.c, kSuffixColumns)));
+  suffix_kernel<<<grid, dim3(kSuffixColumns, kSegments), 0, stream>>>(args.queries, args.documents, args.c,
+                                                                      args.suffix);
   check_launch("predict: suffix sums");
-  dot_kernel<<<static_cast<unsigned>(ceil_div(num_blocks * 32, 128)), 128, 0, stream>>>(
-      suffix, keys, documents, num_documents, num_blocks, c, normalize, scores);
+  dot_kernel<<<static_cast<unsigned>(ceil_div(args.num_blocks * 32, 128)), 128, 0, stream>>>(
+      args.suffix, args.keys, args.documents, args.num_documents, args.num_blocks, args.c, args.normalize, args.scores);
   check_launch("predict: scores");
 }
 

@@ -35,7 +35,7 @@ Sizes sizes_of(const lemo_predict_args& a) {
 
 struct Workspace {
   float* rstd;       // [T]
-  uint16_t* w1;      // [rq + rk, d]: wq1 above wk1, unless they lie so already
+  uint16_t* w1;      // [rq + rk, d]: wq1 above wk1, unless the caller has them so
   uint16_t* hidden;  // [chunk, rq + rk]: the first layers of both networks side by side
   uint16_t* active;  // [chunk, s]: the second layer of one network
   float* pooled_q;   // [num_blocks, sq]
@@ -141,8 +141,8 @@ void networks(const lemo_exec& exec, const lemo_predict_args& a, const Workspace
     const auto multiply = [&](const Gemm& g) { gemm(exec.device_index, stream, g, w.gemm); };
     const auto second = [&](const lemo_tensor& w2, const uint16_t* hidden, float* pooled) {
       multiply(layer(w2, w2.shape[0], count, hidden, r, w.active, w2.shape[0]));
-      pool(stream, a.x.dtype, a.pool == LEMO_POOL_MAX, w.active, w2.shape[0], w.rstd, offsets, size.blocks, first,
-           count, pooled);
+      pool(stream, {a.x.dtype, a.pool == LEMO_POOL_MAX, w.active, w2.shape[0], w.rstd, offsets, size.blocks, first,
+                    count, pooled});
     };
     multiply(layer(w1, r, count, x, ldx, w.hidden, r));
     second(a.wq2, w.hidden, w.pooled_q);
@@ -169,8 +169,8 @@ void predict(const lemo_exec& exec, const lemo_predict_args& a) {
   networks(exec, a, w);
   if (present(a.queries)) copy_rows(stream, w.queries, size.blocks, size.c, a.queries);
   if (present(a.keys)) copy_rows(stream, w.keys, size.blocks, size.c, a.keys);
-  column_sums(stream, w.queries, w.keys, w.suffix, data<int32_t>(a.blocks.documents), a.blocks.documents.shape[0] - 1,
-              size.blocks, size.c, a.normalize != 0, data<float>(a.scores));
+  column_sums(stream, {w.queries, w.keys, w.suffix, data<int32_t>(a.blocks.documents), a.blocks.documents.shape[0] - 1,
+                       size.blocks, size.c, a.normalize != 0, data<float>(a.scores)});
 }
 
 }  // namespace lemo::cuda

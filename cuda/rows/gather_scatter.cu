@@ -21,26 +21,36 @@ __device__ __forceinline__ Place place(int64_t chunks) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowBlock)
-    gather_kernel(const T* x, int64_t x_stride, const int32_t* rows, const float* weights, const int32_t* slots, T* out,
-                  int64_t out_stride, int64_t m, int64_t vectors, int64_t chunks) {
-  const Place at = place(chunks);
-  if (at.row >= m) return;
-  const int64_t source = rows == nullptr ? at.row : rows[at.row];
-  T* to = out + at.row * out_stride;
-  const T* from = x + source * x_stride;
+struct GatherParams {
+  const T* x;
+  int64_t x_stride;
+  const int32_t* rows;   // or null: every row
+  const float* weights;  // or null: every weight is 1
+  const int32_t* slots;
+  T* out;
+  int64_t out_stride;
+  int64_t m, vectors, chunks;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRowBlock) gather_kernel(const GatherParams<T> p) {
+  const Place at = place(p.chunks);
+  if (at.row >= p.m) return;
+  const int64_t source = p.rows == nullptr ? at.row : p.rows[at.row];
+  T* to = p.out + at.row * p.out_stride;
+  const T* from = p.x + source * p.x_stride;
   uint4 raw[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const int64_t v = at.first + i * kLanes;
-    raw[i] = source >= 0 && v < vectors ? load_raw(from, v) : uint4{0, 0, 0, 0};
+    raw[i] = source >= 0 && v < p.vectors ? load_raw(from, v) : uint4{0, 0, 0, 0};
   }
-  const float weight = weights != nullptr && source >= 0 ? weights[slots[at.row]] : 1.0f;
+  const float weight = p.weights != nullptr && source >= 0 ? p.weights[p.slots[at.row]] : 1.0f;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const int64_t v = at.first + i * kLanes;
-    if (v >= vectors) continue;
-    if (weights != nullptr) {
+    if (v >= p.vectors) continue;
+    if (p.weights != nullptr) {
       float values[kVector];
       to_float<T>(raw[i], values);
 #pragma unroll
@@ -52,28 +62,38 @@ __global__ void __launch_bounds__(kRowBlock)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowBlock)
-    scatter_add_kernel(T* x, int64_t x_stride, const int32_t* rows, const T* y, int64_t y_stride, const T* base,
-                       int64_t base_stride, int64_t m, int64_t vectors, int64_t chunks) {
-  const Place at = place(chunks);
-  if (at.row >= m) return;
-  const int64_t target = rows == nullptr ? at.row : rows[at.row];
+struct ScatterAddParams {
+  T* x;
+  int64_t x_stride;
+  const int32_t* rows;  // or null: every row
+  const T* y;
+  int64_t y_stride;
+  const T* base;  // [m, d] that y is added to; null: the rows of x
+  int64_t base_stride;
+  int64_t m, vectors, chunks;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRowBlock) scatter_add_kernel(const ScatterAddParams<T> p) {
+  const Place at = place(p.chunks);
+  if (at.row >= p.m) return;
+  const int64_t target = p.rows == nullptr ? at.row : p.rows[at.row];
   if (target < 0) return;
-  T* to = x + target * x_stride;
-  const T* from = base != nullptr ? base + at.row * base_stride : to;
-  const T* add = y + at.row * y_stride;
+  T* to = p.x + target * p.x_stride;
+  const T* from = p.base != nullptr ? p.base + at.row * p.base_stride : to;
+  const T* add = p.y + at.row * p.y_stride;
   uint4 a[kChunk], b[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const int64_t v = at.first + i * kLanes;
-    if (v >= vectors) continue;
+    if (v >= p.vectors) continue;
     a[i] = load_raw(from, v);
     b[i] = load_raw(add, v);
   }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const int64_t v = at.first + i * kLanes;
-    if (v >= vectors) continue;
+    if (v >= p.vectors) continue;
     float sum[kVector], other[kVector];
     to_float<T>(a[i], sum);
     to_float<T>(b[i], other);
@@ -109,8 +129,8 @@ void gather(const lemo_exec& exec, const lemo_gather_args& a) {
   dispatch_dtype(a.x.dtype, [&](auto type) {
     using T = decltype(type);
     gather_kernel<T><<<grid.blocks, kRowBlock, 0, stream_of(exec)>>>(
-        data<T>(a.x), row_stride(a.x), data<int32_t>(a.rows), data<float>(a.weights), data<int32_t>(a.slots),
-        data<T>(a.out), row_stride(a.out), m, grid.vectors, grid.chunks);
+        {data<T>(a.x), row_stride(a.x), data<int32_t>(a.rows), data<float>(a.weights), data<int32_t>(a.slots),
+         data<T>(a.out), row_stride(a.out), m, grid.vectors, grid.chunks});
   });
   check_launch("gather");
 }
@@ -123,8 +143,8 @@ void scatter_add(const lemo_exec& exec, const lemo_scatter_add_args& a) {
   dispatch_dtype(a.x.dtype, [&](auto type) {
     using T = decltype(type);
     scatter_add_kernel<T><<<grid.blocks, kRowBlock, 0, stream_of(exec)>>>(
-        data<T>(a.x), row_stride(a.x), data<int32_t>(a.rows), data<T>(a.y), row_stride(a.y), data<T>(a.base),
-        present(a.base) ? row_stride(a.base) : 0, m, grid.vectors, grid.chunks);
+        {data<T>(a.x), row_stride(a.x), data<int32_t>(a.rows), data<T>(a.y), row_stride(a.y), data<T>(a.base),
+         present(a.base) ? row_stride(a.base) : 0, m, grid.vectors, grid.chunks});
   });
   check_launch("scatter_add");
 }

@@ -21,10 +21,51 @@ struct NormParams {
   int64_t y_stride;
   T* packed;
   int64_t packed_stride;
-  float* mean;
-  float* rstd;
   int64_t m, vectors, d;
 };
+
+// s = s * weight + bias, for vector v of a row.
+template <class T>
+__device__ __forceinline__ void scale_and_shift(const NormParams<T>& p, int64_t v, float (&s)[kVector]) {
+  if (p.weight == nullptr) return;
+  float w[kVector];
+  load_parameter<T>(p.weight, p.weight_float, v, w);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) s[j] *= w[j];
+  if (p.bias == nullptr) return;
+  load_parameter<T>(p.bias, p.weight_float, v, w);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) s[j] += w[j];
+}
+
+// Adds the residual to a row. The norm then sees the rounded sum, which is what the backward pass is given.
+template <class T, class Shape>
+__device__ __forceinline__ void add_residual(const NormParams<T>& p, int64_t row, int lane,
+                                             uint4 (&raw)[Shape::kVectors]) {
+  const T* add = p.residual + row * p.residual_stride;
+#pragma unroll
+  for (int i = 0; i < Shape::kVectors; ++i) {
+    const int64_t v = lane + i * Shape::kThreads;
+    if (v >= p.vectors) continue;
+    float s[kVector], r[kVector];
+    to_float<T>(raw[i], s);
+    to_float<T>(load_raw(add, v), r);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) s[j] += r[j];
+    raw[i] = from_float<T>(s);
+  }
+}
+
+template <class T, class Shape>
+__device__ __forceinline__ void store_packed(const NormParams<T>& p, int64_t row, int lane,
+                                             const uint4 (&raw)[Shape::kVectors]) {
+  T* to = p.packed + row * p.packed_stride;
+#pragma unroll
+  for (int i = 0; i < Shape::kVectors; ++i) {
+    const int64_t v = lane + i * Shape::kThreads;
+    if (v < p.vectors) store_raw(to, v, raw[i]);
+  }
+}
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormParams<T> p) {
@@ -41,28 +82,8 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
     const int64_t v = lane + i * Shape::kThreads;
     raw[i] = source >= 0 && v < p.vectors ? load_raw(from, v) : uint4{0, 0, 0, 0};
   }
-  if (p.residual != nullptr) {
-    const T* add = p.residual + row * p.residual_stride;
-#pragma unroll
-    for (int i = 0; i < Shape::kVectors; ++i) {
-      const int64_t v = lane + i * Shape::kThreads;
-      if (v >= p.vectors) continue;
-      float s[kVector], r[kVector];
-      to_float<T>(raw[i], s);
-      to_float<T>(load_raw(add, v), r);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) s[j] += r[j];
-      raw[i] = from_float<T>(s);  // the norm sees the rounded sum, which is what the backward pass is given
-    }
-  }
-  if (p.packed != nullptr) {
-    T* to = p.packed + row * p.packed_stride;
-#pragma unroll
-    for (int i = 0; i < Shape::kVectors; ++i) {
-      const int64_t v = lane + i * Shape::kThreads;
-      if (v < p.vectors) store_raw(to, v, raw[i]);
-    }
-  }
+  if (p.residual != nullptr) add_residual<T, Shape>(p, row, lane, raw);
+  if (p.packed != nullptr) store_packed<T, Shape>(p, row, lane, raw);
 
   float mean = 0.0f;
   if (p.layer) {
@@ -86,10 +107,6 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
     for (const float value : s) squares.x += (value - mean) * (value - mean);
   }
   const float rstd = rsqrtf(row_sum<Shape::kThreads>(squares, shared).x / static_cast<float>(p.d) + p.eps);
-  if (lane == 0) {
-    if (p.mean != nullptr) p.mean[row] = mean;
-    if (p.rstd != nullptr) p.rstd[row] = rstd;
-  }
 
   T* to = p.y + row * p.y_stride;
 #pragma unroll
@@ -100,17 +117,7 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
     to_float<T>(raw[i], s);
 #pragma unroll
     for (float& value : s) value = (value - mean) * rstd;
-    if (p.weight != nullptr) {
-      float w[kVector];
-      load_parameter<T>(p.weight, p.weight_float, v, w);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) s[j] *= w[j];
-      if (p.bias != nullptr) {
-        load_parameter<T>(p.bias, p.weight_float, v, w);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) s[j] += w[j];
-      }
-    }
+    scale_and_shift(p, v, s);
     store_raw(to, v, from_float<T>(s));
   }
 }
@@ -135,7 +142,6 @@ void gather_norm(const lemo_exec& exec, const lemo_gather_norm_args& a) {
     p.eps = a.eps;
     p.y = data<T>(a.y), p.y_stride = row_stride(a.y);
     p.packed = data<T>(a.packed), p.packed_stride = present(a.packed) ? row_stride(a.packed) : 0;
-    p.mean = data<float>(a.mean), p.rstd = data<float>(a.rstd);
     p.m = m, p.vectors = d / kVector, p.d = d;
     dispatch_width("x", d, [&](auto shape) {
       using Shape = decltype(shape);

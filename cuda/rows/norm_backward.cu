@@ -5,10 +5,12 @@
 namespace lemo::cuda {
 namespace {
 
-// Row groups whose partial sums of dweight and dbias lie in the workspace: enough to fill a large device (a row takes a
-// warp up to d = 1024, a block beyond), and a function of shapes alone, so that the order of summation is fixed.
+// Row groups whose partial sums of dweight and dbias lie in the workspace: enough to fill a device of 132
+// multiprocessors (a row takes a warp up to d = 1024, a block beyond), and a function of shapes alone, so that the
+// order of summation is fixed.
+constexpr int64_t kWarpGroups = 16 * 132, kBlockGroups = 4 * 132;
 int64_t partial_groups(int64_t m, int64_t d) {
-  const int64_t most = d <= 1024 ? 2112 : 528;
+  const int64_t most = d <= 1024 ? kWarpGroups : kBlockGroups;
   return m < most ? m : most;
 }
 

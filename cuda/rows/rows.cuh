@@ -1,4 +1,4 @@
-// How rows are spread over threads, shared by the kernels on rows.
+// How rows are distributed over threads, for all kernels that work on rows.
 #pragma once
 
 #include <string>
@@ -33,7 +33,8 @@ struct RowShape {
   static constexpr int kRowsPerBlock = kBlock / kThreads;
 };
 
-// Calls f with the smallest RowShape that holds d elements.
+// Calls f with the smallest RowShape that holds d elements. At most four vectors a thread, so that two copies of a row
+// stay in registers; one warp up to d = 1024, where no barrier is needed, and a block beyond.
 template <class Function>
 void dispatch_width(const char* name, int64_t d, Function&& f) {
   check_width(name, d);

@@ -1,4 +1,4 @@
-// What the scores kernels are told.
+// Parameters of the scores kernels, and how their work is divided.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,7 +26,7 @@ struct Params {
   float* partial;  // workspace [splits, blocks]
   int32_t splits;
 
-  // Of the Hopper kernel.
+  // For the sm_90a kernel.
   int64_t tokens;
   int32_t head_dim;
   int* counter;  // workspace; null: the kernel for sm_80
@@ -43,7 +43,8 @@ inline int64_t key_unit_slots(int64_t blocks, int64_t documents, int block_size)
   return blocks / per_unit + documents;
 }
 
-// Thread blocks that share one key unit's queries. From shapes alone, so that results repeat on every device.
+// Thread blocks that share one key unit's queries: as many as bring the grid to kWanted, at most kMost. A function of
+// shapes alone, so that results are the same on every device.
 inline int split_count(int64_t slots) {
   constexpr int64_t kWanted = 4096, kMost = 64;
   const int64_t splits = (kWanted + slots - 1) / slots;
@@ -56,7 +57,7 @@ template <int kHeadDim>
 void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);
 }  // namespace sm80
 
-// The same on sm_90a: 64, 96 (which serves 80 too) and 128.
+// The same on sm_90a, one definition per padded head_dim (common/sm90/padded_head_dim.h).
 namespace sm90 {
 template <int kHeadDim>
 void launch_scores(const Params& params, int32_t dtype, cudaStream_t stream);

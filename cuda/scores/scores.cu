@@ -3,6 +3,7 @@
 
 #include "common/check.h"
 #include "common/launch.h"
+#include "common/sm90/padded_head_dim.h"
 #include "kernels.h"
 #include "scores/params.h"
 #include "scores/sm90/scores_params.h"
@@ -36,8 +37,8 @@ __global__ void finish_kernel(const __grid_constant__ Params params) {
   params.scores[block] = sum;
 }
 
-// Hopper's own kernel, where this build and the device have it and the blocks fit its tiles; the others (blocks that do
-// not divide 128, or below 16) take the kernel for sm_80. LEMO_CUDA_CAPABILITY=80 leaves it out.
+// Whether the sm_90a kernel is used: if both the build and the device have it and the blocks fit its tiles. Other
+// blocks (below 16, or not dividing 128) take the sm_80 kernel. LEMO_CUDA_CAPABILITY=80 turns it off.
 bool use_sm90(const lemo_exec& exec, const lemo_scores_args& args) {
 #ifdef LEMO_CUDA_SM90
   return device_info(exec.device_index).capability == 90 &&
@@ -51,7 +52,7 @@ bool use_sm90(const lemo_exec& exec, const lemo_scores_args& args) {
 struct Workspace {
   int splits;
   float* partial;
-  int* counter;  // of the Hopper kernel
+  int* counter;  // of the sm_90a kernel
   uint64_t bytes;
 };
 
@@ -99,7 +100,6 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
   const Workspace workspace = layout(exec, args, exec.workspace);
   params.splits = workspace.splits;
   params.partial = workspace.partial;
-
   params.counter = workspace.counter;
   params.tokens = args.q.shape[0];
   params.head_dim = static_cast<int32_t>(args.q.shape[2]);
@@ -114,7 +114,7 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
     if (params.counter != nullptr) {
-      return scoring::sm90::launch_scores<kHeadDim == 80 ? 96 : kHeadDim>(params, args.q.dtype, stream);
+      return scoring::sm90::launch_scores<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream);
     }
 #endif
     scoring::sm80::launch_scores<kHeadDim>(params, args.q.dtype, stream);

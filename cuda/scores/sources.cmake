@@ -8,7 +8,7 @@ set(LEMO_SCORES_FULL_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/scores_hd80.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/scores_hd96.cu)
 
-# sm_90a only (96 serves 80 too).
+# sm_90a only, by padded head_dim.
 set(LEMO_SCORES_SM90_TUNED_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/scores_hd64.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/scores_hd128.cu)

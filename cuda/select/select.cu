@@ -1,7 +1,7 @@
 // Choosing blocks on the device, in two or three launches and no host synchronisation:
-//   choose_blocks   one CTA per document: ranks, radix select of the k-th one (ties to the lower block), flags
-//   pack_blocks     one CTA: prefix sums over the kept blocks -> slots, offsets, counts; with one document the CTA that
-//                   chose goes on with it
+//   choose_blocks   one thread block per document: ranks, radix select of the k-th one (ties to the lower block), flags
+//   pack_blocks     one thread block: prefix sums over the kept blocks -> slots, offsets, counts; with one document the
+//                   thread block that chose does this too
 //   write_rows      one warp per block: its tokens -> rows, row_slots
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
@@ -18,7 +18,7 @@ constexpr float kCertain = 0.999f;  // from this probability on SAMPLE always dr
 constexpr int kCached = 2048;       // ranks of a document up to this length stay in shared memory
 constexpr int kItems = 4;           // blocks per thread and step of pack_blocks
 
-// What choose_blocks says of a block.
+// Flags of a block, set by choose_blocks.
 constexpr int32_t kKept = 1;
 constexpr int32_t kWeighted = 2;  // weighs 1 / score rather than 1
 constexpr int32_t kBad = 4;       // its score is invalid
@@ -90,36 +90,8 @@ __device__ void find_bin(const int* histogram, int remaining, ChooseShared& shar
   shared.remaining = left;
 }
 
-__device__ void choose(const Problem& p, int document, Shared& storage) {
-  ChooseShared& shared = storage.choose;
-  const int first = p.documents[document], last = p.documents[document + 1], n = last - first;
-  const int forced_blocks = min(n, p.always_first + p.always_last);
-  const int wanted = static_cast<int>(floor(static_cast<double>(p.keep) * n + 0.5));
-  const int k = min(n, max(max(wanted, forced_blocks), 1));
-  const bool sample = p.mode == LEMO_SELECT_SAMPLE, poisson = p.mode == LEMO_SELECT_POISSON;
-  const bool threshold = p.mode == LEMO_SELECT_THRESHOLD;
-  uint64_t* ranks = n <= kCached ? shared.ranks : p.ranks + first;
-
-  for (int i = threadIdx.x; i < 8 * 256; i += kThreads) shared.histograms[0][i] = 0;
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const float score = p.scores[first + i];
-    const bool bad = !isfinite(score) || ((sample || poisson) && !(score > 0.0f && score <= 1.0f));
-    const bool always = i < p.always_first || n - i <= p.always_last;
-    double rank = -static_cast<double>(score);
-    if (sample && score >= kCertain) {
-      rank = -1.0;
-    } else if (sample) {
-      const double u = hash_uniform(p.seed, static_cast<uint64_t>(first + i)), q = score;
-      rank = (u / (1.0 - u)) / (q / (1.0 - q));
-    }
-    if (!threshold && !poisson) ranks[i] = always ? 0 : sortable(rank);
-    const bool drawn = poisson && hash_uniform(p.seed, static_cast<uint64_t>(first + i)) < static_cast<double>(score);
-    const bool kept = drawn || (threshold && score >= p.threshold) || (always && (threshold || poisson));
-    p.flags[first + i] = (bad ? kBad : 0) | (poisson && !always ? kWeighted : 0) | (kept ? kKept : 0);
-  }
-  __syncthreads();
-  if (threshold || poisson) return;
-
+// Flags the k smallest of n ranks; of those that tie with the k-th, the lower blocks.
+__device__ void keep_smallest(const Problem& p, const uint64_t* ranks, int first, int n, int k, ChooseShared& shared) {
   // The k-th smallest rank, one byte at a time from the top: `remaining` blocks are still to be found among those that
   // share the bytes fixed so far, until all of them are wanted.
   uint64_t prefix = 0;
@@ -162,6 +134,39 @@ __device__ void choose(const Problem& p, int document, Shared& storage) {
     ties_before += static_cast<int>(total);
     __syncthreads();
   }
+}
+
+__device__ void choose(const Problem& p, int document, Shared& storage) {
+  ChooseShared& shared = storage.choose;
+  const int first = p.documents[document], last = p.documents[document + 1], n = last - first;
+  const int forced_blocks = min(n, p.always_first + p.always_last);
+  const int wanted = static_cast<int>(floor(static_cast<double>(p.keep) * n + 0.5));
+  const int k = min(n, max(max(wanted, forced_blocks), 1));
+  const bool sample = p.mode == LEMO_SELECT_SAMPLE, poisson = p.mode == LEMO_SELECT_POISSON;
+  const bool threshold = p.mode == LEMO_SELECT_THRESHOLD;
+  uint64_t* ranks = n <= kCached ? shared.ranks : p.ranks + first;
+
+  for (int i = threadIdx.x; i < 8 * 256; i += kThreads) shared.histograms[0][i] = 0;
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    const float score = p.scores[first + i];
+    const bool bad = !isfinite(score) || ((sample || poisson) && !(score > 0.0f && score <= 1.0f));
+    const bool always = i < p.always_first || n - i <= p.always_last;
+    double rank = -static_cast<double>(score);
+    if (sample && score >= kCertain) {
+      rank = -1.0;
+    } else if (sample) {
+      const double u = hash_uniform(p.seed, static_cast<uint64_t>(first + i)), q = score;
+      rank = (u / (1.0 - u)) / (q / (1.0 - q));
+    }
+    if (!threshold && !poisson) ranks[i] = always ? 0 : sortable(rank);
+    const bool drawn = poisson && hash_uniform(p.seed, static_cast<uint64_t>(first + i)) < static_cast<double>(score);
+    const bool kept = drawn || (threshold && score >= p.threshold) || (always && (threshold || poisson));
+    p.flags[first + i] = (bad ? kBad : 0) | (poisson && !always ? kWeighted : 0) | (kept ? kKept : 0);
+  }
+  __syncthreads();
+  if (threshold || poisson) return;
+
+  keep_smallest(p, ranks, first, n, k, shared);
 }
 
 // Kept blocks in the upper half, their tokens in the lower.
@@ -228,7 +233,7 @@ __device__ void pack(const Problem& p, Shared& storage) {
     p.packed[p.num_blocks] = kept_tokens;
     storage.longest = 0;
   }
-  __syncthreads();  // makes this CTA's writes to `packed` visible to all its threads
+  __syncthreads();  // makes this thread block's writes to `packed` visible to all its threads
   int longest = 0;
   for (int d = threadIdx.x; d <= p.num_documents; d += kThreads) {
     const int start = p.packed[p.documents[d]];
@@ -238,10 +243,10 @@ __device__ void pack(const Problem& p, Shared& storage) {
   if (longest > 0) atomicMax(&storage.longest, longest);
   __syncthreads();
   if (threadIdx.x == 0) {
-    p.info[0] = kept_blocks;
-    p.info[1] = kept_tokens;
-    p.info[2] = storage.longest;
-    p.info[3] = bad ? first_bad + 1 : kept_blocks == 0 && p.mode != LEMO_SELECT_POISSON ? -1 : 0;
+    p.info[LEMO_INFO_KEPT_BLOCKS] = kept_blocks;
+    p.info[LEMO_INFO_KEPT_ROWS] = kept_tokens;
+    p.info[LEMO_INFO_LONGEST_DOCUMENT] = storage.longest;
+    p.info[LEMO_INFO_FAULT] = bad ? first_bad + 1 : kept_blocks == 0 && p.mode != LEMO_SELECT_POISSON ? -1 : 0;
   }
 }
 
@@ -270,7 +275,7 @@ __global__ void write_rows(Problem p) {
       p.row_slots[to + i] = slot;
     }
   }
-  for (int i = p.info[1] + thread; i < p.num_tokens; i += threads) p.rows[i] = p.row_slots[i] = -1;
+  for (int i = p.info[LEMO_INFO_KEPT_ROWS] + thread; i < p.num_tokens; i += threads) p.rows[i] = p.row_slots[i] = -1;
 }
 
 uint64_t layout(void* workspace, int64_t num_blocks, Problem& p) {

@@ -1,4 +1,4 @@
-"""A short run of the fuzz driver with fixed seeds; `make fuzz` goes on for as long as it is told."""
+"""A short run of the fuzz driver with fixed seeds; `make fuzz` runs for FUZZ_SECONDS."""
 
 from __future__ import annotations
 

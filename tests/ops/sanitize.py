@@ -3,9 +3,9 @@
   PYTHONPATH=tests python tests/ops/sanitize.py memcheck
   PYTHONPATH=tests python tests/ops/sanitize.py racecheck --only 0 3
 
-For racecheck, build with -DLEMO_CUDA_RACECHECK=ON (cuda/common/sm90/pipeline.cuh says why): in a usual build it
+For racecheck, build with -DLEMO_CUDA_RACECHECK=ON (cuda/common/sm90/pipeline.cuh gives the reason): in a usual build it
 reports accesses that are ordered. Exit status 0: the tool reported nothing. Only kernels of lemo's attention are
-instrumented. Every allocation is one of its own (no caching), so that memcheck sees a read beyond a tensor even where
+instrumented. Every tensor is allocated separately (no caching), so that memcheck sees a read beyond a tensor even if
 another tensor follows.
 """
 
@@ -34,6 +34,11 @@ def listed() -> list:
         Attention("gap_128", 2, 1, 128, "rows", given=True, lists=True),
         Attention("keep_none", given=True),
         Attention("block_64", 4, 1, 128, "strided"),
+        *(Attention("chunks", 4, 2, dim) for dim in DIMS),
+        *(Attention("more_queries", 2, 2, dim, "rows") for dim in (64, 128)),
+        Attention("empty_sides", 2, 1, 128),
+        Attention("kept_of_both", 4, 1, 96, "rows"),
+        Attention("chunks", 2, 1, 64, "rows", given=True),
     ]
 
 

@@ -19,6 +19,8 @@ SOME = [
     cases.Norm("ragged", 24, rows=False),
     cases.Attention("documents", 4, 2, 16, "strided"),
     cases.Attention("documents", 2, 1, 16, "rows", given=True),
+    cases.Attention("more_queries", 2, 1, 16),
+    cases.Attention("chunks", 2, 1, 16, "rows", given=True),
     cases.Scores("documents", 4, 2, 16),
     cases.Predict("documents", 24),
     cases.Loss(20, 16, 40, bias=True, rank=4, dweight=True, segment=8),

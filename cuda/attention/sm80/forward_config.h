@@ -1,10 +1,10 @@
-// Tile sizes of the mma.sync forward kernel, one row per head_dim. Accumulators dominate the register budget (255 a
-// thread); shared memory stays under the 163 KiB an sm_80 block may have.
+// Tile sizes of the mma.sync forward kernel, the same for every head_dim. Accumulators dominate the register budget
+// (255 a thread); shared memory stays under the 163 KiB an sm_80 block may have.
 #pragma once
 
 namespace lemo::cuda::attention::sm80 {
 
-// Forward: a warp owns 32 queries, so that every key fragment feeds two products.
+// A warp owns 32 queries, so that every key fragment feeds two products.
 template <int kHeadDim>
 struct ForwardConfig {
   static constexpr int kQueries = 128;
@@ -13,8 +13,8 @@ struct ForwardConfig {
   static constexpr bool kQueriesInRegisters = kHeadDim <= 64;
 };
 
-// Steps of the q.k product that are unrolled where queries come from shared memory: all of them on sm_90; on sm_80 the
-// compiler would hoist so many loads that head_dim 128 spills.
+// How many steps of the q.k product are unrolled when queries come from shared memory: all of them on sm_90; on sm_80
+// the compiler would then hoist so many loads that head_dim 128 spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kScoreUnroll = 4;
 #else

@@ -37,7 +37,7 @@ class OnlineSoftmax {
       correction[r] = exp2_fast((maximum_[r] - maximum) * scale_log2);
       maximum_[r] = maximum;
     }
-    // The maximum settles after a few tiles; from then on the whole warp leaves out the rescaling.
+    // The maximum settles after a few tiles; from then on the whole warp skips the rescaling.
     if (!__all_sync(0xffffffffu, unchanged)) {
 #pragma unroll
       for (int r = 0; r < 2 * kRowTiles; ++r) {

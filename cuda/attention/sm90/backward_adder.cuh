@@ -1,13 +1,13 @@
 // The threads that add every step's dQ to the sums in device memory.
 //
-// They take the staged dQ over from the consumers, which go on to the next step meanwhile: neither starting the
-// addition nor waiting is theirs. Each is alone in its warp, since in deterministic mode lanes that sleep at a barrier
-// would keep the one that waits for its turn from looking. They take turns, so that one step's addition may still be on
-// its way when the next one's begins.
+// They take the staged dQ over from the consumers, which meanwhile proceed to the next step: consumers neither issue
+// nor wait for the addition. Each is alone in its warp, since in deterministic mode lanes asleep at a barrier would
+// keep the lane that waits for its turn from polling. They alternate, so that one step's addition may still be in
+// flight when the next one's begins.
 //
-// Deterministic mode: key tiles add to a query tile's dQ in ascending order, each when its turn has come. A turn counts
-// the key tiles that have added to a (query tile, head). Thread blocks start in the order of their key tiles, so that
-// whoever is waited for already runs.
+// Deterministic mode: key tiles add to a query tile's dQ in ascending order, each in its turn. A turn counts the key
+// tiles that have added to a (query tile, head). Thread blocks start in the order of their key tiles, so a block only
+// waits for blocks already running.
 #pragma once
 
 #include "attention/sm90/backward_sums.cuh"
@@ -24,18 +24,19 @@ __device__ __forceinline__ void wait_turn(const int* turn, int mine) {
 __device__ __forceinline__ void pass_turn(int* turn, int mine) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;\n" ::"l"(turn), "r"(mine + 1) : "memory");
 }
-// Between plain and bulk accesses to device memory, which a turn alone does not order.
+// Orders plain and bulk accesses to device memory, which a turn alone does not.
 __device__ __forceinline__ void fence_bulk_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 
-// What the consumers and the adding threads are told of a step, in its stage of queries; the producer alone walks.
+// What the consumers and the adding threads need to know of a step. The producer, which alone walks, writes it with the
+// stage of queries.
 struct BackwardStep {
   int query_tile;
   int item;   // item_of
   int entry;  // HeadWalk
 };
 
-// Adding thread `adder`: every kAdders-th of `total` steps, each from its stage; Walk says whose turn comes when. No
-// barrier is waited for too early for having skipped the other's steps: what is staged later was loaded later.
+// Adding thread `adder`: every kAdders-th of `total` steps, each from its stage; Walk gives a key tile's turn. Skipping
+// the other thread's steps is safe: later steps are loaded later.
 template <int kHeadDim, class Walk, int kStages>
 __device__ __forceinline__ void add_sums(const BackwardKernelParams& params, const KeyWork& work, int adder, int total,
                                          Ring<kStages>& stages, const BackwardStep* steps, const float* staged,

@@ -1,4 +1,4 @@
-// The tile table of the Hopper backward kernel: one row per head_dim, with its reason.
+// The tile table of the sm_90a backward kernel: one row per head_dim, each with its reason.
 //
 // What limits a choice: a consumer warpgroup (240 registers a thread) owns 64 keys and holds their dK and dV, plus S,
 // dP (of 64 queries at a time) and its part of dQ for one query tile. 227 KiB of shared memory hold K, V, the rings of
@@ -23,7 +23,7 @@ struct BackwardTile {
   bool held_values;  // V stays in registers, as the operand of dP: less is read from shared memory
 };
 
-// head_dim is the padded one: 80 runs as 96, whose last 16 columns TMA fills with zeros.
+// By padded head_dim (common/sm90/padded_head_dim.h).
 template <int kHeadDim>
 constexpr BackwardTile kBackwardTile = {};
 #ifdef LEMO_TUNE_BACKWARD
@@ -36,7 +36,7 @@ constexpr BackwardTile kBackwardTile<128> = {LEMO_TUNE_BACKWARD};
 #else
 template <>  // dK and dV take only 64 registers: twice the queries halve what a product reads from shared memory
 constexpr BackwardTile kBackwardTile<64> = {128, 3, 2, true, true};
-template <>
+template <>  // as 128, with registers to spare: DqOrder holds 128 queries at head_dim 64 only
 constexpr BackwardTile kBackwardTile<96> = {64, 3, 2, true, false};
 template <>  // dK + dV + S + dP = 192 registers of 240
 constexpr BackwardTile kBackwardTile<128> = {64, 3, 2, true, false};

@@ -41,15 +41,15 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
     Mainloop::compute(params, shared, work, warpgroup - 1, dk, dv);
 
     // The queries' stages are free once both warpgroups are done.
-    cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, 1);
+    cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, kBackwardConsumersMeet);
     const int warp = thread_index() / 32 - 4;
     using Staged = StagedRows<kHeadDim>;
     static_assert(kBackwardWarps * sizeof(Staged) <= sizeof(shared.q));
     Staged& staged = reinterpret_cast<Staged*>(shared.q)[warp];
     const int row_start = work.key_start + warp * 16;
     const auto store = [&](const TensorView& target, const auto& gradient, float factor) {
-      store_staged<T, kHeadDim>(staged, params.documents, work.tile, target, work.key_head, params.head_dim, row_start,
-                                gradient, {factor, factor});
+      staged.template store<T>(params.key_documents, work.tile, target, work.key_head, params.head_dim, row_start,
+                               gradient, {factor, factor});
     };
     store(params.dv, dv, 1.0f);
     store(params.dk, dk, params.scale);

@@ -36,15 +36,15 @@ struct BackwardMainloop {
   static constexpr int kParts = kQueries / 64;
   static constexpr bool kByRows = DqOrder<kHeadDim>::kByRows;
   static constexpr int kTile = kQueries * kHeadDim;
-  // Columns of the product for dQ: head_dim 96 runs as 128, so that both warpgroups have one shape. What lies behind K
-  // in shared memory meets columns that nobody stores.
+  // Columns of the product for dQ: head_dim 96 runs as 128, so that both warpgroups have the same shape. What follows K
+  // in shared memory only enters columns that are never stored.
   static constexpr int kDqColumns = kByRows ? 64 : 128;
   static_assert(kByRows ? kHeadDim == 64 : kQueries == 64 && kHeadDim > 64);
   static_assert(kQueryStages > (kLateKeys ? 2 : 1));
 
   using Element = GmmaElement<T>;
   using Walk = std::conditional_t<kListed, ListedWalk<kQueries>, QueryWalk<kQueries>>;
-  using QueryLoader = RowLoader<kQueries, kHeadDim>;
+  using QueryLoader = RowLoader<kQueries, kHeadDim, kQueries, true>;
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, 1>;
   using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
@@ -114,7 +114,7 @@ struct BackwardMainloop {
   static __device__ __forceinline__ int position(const BackwardKernelParams& params, const KeyWork& work) {
     return params.turns == nullptr ? sweep(params, work).position() : -1;
   }
-  // Where to begin, and how many steps there are: by one warp, before the others start.
+  // Where to begin, and how many steps there are. Called by one warp, before the others start.
   static __device__ __forceinline__ void choose_start(const BackwardKernelParams& params, Shared& shared,
                                                       const KeyWork& work) {
     const int start = Walk::choose_start(params, work, position(params, work));
@@ -123,7 +123,7 @@ struct BackwardMainloop {
       shared.total = Walk(params, work, start, 0).total;
     }
   }
-  // Says where this thread block is; by the whole producer warp.
+  // Publishes where this thread block is. Called by the whole producer warp.
   static __device__ __forceinline__ void publish(const BackwardKernelParams& params, const KeyWork& work,
                                                  const Walk& walk) {
     if (params.turns == nullptr && thread_index() % 32 == 0) sweep(params, work).publish(walk);
@@ -133,18 +133,19 @@ struct BackwardMainloop {
   static __device__ __forceinline__ void load(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
     constexpr uint32_t kStatsBytes = 2 * kQueries * 4;
     {
-      const KeyLoader loader(params.documents, work.tile);
-      const auto rows = loader.find(work.key_start);
+      const KeyLoader loader(params.key_documents, work.tile);
+      const auto runs = loader.find(work.key_start);
       if (cute::elect_one_sync()) shared.keys.arrive_and_expect_tx(2 * KeyLoader::kBytes);
       uint64_t* barrier = reinterpret_cast<uint64_t*>(&shared.keys);
-      loader.load(rows, params.k, work.key_head, barrier, shared.k);
-      loader.load(rows, params.v, work.key_head, barrier, shared.v);
+      loader.load(runs, params.k, work.key_head, barrier, shared.k);
+      loader.load(runs, params.v, work.key_head, barrier, shared.v);
     }
     auto query_state = Ring<kQueryStages>::producer_start();
     auto dout_state = Ring<kDoutStages>::producer_start();
-    const QueryLoader loader(params.documents, work.tile);
+    const Tile queries = work.queries();
+    const QueryLoader loader(params.documents, queries);
     Walk walk = BackwardMainloop::walk(params, shared, work);
-    auto rows = loader.find(walk.query_tile * kQueries);
+    auto runs = loader.find(walk.query_tile * kQueries);
     publish(params, work, walk);
 #pragma unroll 1
     while (walk.steps > 0) {
@@ -154,20 +155,20 @@ struct BackwardMainloop {
       uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes, [&] {
         shared.steps[query_state.index()] = {walk.query_tile, item, walk.entry};
       });
-      loader.load(rows, params.q, head, barrier, shared.q + query_state.index() * kTile);
+      loader.load(runs, params.q, head, barrier, shared.q + query_state.index() * kTile);
       if (cute::elect_one_sync()) {
         cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
                                        shared.stats[query_state.index()], kStatsBytes);
       }
       ++query_state;
       barrier = shared.douts.acquire(dout_state, QueryLoader::kBytes);
-      loader.load(rows, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
+      loader.load(runs, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
       ++dout_state;
       walk.advance([&] { return position(params, work); });
-      // Behind the loads of this step, so that its latency is not theirs.
+      // After this step's loads, which would otherwise wait for it.
       if (walk.head_in_group == 0 && walk.steps > 0) {
         publish(params, work, walk);
-        rows = loader.find(walk.query_tile * kQueries);
+        runs = loader.find(walk.query_tile * kQueries);
       }
     }
   }
@@ -178,7 +179,7 @@ struct BackwardMainloop {
     add_sums<kHeadDim, Walk>(params, work, adder, shared.total, shared.queries, shared.steps, shared.dq, shared.sums);
   }
 
-  // A consumer warpgroup: dk (not yet scaled) and dv of its 64 keys.
+  // A consumer warpgroup: computes dk (not yet scaled) and dv of its 64 keys.
   template <class Gradient>
   static __device__ __forceinline__ void compute(const BackwardKernelParams& params, Shared& shared,
                                                  const KeyWork& work, int consumer, Gradient& dk, Gradient& dv) {
@@ -250,7 +251,7 @@ struct BackwardMainloop {
         constexpr int kPart = decltype(constant)::value, kBegin = kPart * kSize, kEnd = kBegin + kSize;
         PartScores dp;
         issue<true>(part_mma, v_a, dout_b(_, _, _, dout.index() * kParts + kPart), dp);
-        // The step before: its product runs behind this step's exponentials. (0 in the first step.)
+        // dK of the previous step runs behind this step's exponentials. (ds is 0 in the first step.)
         if constexpr (kLateKeys) issue<false, kPart, kParts>(key_mma, ds, q_columns(_, _, _, before.index()), dk);
         if constexpr (kPart > 0) issue<false, kPart - 1, kParts>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
         if (kPart == 0 && !first) sums.send(buffer ^ 1);
@@ -287,7 +288,7 @@ struct BackwardMainloop {
           dp(i + 3) = s(j + 3) * (dp(i + 3) - delta.y);
         }
         if constexpr (kLateKeys) {
-          warpgroup_wait<(kPart > 0 ? 1 : 0)>();  // dK, whose operand is written next; dV goes on
+          warpgroup_wait<(kPart > 0 ? 1 : 0)>();  // dK, whose operand is overwritten next; dV keeps running
           warpgroup_fence_operand(dk);
           round_p();
         }
@@ -309,7 +310,7 @@ struct BackwardMainloop {
       cutlass::arch::fence_view_async_shared();
 
       issue<false, kParts - 1, kParts>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
-      cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, 1);
+      cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, kBackwardConsumersMeet);
       auto dq = partition_fragment_C(query_mma, Shape<Int<kQueries>, Int<kDqColumns>>{});
       issue<true>(query_mma, ds_a(_, _, _, buffer), k_columns, dq);
       warpgroup_wait<1>();
@@ -321,7 +322,7 @@ struct BackwardMainloop {
       ++next;
       const bool more = --left > 0;
       if (more) shared.queries.wait(next);
-      issue<true>(score_mma, k_a, q_b(_, _, _, next.index()), s);  // after the last step, of whatever is there: unused
+      issue<true>(score_mma, k_a, q_b(_, _, _, next.index()), s);  // after the last step, on a stale stage: unused
       warpgroup_wait<kLateKeys ? 1 : 2>();
       warpgroup_fence_operand(dq);
       sums.stage(buffer, dq);

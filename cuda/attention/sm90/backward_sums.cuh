@@ -1,4 +1,4 @@
-// dQ on its way from the accumulators of a warp to the fp32 sums in device memory.
+// How dQ leaves a warp's accumulators for the fp32 sums in device memory.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -21,7 +21,7 @@ __device__ __forceinline__ void bulk_add(float* target, const float* source, uin
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
-constexpr int kAdders = 2;  // for a third, `odd` below would have to count
+constexpr int kAdders = 2;  // with a third, `odd` below would have to be a count
 
 // A step's dQ passes from the consumer warps to the thread that adds it (backward_adder.cuh).
 struct SumHandover {
@@ -41,12 +41,12 @@ class SumWriter {
   __device__ __forceinline__ SumWriter(float* buffer, SumHandover& handover)
       : handover_(handover), buffer_(buffer + part()) {}
 
-  // Copies the accumulators to shared memory, once what was sent before has left it. `odd`: 1 in every other step.
+  // Copies the accumulators to shared memory, once the previous step's have left it. `odd`: 1 in every other step.
   template <class Out>
   __device__ __forceinline__ void stage(uint32_t odd, const Out& dq) {
     using Order = DqOrder<kHeadDim>;
     const int lane = thread_index() % 32, warpgroup = thread_index() / 128 - 1;
-    handover_.taken.wait(odd ^ 1);  // in the first step at once
+    handover_.taken.wait(odd ^ 1);  // returns at once in the first step
     __syncwarp();
     const int chunks = Order::chunks(warpgroup);
 #pragma unroll
@@ -58,8 +58,8 @@ class SumWriter {
     }
   }
 
-  // Hands over what was staged, with the same `odd`. A step later than staging: the fence waits for the stores, and by
-  // then they have long arrived.
+  // Hands over what was staged with the same `odd`. Called a step later: the fence waits for the stores, which have
+  // long arrived by then.
   __device__ __forceinline__ void send(uint32_t odd) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();

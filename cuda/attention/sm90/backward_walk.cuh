@@ -1,11 +1,12 @@
 // The steps of one key tile: the query tiles that see it, each for every query head of the group.
 //
-// Query tiles are walked downwards and around: from the one that the thread blocks of this key head are at, to the
+// Query tiles are walked downwards and around: from the one that the thread blocks of this key head have reached to the
 // diagonal, then from the end of the document; in deterministic mode always from the end. Blocks that read the same
-// queries, and add to the same dQ, thereby stay together, and their data in the L2 cache; each on its own they would
-// soon be spread over more than it holds.
+// queries and add to the same dQ thus stay together, and their data stays in the L2 cache; otherwise they would soon
+// spread over more than it holds.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/sm90/backward_params.h"
 #include "common/document_tiles.cuh"
 #include "common/mma.cuh"
@@ -13,13 +14,20 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-// A key tile of one key head, and where its document's query tiles are kept.
+// A key tile of one key head, and where its document's query tiles are kept. Rows are counted in positions
+// (aligned_rows.cuh): keys may lie before 0.
 struct KeyWork {
   Tile tile;
   int key_head;
-  int key_start;  // first key, within the document
+  int key_start;  // the tile's first key
   int key_slot;
   int query_slot;  // slot of the document's first query tile
+  int query_row;   // packed row of the query at position 0
+  int first_query;
+
+  __device__ __forceinline__ Tile queries() const { return {query_row, tile.length, 0, 0, first_query}; }
+  // The first query that may see a key of the tile, rounded down to tiles.
+  __device__ __forceinline__ int first_seeing() const { return max(key_start, 0); }
 };
 
 // The index of a (query tile, head) in the workspace.
@@ -34,7 +42,7 @@ struct HeadWalk {
   int entry = 0;   // with tile lists, of this step: where in the list it stands
   int head_in_group = 0;
   int group;
-  int rotation;  // thread blocks at the same query tile begin with different heads, so that their additions do not meet
+  int rotation;  // blocks at the same query tile begin with different heads, so that their additions do not collide
   int total;     // steps
   int steps;     // left, this one included
 
@@ -43,7 +51,7 @@ struct HeadWalk {
     return head < group ? head : head - group;
   }
   __device__ __forceinline__ int done() const { return total - steps; }
-  // Whether the query tile goes on with another head.
+  // Whether another head of the query tile follows.
   __device__ __forceinline__ bool advance_head() {
     --steps;
     if (++head_in_group < group) return true;
@@ -56,21 +64,21 @@ template <int kQueries>
 struct QueryWalk : HeadWalk {
   int first, last;  // query tiles of this key tile
 
-  // `start`: of choose_start.
+  // `start` comes from choose_start.
   __device__ __forceinline__ QueryWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
                                        int first_head) {
     query_tile = start;
-    first = work.key_start / kQueries;
+    first = work.first_seeing() / kQueries;
     last = (work.tile.length - 1) / kQueries;
     group = params.group;
     rotation = first_head;
     steps = total = (last - first + 1) * group;
   }
 
-  // Where to begin so as to be near query tile `position`, by one warp; -1: at the end.
+  // Where to begin in order to be near query tile `position` (-1: at the end). Called by one warp.
   static __device__ __forceinline__ int choose_start(const BackwardKernelParams&, const KeyWork& work, int position) {
     const int end = (work.tile.length - 1) / kQueries;
-    return position >= work.key_start / kQueries && position <= end ? position : end;
+    return position >= work.first_seeing() / kQueries && position <= end ? position : end;
   }
 
   // `position()`: the query tile that the thread blocks of this key head are at, or -1.
@@ -85,12 +93,12 @@ struct QueryWalk : HeadWalk {
   }
 };
 
-// What a walk has still to visit of a list, one chunk of its entries at a time; in the registers of a warp.
+// The entries of a list that a walk has yet to visit, one chunk at a time, in the registers of a warp.
 class Unvisited {
  public:
   static constexpr int kChunk = 32 * 32;
 
-  // Opens a chunk, of `entries` entries. The rest by whole warps.
+  // Opens a chunk of `entries` entries. The other functions are called by whole warps.
   __device__ __forceinline__ void open(int entries) {
     const int mine = min(entries, kChunk) - thread_index() % 32 * 32;
     word_ = mine >= 32 ? 0xffffffffu : mine > 0 ? (1u << mine) - 1 : 0u;
@@ -99,7 +107,7 @@ class Unvisited {
     if (at / 32 == thread_index() % 32) word_ &= ~(1u << at % 32);
   }
   __device__ __forceinline__ bool empty() const { return !__any_sync(0xffffffffu, word_ != 0); }
-  // The last one up to `at`, or -1.
+  // The last unvisited entry up to `at`, or -1.
   __device__ __forceinline__ int last_up_to(int at) const {
     const int lane = thread_index() % 32;
     const unsigned mine = lane < at / 32 ? word_ : lane == at / 32 ? word_ & ((2u << at % 32) - 1) : 0u;
@@ -113,14 +121,14 @@ class Unvisited {
   unsigned word_;  // entries 32 lane ... 32 lane + 31
 };
 
-// The same with tile lists: the circle is the key tile's own tile, then its list from the end to the front. Lists
-// differ in how fast they take their thread blocks along it, so that one that falls behind the others leaves out what
-// it has missed, until it comes round again.
+// The same with tile lists: the circle is the key tile's own tile, then its list from the end to the front. Thread
+// blocks advance at the different speeds of their lists; one that falls behind the others skips what it has missed,
+// until it comes round again.
 template <int kQueries>
 struct ListedWalk : HeadWalk {
   static constexpr int kPerTile = kBackwardKeys / kQueries;
   static_assert(kBackwardKeys == LEMO_TILE_ROWS);
-  static constexpr int kLag = 1;  // how many tiles behind is still with the others
+  static constexpr int kLag = 1;  // a block this many tiles behind still counts as level with the others
 
   const int32_t* tiles;
   int begin, end;  // of the list
@@ -131,7 +139,7 @@ struct ListedWalk : HeadWalk {
 
   __device__ __forceinline__ ListedWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
                                         int first_head)
-      : tiles(params.lists.blocks),
+      : tiles(params.lists.tiles),
         begin(params.lists.offsets[work.key_slot]),
         end(params.lists.offsets[work.key_slot + 1]),
         own(work.tile.index),
@@ -151,12 +159,12 @@ struct ListedWalk : HeadWalk {
     const int near = position < 0 ? -1 : position / kPerTile;
     int before = 0;  // entries up to `near`
     for (int at = begin + thread_index() % 32; __any_sync(0xffffffffu, at < end); at += 32) {
-      before += __popc(__ballot_sync(0xffffffffu, at < end && params.lists.blocks[at] <= near));
+      before += __popc(__ballot_sync(0xffffffffu, at < end && params.lists.tiles[at] <= near));
     }
     return before > 0 || near == work.tile.index ? begin + before - 1 : end - 1;
   }
 
-  // By a whole warp.
+  // Called by a whole warp.
   template <class Position>
   __device__ __forceinline__ void advance(const Position& position) {
     if (advance_head() || steps == 0) return;
@@ -184,7 +192,7 @@ struct ListedWalk : HeadWalk {
   }
 
   static __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work, int entry) {
-    return params.ranks[entry < params.lists.offsets[work.key_slot] ? params.listed + work.key_slot : entry];
+    return params.ranks[entry < params.lists.offsets[work.key_slot] ? params.list_capacity + work.key_slot : entry];
   }
 
  private:
@@ -194,7 +202,7 @@ struct ListedWalk : HeadWalk {
     base = begin - 1 + chunk * Unvisited::kChunk;
     unvisited.open(end - base);
   }
-  // How many entries of the chunk are tiles up to `tile`, in two looks.
+  // How many entries of the chunk are tiles up to `tile`, in two steps.
   __device__ __forceinline__ int entries_up_to(int tile) const {
     const int lane = thread_index() % 32;
     const auto is_up_to = [&](int at) {
@@ -207,7 +215,7 @@ struct ListedWalk : HeadWalk {
 };
 
 // Where the thread blocks of one document and key head are: the report of the key tile that started last, as
-// [key tile, query tiles done, query tile] from the upper bits down, so that a maximum keeps the newest.
+// [key tile, steps done, query tile] from the upper bits down, so that a maximum keeps the newest.
 struct Sweep {
   static constexpr unsigned long long kNowhere = 0xffffff;  // no query tile
 
@@ -237,12 +245,18 @@ __device__ __forceinline__ KeyWork locate_keys(const BackwardKernelParams& param
   const int heads = min(params.section, params.key_heads - first_head);
   const int slot = rest / heads;
   KeyWork work;
-  work.tile = locate_tile(params.documents, kBackwardKeys, slot);
+  const int document = locate_document(params.key_documents, kBackwardKeys, 1, slot);
+  const AlignedDocument aligned = align_document<kBackwardKeys>(params.documents, params.key_documents, document);
+  const int index = slot - (params.key_documents.cu_seqlens[document] / kBackwardKeys + document);
+  work.tile = {aligned.key_start, aligned.length, index,
+               (aligned.length + aligned.ahead + kBackwardKeys - 1) / kBackwardKeys, kUncut};
   work.key_head = first_head + rest - slot * heads;
-  work.key_start = work.tile.index * kBackwardKeys;
+  work.key_start = index * kBackwardKeys - aligned.ahead;
   work.key_slot = slot;
-  const int document = slot - work.tile.index - work.tile.start / kBackwardKeys;
-  work.query_slot = work.tile.start / kQueries + document;
+  work.query_slot = params.documents.cu_seqlens[document] / kQueries +
+                    document * spare_slots<kBackwardKeys>(params.documents, kQueries);
+  work.query_row = aligned.query_start;
+  work.first_query = aligned.first;
   return work;
 }
 

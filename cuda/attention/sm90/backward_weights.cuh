@@ -1,4 +1,4 @@
-// Key weights of mode `backward`: w_ij = weight of j's block slot, or 1 where query i lies in the same slot.
+// Key weights of mode `backward`: w_ij = weight of j's block slot, or 1 if query i lies in the same slot.
 #pragma once
 
 #include "attention/sm90/backward_walk.cuh"
@@ -6,17 +6,17 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-// What a thread block knows of its keys. In shared memory, each consumer warp its own 16: accumulators leave no
+// The weights and slots of a thread block's keys, 16 per consumer warp; in shared memory, because accumulators leave no
 // registers.
 struct KeyWeights {
   float weight[kBackwardKeys];
   int slot[kBackwardKeys];
-  int near_end[kBackwardWarps];  // queries from here on share no slot with these keys: rows of a slot are neighbours
+  int near_end[kBackwardWarps];  // queries from here on share no slot with these keys: rows of a slot are neighbors
 
-  // By every lane of a consumer warp.
+  // Called by every lane of a consumer warp.
   __device__ __forceinline__ void load(const BackwardKernelParams& params, const KeyWork& work) {
     const Tile& tile = work.tile;
-    const int32_t* slots = params.row_slots + tile.start;
+    const int32_t* slots = params.key_row_slots + tile.start;
     const int warp = thread_index() / 32 - 4, lane = thread_index() % 32;
     if (lane < 16) {
       const int key = warp * 16 + lane;
@@ -24,7 +24,8 @@ struct KeyWeights {
       slot[key] = valid ? slots[work.key_start + key] : -1;
       weight[key] = valid ? params.key_weights[slot[key]] : 1.0f;
     }
-    int end = work.key_start + kBackwardKeys;
+    // Where queries are other rows, nothing is known of where a slot's lie: every one is compared.
+    int end = params.documents.aligned ? tile.length : work.key_start + kBackwardKeys;
     while (end < tile.length) {
       const int row = end + lane;
       const bool same = row < tile.length && slots[row] == slots[work.key_start + kBackwardKeys - 1];
@@ -36,8 +37,8 @@ struct KeyWeights {
     __syncwarp();
   }
 
-  // Weighs the probabilities, [keys, queries], of the query tile that begins at query_start: elements kBegin to kEnd of
-  // a lane's.
+  // Weighs the probabilities, [keys, queries], of the query tile that begins at query_start: this lane's elements
+  // kBegin to kEnd.
   template <int kBegin, int kEnd, class Scores>
   __device__ __forceinline__ void apply(const BackwardKernelParams& params, const KeyWork& work, int query_start,
                                         Scores& p) const {
@@ -48,13 +49,13 @@ struct KeyWeights {
       for (int j = kBegin; j < kEnd; ++j) p(j) *= weights[j / 2 % 2];
       return;
     }
-    const int32_t* query_slots = params.row_slots + work.tile.start;
+    const int32_t* query_slots = params.row_slots + work.query_row;
 #pragma unroll
     for (int j = kBegin; j < kEnd; j += 4) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int row = query_start + j * 2 + thread_index() % 4 * 2 + c;
-        const int query_slot = row < work.tile.length ? query_slots[row] : -1;
+        const int query_slot = row < work.tile.length && row >= work.first_query ? query_slots[row] : -1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (query_slot != slot[key + half * 8]) p(j + 2 * half + c) *= weights[half];

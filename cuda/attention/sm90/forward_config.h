@@ -1,6 +1,6 @@
-// The Hopper forward tile table: one row per head_dim, each with its reason. benchmarks/tune.py measures the
-// alternatives (it overrides every row by defining LEMO_TUNE_FORWARD as queries, keys, stages, producer, consumer) and
-// prints the row to commit.
+// The tile table of the sm_90a forward kernel: one row per head_dim, each with its reason. benchmarks/tune.py measures
+// the alternatives (it overrides every row by defining LEMO_TUNE_FORWARD as queries, keys, stages, producer, consumer)
+// and prints the row to commit.
 //
 // What limits a choice: 64 K registers (a consumer warpgroup holds 64 rows of S, P and O) and 227 KiB of shared memory.
 #pragma once
@@ -20,7 +20,7 @@ struct ForwardTile {
   uint32_t consumer_registers;
 };
 
-// head_dim is the padded one: 80 runs as 96, whose last 16 columns are filled with zeros.
+// By padded head_dim (common/sm90/padded_head_dim.h).
 template <int kHeadDim>
 constexpr ForwardTile kForwardTile = {};
 #ifdef LEMO_TUNE_FORWARD
@@ -39,8 +39,8 @@ template <>  // S + P + O = 160 registers of 232; 192 KiB of operands + 34 KiB o
 constexpr ForwardTile kForwardTile<128> = {128, 128, 2, 40, 232};
 #endif
 
-// With tile lists, a query tile is the LEMO_TILE_ROWS = 128 rows that one list describes, of as many heads as there are
-// warpgroups for (WorkOrder).
+// With tile lists, a query tile is the LEMO_TILE_ROWS = 128 rows that one list describes; a thread block takes it for
+// as many heads as it has warpgroups (WorkOrder).
 template <int kHeadDim>
 constexpr ForwardTile kListedTile = {};
 template <>

@@ -45,12 +45,12 @@ __global__ void __launch_bounds__((kForwardShape<kHeadDim, kListed>.queries / 64
         float lse;
         softmax.finish(r, params.scale_log2, inverse[r], lse);
         const int row = warp_start + lane / 4 + r * 8;
-        if (lane % 4 == 0 && row < work.tile.length) {
+        if (lane % 4 == 0 && row < work.tile.length && row >= work.tile.first) {
           params.lse[part.head * params.lse_stride + work.tile.start + row] = lse;
         }
       }
-      store_staged<T, kHeadDim>(shared.staged[warp - 4], params.documents, work.tile, params.out, part.head,
-                                params.head_dim, warp_start, out, inverse);
+      shared.staged[warp - 4].template store<T>(params.documents, work.tile, params.out, part.head, params.head_dim,
+                                                warp_start, out, inverse);
     };
     Mainloop::compute(params, shared.mainloop, warpgroup - 1, store);
   }

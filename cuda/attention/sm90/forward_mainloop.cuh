@@ -14,12 +14,12 @@ struct ForwardMainloop {
   static constexpr int kQueries = kShape.queries, kKeys = kShape.keys, kStages = kShape.stages;
   static constexpr int kConsumers = kQueries / 64;
   static constexpr int kQueryStages = 2;  // the next item's first scores start before this item is done
-  // A warpgroup leaves out key tiles that others still read, and waits for the one after them.
+  // A warpgroup skips key tiles that others still read, and waits for the one after them.
   static_assert(kStages > (kQueries - 64) / kKeys);
   using Element = GmmaElement<T>;
   using Order = WorkOrder<kHeadDim, kListed>;
   using Walk = KeyWalk<kListed>;
-  using PartLoader = RowLoader<64, kHeadDim, kQueries>;
+  using PartLoader = RowLoader<64, kHeadDim, kQueries, true>;
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
   using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, kStages>;
@@ -88,7 +88,7 @@ struct ForwardMainloop {
     }
   }
 
-  // A warp each: they wait for stages of their own.
+  // One warp each: they wait for different stages.
   static __device__ __forceinline__ void load_keys(const ForwardKernelParams& params, Shared& shared) {
     load_tiles<true>(params, shared.queue, params.k, shared.keys, shared.k);
   }
@@ -123,7 +123,7 @@ struct ForwardMainloop {
 #pragma unroll
       for (int j = 0; j < size(s); j += 2) packed(j / 2) = pack<T>(s(j), s(j + 1));
     };
-    // Of the first tile that a part sees; the others it sees whole.
+    // Masks the first tile that a part sees; it sees the others whole.
     const auto mask = [&](auto& s, int row) {
       const int visible = row % kKeys + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4 -
                           thread_index() % 4 * 2;  // of the upper row
@@ -147,7 +147,7 @@ struct ForwardMainloop {
         ++key;
       }
     };
-    // Every warpgroup takes as many turns.
+    // Skipped steps take their turns too: every warpgroup has to take as many.
     const auto skip_values = [&](int steps) {
       for (int i = 0; i < steps; ++i) {
         shared.values.wait(value);
@@ -186,7 +186,7 @@ struct ForwardMainloop {
         }
         continue;
       }
-      // The part's rows may end before the tile that is visited first.
+      // The tile that is visited first may lie beyond the part's rows.
       const int skipped = max(0, next.last_keys - next_part.row / kKeys);
       skip_keys(skipped);
       {
@@ -203,7 +203,7 @@ struct ForwardMainloop {
         Turns<kConsumers>::take(consumer);
         issue<true>(score_mma, q_fragments(_, _, _, query.index()), k_fragments(_, _, _, key.index()), s);
         if (running) {
-          // The last product of the item before runs behind this item's first scores and softmax.
+          // The last product of the previous item runs behind this item's first scores and softmax.
           shared.values.wait(value);
           issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
           Turns<kConsumers>::pass(consumer);
@@ -225,7 +225,8 @@ struct ForwardMainloop {
       work = next;
       part = next_part;
       running = true;
-      // A step: scores of this tile and values of the one before run together, with this tile's softmax behind them.
+      // A step: this tile's scores and the previous tile's values run together, then this tile's softmax behind the
+      // values.
 #pragma unroll 1
       for (int step = 1 + skipped; step < work.steps; ++step) {
         Scores s;
@@ -250,29 +251,30 @@ struct ForwardMainloop {
   }
 
  private:
-  // All work items' tiles of `tensor`, by one warp.
+  // Loads the tiles of `tensor` for all work items. Called by one warp.
   template <bool kAsks>
   static __device__ __forceinline__ void load_tiles(const ForwardKernelParams& params, WorkQueue& queue,
                                                     const RowTensor& tensor, Ring<kStages>& ring, Element* target) {
-    // The next item is asked for this many steps before the end of one: as late as its decoding allows, so that the
-    // thread blocks end together.
+    // The next item is requested this many steps before the end of the current one: as late as decoding it allows, so
+    // that the thread blocks end together.
     constexpr int kAhead = 3;
     auto state = Ring<kStages>::producer_start();
     uint32_t phase = 0;
     while (true) {
       const Work work = queue.take(phase);
       if (work.steps == 0) break;
-      const KeyLoader loader(params.documents, work.tile);
+      const Tile keys = {work.key_start, work.tile.length, 0, 0, kUncut};
+      const KeyLoader loader(params.key_documents, keys);
       const Walk walk(params.lists, work);
       // The row map is read one step ahead: under load its latency is close to the length of a step.
       auto next = loader.fetch(walk[0] * kKeys);
 #pragma unroll 1
       for (int step = 0; step < work.steps; ++step) {
         if (kAsks && step == max(0, work.steps - kAhead)) queue.ask();
-        const auto rows = loader.resolve(next);
+        const auto runs = loader.resolve(next);
         if (step + 1 < work.steps) next = loader.fetch(walk[step + 1] * kKeys);
         uint64_t* barrier = ring.acquire(state, KeyLoader::kBytes);
-        loader.load(rows, tensor, work.key_head, barrier, target + state.index() * (kKeys * kHeadDim));
+        loader.load(runs, tensor, work.key_head, barrier, target + state.index() * (kKeys * kHeadDim));
         ++state;
       }
     }

@@ -1,4 +1,4 @@
-// What the Hopper forward kernel is told.
+// Parameters of the sm_90a forward kernel.
 #pragma once
 
 #include "attention/params.h"
@@ -11,8 +11,8 @@ using namespace cuda::sm90;  // common/sm90
 // Thread blocks fetch work items until none is left. Items are ordered by section of heads (whose keys and values share
 // the L2 cache), then by query tile, heaviest first within a document, then by head.
 struct ForwardSchedule {
-  int* next;    // zero at the start: items handed out beyond the first one of every thread block
-  int slots;    // query tiles of all documents, an upper bound (document_tiles.cuh: locate_tile)
+  int* next;    // zero at the start: items handed out in addition to every thread block's first
+  int slots;    // query tiles of all documents, an upper bound (aligned_rows.cuh: query_slots)
   int section;  // key heads per section
   int items;    // slots * key heads * WorkOrder::items
 };
@@ -22,7 +22,8 @@ struct ForwardKernelParams {
   TensorView out;
   float* lse;
   int64_t lse_stride;
-  Documents documents;
+  Documents documents;  // of queries
+  Documents key_documents;
   TileLists lists;
   ForwardSchedule schedule;
   int heads;

@@ -1,6 +1,7 @@
-// What a thread block of the forward kernel does at a time, and how its producer tells its consumers.
+// The work items of the forward kernel, and how they reach all warps of a thread block.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/sm90/forward_config.h"
 #include "attention/sm90/forward_params.h"
 #include "common/document_tiles.cuh"
@@ -17,23 +18,24 @@ struct Part {
 
 // Parts that see the same key tiles: of one query tile and key head, kConsumers at a time.
 struct Work {
-  Tile tile;      // the document
+  Tile tile;      // the document's queries, in positions (aligned_rows.cuh), as everything here
+  int key_start;  // packed row of the key at position 0
   int last_keys;  // the key tile that is visited first
-  int list;       // with tile lists: where in lists.blocks the others stand
+  int list;       // with tile lists: where in lists.tiles the others start
   int steps;      // key tiles; 0: no work is left
   int key_head;
   int first_row;   // of the query tile
-  int first_part;  // of the query tile's in all heads of the group
+  int first_part;  // among the query tile's parts in all heads of the group
 };
 
 template <int kHeadDim, bool kListed>
 struct WorkOrder {
   static constexpr ForwardTile kShape = kForwardShape<kHeadDim, kListed>;
   static constexpr int kConsumers = kShape.queries / 64;
-  // A list describes LEMO_TILE_ROWS queries, whatever a thread block has room for: it takes parts of several heads.
+  // A list describes LEMO_TILE_ROWS queries, however many a thread block has room for: it takes parts of several heads.
   static constexpr int kParts = kListed ? LEMO_TILE_ROWS / 64 : kConsumers;  // of a query tile and head
   static constexpr int kRows = kParts * 64;                                  // of a query tile
-  // Whether a warpgroup without rows leaves out its work. Two keep pace with each other anyhow.
+  // Whether a warpgroup without rows skips its work. Two keep pace with each other anyway.
   static constexpr bool kMissing = kConsumers > 2;
 
   // Work items of a query tile and key head.
@@ -48,9 +50,11 @@ struct WorkOrder {
     const int rest = item % section_items;
     const int slot = rest / (heads * columns), column = rest % (heads * columns);
     Work work;
-    work.tile = locate_tile(params.documents, kRows, slot);
+    const QueryTile located = locate_queries<kShape.keys>(params.documents, params.key_documents, kRows, slot);
+    work.tile = located.tile;
+    work.key_start = located.document.key_start;
     const int query_tile = work.tile.count - 1 - work.tile.index;
-    // Where parts can be missing and there are no lists, tiles end where the document does: parts are then missing from
+    // If parts can be missing and there are no lists, the last tile ends with the document: parts are then missing from
     // the first tile, which has the least work.
     work.first_row =
         kListed || !kMissing ? query_tile * kRows : (work.tile.length + 63) / 64 * 64 - (work.tile.index + 1) * kRows;
@@ -65,14 +69,14 @@ struct WorkOrder {
         work.steps = 1 + offsets[1] - offsets[0];
       } else {
         const int end = min(work.first_row + kRows, work.tile.length);
-        work.steps = (end + kShape.keys - 1) / kShape.keys;
-        work.last_keys = work.steps - 1;
+        work.last_keys = (end + kShape.keys - 1) / kShape.keys - 1;
+        work.steps = work.last_keys + 1 + located.document.ahead / kShape.keys;
       }
     }
     return work;
   }
 
-  // A consumer warpgroup's; row < 0: it has none.
+  // The part of a consumer warpgroup; row < 0 if it has none.
   static __device__ __forceinline__ Part part(const ForwardKernelParams& params, const Work& work, int consumer) {
     const int index = work.first_part + consumer, head = index / kParts;
     const int row = work.first_row + index % kParts * 64;
@@ -81,15 +85,15 @@ struct WorkOrder {
   }
 };
 
-// The key tiles of a work item, in the order they are visited: the diagonal first. A part's own 64 rows lie within one
-// key tile, the first one that it sees: only there it needs a mask.
+// The key tiles of a work item in the order of visits, the diagonal first. A part's own 64 rows lie within one key
+// tile, the first that it sees: only that one needs a mask.
 template <bool kListed>
 struct KeyWalk {
   int last;
   const int32_t* list;
 
   __device__ __forceinline__ KeyWalk(const TileLists& lists, const Work& work) : last(work.last_keys) {
-    list = kListed ? lists.blocks + work.list - 1 : nullptr;
+    list = kListed ? lists.tiles + work.list - 1 : nullptr;
   }
   __device__ __forceinline__ int operator[](int step) const {
     if constexpr (kListed) return step == 0 ? last : list[step];
@@ -97,7 +101,7 @@ struct KeyWalk {
   }
 };
 
-// Work items on their way from the warp that hands them out to everyone else, one at a time.
+// Passes work items, one at a time, from the warp that hands them out to all others.
 struct WorkQueue {
   EmptyBarrier wanted, full, empty;
   Work work;
@@ -107,11 +111,11 @@ struct WorkQueue {
     full.init(1);
     init_for_warps(empty, readers);
   }
-  // Asks for the next item; by one reader.
+  // Requests the next item. Called by one reader.
   __device__ __forceinline__ void ask() {
     if (thread_index() % 32 == 0) wanted.arrive();
   }
-  // By the whole warp that hands out. `phase` is 1 at first.
+  // Called by the whole warp that hands out. `phase` is 1 at first.
   __device__ __forceinline__ void put(const Work& next, uint32_t phase) {
     empty.wait(phase);
     if (thread_index() % 32 == 0) {
@@ -119,7 +123,7 @@ struct WorkQueue {
       full.arrive();
     }
   }
-  // By a whole warp. `phase` is 0 at first.
+  // Called by a whole warp. `phase` is 0 at first.
   __device__ __forceinline__ Work take(uint32_t& phase) {
     full.wait(phase);
     phase ^= 1;

@@ -38,11 +38,11 @@ class RowSoftmax {
     }
   }
 
-  // Brings what was added up before the last update to the new maximum.
+  // Rescales the sums from before the last update to the new maximum.
   template <class Out>
   __device__ __forceinline__ void rescale(Out& out) const {
     constexpr int kSize = decltype(cute::size(out))::value;
-    // The maximum settles after a few tiles; from then on a warp leaves this out.
+    // The maximum settles after a few tiles; from then on a warp skips this.
     if (__all_sync(0xffffffffu, correction_[0] == 1.0f && correction_[1] == 1.0f)) return;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) out(j) *= correction_[j / 2 % 2];

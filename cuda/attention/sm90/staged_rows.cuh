@@ -1,49 +1,52 @@
-// Rows of results from accumulators to device memory.
+// Stores rows of results from accumulators to device memory.
 #pragma once
 
 #include <cute/tensor.hpp>
 
 #include "common/document_tiles.cuh"
 #include "common/mma.cuh"
+#include "common/sm90/padded_head_dim.h"
 
 namespace lemo::cuda::attention::sm90 {
 
-// A consumer warp's 16 rows on their way from accumulators to 16-byte stores.
+using namespace cuda::sm90;  // common/sm90
+
+// A consumer warp's 16 rows, staged between accumulators and 16-byte stores.
 template <int kHeadDim>
 struct StagedRows {
   static constexpr int kPitch = kHeadDim + kPadding;  // in elements: rows of a quarter-warp fall into different banks
   alignas(16) uint16_t data[16 * kPitch];
-};
 
-// Rows row_start .. row_start + 15 of the document: factor[j / 2 % 2] * out, through shared memory.
-template <typename T, int kHeadDim, class Out>
-__device__ __forceinline__ void store_staged(StagedRows<kHeadDim>& staged, const Documents& documents, const Tile& tile,
-                                             const TensorView& target, int head, int head_dim, int row_start,
-                                             const Out& out, const float (&factor)[2]) {
-  constexpr int kPitch = StagedRows<kHeadDim>::kPitch;
-  const int lane = thread_index() % 32;
-  // One load serves all rows, and is on its way while they are staged.
-  const int own_row = row_start + lane % 16;
-  const int own = own_row < tile.length ? static_cast<int>(storage_row(documents, tile.start + own_row)) : -1;
-  __syncwarp();  // what was staged before has been read
+  // Rows row_start .. row_start + 15 of the document: factor[j / 2 % 2] * out, through shared memory.
+  template <typename T, class Out>
+  __device__ __forceinline__ void store(const Documents& documents, const Tile& tile, const TensorView& target,
+                                        int head, int head_dim, int row_start, const Out& out,
+                                        const float (&factor)[2]) {
+    const int lane = thread_index() % 32;
+    // One load serves all rows, and is in flight while they are staged.
+    const int own_row = row_start + lane % 16;
+    const bool exists = own_row < tile.length && own_row >= tile.first;
+    const int own = exists ? static_cast<int>(storage_row(documents, tile.start + own_row)) : -1;
+    __syncwarp();  // what was staged before has been read
 #pragma unroll
-  for (int j = 0; j < decltype(cute::size(out))::value; j += 2) {
-    const int r = j / 2 % 2;
-    *reinterpret_cast<uint32_t*>(staged.data + (lane / 4 + r * 8) * kPitch + j / 4 * 8 + lane % 4 * 2) =
-        pack<T>(out(j) * factor[r], out(j + 1) * factor[r]);
-  }
-  __syncwarp();
-  const int chunks = kHeadDim == 96 ? head_dim / 8 : kHeadDim / 8;
+    for (int j = 0; j < decltype(cute::size(out))::value; j += 2) {
+      const int r = j / 2 % 2;
+      *reinterpret_cast<uint32_t*>(data + (lane / 4 + r * 8) * kPitch + j / 4 * 8 + lane % 4 * 2) =
+          pack<T>(out(j) * factor[r], out(j + 1) * factor[r]);
+    }
+    __syncwarp();
+    const int chunks = kMayBePadded<kHeadDim> ? head_dim / 8 : kHeadDim / 8;
 #pragma unroll
-  for (int pass = 0; pass < kHeadDim / 16; ++pass) {
-    if (kHeadDim == 96 && pass * 2 >= chunks) break;
-    const int item = pass * 32 + lane, row = item / chunks, chunk = item % chunks;
-    const int storage = __shfl_sync(0xffffffffu, own, row);
-    if (storage >= 0) {
-      T* to = head_pointer<T>(target, head) + storage * target.row_stride + chunk * 8;
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(staged.data + row * kPitch + chunk * 8);
+    for (int pass = 0; pass < kHeadDim / 16; ++pass) {
+      if (kMayBePadded<kHeadDim> && pass * 2 >= chunks) break;
+      const int item = pass * 32 + lane, row = item / chunks, chunk = item % chunks;
+      const int storage = __shfl_sync(0xffffffffu, own, row);
+      if (storage >= 0) {
+        T* to = head_pointer<T>(target, head) + storage * target.row_stride + chunk * 8;
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(data + row * kPitch + chunk * 8);
+      }
     }
   }
-}
+};
 
 }  // namespace lemo::cuda::attention::sm90

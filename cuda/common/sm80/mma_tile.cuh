@@ -6,21 +6,21 @@
 
 namespace lemo::cuda::sm80 {
 
-// Loads kRows rows of head_dim elements through the row map: eight neighbouring lanes read one row. The row numbers are
-// fetched apart from the rows, so that a caller can have them ready one tile ahead.
-template <typename T, int kRows, int kHeadDim, int kThreads>
+// Loads kRows rows of head_dim elements through the row map: eight neighboring lanes read one row. Row numbers are
+// fetched separately, so that a caller can have them ready one tile ahead. kCut: rows may begin after tile.first.
+template <typename T, int kRows, int kHeadDim, int kThreads, bool kCut = false>
 class TileLoader {
  public:
   static constexpr int kPitch = kHeadDim + kPadding;
   static constexpr int kElements = kRows * kPitch;
 
-  // Rows [position, position + kRows) of the document; those beyond its length become zeros.
+  // Rows [position, position + kRows) of the document; those that do not exist become zeros.
   __device__ __forceinline__ void find_rows(const Documents& documents, const Tile& tile, int position) {
     const int thread = thread_index();
     const int lane = thread % 32;
     const int row = position + lane / kRowsPerWarp * kRowsPerPass + thread / 32 * kRowsPerWarp + lane % kRowsPerWarp;
     row_ = -1;
-    if (lane < kPasses * kRowsPerWarp && row < tile.length) {
+    if (lane < kPasses * kRowsPerWarp && row < tile.length && (!kCut || row >= tile.first)) {
       row_ = static_cast<int>(storage_row(documents, tile.start + row));
     }
   }
@@ -51,7 +51,7 @@ class TileLoader {
   static constexpr int kChunks = kHeadDim / 8;
   static constexpr int kRowsPerWarp = 32 / kLanes;
   static_assert(kRows % kRowsPerPass == 0 && kPasses * kRowsPerWarp <= 32);
-  int row_;  // one of the warp's rows in every lane; all lanes see them through shuffles
+  int row_;  // every lane holds one of the warp's rows; the others read it through shuffles
 };
 
 // acc (16 x kColumns) += A (16 x kDepth) B^T, both operands stored with contiguous depth: a_address and b_address carry
@@ -99,7 +99,7 @@ __device__ __forceinline__ void clear(float (&acc)[kTiles][4]) {
   }
 }
 
-// Writes two C-layout rows (row, row + 8 of a 16-row tile) of factor * acc, where they lie inside the document.
+// Writes two C-layout rows (row, row + 8 of a 16-row tile) of factor * acc, if they lie inside the document.
 template <typename T, int kTiles>
 __device__ __forceinline__ void store_rows(const Documents& documents, const Tile& tile, const TensorView& target,
                                            int head, int row, const float (&acc)[kTiles][4], float factor_top,
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_rows(const Documents& documents, const Til
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int position = row + half * 8;
-    if (position >= tile.length) continue;
+    if (position >= tile.length || position < tile.first) continue;
     const float factor = half == 0 ? factor_top : factor_bottom;
     T* out = head_pointer<T>(target, head) + storage_row(documents, tile.start + position) * target.row_stride + column;
 #pragma unroll

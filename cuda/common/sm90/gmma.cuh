@@ -1,4 +1,4 @@
-// Tiles for wgmma in CuTe terms, and the one way products are issued.
+// Tiles for wgmma in CuTe terms, and the one function that issues products.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,7 +35,8 @@ using TransposedLayout = decltype(cute::tile_to_shape(
     ColumnAtom<Element, kHeadDim>{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kRows>, cute::Int<kStages>>{},
     cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-// c = a b (kClear) or c += a b, asynchronously, as one batch. Or of the kParts equal parts of the sum the one given.
+// c = a b (kClear) or c += a b, asynchronously, as one batch. With kParts > 1 only part kPart of that sum, which is cut
+// into equal parts.
 template <bool kClear, int kPart = 0, int kParts = 1, class Mma, class A, class B, class C>
 __device__ __forceinline__ void issue(Mma& mma, A const& a, B const& b, C& c) {
   using namespace cute;
@@ -56,7 +57,7 @@ __device__ __forceinline__ void issue(Mma& mma, A const& a, B const& b, C& c) {
 }
 
 // 64 rows of a tile in RowLayout, from row `first_row` on, as a warpgroup's left operand in registers; K-major SW128
-// atoms. By the whole warpgroup.
+// atoms. Called by the whole warpgroup.
 template <int kRows, int kHeadDim, typename Element>
 __device__ __forceinline__ auto hold_rows(const Element* tile, int first_row) {
   static_assert(kHeadDim % 64 == 0);

@@ -1,4 +1,4 @@
-// A tile of kRows packed rows of one document into shared memory, by one producer warp.
+// Loads a tile of kRows packed rows of one document into shared memory, by one producer warp.
 #pragma once
 
 #include <cute/arch/cluster_sm90.hpp>
@@ -15,19 +15,19 @@ template <int kRows>
 struct RowRuns {
   static constexpr int kRuns = kRows / kRunRows;
   int position;
-  bool consecutive;   // every run lies in consecutive storage rows, or beyond the document whole
+  bool consecutive;   // every run lies in consecutive storage rows, or entirely beyond the document
   int starts[kRuns];  // the storage row of a consecutive run
 };
 
-// Shared memory holds kHeadDim / kBoxColumns slabs of [kSlabRows, kBoxColumns] elements, of which the target is the
-// first row; each swizzled: CuTe's K-major
-// SW128 (or SW64) atoms, rows first. Rows beyond the document are zeros, whatever storage holds there, so that a masked
-// probability of 0 never meets a NaN.
+// Shared memory holds kHeadDim / kBoxColumns slabs of [kSlabRows, kBoxColumns] elements, each swizzled (CuTe's K-major
+// SW128 or SW64 atoms, rows first); the target is the first row of the first slab. Rows that do not exist are zeros,
+// whatever storage holds there, so that a masked probability of 0 never meets a NaN. With kCut, rows may begin after
+// tile.first, otherwise at 0 or before.
 //
-// A producer warp gets few issue slots beside the consumers, and what it executes between a stage's release and its
-// copy is time that the stage stands empty. So the common case, consecutive runs, is worked out before the wait and
-// issued by one lane without a branch; the other case reads the row map anew.
-template <int kRows, int kHeadDim, int kSlabRows = kRows>
+// A producer warp gets few issue slots next to the consumers, and whatever it executes between a stage's release and
+// its copy leaves the stage empty. The common case, consecutive runs, is therefore worked out before the wait and
+// issued by one lane without a branch; the other case reads the row map again.
+template <int kRows, int kHeadDim, int kSlabRows = kRows, bool kCut = false>
 class RowLoader {
  public:
   using Runs = RowRuns<kRows>;
@@ -39,16 +39,16 @@ class RowLoader {
   __device__ __forceinline__ RowLoader(const Documents& documents, const Tile& tile)
       : documents_(documents), tile_(tile) {}
 
-  // By all lanes, as everything here. In two steps, so that a caller can have the row map's entries on their way while
-  // it waits for something else.
+  // Everything here is called by all lanes of the warp. find is done in two steps, so that the row map's entries can be
+  // in flight while the caller waits for something else.
   struct Pending {
     Runs runs;
-    int row;  // lanes 2 i and 2 i + 1: the storage rows that run i begins and ends with; -1 beyond the document
+    int row;  // in lanes 2 i and 2 i + 1: the first and last storage row of run i; -1 beyond the document
   };
   __device__ __forceinline__ Pending fetch(int position) const {
     Pending pending;
     pending.runs.position = position;
-    pending.runs.consecutive = documents_.rows == nullptr && position + kRows <= tile_.length;
+    pending.runs.consecutive = documents_.row_map == nullptr && position + kRows <= tile_.length && !is_cut(position);
     if (pending.runs.consecutive) {
 #pragma unroll
       for (int run = 0; run < Runs::kRuns; ++run) pending.runs.starts[run] = tile_.start + position + run * kRunRows;
@@ -64,8 +64,8 @@ class RowLoader {
     runs.consecutive = true;
 #pragma unroll
     for (int run = 0; run < Runs::kRuns; ++run) {
-      runs.starts[run] =
-          start_of(__shfl_sync(0xffffffffu, pending.row, 2 * run), __shfl_sync(0xffffffffu, pending.row, 2 * run + 1));
+      runs.starts[run] = start_of(__shfl_sync(0xffffffffu, pending.row, 2 * run),
+                                  __shfl_sync(0xffffffffu, pending.row, 2 * run + 1), runs.position + run * kRunRows);
       if (runs.starts[run] == kScattered) runs.consecutive = false;
     }
     return runs;
@@ -89,17 +89,20 @@ class RowLoader {
 
   // The storage row of row `position` of the document.
   __device__ __forceinline__ int fetch_row(int position) const {
-    const int inside = tile_.start + min(position, tile_.length - 1);
-    const int storage = documents_.rows != nullptr ? documents_.rows[inside] : inside;
-    return position < tile_.length ? storage : -1;
+    const int clamped = min(kCut ? max(position, tile_.first) : position, tile_.length - 1);
+    const int inside = tile_.start + clamped;
+    const int storage = documents_.row_map != nullptr ? documents_.row_map[inside] : inside;
+    return position < tile_.length && !is_cut(position) ? storage : -1;
   }
-  // Of a run by its ends: rows of a document ascend, so that ends as far apart as those of a box have a box between
-  // them. A box that begins at -kRunRows lies outside of the tensor whole: zeros.
-  static __device__ __forceinline__ int start_of(int first, int last) {
+  __device__ __forceinline__ bool is_cut(int position) const { return kCut && position < tile_.first; }
+  // Where a run starts, from the ends of it: rows ascend, so if last - first = kRunRows - 1 the run is contiguous. A
+  // box that starts at -kRunRows lies entirely outside the tensor and reads as zeros.
+  __device__ __forceinline__ int start_of(int first, int last, int position) const {
+    if (kCut && first < 0 && position < tile_.length && position + kRunRows > tile_.first) return kScattered;
     return first < 0 ? -kRunRows : last - first == kRunRows - 1 ? first : kScattered;
   }
 
-  // By one lane.
+  // Called by one lane.
   static __device__ __forceinline__ void copy_run(int start, int run, const RowTensor& tensor, int head,
                                                   uint64_t* barrier, char* base) {
 #pragma unroll
@@ -117,7 +120,8 @@ class RowLoader {
     for (int run = 0; run < Runs::kRuns; ++run) {
       const int low = fetch_row(position + run * kRunRows + lane),
                 high = fetch_row(position + run * kRunRows + 32 + lane);
-      const int start = start_of(__shfl_sync(0xffffffffu, low, 0), __shfl_sync(0xffffffffu, high, 31));
+      const int start =
+          start_of(__shfl_sync(0xffffffffu, low, 0), __shfl_sync(0xffffffffu, high, 31), position + run * kRunRows);
       if (start != kScattered) {
         if (cute::elect_one_sync()) copy_run(start, run, tensor, head, barrier, base);
         continue;
@@ -151,7 +155,7 @@ class RowLoader {
 
   // TMA writes to multiples of 128 bytes; a row of 32 columns has 64. Such a row goes through registers.
   static __device__ __forceinline__ void copy_row(int storage, int row, const RowTensor& tensor, int head, char* base) {
-    const uint16_t* from = head_pointer<uint16_t>(tensor.source, head) + storage * tensor.source.row_stride;
+    const uint16_t* from = head_pointer<uint16_t>(tensor.view, head) + storage * tensor.view.row_stride;
 #pragma unroll 1
     for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
       uint4 data = make_uint4(0, 0, 0, 0);

@@ -1,9 +1,9 @@
-// Ampere and everything else without its own kernels: CUTLASS 2 multistage GEMM, mma.sync on 128 x 128 tiles.
+// Ampere and every device without kernels of its own: CUTLASS 2 multistage GEMM, mma.sync on 128 x 128 tiles.
 //
-// Vector accesses are predicated by their first element, so extents that are no multiple of 8 read and write the
-// padding between a row's end and its leading dimension (see cuda/common/gemm.h); can_implement() would refuse them.
-// A k that is no multiple of 8 is the exception: the kernels step over k's remainder first, which would misalign every
-// later load along it, so the remainder is a product of its own.
+// Vector accesses are predicated by their first element, so extents that are not multiples of 8 read and write the
+// padding between a row's end and its leading dimension (see common/gemm.h); can_implement() would refuse them. A k
+// that is not a multiple of 8 is the exception: the kernels take k's remainder first, which would misalign every later
+// load along it, so the remainder becomes a separate product.
 #pragma once
 
 #include <type_traits>

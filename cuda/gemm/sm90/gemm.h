@@ -17,8 +17,11 @@
 
 namespace lemo::cuda::sm90 {
 
-using TileShape = cute::Shape<cute::_128, cute::_256, cute::_64>;
-using ClusterShape = cute::Shape<cute::_2, cute::_1, cute::_1>;
+constexpr int kTileRows = 128, kTileColumns = 256, kTileDepth = 64;
+constexpr int kClusterRows = 2;  // tiles of one cluster, which share the columns' operand
+constexpr int kFewestSteps = 8;  // of kTileDepth in a part of k, whose sums have to be added to the other parts'
+using TileShape = cute::Shape<cute::Int<kTileRows>, cute::Int<kTileColumns>, cute::Int<kTileDepth>>;
+using ClusterShape = cute::Shape<cute::Int<kClusterRows>, cute::_1, cute::_1>;
 
 template <class Element, GemmKind kKind>
 struct Kernel {
@@ -44,8 +47,8 @@ struct Kernel {
       ClusterShape,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
-  // kNN serves products with a long k (the vocabulary) and few output tiles: k is split across CTAs and the partial
-  // sums are added in a fixed order.
+  // kNN serves products with a long k (the vocabulary) and few output tiles: k is split across thread blocks and the
+  // partial sums are added in a fixed order.
   static constexpr bool kSplit = kKind == GemmKind::kNN;
   using Scheduler = std::conditional_t<kSplit, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>;
   using GemmKernel =
@@ -81,10 +84,11 @@ struct Kernel {
     args.hw_info.device_id = device;
     args.hw_info.sm_count = multiprocessors;
     if constexpr (kSplit) {
-      const int64_t tiles = ((g.m + 255) / 256) * 2 * ((g.n + 255) / 256);
-      const int64_t longest = (g.k + 63) / 64 / 8;  // at least 8 steps of k per part
+      const int64_t tiles =
+          ceil_div(g.m, kClusterRows * kTileRows) * kClusterRows * ceil_div(g.n, int64_t{kTileColumns});
+      const int64_t most = ceil_div(g.k, kTileDepth) / kFewestSteps;
       int64_t splits = multiprocessors / tiles;
-      if (splits > longest) splits = longest;
+      if (splits > most) splits = most;
       args.scheduler.splits = splits < 1 ? 1 : static_cast<int>(splits);
       if (splits <= 1) {
         using Params = cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90StreamKParams;

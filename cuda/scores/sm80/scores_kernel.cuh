@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) scores_kernel(const __grid_constant_
     enter_unit(cursor);
     return true;
   };
-  int query_stage = 0, key_stage = 0;  // of the step that is loaded last
+  int query_stage = 0, key_stage = 0;  // of the step loaded most recently
   const auto load = [&](const Cursor& cursor) {
     query_stage ^= 1;
     load_tokens<T, kQueryTokens, kHeadDim>(base + query_stage * Layout::kQueryBytes,
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) scores_kernel(const __grid_constant_
     const uint32_t queries = query_lane + query_stage * Layout::kQueryBytes;
     const uint32_t keys = key_lane + key_stage * Layout::kKeyBytes;
     copy_async_wait<0>();
-    __syncthreads();  // this step's tiles are there; the other stages and the last unit's maxima are free
+    __syncthreads();  // this step's tiles have arrived; the other stages and the previous unit's maxima are free
     Cursor next = cursor;
     more = advance(next);
     if (more) load(next);
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) scores_kernel(const __grid_constant_
     }
 
     if (cursor.head == params.heads - 1) {
-      // Tokens beyond a unit are zeros and cannot raise a maximum; keys after their query are left out here.
+      // Tokens beyond a unit are zeros and cannot raise a maximum; keys after their query are skipped here.
       const float mean = 1.0f / static_cast<float>(params.heads);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
@@ -235,7 +235,8 @@ template <typename T, int kHeadDim>
 void run_scores(const Params& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(key_unit_slots(params.block_count, params.document_count, params.block_size)),
                   params.splits);
-  launch(scores_kernel<T, kHeadDim>, grid, kThreads, SharedLayout<kHeadDim>::bytes(params.block_size), stream, params);
+  launch("scores", scores_kernel<T, kHeadDim>, grid, kThreads, SharedLayout<kHeadDim>::bytes(params.block_size), stream,
+         params);
 }
 
 }  // namespace lemo::cuda::scoring::sm80

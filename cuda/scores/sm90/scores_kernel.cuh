@@ -29,7 +29,7 @@ struct Shared {
   typename Mainloop::Shared mainloop;
   unsigned maxima[2][kMostMaxima];  // [query blocks, key blocks] of this tile and of the one before
   EmptyBarrier full, empty;
-  Walk walk;  // on its way from the producer to the consumers
+  Walk walk;  // passed from the producer to the consumers
 };
 
 __device__ __forceinline__ Walk decode(const KernelParams& params, int item) {
@@ -55,7 +55,7 @@ __device__ __forceinline__ Walk decode(const KernelParams& params, int item) {
   walk.length = base.offsets[walk.block_end] - walk.start;
   walk.key_start = unit * kKeys;
   walk.split = rest / kSide;
-  // All units visit the tiles that are `split` modulo splits, so that neighbours meet.
+  // All units visit the tiles that are `split` modulo splits, so that neighbors read the same ones.
   const int diagonal = unit * (kKeys / kQueries);
   walk.first = diagonal + (walk.split + base.splits - diagonal % base.splits) % base.splits;
   walk.tiles = (walk.length + kQueries - 1) / kQueries;
@@ -95,6 +95,7 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
     scores_kernel_sm90(const __grid_constant__ KernelParams params) {
   using Mainloop = Mainloop<T, kHeadDim>;
   constexpr int kConsumers = Mainloop::kConsumers;
+  static_assert(kFirstTurn + kConsumers <= kScoresConsumersMeet);
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<Shared<Mainloop>*>(raw);
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
@@ -186,13 +187,13 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
         } else {
           reduce_blocks<false>(sums, {}, block_size, maxima + warp_row / block_size * key_blocks);
         }
-        cutlass::arch::NamedBarrier::sync(256, 3u);
+        cutlass::arch::NamedBarrier::sync(kConsumers * 128, kScoresConsumersMeet);
         if (owner) {
           const int row_block = walk.document_block + tile * query_blocks;
           for (int m = 0; m < query_blocks && row_block + m < walk.block_end; ++m) {
             unsigned& bits = maxima[m * key_blocks + thread];
             const float value = __uint_as_float(bits) * params.factor;
-            bits = 0;  // nobody else comes here before the next barrier
+            bits = 0;  // no other thread comes here before the next barrier
             column_sum += value;
             if (params.base.map != nullptr) params.base.map[(row_block + m) * params.base.map_stride + column] = value;
           }
@@ -206,8 +207,8 @@ __global__ void __launch_bounds__((kQueries / 64 + 1) * 128, 1)
 
 template <typename T, int kHeadDim>
 void run_scores(const Params& params, int32_t dtype, cudaStream_t stream) {
-  const auto tensor = [&](const TensorView& rows, int heads) {
-    return make_row_tensor(rows, params.tokens, heads, params.head_dim, kBoxColumns<kHeadDim>, dtype);
+  const auto tensor = [&](const TensorView& view, int heads) {
+    return make_row_tensor(view, params.tokens, heads, params.head_dim, kBoxColumns<kHeadDim>, dtype);
   };
   KernelParams kernel_params{};
   kernel_params.q = tensor(params.q, params.heads);
@@ -220,7 +221,7 @@ void run_scores(const Params& params, int32_t dtype, cudaStream_t stream) {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const int blocks = std::min(kernel_params.items, device_info(device).multiprocessors);
-  launch(scores_kernel_sm90<T, kHeadDim>, blocks, (kQueries / 64 + 1) * 128,
+  launch("scores", scores_kernel_sm90<T, kHeadDim>, blocks, (kQueries / 64 + 1) * 128,
          static_cast<int>(sizeof(Shared<Mainloop<T, kHeadDim>>)), stream, kernel_params);
 }
 

@@ -47,8 +47,8 @@ struct Mainloop {
     cutlass::PipelineState<kKeyRing> key;
   };
 
-  // kTiles tiles of 128 rows from `row` on, a box per lane. Rows of the next document come along and are never looked
-  // at; rows beyond the tensor are zeros.
+  // kTiles tiles of 128 rows from `row` on, a box per lane. Rows of the next document are loaded as well, but never
+  // used; rows beyond the tensor are zeros.
   template <int kTiles>
   static __device__ __forceinline__ void load_rows(const RowTensor& tensor, int head, int row, uint64_t* barrier,
                                                    Element* target) {

@@ -1,4 +1,4 @@
-// What the Hopper scores kernel is told, and how its work is cut.
+// Parameters of the sm_90a scores kernel, and how its work is divided.
 #pragma once
 
 #include "common/sm90/row_tensor.h"
@@ -14,7 +14,7 @@ using namespace cuda::sm90;  // common/sm90
 // the keys 64.
 constexpr int kQueries = 128, kKeys = 256;
 
-// Units next to each other whose walks run side by side, so that they find the same queries in the L2 cache.
+// Neighboring units whose walks run side by side, so that they find the same queries in the L2 cache.
 constexpr int kSide = 8;
 
 // A unit holds whole blocks, and the 16 query rows of a warp lie in one block.
@@ -39,7 +39,7 @@ inline int split_count(int64_t blocks, int64_t documents, int block_size) {
 
 struct KernelParams {
   RowTensor q, k;
-  Params base;   // counter: zero at the start, items handed out beyond the first one of every thread block
+  Params base;   // counter: zero at the start; items handed out in addition to every thread block's first
   float factor;  // scale / heads, applied to the maximum of the sums
   int items;     // walks: kSide slots, then splits, then groups of slots
 };

@@ -238,8 +238,11 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     return config
 
 
-def check_supported(config: Any) -> None:
-    """Raises UnsupportedModelError for a model that lemo cannot train. Looks at an empty copy: no weights are read."""
+def check_supported(config: Any, context: int | None = None) -> None:
+    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens.
+
+    Looks at an empty copy: no weights are read.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -252,7 +255,9 @@ def check_supported(config: Any) -> None:
         raise families.UnsupportedModelError(
             f"lemo does not support models of type {config.model_type!r} ({_first_line(error)})"
         ) from error
-    families.find(model)
+    family, _ = families.find(model)
+    if context is not None:
+        family.check_length(config, context)
 
 
 def load_model(args: argparse.Namespace, context: int | None = None, *, to_train: bool = False) -> Any:
@@ -265,7 +270,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     if args.quiet:
         transformers_logging.disable_progress_bar()
     if to_train:  # first: that the context is too long for it does not matter where the model cannot be used at all
-        check_supported(load_config(args.model, None, False))
+        check_supported(load_config(args.model, None, False), context)
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
     name = args.dtype or "auto"

@@ -95,6 +95,7 @@ def installation() -> dict[str, Any]:
     import torch
 
     import lemo
+    from lemo.engine.families import FAMILIES
 
     values: dict[str, Any] = {"lemo": lemo.__version__, "python": platform.python_version()}
     values.update({p: _version(p) for p in ("torch", "transformers", "peft", "datasets", "tokenizers", "matplotlib")})
@@ -105,6 +106,7 @@ def installation() -> dict[str, Any]:
         values["native library"] = f"{_C.version()}, backends: {', '.join(backends)}"
     except ImportError as error:
         values["native library"] = f"cannot be loaded: {error}"
+    values["models"] = [family.model_class for family in FAMILIES]
     gpus = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)

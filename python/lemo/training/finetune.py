@@ -74,7 +74,9 @@ def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     """The model wrapped by PEFT with a fresh LoRA adapter. Raises ValueError."""
     from peft import LoraConfig, get_peft_model
 
-    targets: Any = list(settings.lora_targets)
+    from lemo.engine.families import find
+
+    targets: Any = list(settings.lora_targets or find(model)[0].lora_targets)
     try:
         return get_peft_model(
             model,

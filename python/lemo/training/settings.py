@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, default_phases
+from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, RecomputeSetting, default_phases
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class FinetuneSettings:
     schedule: see `parse_schedule`.
     batch: windows of `context` tokens per forward pass. In each process, batch x accumulate windows make one step.
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
-    lora_targets: module names (those the model lacks are skipped), or "all-linear". The adapter is always float32.
+    lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
+    the model's family. The adapter is always float32.
     """
 
     context: int = 4096
@@ -29,7 +30,7 @@ class FinetuneSettings:
     policy: str | None = None
     calibration: str | None = None
     block_size: int = 64
-    recompute: str = "full"
+    recompute: RecomputeSetting = "full"
     lr: float = 2e-4
     lr_schedule: str = "constant"
     warmup: int = 20
@@ -38,7 +39,7 @@ class FinetuneSettings:
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
+    lora_targets: tuple[str, ...] | None = None
     held_out: float = 0.0
     seed: int = 1
 
@@ -59,7 +60,7 @@ class FinetuneSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed is {self.seed}, expected an integer from 0 to {(1 << 32) - 1}")
-        if not self.lora_targets:
+        if self.lora_targets is not None and not self.lora_targets:
             raise ValueError("lora_targets is empty, expected names of linear layers or all-linear")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1]")
@@ -87,7 +88,8 @@ class FinetuneSettings:
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        values["lora_targets"] = list(self.lora_targets)
+        if self.lora_targets is not None:
+            values["lora_targets"] = list(self.lora_targets)
         return values
 
     @staticmethod
@@ -96,7 +98,8 @@ class FinetuneSettings:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FinetuneSettings)})
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)} are not known to this version of lemo")
-        return FinetuneSettings(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
+        targets = values.get("lora_targets", ())
+        return FinetuneSettings(**{**values, "lora_targets": None if targets is None else tuple(targets)})
 
 
 # Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).
