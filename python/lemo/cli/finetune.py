@@ -37,7 +37,7 @@ examples:
       nothing ever needs a dense step's memory
 
   lemo finetune --out run --resume
-      go on where a stopped run left off; its settings are in run/run.json. Where model, data or calibration were moved:
+      resume an interrupted run; its settings are in run/run.json. If model, data or calibration were moved:
       --resume --model NEW (--data NEW, --calibration NEW), accepted if they hold what they held
 
 schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]
@@ -92,9 +92,9 @@ def add(subparsers: Any) -> None:
         formatter_class=Formatter,
     )
     parser.add_argument(
-        "--out", type=path_name, required=True, metavar="RUN", help="run folder, new or (with --resume) to go on with"
+        "--out", type=path_name, required=True, metavar="RUN", help="run folder: new, or existing with --resume"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of RUN")
+    parser.add_argument("--resume", action="store_true", help="resume from the last complete checkpoint of RUN")
     add_model(parser, required=False)
     add_data(parser, required=False)
     groups = {name: parser.add_argument_group(name) for name in ("run", "elimination", "optimizer", "LoRA")}
@@ -156,8 +156,8 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
-    # What the default resolved to is no other dtype; that of the model as loaded is compared with the run's.
-    if named.get("dtype") in ("auto", saved.get("dtype")):
+    # What the default resolved to is not another dtype; that of the model as loaded is compared with the run's.
+    if "dtype" in named and named["dtype"] in ("auto", saved.get("dtype")):
         del named["dtype"]
     fixed = {n: named[n] for n in named if n not in PLACES}
     compare_settings({n: inputs.get(n) for n in fixed}, fixed)
@@ -173,7 +173,7 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
 
 
 def _check_there(out: str, option: str, place: str) -> None:
-    """Raises ValueError where an input of the run is gone, as it is after its folder was moved."""
+    """Raises ValueError if an input of the run is gone, as it is after its folder was moved."""
     name, equals, where = place.partition("=")
     path = where if equals and "/" not in name and not os.path.exists(place) else place
     on_the_hub = path.startswith("hf:") if option == "data" else not os.path.isabs(path)
