@@ -123,7 +123,7 @@ fuzz: $(VENV)/.tools
 	cmake --build $(BUILD)/fuzz-long --parallel $(JOBS); \
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BUILD)/fuzz-long/fuzz $$(date +%s)000000 0
 
-# The lowest declared versions of transformers and PEFT together, in an environment of their own (build/minimum).
+# The lowest declared versions of transformers and PEFT together, in a separate environment (build/minimum).
 minimum: $(VENV)/.dev
 	$(BIN)/python .ci/minimum.py --venv $(BUILD)/minimum
 

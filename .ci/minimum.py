@@ -1,6 +1,6 @@
 """Do the lowest versions of transformers and PEFT that pyproject.toml declares work together, and with lemo?
 
-Makes an environment of its own that has those two in their lowest versions and everything else from the environment
+Makes a separate environment that has those two in their lowest versions and everything else from the environment
 this runs in, and trains tiny models there. Needs a package index. The tests named here take about a minute.
 """
 

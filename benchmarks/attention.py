@@ -1,10 +1,10 @@
-"""Attention on a Hopper GPU beside the best dense kernels, in bf16, 32 query heads over 8 key heads.
+"""Attention on a Hopper GPU, compared with the best dense kernels, in bf16, 32 query heads over 8 key heads.
 
   python benchmarks/attention.py                     # everything, about three minutes
   python benchmarks/attention.py --quick --cases packed blocks
   python benchmarks/attention.py --plot benchmarks/results/attention-h100.json
 
-Cases, each beside its peers in one process and in turn with them:
+Cases, each measured in turn with its peers in one process:
   packed         one causal document, everything kept
   padded         `packed` at head_dim 80 and 96; peers also: lemo at 96 and 128, its inputs filled up with zeros before
                  the clock runs
@@ -367,7 +367,7 @@ def scores(bench: Bench) -> None:
 
 
 def fallback(bench: Bench) -> None:
-    """The library reads this variable once, hence the process of its own."""
+    """The library reads this variable once, hence a separate process."""
     variable = "LEMO_CUDA_CAPABILITY"
     if os.environ.get(variable) == "80":
         return packed(bench, "fallback")
@@ -391,7 +391,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Speed-up over dense cuDNN by the kept share, beside the square that the operations promise."""
+    """Speed-up over dense cuDNN by the kept share, and the square that the operations promise."""
     import matplotlib
 
     matplotlib.use("Agg")

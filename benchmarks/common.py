@@ -115,11 +115,11 @@ def milliseconds(runs: Sequence[Callable[[], Any]], repeat: int = 20, warm: int 
 def compete(
     runs: Mapping[str, Sequence[Callable[[], Any]]], budget_ms: float = 400.0, at_least: int = 5, at_most: int = 40
 ) -> dict[str, float]:
-    """Median times of several contestants, a round at a time, so that clocks and temperature favour none of them.
+    """Median times of several contestants, a round at a time, so that clocks and temperature favor none of them.
 
-    runs: as for ``milliseconds``, by contestant. Every round has an order of its own: whoever always followed a kernel
-    that draws little power would always find high clocks. Rounds go on for about ``budget_ms`` in all. A short wait at
-    the start lets the host run ahead: an event that waited for the host would count the launch as work.
+    runs: as for ``milliseconds``, by contestant. Every round has another order: a contestant that always followed
+    a kernel that draws little power would always find high clocks. Rounds last for about ``budget_ms`` in all. A short
+    wait at the start lets the host run ahead: an event that waited for the host would count the launch as work.
     """
     names = list(runs)
     draw = random.Random(0)

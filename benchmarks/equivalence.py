@@ -53,7 +53,7 @@ def with_adapters(model: torch.nn.Module) -> torch.nn.Module:
     targets = ["q_proj", "k_proj", "v_proj", out]
     wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
     for name, p in wrapped.named_parameters():
-        if "lora_B" in name:  # zero at initialisation: the gradient of A would vanish
+        if "lora_B" in name:  # zero at initialization: the gradient of A would vanish
             torch.nn.init.normal_(p, std=0.02)
     return wrapped
 

@@ -95,7 +95,7 @@ def with_adapters(model: Any) -> Any:
     wrapped = get_peft_model(model, settings)
     torch.manual_seed(1)
     for name, p in wrapped.named_parameters():
-        if "lora_" in name:  # B is zero at initialisation: the gradient of A would vanish
+        if "lora_" in name:  # B is zero at initialization: the gradient of A would vanish
             nn.init.normal_(p, std=0.02)
     return wrapped.train()
 

@@ -1,7 +1,7 @@
-"""Every operation on the GPU beside the PyTorch composition it replaces, in bf16 at the sizes of a Llama-3-8B layer.
+"""Every operation on the GPU, and the PyTorch composition it replaces, in bf16 at the sizes of a Llama-3-8B layer.
 
 ratio = peer_ms / ms: above 1, lemo is faster. Times are medians of calls that rotate through enough buffers to outgrow
-the L2 cache; both sides run in this process. Attention has one size here and a benchmark of its own, attention.py.
+the L2 cache; both sides run in this process. Attention has one size here and a separate benchmark, attention.py.
 
   python benchmarks/ops.py
 """

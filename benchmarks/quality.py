@@ -1,4 +1,4 @@
-"""What token elimination does to an adapter: every mode and policy beside dense LoRA, evaluated densely.
+"""What token elimination does to an adapter: every mode and policy against dense LoRA, evaluated densely.
 
 Two settings on one small real model, LoRA r=8 on q, k, v, o, batches of 4 x 8192 tokens, AdamW 1e-3:
   A  context extension: position interpolation to --context, trained on mixed text (train*.bin)
@@ -6,9 +6,9 @@ Two settings on one small real model, LoRA r=8 on q, k, v, o, batches of 4 x 819
 
 A row's `cost` counts its steps in dense steps of a Llama-3-8B step at 64K tokens with full recomputation, by the
 relative costs below, which leave out choosing the blocks (for policy `exact` about an attention). `train_s` is what the
-run really took on this small model, beside the other jobs. `gap` is the mean over the dev domains of the perplexity
-ratio to dense LoRA after --steps steps, minus one. Rows that are done are kept beside the result
-(OUT.rows.jsonl): an interrupted run goes on where it was.
+run really took on this small model, next to the other jobs. `gap` is the mean over the dev domains of the perplexity
+ratio to dense LoRA after --steps steps, minus one. Rows that are done are kept next to the result
+(OUT.rows.jsonl): an interrupted run resumes from them.
 
   python benchmarks/quality.py --model MODEL --tokens TOKENS --setting A --jobs 3
 """
@@ -229,7 +229,7 @@ def publish(args: argparse.Namespace, rows: list[dict], missing: list[str]) -> N
 
 
 def run_all(args: argparse.Namespace, runs: list[dict], finished: Path, device: torch.device) -> list[dict]:
-    """Every run in a process of its own, `args.jobs` at a time; rows in `finished` are not done again. The result
+    """Every run in a separate process, `args.jobs` at a time; rows in `finished` are not done again. The result
     file is written after every one, so that a run cut short leaves its header too."""
     lock = Lock()
     known = {r["name"]: r for r in map(json.loads, finished.read_text().splitlines())} if finished.exists() else {}

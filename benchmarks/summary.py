@@ -221,7 +221,7 @@ def recall() -> list[str]:
 
 
 def operations() -> list[str]:
-    """Attention is left out: it has tables of its own."""
+    """Attention is left out: it has separate tables."""
     if (result := load("ops-h200")) is None:
         return []
     rows = [

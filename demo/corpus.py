@@ -46,7 +46,7 @@ def is_table(path: Path) -> bool:
 
 
 def source_files(root: Path) -> Iterator[Path]:
-    """The .py files below `root`, in path order: neighbours come from the same package."""
+    """The .py files below `root`, in path order: neighbors come from the same package."""
     for path in sorted(root.rglob("*.py")):
         readable = SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not is_table(path)
         if readable and 0 < path.stat().st_size <= LARGEST_FILE:

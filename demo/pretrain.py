@@ -208,7 +208,7 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
-# ------------------------------------------------------------------------------------------------------ the optimiser
+# ------------------------------------------------------------------------------------------------------ the optimizer
 def orthogonalise(m: Tensor) -> Tensor:
     """Newton-Schulz iterations towards the nearest orthogonal matrix, for a stack of matrices [n, rows, columns].
 

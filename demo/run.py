@@ -136,7 +136,7 @@ def step_operations(config: Any, keep: float, predictor_weights: int = 0, tokens
     head         all tokens, kept or not: the logits, and the gradient of the last layer's output
     predictors   forward, every weight on every token; nothing where all blocks are kept, since none is chosen
 
-    Not counted: what is no matrix product (norms, rotary positions, SwiGLU, softmax, loss, gather and scatter, the
+    Not counted: what is not a matrix product (norms, rotary positions, SwiGLU, softmax, loss, gather and scatter, the
     optimizer). Nothing is recomputed: the runs have recompute "none".
     """
     from lemo.engine.memory import layer_shape
@@ -315,7 +315,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = args.out.resolve()
     if out.exists() and not (out / "train.jsonl").exists() and any(out.iterdir()):
-        raise SystemExit(f"{out} is not empty and is no earlier demo; choose another --out")
+        raise SystemExit(f"{out} is not empty and is not an earlier demo; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     begin = time.perf_counter()

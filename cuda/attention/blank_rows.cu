@@ -1,4 +1,4 @@
-// Rows that no tile holds, where queries and keys have rows of their own (aligned_rows.cuh).
+// Rows that no tile holds, if queries and keys have separate rows (aligned_rows.cuh).
 #include "attention/params.h"
 #include "common/document_tiles.cuh"
 #include "common/launch.h"

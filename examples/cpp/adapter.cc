@@ -161,7 +161,7 @@ std::vector<Adapter::Gradient> Adapter::gradients() const {
 
 void Adapter::save(const std::string& folder) const {
   namespace fs = std::filesystem;
-  // Written under another name beside it and renamed: whoever sees the folder sees all of it.
+  // Written under another name next to it and renamed: the folder is complete or absent.
   const fs::path target = fs::absolute(folder).lexically_normal();
   const fs::path final_name = target.has_filename() ? target : target.parent_path();
   const fs::path temporary =

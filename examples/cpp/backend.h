@@ -49,7 +49,7 @@ class Backend {
   // Of weights and activations: LEMO_F32 on the CPU, LEMO_BF16 on CUDA.
   lemo_dtype dtype() const { return dtype_; }
 
-  // Uninitialised memory.
+  // Uninitialized memory.
   Tensor make(std::initializer_list<int64_t> shape, lemo_dtype dtype);
   Tensor make(std::initializer_list<int64_t> shape) { return make(shape, dtype_); }
 
@@ -64,7 +64,7 @@ class Backend {
   std::vector<float> download_floats(const lemo_tensor& from);
 
   // An operation of liblemo. lemo::run brings a workspace on the CPU only; here each device has one that grows to what
-  // the hungriest operation asks for.
+  // the most demanding operation asks for.
   template <class Args>
   void run(const Args& args);
 
@@ -103,7 +103,7 @@ class Backend {
 // threads: of the CPU, 0 = all cores.
 std::unique_ptr<Backend> make_cpu_backend(int threads);
 
-// Throws Error where the program was built without CUDA, or liblemo was, or there is no GPU.
+// Throws Error if the program or liblemo was built without CUDA, or there is no GPU.
 std::unique_ptr<Backend> make_cuda_backend();
 
 // ---- workspaces of liblemo's operations; nullptr where an operation needs none

@@ -85,7 +85,7 @@ struct StreamDeleter {
 struct HandleDeleter {
   void operator()(cublasHandle_t handle) const { cublasDestroy(handle); }
 };
-using Stream = std::shared_ptr<CUstream_st>;  // shared: memory is given back on the stream, whoever goes last
+using Stream = std::shared_ptr<CUstream_st>;  // shared: memory is returned on the stream by the last owner
 using Handle = std::unique_ptr<cublasContext, HandleDeleter>;
 
 Stream make_stream() {

@@ -1,4 +1,4 @@
-"""A child forked while threads of the library work has a pool of its own."""
+"""A child forked while threads of the library work has its own pool."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_cancel_is_asked_by_the_calling_thread(threads: int) -> None:
 
 
 def test_cancel_may_call_the_library() -> None:
-    """A signal handler may do anything, operations of its own included: they run, on the calling thread alone."""
+    """A signal handler may do anything, lemo's operations included: they run, on the calling thread alone."""
     x = torch.arange(12.0).view(3, 4)
     rows, out = torch.tensor([2, 0], dtype=torch.int32), torch.empty(2, 4)
     inner = Call("gather", make(capi.Gather, x=view(x), rows=view(rows), out=view(out)), 2)

@@ -1,4 +1,4 @@
-"""Logits of a training forward pass: absent with an error that says so, or there on demand beside the same loss."""
+"""Logits of a training forward pass: absent with an error that says so, or there on demand with the same loss."""
 
 import copy
 import dataclasses

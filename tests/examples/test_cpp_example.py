@@ -238,7 +238,7 @@ def test_other_stored_types(dtype: torch.dtype, program: Path, token_file: Path,
     assert held_out(run(program, "--model", folder, *arguments), "before") == pytest.approx(expected, abs=1e-4)
 
 
-def test_text_is_tokenised_almost_as_by_the_tokenizer(program: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+def test_text_is_tokenized_almost_as_by_the_tokenizer(program: Path, tokens: np.ndarray, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(argparse.__file__, text)
     everything = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text.read_text(encoding="utf-8")).ids

@@ -100,7 +100,7 @@ def without_rng(model, ids):
 @pytest.mark.parametrize("identical", [False, True])
 @pytest.mark.parametrize("recompute", ["auto", "none"])
 def test_several_batches_in_flight(run, identical, recompute):
-    """Every micro-batch has a draw of its own, also where the batches are the same."""
+    """Every micro-batch has a separate draw, even if the batches are the same."""
     model = tuned("llama")
     ids = batches(1) * 3 if identical else batches(3)
     controller = apply(model, recompute=recompute)

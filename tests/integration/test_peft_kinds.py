@@ -13,7 +13,7 @@ from torch import nn
 TARGETS = ["q_proj", "v_proj"]
 DENSE = lemo.LemoConfig(block_size=8, phases=[lemo.Phase("dense")])
 
-# Without an initialisation that makes gradients zero, where the kind can do that.
+# Without an initialization that makes gradients zero, where the kind can do that.
 RANDOM = {"init_weights": False}
 WORKS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"target_modules": TARGETS, "init_lora_weights": False},

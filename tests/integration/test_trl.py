@@ -127,7 +127,7 @@ def test_a_head_that_trains_stays_trls(tmp_path, tokenizer, segmented, caplog):
 
 
 def test_without_the_callback(tmp_path, tokenizer, segmented):
-    """Applied first and steered by nobody: ours takes over once a forward pass shows TRL's head."""
+    """Applied first and not used since: ours takes over once a forward pass shows TRL's head."""
     model = trl_setup.adapted(len(tokenizer))
     lemo.apply(model, lemo.LemoConfig(block_size=4, phases=DENSE))
     sft(tmp_path, tokenizer, "padded")(model, []).train()

@@ -155,7 +155,7 @@ def test_second_derivatives_are_refused(draw, name, constant, one) -> None:
     y = y.sum() if constant else y.pow(3).sum()
     grads = torch.autograd.grad(y, own, create_graph=True)
     plain = torch.autograd.grad(y.detach() + function(*own).sum(), own)
-    assert all(g.isfinite().all() for g in (*grads, *plain))  # first derivatives go on being there
+    assert all(g.isfinite().all() for g in (*grads, *plain))  # first derivatives are still there
     penalty = own[one].square().sum() + sum(g.square().sum() for g in grads)
     with pytest.raises(RuntimeError, match=MESSAGE):
         torch.autograd.grad(penalty, own[one], allow_unused=True)

@@ -221,7 +221,7 @@ OPERATIONS = [
     wrong("attention_forward:lists", "tile_offsets", put(-1, 99), ("ascending", "got 99")),
     wrong("attention_forward:lists", "tiles", put(0, 9), ("slot", "got 9")),
     wrong("attention_forward:lists", "tiles", to(torch.float32), ("int32", "got float32")),
-    # keys with rows of their own
+    # keys with separate rows
     *(
         bad
         for op in ("attention_forward:keys", "attention_backward:keys")

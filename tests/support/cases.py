@@ -155,7 +155,7 @@ class Attention:
     storage: "packed" rows; "rows": original offsets, where rows that are not named hold NaN; "strided": packed views of
     one fused [M, Hq + 2 Hk, D] tensor. given: output and LSE come from attention over everything, keys carry weights
     (mode `backward`). magnitude: of queries and keys; its square is that of the scores. lists: about half of the
-    earlier tiles are seen. A packing of SPLIT_PACKINGS gives queries and keys rows of their own.
+    earlier tiles are seen. A packing of SPLIT_PACKINGS gives queries and keys separate rows.
     """
 
     packing: str
@@ -243,7 +243,7 @@ class Attention:
         return self.layout.layout["max_seqlen"][0]
 
     def key_rows(self, t: Inputs) -> dict[str, Tensor | int | None]:
-        """Keyword arguments of the forward pass for keys with rows of their own."""
+        """Keyword arguments of the forward pass for keys with separate rows."""
         if not self.split:
             return {}
         names = ("cu_seqlens_k", "rows_k")
@@ -355,7 +355,7 @@ class Predict:
     norm: str = "rms"
     pool: str = "mean"
     normalize: bool = False
-    stacked: bool = False  # wq1 and wk1 in one matrix: a path of its own on CUDA
+    stacked: bool = False  # wq1 and wk1 in one matrix: a separate path on CUDA
 
     def inputs(self, device: str, dtype: torch.dtype) -> Inputs:
         draw = Draw(device, dtype, 4)

@@ -229,7 +229,7 @@ def visible(
     lists: TileLists | None = None,
     cu_seqlens_k: list[int] | None = None,
 ) -> Tensor:
-    """bool [M, M], or [M, Mk] with keys of their own: packed row i sees packed row j."""
+    """bool [M, M], or [M, Mk] with separate keys: packed row i sees packed row j."""
     if cu_seqlens_k is not None:
         seen = torch.zeros(cu_seqlens[-1], cu_seqlens_k[-1], dtype=torch.bool)
         pairs = zip(itertools.pairwise(cu_seqlens), itertools.pairwise(cu_seqlens_k), strict=True)

@@ -70,7 +70,7 @@ def test_calibrate_then_finetune_evaluate_report_info(
 
 @pytest.mark.parametrize("option", ["--out", "--model", "--tokenizer", "--calibration"])
 def test_names_of_folders(option: str, monkeypatch, capsys) -> None:
-    """A shell leaves ~ alone in --out=~/run, and an unset variable is no folder."""
+    """A shell leaves ~ alone in --out=~/run, and an unset variable is not a folder."""
     monkeypatch.setenv("HOME", "/somewhere")
     args = build_parser().parse_args(["finetune", "--out", "run", f"{option}=~/a b"])
     assert getattr(args, option[2:]) == "/somewhere/a b"

@@ -263,7 +263,7 @@ def test_answers_are_not_in_token_files(tmp_path: Path) -> None:
         load_documents([str(tmp_path / "t.bin")], None, answers_only=True, progress=False)
 
 
-def test_masks_of_answers_in_tokenised_records(tmp_path: Path) -> None:
+def test_masks_of_answers_in_tokenized_records(tmp_path: Path) -> None:
     t = byte_level()
     rows = [{"input_ids": [5, 6, 7], "assistant_masks": [0, 1, 1]}, {"input_ids": [5, 6], "completion_mask": [0, 0]}]
     assert read(tmp_path, t, *rows)[0].trained is None

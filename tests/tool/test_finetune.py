@@ -162,7 +162,7 @@ def test_killed_while_saving_resumes_bit_for_bit(
     assert code == -signal.SIGKILL, said
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
     assert not (out / "adapter").exists()
-    # Nothing but the folder is needed to go on.
+    # Nothing but the folder is needed to resume.
     assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--save-every", "3"]) == 0
     said = capsys.readouterr().err
     assert "not used" in said and "stopped while writing" in said
@@ -355,7 +355,7 @@ def test_keyboard_interrupt_says_how_to_go_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackedWindows, "__getitem__", read)
         assert finetune(model_folder, text_folder, out, *options) == 130
-    assert f"go on with: lemo finetune --out {out} --resume" in capsys.readouterr().err
+    assert f"resume with: lemo finetune --out {out} --resume" in capsys.readouterr().err
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
     assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
     assert_same_adapter(finished, out)

@@ -389,7 +389,7 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
     code, said = run_script(script, str(out), moment)
     assert code == -signal.SIGKILL, said
     assert {p.name[:17] for p in out.iterdir()} == {".lock", ".writing-run.json"}
-    with pytest.raises(CheckpointError, match="no run folder; start a run with"):
+    with pytest.raises(CheckpointError, match=r"is not a run folder: no readable run\.json; start a run with"):
         run_settings(out)
     with locked(out):
         start_run(out, {"settings": {"lr": 1}})

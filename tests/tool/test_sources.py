@@ -86,7 +86,7 @@ def test_binary_files_in_a_folder_are_left_out_and_reported(tmp_path: Path, toke
     assert len(lines) == 1 and "b.png" in lines[0]
 
 
-def test_records_keep_their_order_through_batched_tokenisation(tmp_path: Path, tokenizer) -> None:
+def test_records_keep_their_order_through_batched_tokenization(tmp_path: Path, tokenizer) -> None:
     path = tmp_path / "r.jsonl"
     texts = ["the block", "", "of tokens", "keeps its own place"]
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -272,7 +272,7 @@ def test_a_folder_of_records_and_texts_is_said(tmp_path: Path, tokenizer) -> Non
     (tmp_path / "README.md").write_text(TEXTS[0])
     said: list[str] = []
     assert len(load_documents([str(tmp_path)], tokenizer, progress=False, report=said.append)) == 4
-    assert len(said) == 1 and "beside 3 records, files read whole as text: 1 (" in said[0] and "README.md" in said[0]
+    assert len(said) == 1 and "next to 3 records, files read whole as text: 1 (" in said[0] and "README.md" in said[0]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def test_padding_tokens_of_their_own_separate_rows(tmp_path: Path, model_folder:
 # ---- records of tokens -----------------------------------------------------------------------------------------------
 
 
-def test_tokenised_records_are_used_as_they_are(tmp_path: Path, tokenizer) -> None:
+def test_tokenized_records_are_used_as_they_are(tmp_path: Path, tokenizer) -> None:
     rows = [
         {"input_ids": [5, 6, 7, 0], "text": "left out"},
         {"input_ids": [8, 9, 0, 0, 0], "attention_mask": [1, 1, 1, 0, 0]},
@@ -424,7 +424,7 @@ def test_wrong_token_records(record: dict, message: str, tmp_path: Path, tokeniz
         load_documents([str(tmp_path / "a.jsonl")], tokenizer, vocab_size=48, progress=False)
 
 
-def test_tokenised_parquet_with_labels(tmp_path: Path, tokenizer) -> None:
+def test_tokenized_parquet_with_labels(tmp_path: Path, tokenizer) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 

@@ -12,7 +12,7 @@ namespace lemo::cuda::attention::sm80 {
 
 using namespace cuda::sm80;  // common/sm80
 
-// kSplit: keys have rows of their own. Without it, registers are not spent on them.
+// kSplit: keys have separate rows. Without it, registers are not spent on them.
 template <typename T, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     forward_kernel(const __grid_constant__ ForwardParams params) {

@@ -1,4 +1,4 @@
-// Ampere and every device without kernels of its own: CUTLASS 2 multistage GEMM, mma.sync on 128 x 128 tiles.
+// Ampere and every device without more specific kernels: CUTLASS 2 multistage GEMM, mma.sync on 128 x 128 tiles.
 //
 // Vector accesses are predicated by their first element, so extents that are not multiples of 8 read and write the
 // padding between a row's end and its leading dimension (see common/gemm.h); can_implement() would refuse them. A k

@@ -20,7 +20,7 @@ examples:
   lemo calibrate --model MODEL --data hf:my/corpus:train --context 8192 --keep 0.3 --steps 400 --out calibration
 
 Text like what will be fine-tuned on is best; a few million tokens are plenty. The model stays frozen: two small
-networks per layer learn to say, from a layer's input, which blocks its attention will find informative. The folder
+networks per layer learn to predict, from a layer's input, which blocks its attention will find informative. The folder
 holds lemo_config.json and predictors.safetensors, and is only accepted for this model. `lemo info calibration` shows
 recall (the share of truly informative blocks that the predictors keep) layer by layer.
 """

@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the examples' line breaks and shows defaults, except where there is none to show."""
+    """Keeps the examples' line breaks and shows defaults, unless there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, argparse.SUPPRESS, []) or "default" in (action.help or ""):
@@ -100,9 +100,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--model", type=path_name, required=required, help="folder of a transformers causal LM, or its name on the hub"
     )
     group.add_argument(
-        "--tokenizer", type=path_name, help="folder or name of the tokenizer, where it is not the model's own"
+        "--tokenizer", type=path_name, help="folder or name of the tokenizer, if it is not the model's own"
     )
-    group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     group.add_argument(
         "--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)"
     )
@@ -110,7 +110,7 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--interpolate-positions",
         action="store_true",
         default=None,
-        help="stretch rotary positions linearly where --context exceeds the model's own; give the same wherever the "
+        help="stretch rotary positions linearly if --context exceeds the model's own; give the same wherever the "
         "adapter is used",
     )
 
@@ -139,7 +139,7 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument(
         "--token-dtype",
         choices=("uint16", "uint32"),
-        help="width of token files without a header (default: uint16 where the vocabulary fits, else it must be given)",
+        help="width of token files without a header (default: uint16 if the vocabulary fits, else it must be given)",
     )
     group.add_argument(
         "--special-tokens-in-text",
@@ -155,12 +155,12 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-# Options beside --data that decide what is read: a run keeps them for --resume.
+# Options other than --data that decide what is read: a run keeps them for --resume.
 DATA_OPTIONS = ("text_field", "joined", "answers_only", "token_dtype", "special_tokens_in_text")
 
 
 def absolute(source: str) -> str:
-    """A path or `NAME=path` made absolute, so that a run can go on from another folder; names on the hub stay."""
+    """A path or `NAME=path` made absolute, so that a run can be resumed from another folder; names on the hub stay."""
     name, equals, where = source.partition("=")
     label, path = (f"{name}=", where) if equals and "/" not in name and not Path(source).exists() else ("", source)
     if not path or path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
@@ -198,7 +198,7 @@ def device_of(name: str | None) -> Any:
 
 
 def load_tokenizer(where: str, required: bool = False) -> Any:
-    """The tokenizer, or None where the folder has none and it is not required."""
+    """The tokenizer, or None if the folder has none and it is not required."""
     from transformers import AutoTokenizer
 
     try:
@@ -211,7 +211,7 @@ def load_tokenizer(where: str, required: bool = False) -> Any:
 
 
 def load_config(where: str, context: int | None, interpolate: bool) -> Any:
-    """The model's transformers configuration, its positions stretched to `context` where that is asked for."""
+    """The model's transformers configuration, its positions stretched to `context` if that is asked for."""
     from transformers import AutoConfig
 
     path = Path(where).expanduser()
@@ -269,7 +269,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.quiet:
         transformers_logging.disable_progress_bar()
-    if to_train:  # first: that the context is too long for it does not matter where the model cannot be used at all
+    if to_train:  # first: that the context is too long for it does not matter if the model cannot be used at all
         check_supported(load_config(args.model, None, False), context)
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
@@ -320,7 +320,7 @@ def load_data(args: argparse.Namespace, config: Any, **options: Any) -> Any:
 
 
 def _end_of_text(config: Any) -> int | None:
-    """What ends documents according to the model, for token files where there is no tokenizer to ask."""
+    """What ends documents according to the model, for token files if there is no tokenizer to ask."""
     end: Any = getattr(config, "eos_token_id", None)
     return (end[0] if end else None) if isinstance(end, list) else end
 

@@ -1,4 +1,4 @@
-"""Sources as the user names them -> documents as found, still to be tokenised."""
+"""Sources as the user names them -> documents as found, still to be tokenized."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Sources:
         if texts and records:
             shown = texts[0] + (", ..." if len(texts) > 1 else "")
             self.left.mixed.append(
-                f"{where}: beside {records} records, files read whole as text: {len(texts)} ({shown})"
+                f"{where}: next to {records} records, files read whole as text: {len(texts)} ({shown})"
             )
 
     def _expand(self, where: str) -> tuple[list[tuple[str, Path]], bool]:

@@ -175,7 +175,7 @@ class LinearGroup(Function):
     Arguments: h, scale and form of every projection, want_output, then weight, bias, a, b of every projection. Saves h
     once, if any projection has an adapter that trains, and the [M, r] products h a^T; frozen weights get no gradient. A
     quantized weight is saved as it is stored, and made dense again in the backward pass. With want_output False the
-    outputs are zeros without memory of their own: recomputation needs the graph, not always the last product.
+    outputs are zeros without separate memory: recomputation needs the graph, not always the last product.
     """
 
     @staticmethod

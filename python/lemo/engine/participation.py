@@ -99,7 +99,7 @@ def trains_before_layers(x: Tensor, embedded: list[Tensor]) -> bool:
     """Whether a parameter in front of the layers is trained through their input x [T, d].
 
     embedded: what the embedding module returned. Checkpoints make it (`enable_input_require_grads`), or the embeddings
-    that are given, require a gradient that nobody reads: a tensor that is not a parameter does not count.
+    that are given, require a gradient that is never read: a tensor that is not a parameter does not count.
     """
     if not x.requires_grad:
         return False

@@ -1,4 +1,4 @@
-"""How lemo enters a module and leaves it again, whoever else wraps its `forward` meanwhile.
+"""How lemo enters a module and leaves it again, even if others wrap its `forward` meanwhile.
 
 An entry is a `forward` on the module's instance that checks at every call whether lemo is applied. Others wrap
 `forward` as well (Accelerate for mixed precision, TRL for its fused head) and keep the entry they found inside a

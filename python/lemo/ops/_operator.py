@@ -57,7 +57,7 @@ def operator(
     returns: names of the outputs, separated by blanks.
     calls: the operation of the C interface, by default the name without trailing underscores.
     writes: names of the parameters that are written in place.
-    renamed: {parameter or output: field}, where the names differ; constants: {field: value} where there is no
+    renamed: {parameter or output: field}, if the names differ; constants: {field: value} if there is no
     parameter. Optional tensors that no parameter names are absent.
     derivative: "none": outputs never require a gradient; "error": they do if an input does, and asking for it raises
     RuntimeError; None: registered by the caller.

@@ -122,7 +122,7 @@ class _Loss(torch.autograd.Function):
         ctx.valid = valid
         ctx.dtypes = [None if p is None else p.dtype for p in (hidden, weight, bias, lora_a, lora_b)]
         ctx.scaled = False
-        # A copy, since a view made here could not be scaled in place by whoever receives it.
+        # A copy, since a view made here could not be scaled in place by its receiver.
         return loss.view(()).clone()
 
     @staticmethod

@@ -26,7 +26,7 @@ _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Fingerprint of a transformers causal language model, the same with and without PEFT adapters around it.
 
-    Returns {"config": fields that fix shapes, "embeddings_and_norms": digest, "linear": digest, or None where linear
+    Returns {"config": fields that fix shapes, "embeddings_and_norms": digest, "linear": digest, or None if linear
     weights are quantised}. Values are rounded to bfloat16 first, so that a model stored in 16 or 32 bits and loaded in
     another type keeps its fingerprint. Position settings are left out: extending the context does not change the model.
     """

@@ -129,7 +129,7 @@ class PredictorSet:
         """Writes the folder completely or not at all.
 
         An existing folder is an error unless ``overwrite``; then it must be a calibration (or empty), and it stays as
-        it was until the new one is complete. Raises CalibrationError where it cannot be written.
+        it was until the new one is complete. Raises CalibrationError if it cannot be written.
         """
         target = Path(folder)
         check_target(target, overwrite)
@@ -220,7 +220,7 @@ class PredictorSet:
 
 
 def calibration_digest(folder: str | os.PathLike[str]) -> str:
-    """Hex digest of the content of a calibration folder. Raises CalibrationError where it is not complete."""
+    """Hex digest of the content of a calibration folder. Raises CalibrationError if it is not complete."""
     folder = Path(folder)
     config = _read_config(folder)
     _read_weights(folder, config)

@@ -39,7 +39,7 @@ def check_adapter(folder: str) -> None:
     if not (Path(folder) / "adapter_config.json").is_file():
         nested = Path(folder) / "adapter"
         hint = f"; did you mean {nested}?" if (nested / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{folder}: no adapter_config.json, so this is no PEFT adapter{hint}")
+        raise ValueError(f"{folder}: no adapter_config.json, so this is not a PEFT adapter{hint}")
     _read_config(folder)
 
 
@@ -136,7 +136,7 @@ def _copies(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
 def loaded_adapter(model: nn.Module, folder: str) -> Iterator[Any]:
     """The model with the adapter of `folder` alone in it, wrapped by PEFT; afterwards the model is as it was.
 
-    Raises ValueError for an adapter that does not fit the model, RuntimeError where the model could not be put back.
+    Raises ValueError for an adapter that does not fit the model, RuntimeError if the model could not be put back.
     """
     config = _read_config(folder)
     record, sums, copies = _Record(model), _checksums(model), _copies(model, config)
@@ -153,7 +153,7 @@ def loaded_adapter(model: nn.Module, folder: str) -> Iterator[Any]:
     if changed:
         raise RuntimeError(
             f"{folder}: loading this adapter of kind {_kind(config)} changed the base model ({changed[0]}) and that "
-            "could not be undone, so nothing can be measured after it; measure this adapter in a call of its own"
+            "could not be undone, so nothing can be measured after it; measure this adapter in a separate call"
         )
 
 

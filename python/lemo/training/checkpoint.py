@@ -141,7 +141,7 @@ class Checkpoint:
 class Found:
     """Complete checkpoints, oldest first, and a line on everything that was not used.
 
-    stopping: those of the lines that say that going on would destroy something: checkpoints of another version of lemo,
+    stopping: those of the lines on which resuming would destroy something: checkpoints of another version of lemo,
     and things that are in the way of checkpoints to come.
     """
 
@@ -153,7 +153,7 @@ class Found:
 class Checkpoints:
     """The folders `checkpoint-STEP` of one run, of which the last `keep` stay.
 
-    required: files without which a folder is no checkpoint, whatever its manifest lists.
+    required: files without which a folder is not a checkpoint, whatever its manifest lists.
     """
 
     def __init__(self, root: Path | str, keep: int = 2, required: Sequence[str] = ()) -> None:
@@ -187,7 +187,7 @@ class Checkpoints:
         return sorted(int(n) for n in names if _STEP.fullmatch(n))
 
     def _others(self) -> Iterator[tuple[str, bool]]:
-        """(line, whether it is in the way) on everything called checkpoint-* that is no folder of `save`."""
+        """(line, whether it is in the way) on everything called checkpoint-* that is not a folder of `save`."""
         for path in sorted(self.root.glob("checkpoint-*")):
             ours = _STEP.fullmatch(path.name.removeprefix("checkpoint-")) is not None
             if path.is_dir() and ours:

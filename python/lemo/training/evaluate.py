@@ -173,7 +173,7 @@ def _piece_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def check_scorable(documents: Documents, context: int, what: str, max_tokens: int | None = None) -> list[Span]:
-    """The parts that are scored. Raises ValueError where there are none."""
+    """The parts that are scored. Raises ValueError if there are none."""
     spans = evaluation_spans(documents, context, max_tokens)
     if not spans:
         raise ValueError(
@@ -344,7 +344,7 @@ def compare(
 
     model: a transformers causal LM without adapters. Each adapter is loaded into it alone, with PEFT, and the model is
     bit for bit what it was afterwards.
-    Raises ValueError for a folder that is no adapter of this model.
+    Raises ValueError for a folder that is not an adapter of this model.
     """
     result = Comparison(context, level)
     labels = model_labels(adapters, include_base)
@@ -401,9 +401,9 @@ def _check_path(model: Any, label: str, documents: Documents, context: int) -> N
 
 
 def model_labels(adapters: Sequence[str], include_base: bool = True) -> list[str]:
-    """Names of what `compare` measures, in its order. Raises ValueError where two are the same."""
+    """Names of what `compare` measures, in its order. Raises ValueError if two are the same."""
     labels = [adapter_name(a)[0] for a in adapters]
     labels = ["base", *labels] if include_base or not adapters else labels
     if len(set(labels)) < len(labels):
-        raise ValueError(f"models need names of their own in the table, got {labels}; write NAME=FOLDER for an adapter")
+        raise ValueError(f"models need different names in the table, got {labels}; write NAME=FOLDER for an adapter")
     return labels

@@ -93,7 +93,7 @@ def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
 
 
 def _identity(model: Any, documents: Documents, settings: FinetuneSettings, more: dict[str, Any]) -> dict[str, Any]:
-    """What the run is (see lemo.training.run_folder). Raises CalibrationError where the calibration cannot be read."""
+    """What the run is (see lemo.training.run_folder). Raises CalibrationError if the calibration cannot be read."""
     from lemo.predictors import model_fingerprint
     from lemo.predictors.store import calibration_digest
 
