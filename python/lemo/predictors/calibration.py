@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lemo.engine.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
-from lemo.predictors.network import ALIGNMENT, PredictorNetwork
+from lemo.predictors.network import ALIGNMENT, Pool, PredictorNetwork
 from lemo.predictors.report import Tally, compare
 from lemo.predictors.store import PredictorSet
 from lemo.predictors.teacher import Teacher, documents
@@ -58,7 +58,7 @@ class CalibrationSettings:
     context: int | None = None
     rank: int = 64
     features: int = 32
-    pool: str = "max"
+    pool: Pool = "max"
     normalize: bool = False
     learning_rate: float = 2e-2
     batch_size: int | None = None

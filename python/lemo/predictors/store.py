@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lemo import storage
+from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
-from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights
+from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool
 from lemo.storage import content_digest, file_digest, replaced_name
 
 CONFIG_NAME = "lemo_config.json"
@@ -53,8 +54,8 @@ class PredictorSet:
     """
 
     layers: Sequence[LayerWeights]
-    norm: str
-    pool: str
+    norm: NormKind
+    pool: Pool
     eps: float
     normalize: bool
     thresholds: tuple[float, ...]
@@ -148,7 +149,7 @@ class PredictorSet:
         }
         path = folder / WEIGHTS_NAME
         save_file(tensors, path, metadata={"format": "pt"})
-        config = {
+        config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "block_size": self.block_size,
             "context": self.context,
