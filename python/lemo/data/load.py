@@ -1,4 +1,4 @@
-"""Sources -> tokenised documents."""
+"""Sources -> tokenized documents."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def load_documents(
     progress: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> Documents:
-    """Read and tokenise every source (see the package's text for what a source may be).
+    """Read and tokenize every source (see the package's text for what a source may be).
 
-    tokenizer: a transformers tokenizer; may be None where all sources hold tokens.
+    tokenizer: a transformers tokenizer; may be None if all sources hold tokens.
     text_field: the field of records to use; by default input_ids, text, messages, or prompt and completion.
     token_dtype: "uint16" or "uint32", the width of token files without a header.
     end_of_text: the token that ends documents in token files (default: the tokenizer's).
@@ -183,7 +183,7 @@ class _Parts:
 
 
 class _Encoder:
-    """Tokenises what the sources hold, texts in batches; the order stays."""
+    """Tokenizes what the sources hold, texts in batches; the order stays."""
 
     def __init__(self, tokenizer: Any, special_tokens: str, answers_only: bool) -> None:
         self.answers_only = answers_only
@@ -211,7 +211,7 @@ class _Encoder:
         yield from self._flush(batch)
 
     def _plain_text(self, piece: Piece) -> str | None:
-        """The text to tokenise, or None where the content needs more than that."""
+        """The text to tokenize, or None if the content needs more than that."""
         content = piece.content
         if isinstance(content, Tokens) or is_blank(content):
             return None

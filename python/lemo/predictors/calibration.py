@@ -93,7 +93,7 @@ def calibrate(
 ) -> PredictorSet:
     """Trains predictors for every layer of a frozen model and finds the layers' thresholds.
 
-    model: as for `lemo.apply` (adapters are switched off meanwhile; nothing of the model changes).
+    model: as for `lemo.apply` (adapters are off during calibration; the model does not change).
     batches: documents or batches of them, see ``teacher.documents``; an endless iterator is read as far as needed.
     settings: see CalibrationSettings; changes: of single fields, by name.
 

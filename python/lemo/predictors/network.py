@@ -84,7 +84,7 @@ class PredictorNetwork(nn.Module):
                 torch.randn(rows, columns, generator=generator, dtype=torch.float32) * (variance / columns) ** 0.5
             )
 
-        for side in "qk":  # He initialisation through the two ReLUs; block scores start near unit size
+        for side in "qk":  # He initialization through the two ReLUs; block scores start near unit size
             self.register_parameter(f"w{side}1", weight(rank, hidden_size, 2.0))
             self.register_parameter(f"w{side}2", weight(rank, rank, 2.0))
             self.register_parameter(f"w{side}3", weight(features, rank, features**-0.5))

@@ -1,4 +1,4 @@
-"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, and a run folder that survives.
+"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, and a run folder that survives crashes.
 
 A run folder holds
 
@@ -7,7 +7,7 @@ A run folder holds
   checkpoint-STEP/  the last few complete checkpoints (lemo.training.checkpoint), in transformers' own layout
   adapter/          the finished PEFT adapter; exists only when the run is complete
 
-Continuing a run gives bit for bit what an uninterrupted run would have given on the same machine: optimizer,
+Resuming a run gives, bit for bit, what an uninterrupted run would have given on the same machine: optimizer,
 scheduler, random states, the place in the data and the place in the schedule of phases all come from the checkpoint.
 """
 
@@ -93,7 +93,7 @@ def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
 
 
 def _identity(model: Any, documents: Documents, settings: FinetuneSettings, more: dict[str, Any]) -> dict[str, Any]:
-    """What the run is (see lemo.training.run_folder). Raises CalibrationError where the calibration cannot be read."""
+    """What the run is (see lemo.training.run_folder). Raises CalibrationError if the calibration cannot be read."""
     from lemo.predictors import model_fingerprint
     from lemo.predictors.store import calibration_digest
 
@@ -134,7 +134,7 @@ def finetune(
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
     Started by torchrun or accelerate launch, each process trains on its own share of every step's windows (see
     `FinetuneSettings.batch`), and the first alone writes, logs and reports.
-    Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed where another
+    Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed if another
     process raised one of these.
     """
     out = Path(out).expanduser()  # as Trainer does with its own output folder
@@ -200,7 +200,9 @@ def _inputs(
         check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
         identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
     if resumed:
-        check_identity(resumed, identity)  # another model would also be refused by its calibration, with less to say
+        check_identity(
+            resumed, identity
+        )  # another model would also be refused by its calibration, with a less specific message
     length = settings.steps * settings.batch * settings.accumulate * identity["processes"]
     windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
     return _Inputs(identity, documents, held, windows)
