@@ -1,4 +1,4 @@
-"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, and a run folder that survives crashes.
+"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, a run folder that survives crashes.
 
 A run folder holds
 
@@ -200,9 +200,7 @@ def _inputs(
         check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
         identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
     if resumed:
-        check_identity(
-            resumed, identity
-        )  # another model would also be refused by its calibration, with a less specific message
+        check_identity(resumed, identity)  # before the calibration refuses another model with a less specific message
     length = settings.steps * settings.batch * settings.accumulate * identity["processes"]
     windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
     return _Inputs(identity, documents, held, windows)

@@ -80,7 +80,8 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         saved = json.loads(path.read_bytes())
     except OSError:
         raise CheckpointError(
-            f"{folder}: no readable {RUN_FILE}, so it is not a run folder; start a run with lemo finetune --out {folder}"
+            f"{folder}: no readable {RUN_FILE}, so it is not a run folder; start a run with lemo finetune --out "
+            f"{folder}"
         ) from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON{_copy_of_settings(Path(folder))}") from None
