@@ -157,7 +157,7 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
     # Naming what the default resolved to changes nothing; the loaded model's dtype is compared with the run's.
-    if named.get("dtype") in ("auto", saved.get("dtype")):
+    if "dtype" in named and named["dtype"] in ("auto", saved.get("dtype")):
         del named["dtype"]
     fixed = {n: named[n] for n in named if n not in PLACES}
     compare_settings({n: inputs.get(n) for n in fixed}, fixed)

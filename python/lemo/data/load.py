@@ -18,6 +18,7 @@ from lemo.data.tokens import TOKEN_DTYPES, TokenFormat
 _CHARACTERS_PER_CALL = 1 << 21
 
 
+# Many arguments, but two of them positional: the rest are options by name, as the command has them.
 def load_documents(
     sources: Sequence[str],
     tokenizer: Any = None,

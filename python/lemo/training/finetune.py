@@ -110,6 +110,7 @@ def _identity(model: Any, documents: Documents, settings: FinetuneSettings, more
     }
 
 
+# Many arguments, but four of them positional: what decides the result is in `settings`, the rest are options by name.
 def finetune(
     model: Any,
     documents: Documents,
