@@ -361,6 +361,23 @@ def test_keyboard_interrupt_says_how_to_go_on(
     assert_same_adapter(finished, out)
 
 
+def test_a_calibration_for_another_share_is_reported(
+    model_folder: Path, text_folder: Path, calibration_folder: Path, tmp_path: Path, capsys
+) -> None:
+    calibrated = ["--calibration", str(calibration_folder), "--steps", "1"]
+    for keep, schedule, expected in (
+        ("0.25", "skip", "made for --keep 0.5, the schedule keeps 0.25:"),
+        ("0.5", "skip:0.25:sampled,skip:0.75:predictors,dense", "the schedule keeps 0.25 and 0.75:"),
+        ("0.5", "skip", None),
+        ("0.25", "skip:random,backward:update_norm", None),
+    ):
+        out = tmp_path / (keep + schedule.replace(":", "-"))
+        assert finetune(model_folder, text_folder, out, *calibrated, "--keep", keep, "--schedule", schedule) == 0
+        said = capsys.readouterr().err
+        assert ("the calibration was made for" in said) == (expected is not None)
+        assert expected is None or expected in said
+
+
 def test_keyboard_interrupt_before_the_run_began(
     model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

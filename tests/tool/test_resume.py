@@ -126,6 +126,16 @@ def test_inputs_that_moved(original: Setting, stopped: Setting, whole: bytes, tm
     assert len(run_settings(stopped.out)["events"]) == 1
 
 
+def test_the_default_dtype_may_be_named(stopped: Setting, whole: bytes, capsys) -> None:
+    for dtype in ("bfloat16", "float16"):
+        assert resume(stopped.out, "--dtype", dtype) == 2
+        assert f"dtype: the run has None, now '{dtype}'" in capsys.readouterr().err
+    assert resume(stopped.out, "--dtype", "float32") == 0
+    assert adapter_of(stopped.out) == whole and run_settings(stopped.out)["inputs"]["dtype"] is None
+    shutil.rmtree(stopped.out / "adapter")
+    assert resume(stopped.out, "--dtype", "auto") == 0 and adapter_of(stopped.out) == whole
+
+
 @pytest.mark.parametrize("what", ["model", "data", "calibration"])
 def test_other_content_at_a_new_place(
     original: Setting, stopped: Setting, whole: bytes, tmp_path: Path, capsys, what: str

@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command != "finetune" and process()[1] > 1:
             raise ValueError(f"runs in one process, but WORLD_SIZE is {process()[1]}; start it without torchrun")
         with warnings.catch_warnings():
+            # PEFT reads a property that transformers has renamed.
+            warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
             if not args.debug:
                 # Other libraries' notices to their own developers; ours are printed as lines.
                 warnings.simplefilter("ignore", FutureWarning)

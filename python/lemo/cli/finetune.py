@@ -156,6 +156,9 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
+    # What the default resolved to is no other dtype; that of the model as loaded is compared with the run's.
+    if named.get("dtype") in ("auto", saved.get("dtype")):
+        del named["dtype"]
     fixed = {n: named[n] for n in named if n not in PLACES}
     compare_settings({n: inputs.get(n) for n in fixed}, fixed)
     for name in _INPUTS:
@@ -206,6 +209,7 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         report=say,
     )
+    processes.leave()
     if processes.first:
         print(result.adapter)
     return 0

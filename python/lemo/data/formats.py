@@ -82,14 +82,16 @@ def read_text(path: Path, named: bool) -> str | None:
         return None
     raw = read_bytes(path)
     try:
-        if b"\0" in raw[:4096]:
-            raise UnicodeDecodeError("utf-8", b"", 0, 1, "holds zero bytes")
+        zero = raw.find(b"\0")
+        if zero >= 0:
+            raise UnicodeDecodeError("utf-8", raw, zero, zero + 1, "zero byte")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if named:
+            place = error.start + len(raw) - len(error.object)  # a byte order mark at the start is not in `object`
             raise DataError(
-                f"{path}: not a UTF-8 text file ({error.reason}); convert it (iconv -t utf-8); token files are named "
-                "*.bin or *.npy"
+                f"{path}: not a UTF-8 text file ({error.reason} at byte {place}); convert it (iconv -t utf-8); token "
+                "files are named *.bin or *.npy"
             ) from None
         return None
 

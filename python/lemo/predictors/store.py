@@ -79,6 +79,12 @@ class PredictorSet:
     def num_parameters(self) -> int:
         return sum(layer.num_parameters for layer in self.layers)
 
+    @property
+    def calibrated_keep(self) -> float:
+        """The share of blocks that the calibration aimed to keep, to which thresholds and budgets belong."""
+        keep = self.report.get("keep")
+        return float(keep) if isinstance(keep, (int, float)) else sum(self.keep) / len(self.keep)
+
     def scores(self, layer: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Predicted informativeness float32 [nb] of layer ``layer`` from residual rows x [T, d] (the layer's input)."""
         from lemo import ops

@@ -160,6 +160,7 @@ def finetune(
                 report(f"{out} is complete already: {settings.steps} steps")
                 return FinetuneResult(out / ADAPTER, 0, settings.steps)
             start = opened.start
+            _report_other_keep(controller, report)
             processes.together(lambda: _check_visible(start))
             log = RunLog(out / LOG_FILE, processes.first)
             _log_start(log, wrapped, documents, start, processes.count)
@@ -229,6 +230,25 @@ def _open(
     if resume:
         RunLog(out / LOG_FILE).cut(start.step if start else 0, report)
     return _Opened(False, start)
+
+
+def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
+    """Reports phases that keep another share of the blocks than their predictors were calibrated for."""
+    config, predictors = controller.config, controller.predictors
+    if predictors is None:
+        return
+    calibrated, others = predictors.calibrated_keep, set()
+    for phase in config.phases:
+        policy, options = config.policy(phase)
+        predicted = policy in ("predictors", "sampled") and options.get("source", "predictors") == "predictors"
+        if phase.mode != "dense" and predicted and abs(phase.keep - calibrated) > 0.005:
+            others.add(phase.keep)
+    if others:
+        report(
+            f"WARNING: the calibration was made for --keep {calibrated:g}, the schedule keeps "
+            f"{' and '.join(f'{keep:g}' for keep in sorted(others))}: its scores still rank the blocks, but were "
+            "learned from layers that see another share of them; calibrate with the same --keep"
+        )
 
 
 def _check_visible(start: Checkpoint | None) -> None:

@@ -74,6 +74,13 @@ class Processes:
         group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
         return cls(state.process_index, state.num_processes, group)
 
+    def leave(self) -> None:
+        """Takes leave of the other processes at the end of the program."""
+        import torch
+
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
     def gather(self, value: T) -> list[T]:
         """The value of every process, by rank."""
         if self.count == 1:
