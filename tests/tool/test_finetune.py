@@ -355,7 +355,7 @@ def test_keyboard_interrupt_says_how_to_go_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackedWindows, "__getitem__", read)
         assert finetune(model_folder, text_folder, out, *options) == 130
-    assert f"go on with: lemo finetune --out {out} --resume" in capsys.readouterr().err
+    assert f"resume with: lemo finetune --out {out} --resume" in capsys.readouterr().err
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
     assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
     assert_same_adapter(finished, out)

@@ -272,7 +272,7 @@ def test_a_folder_of_records_and_texts_is_said(tmp_path: Path, tokenizer) -> Non
     (tmp_path / "README.md").write_text(TEXTS[0])
     said: list[str] = []
     assert len(load_documents([str(tmp_path)], tokenizer, progress=False, report=said.append)) == 4
-    assert len(said) == 1 and "beside 3 records, files read whole as text: 1 (" in said[0] and "README.md" in said[0]
+    assert len(said) == 1 and "next to 3 records, files read whole as text: 1 (" in said[0] and "README.md" in said[0]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

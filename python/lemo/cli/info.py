@@ -155,7 +155,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
     found = run_checkpoints(folder, processes=processes_of(saved)).find()
     values: dict[str, Any] = {
         "run": str(folder),
-        "state": "complete" if is_complete(folder) else "not complete; go on with lemo finetune --out ... --resume",
+        "state": "complete" if is_complete(folder) else "not complete; resume with lemo finetune --out ... --resume",
         "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings'].get('steps', 'an unknown number')}",
         "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
     }
@@ -166,7 +166,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
 
 
 def adapter(folder: Path) -> dict[str, Any]:
-    """The fields of a PEFT adapter that say what it is."""
+    """The fields of a PEFT adapter that identify it."""
     config = json.loads((folder / "adapter_config.json").read_text())
     names = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
     return {"adapter": str(folder), **{n: config.get(n) for n in names}}

@@ -3,8 +3,8 @@
 Adapters are measured as they are served: on the dense model, nothing eliminated. Every document is cut into pieces of
 at most `context` tokens and each piece is scored by itself, so nothing is seen across a document boundary.
 
-Intervals: the mean negative log-likelihood per token is a ratio of sums over independent units (documents where a
-domain has enough of them, windows otherwise); its standard error is the usual linearised one and the quantile is
+Intervals: the mean negative log-likelihood per token is a ratio of sums over independent units (documents if a
+domain has enough of them, windows otherwise); its standard error is the usual linearized one and the quantile is
 Student's. Two adapters are compared on the differences of the same units, which removes the text's own spread.
 """
 
@@ -24,7 +24,7 @@ from lemo.engine.families import logit_softcap
 from lemo.training.adapters import adapter_name, check_adapter, loaded_adapter
 from lemo.training.processes import Processes
 
-# Fewer documents than this say too little about the spread between documents; windows are the units then.
+# Fewer documents than this are too few to estimate the variance between documents; windows are the units then.
 _MIN_DOCUMENTS_AS_UNITS = 10
 _TOKENS_PER_HEAD_CALL = 1024
 _PROBE_TOKENS = 16
@@ -173,7 +173,7 @@ def _piece_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def check_scorable(documents: Documents, context: int, what: str, max_tokens: int | None = None) -> list[Span]:
-    """The parts that are scored. Raises ValueError where there are none."""
+    """The parts that are scored. Raises ValueError if there are none."""
     spans = evaluation_spans(documents, context, max_tokens)
     if not spans:
         raise ValueError(
@@ -344,7 +344,7 @@ def compare(
 
     model: a transformers causal LM without adapters. Each adapter is loaded into it alone, with PEFT, and the model is
     bit for bit what it was afterwards.
-    Raises ValueError for a folder that is no adapter of this model.
+    Raises ValueError for a folder that is not an adapter of this model.
     """
     result = Comparison(context, level)
     labels = model_labels(adapters, include_base)
@@ -376,7 +376,7 @@ def compare(
 def _check_path(model: Any, label: str, documents: Documents, context: int) -> None:
     """Raises ValueError unless decoder and head, called as `score` does, give the logits of the model itself.
 
-    Where a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
+    If a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
     """
     pieces = evaluation_pieces(documents, min(context, _PROBE_TOKENS), _PROBE_TOKENS)
     if not pieces:
@@ -393,7 +393,7 @@ def _check_path(model: Any, label: str, documents: Documents, context: int) -> N
     limit = 16 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     if got.shape != expected.shape or not float((got - expected.float()).abs().max()) <= limit:
         if not expected.isfinite().all():
-            return  # `score` says what is wrong
+            return  # `score` reports what is wrong
         raise ValueError(
             f"{label}: its logits are not its decoder's output through its head (the model scales them, or the adapter "
             "acts elsewhere), so lemo evaluate would measure something else; use the model's own forward pass"
@@ -401,9 +401,11 @@ def _check_path(model: Any, label: str, documents: Documents, context: int) -> N
 
 
 def model_labels(adapters: Sequence[str], include_base: bool = True) -> list[str]:
-    """Names of what `compare` measures, in its order. Raises ValueError where two are the same."""
+    """Names of what `compare` measures, in its order. Raises ValueError if two are the same."""
     labels = [adapter_name(a)[0] for a in adapters]
     labels = ["base", *labels] if include_base or not adapters else labels
     if len(set(labels)) < len(labels):
-        raise ValueError(f"models need names of their own in the table, got {labels}; write NAME=FOLDER for an adapter")
+        raise ValueError(
+            f"every model needs a different name in the table, got {labels}; write NAME=FOLDER for an adapter"
+        )
     return labels
