@@ -355,3 +355,27 @@ def test_table_and_figure(world: Any, q: Any, monkeypatch: pytest.MonkeyPatch, t
     tree = ElementTree.fromstring(drawn)
     marks = [e for e in tree.iter("{http://www.w3.org/2000/svg}circle") if "mark" in e.get("class", "")]
     assert len(marks) == 8 and "front" in drawn and "prefers-color-scheme: dark" in drawn
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_costs_can_be_measured(
+    q: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything that schedules of this lemo are made of; afterwards none of them lacks a cost."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    costs = importlib.import_module("quality_costs")
+    out = tmp_path / "costs.json"
+    words = ["--context", "256", "--model", "tiny", "--steps", "1", "--out", str(out)]
+    assert costs.main([*words, "--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names[0] == "dense keep 1 at 256" and {"dense keep 1 at 128", "skip keep 0.5 at 256"} <= set(names)
+    assert costs.main(words) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["row"] for row in rows] == names and all(row["step_ms"] > 0 for row in rows)
+    assert {row["policy"] for row in rows if row["row"] == "skip keep 0.5 at 256"} == {"predictors"}  # the dearest
+    known = q.schedules.Costs.read([out], "tiny")
+    for row in q.schedules.ROWS:
+        if q.schedules.unavailable(row) is None:
+            assert all(rate > 0 for rate in known.of_row(row, 256))
