@@ -1,11 +1,15 @@
 """What families say about their models, and what they refuse: windows that would cut attention, other models."""
 
+from functools import cached_property
+
 import lemo
 import pytest
 import torch
 from lemo.engine import families
+from lemo.engine.checks import check_modules
 from lemo.engine.families import FAMILIES as KNOWN
 from lemo.engine.families import UnsupportedModelError
+from lemo.engine.families.llama import Llama
 from lemo.engine.memory import layer_shape
 from support.models import ATTENTION, FAMILIES, LINEARS, assert_close, base, batch, gradients, tuned
 from torch import nn
@@ -50,13 +54,33 @@ def test_shape(name, biases):
 
 
 def test_other_models_are_refused_by_name():
-    expected = "LlamaForCausalLM, MistralForCausalLM, OPTForCausalLM or Qwen2ForCausalLM"
+    expected = "(, | or )".join(tiny.model.__name__ for tiny in FAMILIES.values())
     with pytest.raises(
         UnsupportedModelError, match=rf"support GemmaConfig \(model_type 'gemma'\): expected.*{expected}"
     ):
         lemo.estimate(GemmaConfig(), lemo.LemoConfig(), 512)
     with pytest.raises(UnsupportedModelError, match=rf"support Linear: expected {expected}"):
         lemo.apply(nn.Linear(2, 2))
+
+
+class Nested(Llama):
+    """A family that computes a module further down than in the layer itself."""
+
+    @cached_property
+    def layer_modules(self):
+        return {**super().layer_modules, "self_attn.q_proj": (("torch.nn.modules.linear", "Linear"),)}
+
+
+def test_modules_are_checked_at_any_depth():
+    lm = base("llama")
+    check_modules(Nested(), lm)
+    lm.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    check_modules(Llama(), lm)  # which only calls it
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.self_attn\.q_proj: it has a hook"):
+        check_modules(Nested(), lm)
+    del lm.model.layers[0].self_attn.q_proj
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn\.q_proj: expected Linear"):
+        check_modules(Nested(), lm)
 
 
 def test_soft_caps():

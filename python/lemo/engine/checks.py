@@ -142,20 +142,25 @@ def _check_functions(family: Family, lm: Any) -> None:
             _refuse("hooks for all modules", f"{_name(hook)} is registered (torch.nn.modules.module.{name})")
 
 
+def _at(module: Any, path: str) -> Any:
+    """The module at a path from `module`, None if there is not one."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
 def check_modules(family: Family, lm: Any) -> None:
     """Raises UnsupportedModelError, naming the module, if lemo would not run what the model runs."""
     family.check(lm)
     _check_functions(family, lm)
     for path, allowed in family.outer_modules.items():
-        module = lm
-        for name in path.split("."):
-            module = getattr(module, name, None)
+        module = _at(lm, path)
         if module is not None:
             _check_module(module, path, allowed, family.liger)
     decoder = family.decoder(lm)
     for i, layer in enumerate(family.layers(decoder)):
         for name, allowed in family.layer_modules.items():
-            module = getattr(layer, name, None) if name else layer
+            module = _at(layer, name) if name else layer
             path = f"{family.layers_path}.{i}" + (f".{name}" if name else "")
             _check_module(module, path, allowed, family.liger)
         family.check_layer(layer, f"{family.layers_path}.{i}")

@@ -96,6 +96,9 @@ class Policy(ABC):
     # Whether all layers of a step share the first layer's choice, as one object.
     shared: bool = False
 
+    def __init__(self, predictors: BlockScorer | None = None) -> None:
+        """Policies are made with the run's predictors, which most ignore, and their options as keyword arguments."""
+
     def begin(self, context: StepContext) -> None:
         """A new forward pass; forgets the last one."""
         self.context = context
