@@ -1,315 +1,546 @@
-"""What token elimination does to an adapter: every mode and policy against dense LoRA, evaluated densely.
+"""What token elimination does to an adapter, against what one could do without it at the same measured cost.
 
-Two settings on one small real model, LoRA r=8 on q, k, v, o, batches of 4 x 8192 tokens, AdamW 1e-3:
-  A  context extension: position interpolation to --context, trained on mixed text (train*.bin)
-  B  domain adaptation: the base is first extended to --context with all parameters, then adapted to --adapt tokens
+Three settings on one model; adapters (LoRA r=8 on q, k, v, o) are always evaluated on the dense model:
+  A  extension: position interpolation to --context, trained on mixed text (train*.bin), perplexity by domain
+  B  domain adaptation at the model's own length (adapt_DOMAIN.bin): perplexity there, and elsewhere
+  C  long-range tasks whose evidence is far from the answer (benchmarks/longrange.py): loss and accuracy of answers
+Every way of training (benchmarks/quality_schedules.py) gets the cost of --sequences dense sequences, by measured steps
+of a Llama-3-8B shape at 64K and at 256K tokens, which give it different numbers of steps. A small sweep finds each
+way's batch size and learning rate, on held-out text that the tables do not use; then it runs with every seed.
 
-A row's `cost` counts its steps in dense steps of a Llama-3-8B step at 64K tokens with full recomputation, by the
-relative costs below, which leave out choosing the blocks (for policy `exact` about an attention). `train_s` is what the
-run really took on this small model, next to the other jobs. `gap` is the mean over the dev domains of the perplexity
-ratio to dense LoRA after --steps steps, minus one. Rows that are done are kept next to the result
-(OUT.rows.jsonl): an interrupted run resumes from them.
+  python benchmarks/smollm2.py --out smollm2
+  python benchmarks/quality_data.py --model smollm2 --out tokens
+  python benchmarks/quality.py --model smollm2 --tokens tokens --setting B --context 8192 --plan      # costs, steps
+  python benchmarks/quality.py --model smollm2 --tokens tokens --setting B --context 8192 --budget-minutes 9 --jobs 3
 
-  python benchmarks/quality.py --model MODEL --tokens TOKENS --setting A --jobs 3
+Every finished run is a file in --study: the same command continues where the last one stopped, on this machine or, if
+the folder is copied, on another one like it. --jobs runs train at a time, spread over the GPUs. The results file, with
+the rows there are, is written at the end of every command.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import fcntl
+import hashlib
 import json
 import math
+import os
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
+from typing import Any
 
-import numpy as np
+import quality_stats as stats
 import torch
-from common import write_results
+from common import ROOT, commit, device_name, table, write_results
+from quality_schedules import CONTEXTS, MODEL, ROWS, Costs, Row, cost, segments, unavailable
+from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, train
 
-# Cost of a step that keeps half of the blocks, in dense steps: "skip" as a plain PyTorch sketch of it measured on an
-# H200 (5231 ms against 14370 ms), "backward" from the FLOPs of its parts.
-COST = {"dense": 1.0, "skip": 0.36, "backward": 0.46}
-BLOCK = 64
+BASE = "not adapted"
 
 
-def runs_of(setting: str, steps: int) -> list[dict]:
-    """The runs of a setting: name and phases (mode, keep, steps, policy, weighted)."""
+def digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
-    def phase(mode: str, n: int, policy: str | None = None, weighted: bool = False, **options) -> dict:
-        keep = 1.0 if mode == "dense" else 0.5
-        return {"mode": mode, "keep": keep, "steps": n, "policy": policy, "weighted": weighted, "options": options}
 
-    policies = ["predictors", "update_norm", "random", "random_shared", "sampled", "sampled_shared", "exact"]
-    # The same cost as `steps` dense steps: most of the skipped steps first, 30 % of the cost for the exact phase.
-    exact = round(0.3 * steps)
-    skipped = round((steps - exact) / COST["skip"])
-    halves = round(steps / COST["backward"])
-    runs = [{"name": "dense", "phases": [phase("dense", steps)]}]
-    for p in policies:
-        runs.append({"name": f"skip {p}", "phases": [phase("skip", steps, p)]})
-        runs.append({"name": f"skip {p} + exact phase", "phases": [phase("skip", skipped, p), phase("dense", exact)]})
-    for p in ("predictors", "update_norm", "random"):
-        runs.append({"name": f"backward {p}", "phases": [phase("backward", steps, p)]})
-    for p in ("random", "sampled"):
-        runs.append(
-            {"name": f"backward {p} weighted, equal cost", "phases": [phase("backward", halves, p, weighted=True)]}
+def name_of(spec: Spec) -> str:
+    """Of the run's file: everything that decides its result."""
+    return digest(spec.to_dict())
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A row at one budget and one length of reference."""
+
+    row: Row
+    sequences: float
+    cost_at: int
+    rates: tuple[float, ...]
+
+    def spec(self, batch: int, rate: float, seed: int, purpose: str) -> Spec:
+        made = tuple(segments(self.row, list(self.rates), self.sequences, batch))
+        return Spec(made, batch, rate, seed, purpose, self.row.edges)
+
+
+class Study:
+    """The runs that are wanted, and those that are finished."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.folder = args, Path(args.study)
+        self.task = Task(
+            args.setting,
+            args.model,
+            args.tokens,
+            args.context,
+            args.items,
+            args.adapt,
+            str(self.folder / "calibration"),
         )
-    runs.append(
-        {
-            "name": "skip predictors + backward random weighted",
-            "phases": [
-                phase("skip", skipped, "predictors"),
-                phase("backward", round(exact / COST["backward"]), "random", weighted=True),
-            ],
-        }
-    )
-    return runs
-
-
-def token_files(folder: Path, prefix: str, limit: int | None = None) -> dict[str, np.ndarray]:
-    files = sorted(folder.glob(f"{prefix}*.bin"))
-    if not files:
-        raise SystemExit(f"no {prefix}*.bin in {folder}")
-    return {f.stem: np.fromfile(f, dtype=np.uint16, count=-1 if limit is None else limit) for f in files}
-
-
-def batches(data: dict[str, np.ndarray], batch: int, context: int, seed: int, device: torch.device):
-    """Random windows of `context` + 1 tokens, files drawn by their length."""
-    rng = np.random.default_rng(seed)
-    arrays = list(data.values())
-    weights = np.array([len(a) for a in arrays], float)
-    while True:
-        rows = []
-        for _ in range(batch):
-            a = arrays[rng.choice(len(arrays), p=weights / weights.sum())]
-            start = rng.integers(0, len(a) - context - 1)
-            rows.append(a[start : start + context].astype(np.int64))
-        yield torch.from_numpy(np.stack(rows)).to(device)
-
-
-@torch.no_grad()
-def perplexity(model, tokens: np.ndarray, context: int) -> float:
-    """Dense perplexity over non-overlapping windows."""
-    model.eval()
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for start in range(0, len(tokens) - context + 1, context):
-        ids = torch.from_numpy(tokens[start : start + context].astype(np.int64))[None].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
-        count += context - 1
-    return math.exp(total / count)
-
-
-def dev_perplexity(args: argparse.Namespace, model) -> dict[str, float]:
-    dev = token_files(Path(args.tokens), "dev_", args.eval_tokens)
-    return {name.removeprefix("dev_"): round(perplexity(model, a, args.context), 4) for name, a in dev.items()}
-
-
-def load_base(folder: str, context: int, device: torch.device, dtype: torch.dtype):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.max_position_embeddings < context:
-        rope = dict(config.rope_parameters)
-        rope.update(rope_type="linear", factor=context / config.max_position_embeddings)
-        config.rope_parameters = rope
-        config.max_position_embeddings = context
-    return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-    ).to(device)
-
-
-def extend_base(args: argparse.Namespace, out: Path, device: torch.device) -> None:
-    """Setting B's base: all parameters trained densely at --context with position interpolation."""
-    torch.manual_seed(3)
-    model = load_base(args.model, args.context, device, torch.float32)
-    data = batches(token_files(Path(args.tokens), "train"), args.batch, args.context, 3, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    model.train()
-    for step in range(args.extend_steps):
-        scale = min(1.0, (step + 1) / 20, (args.extend_steps - step) / (0.5 * args.extend_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * scale
-        ids = next(data)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.to(torch.bfloat16).save_pretrained(out)
-
-
-def calibrate_base(args: argparse.Namespace, base: str, out: Path, device: torch.device, dtype: torch.dtype) -> None:
-    from lemo.predictors import calibrate
-
-    model = load_base(base, args.context, device, dtype)
-    data = batches(token_files(Path(args.tokens), "train"), 1, args.context, 11, device)
-    calibrate(model, data, block_size=BLOCK, keep=0.5, steps=args.calibration_steps, progress=False).save(out)
-
-
-def train_one(args: argparse.Namespace, run: dict) -> dict:
-    """One run in this process: fine-tune, then evaluate densely."""
-    import lemo
-    from peft import LoraConfig, get_peft_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(args.seed)
-    model = get_peft_model(
-        load_base(args.base, args.context, device, dtype),
-        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"),
-    )
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
-    total = sum(p["steps"] for p in run["phases"])
-    config = lemo.LemoConfig(
-        block_size=BLOCK,
-        calibration=args.calibration,
-        seed=args.seed,
-        phases=[
-            lemo.Phase(
-                mode=p["mode"],
-                keep=p["keep"],
-                share=p["steps"] / total,
-                policy=None if p["policy"] is None else p["policy"].removesuffix("_shared"),
-                weighted=p["weighted"],
-                policy_options={"shared": True} if (p["policy"] or "").endswith("_shared") else {},
+        self.costs = Costs.read(map(Path, args.costs), args.cost_model)
+        self.left_out: dict[str, str] = {}
+        self.ways: list[Way] = []
+        self.cost_at = []
+        for context in args.cost_at:
+            dense = self.costs.rate(ROWS[0].stages[0], context)
+            if isinstance(dense, str):
+                self.left_out[f"every row at the costs of {context} tokens"] = dense
+            else:
+                self.cost_at.append(context)
+        for row in ROWS:
+            if row.name != "dense" and args.only and not any(part in row.name for part in args.only):
+                continue
+            if reason := unavailable(row):
+                self.left_out[row.name] = reason
+                continue
+            self._price(row)
+        if not self.ways:
+            raise SystemExit(
+                f"--costs: no measured dense step of {args.cost_model} at {' or '.join(map(str, args.cost_at))} tokens "
+                f"in {', '.join(args.costs) or 'no file'}; benchmarks/step.py measures them"
             )
-            for p in run["phases"]
-        ],
-    )
-    controller = lemo.apply(model, config)
-    controller.total_steps = total
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    prefix = "train" if args.setting == "A" else args.adapt
-    data = batches(token_files(Path(args.tokens), prefix), args.batch, args.context, args.seed + 7, device)
-    model.train()
-    losses = []
-    start = time.perf_counter()
-    for step in range(total):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
-        ids = next(data)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        controller.step()
-        losses.append(loss.detach())
-    train_loss = torch.stack(losses[-20:]).mean().item()
-    train_s = time.perf_counter() - start
-    lemo.remove(model)
-    return {
-        "name": run["name"],
-        "steps": total,
-        "cost": round(sum(p["steps"] * COST[p["mode"]] for p in run["phases"]), 1),
-        "train_s": round(train_s, 1),
-        "train_loss": round(train_loss, 4),
-        "perplexity": dev_perplexity(args, model),
+        self.base = Spec((), 1, 0.0, 0, "final")
+
+    def _price(self, row: Row) -> None:
+        reasons = []
+        for context in self.cost_at:
+            rates = self.costs.of_row(row, context)
+            if isinstance(rates, str):
+                reasons.append(rates)
+            else:
+                self.ways += [Way(row, n, context, tuple(rates)) for n in sorted(self.args.sequences)]
+        if reasons:
+            whole = "" if len(reasons) == len(self.cost_at) else "at one length only: "
+            self.left_out[row.name] = whole + "; ".join(reasons)
+
+    # ---- files
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        found = {}
+        for path in (self.folder / "runs").glob("*.json"):
+            found[path.stem] = json.loads(path.read_text())
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What runs of one study must have in common."""
+        from lemo.storage import file_digest
+
+        weights = sorted(Path(self.args.model).glob("*.safetensors"))
+        tokens = sorted(Path(self.args.tokens).glob("*.bin")) if self.args.tokens else []
+        same = dataclasses.asdict(self.task)
+        for name in ("calibration", "model", "tokens"):
+            del same[name]
+        return same | {
+            "model": {p.name: file_digest(p)[:16] for p in weights},
+            "tokens": {p.name: file_digest(p)[:16] for p in tokens},
+            "calibration steps": self.args.calibration_steps,
+            "block": BLOCK,
+            "rank": LORA_R,
+        }
+
+    def open(self) -> None:
+        """Makes the folder, or checks that it is of the same study; forgets claims and errors of earlier commands."""
+        path = self.folder / "study.json"
+        mine = self.identity()
+        for name in ("runs", "claims"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            there = json.loads(path.read_text())
+            if different := [k for k in mine if mine[k] != there.get(k)]:
+                raise SystemExit(
+                    f"--study: {self.folder} holds runs with another {', '.join(different)} "
+                    f"({there.get(different[0])!r}, now {mine[different[0]]!r}); name another folder"
+                )
+        else:
+            path.write_text(json.dumps(mine, indent=1))
+        for claim in (self.folder / "claims").iterdir():
+            claim.unlink()
+        for name, result in self.results().items():
+            if "error" in result:
+                (self.folder / "runs" / f"{name}.json").unlink()
+
+    def claim(self, spec: Spec) -> Path | None:
+        """The claim's file, unless another worker has the run or just finished it."""
+        path = self.folder / "claims" / name_of(spec)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return None
+        if (self.folder / "runs" / f"{path.name}.json").exists():
+            path.unlink()
+            return None
+        return path
+
+    def keep(self, spec: Spec, result: dict[str, Any]) -> None:
+        from lemo.storage import write_text
+
+        made = {"spec": spec.to_dict(), "commit": commit(), "gpu": device_name()}
+        write_text(self.folder / "runs" / f"{name_of(spec)}.json", json.dumps(result | made))
+
+    # ---- what is wanted
+
+    def tried(self, way: Way, results: dict[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """Settings of the row's sweep: those with a result, and those to try next. First batch sizes, then rates."""
+        args = self.args
+        first = [(b, args.rates[0]) for b in args.batches]
+        open_ = [s for s in first if not self.sweep_run(way, s, results)]
+        if open_:
+            return [s for s in first if s not in open_], open_
+        batch = self._best(way, first, results)[0]
+        second = [(batch, r) for r in args.rates[1:]]
+        open_ = [s for s in second if not self.sweep_run(way, s, results)]
+        return first + [s for s in second if s not in open_], open_
+
+    def sweep_run(self, way: Way, setting: tuple[int, float], results: dict[str, Any]) -> dict[str, Any] | None:
+        return results.get(name_of(way.spec(*setting, SWEEP_SEED, "sweep")))
+
+    def sweep_loss(self, way: Way, setting: tuple[int, float], results: dict[str, Any]) -> float:
+        """Infinite for a run that failed or diverged."""
+        run = self.sweep_run(way, setting, results)
+        if run is None or "error" in run:
+            return math.inf
+        groups = stats.measured_groups(self.task.setting, self.task.adapt, run["losses"])
+        value = mean_loss(run, groups)
+        return value if math.isfinite(value) else math.inf
+
+    def _best(self, way: Way, tried: list[tuple[int, float]], results: dict[str, Any]) -> tuple[int, float]:
+        return min(tried, key=lambda s: self.sweep_loss(way, s, results))
+
+    def sweeps_at(self, row: Row) -> Way:
+        """Where a row's sweep is made: at its first length of reference and the largest budget."""
+        mine = [w for w in self.ways if w.row is row]
+        return max((w for w in mine if w.cost_at == mine[0].cost_at), key=lambda w: w.sequences)
+
+    def chosen(self, row: Row, results: dict[str, Any]) -> tuple[int, float] | None:
+        """Batch size and learning rate of a row; None while its sweep is not finished."""
+        if not self.args.sweep:
+            return self.args.batches[0], self.args.rates[0]
+        way = self.sweeps_at(row)
+        done, open_ = self.tried(way, results)
+        return None if open_ else self._best(way, done, results)
+
+    def finals(self, way: Way, results: dict[str, Any]) -> list[Spec]:
+        setting = self.chosen(way.row, results)
+        return [] if setting is None else [way.spec(*setting, seed, "final") for seed in self.args.seeds]
+
+    def wanted(self, results: dict[str, Any]) -> list[Spec]:
+        """Runs that can start now: sweeps, then a seed of every row before the next seed."""
+        found = [self.base]
+        if self.args.sweep:
+            for row in dict.fromkeys(w.row for w in self.ways):
+                way = self.sweeps_at(row)
+                found += [way.spec(*s, SWEEP_SEED, "sweep") for s in self.tried(way, results)[1]]
+        finals = [spec for way in self.ways for spec in self.finals(way, results)]
+        found += sorted(finals, key=lambda spec: self.args.seeds.index(spec.seed))
+        return list({name_of(spec): spec for spec in found if name_of(spec) not in results}.values())
+
+    def expected(self, spec: Spec, results: dict[str, Any]) -> float:
+        """Seconds, from finished runs: of the same phases if there are any; 0 before the first."""
+
+        def kind(values: dict[str, Any]) -> str:
+            return json.dumps(sorted({json.dumps(s[1:], sort_keys=True) for s in values["segments"]}))
+
+        def sequences(values: dict[str, Any]) -> int:
+            return sum(s[0] for s in values["segments"]) * values["batch"]
+
+        mine = spec.to_dict()
+        ran = [r for r in results.values() if "error" not in r and r["steps"]]
+        alike = [r for r in ran if kind(r["spec"]) == kind(mine)] or ran
+        return statistics.median([r["wall_s"] / sequences(r["spec"]) for r in alike] or [0.0]) * sequences(mine)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def work(study: Study, deadline: float) -> None:
+    """Trains what is wanted until nothing is left, or no further run would end before the deadline."""
+    while time.time() < deadline:
+        results = study.results()
+        wanted = study.wanted(results)
+        fitting = [spec for spec in wanted if time.time() + study.expected(spec, results) < deadline]
+        mine = next(((spec, claim) for spec in fitting if (claim := study.claim(spec))), None)
+        if mine is not None:
+            one(study, *mine, deadline)
+        elif fitting or any((study.folder / "claims").iterdir()):
+            time.sleep(0.5)  # another worker's run decides what comes next
+        else:
+            return
+
+
+def one(study: Study, spec: Spec, claim: Path, deadline: float) -> None:
+    steps = sum(s.steps for s in spec.segments)
+    what = f"{spec.purpose} batch {spec.batch} rate {spec.rate:g} seed {spec.seed}, {steps} steps"
+    what += ": " + ", ".join(dict.fromkeys(s.phase["mode"] for s in spec.segments))
+    try:
+        result = train(study.task, spec, deadline)
+        print(f"{what}: loss {mean_loss(result):.4f}, {result['wall_s']:.0f} s", flush=True)
+    except OutOfTime:
+        print(f"{what}: not finished in time; it starts again next time", flush=True)
+        claim.unlink(missing_ok=True)
+        return
+    except torch.OutOfMemoryError as error:
+        result = {"error": f"out of memory: {error}"[:300], "steps": steps}
+        print(f"{what}: out of memory", file=sys.stderr, flush=True)
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    study.keep(spec, result)
+    claim.unlink(missing_ok=True)
+
+
+def run(study: Study, args: argparse.Namespace) -> None:
+    """All workers: this process, or --jobs others that share the GPUs."""
+    deadline = time.time() + 60 * args.budget_minutes
+    calibration = Path(study.task.calibration or "")
+    if any(way.row.predicts for way in study.ways) and not calibration.exists():
+        start = time.time()
+        calibrate(study.task, calibration, args.calibration_steps)
+        print(f"predictors calibrated in {time.time() - start:.0f} s", flush=True)
+    if args.jobs == 1:
+        work(study, deadline)
+        return
+    gpus = torch.cuda.device_count()
+    command = [sys.executable, __file__, *args.words, "--worker", str(deadline)]
+    workers = []
+    for i in range(args.jobs):
+        environment = dict(os.environ)
+        if gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+        workers.append(subprocess.Popen(command, env=environment))
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
+        print(f"{sum(map(bool, codes))} of {len(codes)} workers failed; finished runs are kept", file=sys.stderr)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def published(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of the results file, and what is still to come."""
+    results = study.results()
+    task, missing, found = study.task, [], []
+    losses: dict[Way, dict[int, Any]] = {}
+    for way in study.ways:
+        specs = study.finals(way, results)
+        done = {s.seed: results[name_of(s)] for s in specs if "losses" in results.get(name_of(s), {})}
+        losses[way] = {seed: run["losses"] for seed, run in done.items()}
+        if len(done) < len(study.args.seeds):
+            missing.append(f"{way.row.name}, {way.sequences:g} sequences at {way.cost_at}: {len(done)} seeds")
+        if done:
+            found.append(describe(study, way, specs[0], done, results))
+    largest = max(study.args.sequences)
+    rows = []
+    for row in found:
+        way = row.pop("way")
+        for name, other in references(study, way, losses, largest).items():
+            if set(losses[way]) & set(losses[other]):
+                row[name] = stats.compared(task.setting, task.adapt, losses[way], losses[other])
+                row[name]["to"] = other.row.name
+        rows.append(row)
+    base = results.get(name_of(study.base))
+    if base and "losses" in base:
+        rows.insert(0, {"name": BASE} | stats.absolute(task.setting, task.adapt, {0: base["losses"]}))
+    return rows, missing
+
+
+def references(study: Study, way: Way, losses: dict[Way, dict[int, Any]], largest: float) -> dict[str, Way]:
+    """What a way is compared with: dense and the best rival at equal cost, and dense at the largest budget."""
+    task = study.task
+    equal = [w for w in study.ways if (w.sequences, w.cost_at) == (way.sequences, way.cost_at) and losses[w]]
+    rivals = [w for w in equal if w.row.rival]
+    found = {}
+    if dense := [w for w in equal if w.row.name == "dense"]:
+        found["against_dense"] = dense[0]
+    if rivals:
+        found["against_best_rival"] = min(
+            rivals, key=lambda w: stats.absolute(task.setting, task.adapt, losses[w])["mean_loss"]
+        )
+    most = [w for w in study.ways if (w.row.name, w.sequences, w.cost_at) == ("dense", largest, way.cost_at)]
+    if most and losses[most[0]]:
+        found["against_largest_dense"] = most[0]
+    return found
+
+
+def describe(
+    study: Study, way: Way, spec: Spec, done: dict[int, dict[str, Any]], results: dict[str, Any]
+) -> dict[str, Any]:
+    task, args = study.task, study.args
+    costs = {str(n): cost(list(spec.segments), way.row, study.costs, n, spec.batch) for n in CONTEXTS}
+    if way.cost_at not in CONTEXTS:
+        costs = {str(way.cost_at): cost(list(spec.segments), way.row, study.costs, way.cost_at, spec.batch)}
+    row = {
+        "way": way,
+        "name": way.row.name,
+        "schedule": way.row.text + "; first and last layer full" * way.row.edges,
+        "rival": way.row.rival,
+        "sequences": way.sequences,
+        "cost_at": way.cost_at,
+        "cost": {n: None if c is None else round(c, 2) for n, c in costs.items()},
+        "batch": spec.batch,
+        "rate": spec.rate,
+        "steps": sum(s.steps for s in spec.segments),
+        "seeds": sorted(done),
+        "train_s": round(statistics.mean(run["train_s"] for run in done.values()), 1),
     }
+    row |= stats.absolute(task.setting, task.adapt, {seed: run["losses"] for seed, run in done.items()})
+    if args.sweep:
+        at = study.sweeps_at(way.row)
+        tried = study.tried(at, results)[0]
+        row["sweep"] = [
+            {
+                "batch": b,
+                "rate": r,
+                "loss": round(x, 5) if math.isfinite(x := study.sweep_loss(at, (b, r), results)) else None,
+            }
+            for b, r in tried
+        ]
+        row["at_edge"] = [
+            name
+            for name, value, values in (("batch", spec.batch, args.batches), ("rate", spec.rate, args.rates))
+            if len(values) > 1 and value in (min(values), max(values)) and not (name == "batch" and value == 1)
+        ]
+    return row
 
 
-def publish(args: argparse.Namespace, rows: list[dict], missing: list[str]) -> None:
-    """Writes the result file with the rows there are, and the names of those still to come."""
-    dense = next((r for r in rows if r["name"] == "dense"), None)
-    for row in rows:
-        if dense and "perplexity" in row:
-            ratios = [row["perplexity"][d] / dense["perplexity"][d] for d in dense["perplexity"]]
-            row["gap_percent"] = round(100 * (sum(ratios) / len(ratios) - 1), 2)
-    more = {"missing": missing} if missing else {}
-    settings = {"setting": args.setting, "context": args.context, "batch": args.batch, "cost": COST}
-    write_results(args.out or f"quality-{args.setting}", rows, **settings, **more)
+def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:
+    args = study.args
+    rows, missing = published(study)
+    runs = [r for r in study.results().values() if "losses" in r]
+    path = write_results(
+        args.out or f"quality-{Path(args.model).name}-{args.setting}",
+        rows,
+        setting=args.setting,
+        model=Path(args.model).name,
+        context=args.context,
+        adapt=args.adapt if args.setting == "B" else None,
+        items=args.items,
+        sequences=sorted(args.sequences),
+        seeds=args.seeds,
+        interval="95 %, t over seeds x documents (Welch-Satterthwaite), paired",
+        costs={name: len(found) for name, found in study.costs.files.items()},
+        runs={
+            "count": len(runs),
+            "commits": sorted({r["commit"] for r in runs}),
+            "gpus": sorted({r["gpu"] for r in runs}),
+            "hours": round(sum(r["wall_s"] for r in runs) / 3600, 2),
+        },
+        left_out=study.left_out,
+        missing=missing,
+    )
+    return path, rows
 
 
-def run_all(args: argparse.Namespace, runs: list[dict], finished: Path, device: torch.device) -> list[dict]:
-    """Every run in a separate process, `args.jobs` at a time; rows in `finished` are not done again. The result
-    file is written after every one, so that a run cut short leaves its header too."""
-    lock = Lock()
-    known = {r["name"]: r for r in map(json.loads, finished.read_text().splitlines())} if finished.exists() else {}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with tempfile.TemporaryDirectory() as scratch:
-        base, calibration = args.model, Path(scratch) / "calibration"
-        if args.setting == "B":
-            base = str(Path(scratch) / "base")
-            extend_base(args, Path(base), device)
-            name = "base, not adapted"
-            if name not in known:
-                model = load_base(base, args.context, device, dtype)
-                known[name] = {"name": name, "steps": 0, "cost": 0, "perplexity": dev_perplexity(args, model)}
-        if any(p["policy"] in ("predictors", "sampled") for r in runs if r["name"] not in known for p in r["phases"]):
-            calibrate_base(args, base, calibration, device, dtype)
-
-        def child(run: dict) -> dict:
-            if run["name"] in known:
-                return known[run["name"]]
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(run), "--base", base]
-            if calibration.exists():
-                command += ["--calibration", str(calibration)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            for line in done.stdout.splitlines():
-                if line.startswith("ROW "):
-                    print(line, flush=True)
-                    row = json.loads(line[4:])
-                    with lock:
-                        with finished.open("a") as log:
-                            log.write(line[4:] + "\n")
-                        known[row["name"]] = row
-                        names = [r["name"] for r in runs]
-                        there = [r for n, r in known.items() if n not in names]
-                        there += [known[n] for n in names if n in known]
-                        publish(args, there, [n for n in names if n not in known])
-                    return row
-            print(done.stderr[-3000:], file=sys.stderr, flush=True)
-            return {"name": run["name"], "error": done.stderr.strip().splitlines()[-1][:300]}
-
-        with ThreadPoolExecutor(args.jobs) as pool:
-            rows = list(pool.map(child, runs))
-    return [r for r in known.values() if r["name"] == "base, not adapted"] + rows
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def plan(study: Study) -> str:
+    """Every row at every length of reference: its rates, its steps at the first batch size, or why it is left out."""
+    lines = []
+    for way in study.ways:
+        steps = sum(s.steps for s in way.spec(study.args.batches[0], 0.0, 0, "final").segments)
+        lines.append(
+            {
+                "row": way.row.name,
+                "cost at": way.cost_at,
+                "sequences": f"{way.sequences:g}",
+                "rates": ", ".join(f"{r:.3f}" for r in way.rates),
+                "steps": steps,
+            }
+        )
+    finals = len({name_of(w.spec(1, 0.0, s, "final")) for w in study.ways for s in study.args.seeds})
+    rows = len({w.row for w in study.ways})
+    sweeps = rows * (len(study.args.batches) + len(study.args.rates) - 1) if study.args.sweep else 0
+    out = [
+        table(lines, ("row", "cost at", "sequences", "rates", "steps")),
+        f"{sweeps} runs to sweep, {finals} final runs",
+    ]
+    return "\n".join([*out, *(f"left out: {name}: {reason}" for name, reason in study.left_out.items())])
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    results = ROOT / "benchmarks" / "results"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a transformers model")
-    parser.add_argument("--tokens", required=True, help="folder with train*.bin, dev_*.bin and --adapt*.bin (uint16)")
-    parser.add_argument("--setting", choices=["A", "B"], required=True)
-    parser.add_argument("--adapt", default="adapt_code", help="setting B: prefix of the token files to adapt to")
-    parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100, help="dense steps every cost is compared with")
-    parser.add_argument("--extend-steps", type=int, default=150)
+    parser.add_argument("--tokens", help="folder of token files (quality_data.py); C without: random filler, raw ids")
+    parser.add_argument("--setting", choices=["A", "B", "C"], required=True)
+    parser.add_argument("--context", type=int, required=True, help="tokens of a sequence")
+    parser.add_argument("--adapt", default="headers", help="B: domain to adapt to (default: headers)")
+    parser.add_argument(
+        "--sequences", type=float, nargs="+", default=[128.0], help="costs in dense sequences; tables show the largest"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="batch sizes of the sweep")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-4], help="learning rates; first: default"
+    )
+    parser.add_argument("--no-sweep", dest="sweep", action="store_false", help="the first batch size and rate for all")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these, and dense")
+    parser.add_argument("--items", type=int, default=8, help="windows per domain or documents in an evaluation")
     parser.add_argument("--calibration-steps", type=int, default=300)
-    parser.add_argument("--eval-tokens", type=int, default=1 << 18, help="at most this many tokens of every dev domain")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (they share one GPU)")
-    parser.add_argument("--only", default="", help="comma-separated substrings: runs to do (dense is always done)")
-    parser.add_argument("--out", default=None, help="results file; default benchmarks/results/quality-SETTING.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--base", help=argparse.SUPPRESS)
-    parser.add_argument("--calibration", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print("ROW " + json.dumps(train_one(args, json.loads(args.one))), flush=True)
-        return
+    parser.add_argument(
+        "--costs",
+        nargs="+",
+        default=[str(p) for p in sorted([*results.glob("step-*.json"), *results.glob("costs-*.json")])],
+        help="files with measured steps (default: step-*.json and costs-*.json of benchmarks/results)",
+    )
+    parser.add_argument("--cost-at", type=int, nargs="+", default=list(CONTEXTS), help="lengths whose costs are equal")
+    parser.add_argument("--cost-model", default=MODEL, help="shape in these files")
+    parser.add_argument("--study", help="folder of finished runs (default: runs/quality-MODEL-SETTING)")
+    parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start nothing that would end later")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--plan", action="store_true", help="print costs and steps, run nothing")
+    parser.add_argument("--out", help="results file, or a name in results/ (default: quality-MODEL-SETTING)")
+    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.words = list(arguments)
+    if args.tokens is None and args.setting != "C":
+        parser.error(f"setting {args.setting} needs --tokens; benchmarks/quality_data.py makes such files")
+    for name in ("sequences", "batches", "rates", "jobs", "items"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) <= 0:
+            parser.error(f"--{name}: expected positive numbers, got {value}")
+    args.study = args.study or f"runs/quality-{Path(args.model).name}-{args.setting}"
+    return args
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    only = [s for s in args.only.split(",") if s]
-    runs = [
-        r
-        for r in runs_of(args.setting, args.steps)
-        if r["name"] == "dense" or not only or any(s in r["name"] for s in only)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if arguments is None else arguments)
+    study = Study(args)
+    if args.plan:
+        print(plan(study))
+        return 0
+    if args.worker is not None:
+        work(study, args.worker)
+        return 0
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with (study.folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"--study: another command works in {study.folder}; more at a time: --jobs") from None
+        study.open()
+        run(study, args)
+        path, rows = publish(study)
+    shown = [
+        {
+            "row": row["name"],
+            "cost at": row.get("cost_at"),
+            "sequences": row.get("sequences"),
+            "seeds": len(row.get("seeds", [])),
+            "loss": row["mean_loss"],
+            **{f"{n} %": row.get("against_dense", {}).get("loss", {}).get(n) for n in ("gap", "low", "high")},
+        }
+        for row in rows
     ]
-    rows = run_all(args, runs, Path(f"{args.out or f'quality-{args.setting}'}.rows.jsonl"), device)
-    publish(args, rows, [r["name"] for r in rows if "error" in r])
-    for row in rows:
-        print(f"{row['name']:48s} {row.get('steps')!s:>5} {row.get('cost')!s:>6} {row.get('gap_percent')!s:>7}")
+    print(table(shown, ("row", "cost at", "sequences", "seeds", "loss", "gap %", "low %", "high %")))
+    left = len(study.wanted(study.results()))
+    print(f"{path}: {left} runs to come" + " at least: sweeps decide which" * bool(left and args.sweep))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import quality_pages
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -367,6 +369,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *steps(),
         *attention_in_short("attention-h100"),
         *quality(),
+        *quality_pages.tables(),
         *recall(),
         *equivalence(),
         *operations(),

@@ -21,7 +21,8 @@ struct NormParams {
   int64_t y_stride;
   T* packed;
   int64_t packed_stride;
-  int64_t m, vectors, d;
+  int64_t m;
+  int vectors, d;
 };
 
 // s = s * weight + bias, for vector v of a row.
@@ -45,7 +46,7 @@ __device__ __forceinline__ void add_residual(const NormParams<T>& p, int64_t row
   const T* add = p.residual + row * p.residual_stride;
 #pragma unroll
   for (int i = 0; i < Shape::kVectors; ++i) {
-    const int64_t v = lane + i * Shape::kThreads;
+    const int v = lane + i * Shape::kThreads;
     if (v >= p.vectors) continue;
     float s[kVector], r[kVector];
     to_float<T>(raw[i], s);
@@ -62,7 +63,7 @@ __device__ __forceinline__ void store_packed(const NormParams<T>& p, int64_t row
   T* to = p.packed + row * p.packed_stride;
 #pragma unroll
   for (int i = 0; i < Shape::kVectors; ++i) {
-    const int64_t v = lane + i * Shape::kThreads;
+    const int v = lane + i * Shape::kThreads;
     if (v < p.vectors) store_raw(to, v, raw[i]);
   }
 }
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
   uint4 raw[Shape::kVectors];
 #pragma unroll
   for (int i = 0; i < Shape::kVectors; ++i) {
-    const int64_t v = lane + i * Shape::kThreads;
+    const int v = lane + i * Shape::kThreads;
     raw[i] = source >= 0 && v < p.vectors ? load_raw(from, v) : uint4{0, 0, 0, 0};
   }
   if (p.residual != nullptr) add_residual<T, Shape>(p, row, lane, raw);
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
   T* to = p.y + row * p.y_stride;
 #pragma unroll
   for (int i = 0; i < Shape::kVectors; ++i) {
-    const int64_t v = lane + i * Shape::kThreads;
+    const int v = lane + i * Shape::kThreads;
     if (v >= p.vectors) continue;
     float s[kVector];
     to_float<T>(raw[i], s);
@@ -142,7 +143,7 @@ void gather_norm(const lemo_exec& exec, const lemo_gather_norm_args& a) {
     p.eps = a.eps;
     p.y = data<T>(a.y), p.y_stride = row_stride(a.y);
     p.packed = data<T>(a.packed), p.packed_stride = present(a.packed) ? row_stride(a.packed) : 0;
-    p.m = m, p.vectors = d / kVector, p.d = d;
+    p.m = m, p.vectors = static_cast<int>(d / kVector), p.d = static_cast<int>(d);
     dispatch_width("x", d, [&](auto shape) {
       using Shape = decltype(shape);
       const DeviceGuard guard(exec.device_index);

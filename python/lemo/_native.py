@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
 from types import ModuleType
 
 import torch
@@ -82,16 +83,14 @@ def call(name: str, device: torch.device, arguments: Mapping[str, object], *, de
 
 def run(name: str, device: torch.device, values: Iterable[object], deterministic: bool = False) -> None:
     """``call`` with the values of all fields of the argument struct, in order."""
-    if device.type not in _DEVICES:
-        raise ValueError(f"device: expected cpu or cuda, got {device}")
+    exec_ = _exec(device, deterministic or wants_determinism())
     operation, names = _operation(name)
-    given = [_value(key, value, device) for key, value in zip(names, values, strict=True)]
+    given = map(_value, names, values, repeat(device))
 
     def allocate(size: int) -> Tensor:
         # The caching allocator hands the memory to later work of the same stream only, so dropping it here is safe.
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    exec_ = _exec(device, deterministic or wants_determinism())
     operation(exec_, allocate, *given)
 
 
@@ -117,10 +116,22 @@ def _value(name: str, value: object, device: torch.device) -> object:
 
 
 def _exec(device: torch.device, deterministic: bool) -> tuple[int, ...]:
+    number, index = _place(device)
+    if index is None:
+        return (number, 0, 0, int(deterministic), torch.get_num_threads())
+    index = torch.cuda.current_device() if index < 0 else index
+    return (number, index, _current_stream(index), int(deterministic), 0)
+
+
+@functools.cache  # asking a device for its type takes as long as the rest of `_exec`
+def _place(device: torch.device) -> tuple[int, int | None]:
+    """The number of the device's type, and its index: -1 for the current one, None for a type that has none."""
+    if device.type not in _DEVICES:
+        raise ValueError(f"device: expected cpu or cuda, got {device}")
+    core()
     if device.type == "cpu":
-        return (_numbers["cpu"], 0, 0, int(deterministic), torch.get_num_threads())
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return (_numbers["cuda"], index, _current_stream(index), int(deterministic), 0)
+        return _numbers["cpu"], None
+    return _numbers["cuda"], -1 if device.index is None else device.index
 
 
 # The handle without a Stream object around it, which would cost more than the rest of a call.

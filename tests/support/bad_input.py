@@ -413,7 +413,7 @@ DAMAGE = [
     ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
     ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),
     ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * 2, digest=None), "layers.0.wq1: expected shape"),
-    ("no shapes", lambda f: change_config(f, sizes=[[1] * 6] * 2), "something else than numbers"),
+    ("no shapes", lambda f: change_config(f, sizes=[[1] * 6] * 2), "something other than numbers"),
     ("other thresholds", lambda f: change_config(f, thresholds=[0.1, 0.2]), "its own digest differs"),
 ]
 CALIBRATIONS = [

@@ -9,12 +9,15 @@ import signal
 import socket
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lemo.cli import main
-from lemo.training.checkpoint import CheckpointError
-from lemo.training.processes import Processes, world_size
+from lemo.storage import content_digest
+from lemo.training.checkpoint import MANIFEST, CheckpointError
+from lemo.training.processes import AnotherProcessFailed, Processes, world_size
+from lemo.training.run_folder import check_same, run_checkpoints
 from safetensors.torch import load_file
 
 SIZES = "--context 64 --block-size 8 --steps 4 --batch 1 --warmup 2 --lr 1e-2"
@@ -144,23 +147,31 @@ def test_a_stopped_run_resumes_bit_for_bit(
         assert torch.equal(adapter(out)[name], value), name
 
 
-def test_a_checkpoint_without_a_random_state_does_not_count(two, finished: Path, tmp_path: Path) -> None:
-    """As one of a run in a single process: its manifest is whole, but a process would start with another state."""
-    from lemo.storage import content_digest
-    from lemo.training.checkpoint import MANIFEST
-
+def test_a_checkpoint_without_a_random_state_does_not_count(finished: Path, tmp_path: Path) -> None:
+    """Its manifest is whole, but one process would resume with another state."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    shutil.rmtree(out / "adapter")
-    for step in (2, 4):
-        folder = out / f"checkpoint-{step}"
-        (folder / "rng_state_1.pth").unlink()
-        manifest = json.loads((folder / MANIFEST).read_text())
-        del manifest["files"]["rng_state_1.pth"]
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": content_digest(manifest)}))
-    done, _ = two("finetune", "--out", str(out), "--resume", "--quiet")
-    assert [code for code, _ in done] == [0, 0], done
-    assert "lists no rng_state_1.pth" in done[0][1] and "starting again from step 0" in done[0][1]
+    folder = out / "checkpoint-4"
+    (folder / "rng_state_1.pth").unlink()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"]["rng_state_1.pth"]
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": content_digest(manifest)}))
+    found = run_checkpoints(out, processes=2).find()
+    assert [c.step for c in found.checkpoints] == [2] and "lists no rng_state_1.pth" in found.ignored[0]
+
+
+class _Second(Processes):
+    """The second of two processes; the first has another identity, and no failure."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [{"data_sha256": "a", "steps": 4} if isinstance(value, dict) else None, value]
+
+
+def test_processes_with_different_data_are_refused() -> None:
+    same = {"data_sha256": "a", "settings": {"steps": 4, "calibration": "/here"}, "environment": {"threads": 1}}
+    check_same(_Second(1, 2), same)
+    with pytest.raises(ValueError, match="process 1 differs from process 0 in data_sha256;"):
+        check_same(_Second(1, 2), same | {"data_sha256": "b"})
 
 
 def test_a_folder_that_is_not_empty_ends_both_with_one_message(two, command: list[str], tmp_path: Path) -> None:
@@ -181,6 +192,15 @@ def test_other_commands_run_in_one_process(
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"):
         world_size()
+
+
+def test_a_failure_elsewhere_ends_this_process_too() -> None:
+    class First(Processes):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, "no memory left"]
+
+    with pytest.raises(AnotherProcessFailed, match="process 1 of 2 failed: no memory left"):
+        First(0, 2).together(lambda: 3)
 
 
 def test_one_process_needs_no_others() -> None:

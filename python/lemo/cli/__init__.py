@@ -1,7 +1,7 @@
 """The `lemo` command: calibrate, finetune, evaluate, report, info, estimate.
 
-Every subcommand is a separate module with `add(subparsers)` and a `run(args)` that returns an exit code.
-Exit codes: 0 done, 1 a fault of lemo itself or a computation that failed, 2 something to put right in the command,
+Every subcommand lives in a separate module with `add(subparsers)` and a `run(args)` that returns an exit code.
+Exit codes: 0 done, 1 a fault of lemo itself or a computation that failed, 2 something to fix in the command,
 the data or the machine, 130 interrupted.
 """
 
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _let_waiting_threads_sleep() -> None:
     """torch's OpenMP threads spin while they wait, which on a machine with more busy threads than cores (several jobs,
-    or other work at the same time) slows every job down many times. OpenMP reads this once, when torch is loaded."""
+    or one next to other work) slows every job down many times. OpenMP reads this once, when torch is loaded."""
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

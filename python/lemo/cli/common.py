@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the examples' line breaks and shows defaults, unless there is none."""
+    """Keeps the examples' line breaks and shows defaults, unless there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, argparse.SUPPRESS, []) or "default" in (action.help or ""):
@@ -26,7 +26,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 
 def process() -> tuple[int, int]:
-    """(rank, number of processes), as torchrun and accelerate launch say it in the environment."""
+    """(rank, number of processes), from the environment variables of torchrun and accelerate launch."""
     from lemo.training.processes import world_size
 
     count = world_size()
@@ -73,11 +73,11 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, 1
     if process()[1] > 1 and "closed by peer" in text:  # gloo raises nothing more specific
         return "another process of the run has ended; see its message", 1
-    return f"{type(error).__name__}: {text} (run again with --debug for where it happened)", 1
+    return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
 
 
 def path_name(text: str) -> str:
-    """The type of options that name a file or a folder: `~` is the home folder, and there is no empty name.
+    """The type of options that name a file or a folder: `~` is the home folder, and an empty name is refused.
 
     Shells leave `~` alone in --out=~/run, and a variable that is not set would be the current folder.
     """
@@ -110,7 +110,7 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--interpolate-positions",
         action="store_true",
         default=None,
-        help="stretch rotary positions linearly if --context exceeds the model's own; give the same wherever the "
+        help="stretch rotary positions linearly if --context exceeds the model's own; give the same whenever the "
         "adapter is used",
     )
 
@@ -134,7 +134,7 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--answers-only",
         action="store_true",
         default=None,
-        help="of conversations, and of prompts with completions, learn the answers alone (default: every token)",
+        help="learn only the answers of conversations and the completions of prompts (default: every token)",
     )
     group.add_argument(
         "--token-dtype",
@@ -155,12 +155,12 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-# Options other than --data that decide what is read: a run keeps them for --resume.
+# Options next to --data that decide what is read: a run keeps them for --resume.
 DATA_OPTIONS = ("text_field", "joined", "answers_only", "token_dtype", "special_tokens_in_text")
 
 
 def absolute(source: str) -> str:
-    """A path or `NAME=path` made absolute, so that a run can be resumed from another folder; names on the hub stay."""
+    """A path or `NAME=path` made absolute, so that a run can resume from another folder; names on the hub stay."""
     name, equals, where = source.partition("=")
     label, path = (f"{name}=", where) if equals and "/" not in name and not Path(source).exists() else ("", source)
     if not path or path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
@@ -211,7 +211,7 @@ def load_tokenizer(where: str, required: bool = False) -> Any:
 
 
 def load_config(where: str, context: int | None, interpolate: bool) -> Any:
-    """The model's transformers configuration, its positions stretched to `context` if that is asked for."""
+    """The model's transformers configuration, its positions stretched to `context` on request."""
     from transformers import AutoConfig
 
     path = Path(where).expanduser()
@@ -269,7 +269,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.quiet:
         transformers_logging.disable_progress_bar()
-    if to_train:  # first: that the context is too long for it does not matter if the model cannot be used at all
+    if to_train:  # first: an unsupported model matters more than a context that is too long for it
         check_supported(load_config(args.model, None, False), context)
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
@@ -289,7 +289,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     except Exception as error:  # transformers, safetensors and json raise their own kinds for a damaged folder
         reason = _first_line(error)
         if "ignore_mismatched_sizes" in reason:
-            reason = "they do not have the shapes that its config.json says"
+            reason = "their shapes differ from those in its config.json"
         raise ValueError(f"--model {args.model}: its weights cannot be loaded ({reason})") from error
     # transformers draws what a folder lacks at random, and only warns.
     if loaded["missing_keys"]:

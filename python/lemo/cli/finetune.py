@@ -38,13 +38,13 @@ examples:
 
   lemo finetune --out run --resume
       resume an interrupted run; its settings are in run/run.json. If model, data or calibration were moved:
-      --resume --model NEW (--data NEW, --calibration NEW), accepted if they hold what they held
+      --resume --model NEW (--data NEW, --calibration NEW), accepted if their contents are the same
 
 schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]
   default      skip most of the steps, then dense: the best result for the time spent
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
-  backward     only backward, unbiased gradient: for short adaptations where every step must see the exact model
+  backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model
   dense        nothing eliminated
   for instance --schedule skip:0.3@0.7,skip:0.6@0.2,dense@0.1 or skip:0.5:sampled:shared@0.8,dense@0.2
 policies (--policy, for skip phases): predictors (the paper's: needs --calibration), update_norm (the default without a
@@ -87,12 +87,12 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "finetune",
         help="train a LoRA adapter with token elimination",
-        description="Train a LoRA adapter on long documents, leaving tokens out of layers where they matter least.",
+        description="Train a LoRA adapter on long documents, skipping tokens in the layers in which they matter least.",
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
     parser.add_argument(
-        "--out", type=path_name, required=True, metavar="RUN", help="run folder: new, or existing with --resume"
+        "--out", type=path_name, required=True, metavar="RUN", help="run folder, new, or existing with --resume"
     )
     parser.add_argument("--resume", action="store_true", help="resume from the last complete checkpoint of RUN")
     add_model(parser, required=False)
@@ -120,7 +120,7 @@ def add(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-# Where the run's inputs come from: kept in run.json so that --resume needs no other argument.
+# The sources of the run's inputs: kept in run.json so that --resume needs no other argument.
 _INPUTS = ("model", "tokenizer", "data", *DATA_OPTIONS, "interpolate_positions", "dtype")
 
 
@@ -143,9 +143,9 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
 
 
 def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> FinetuneSettings:
-    """The run's own settings and inputs, but for places of model, data and calibration given anew.
+    """The run's own settings and inputs, except for new places of model, data and calibration.
 
-    What lies at such a place is compared with the run's fingerprints once it has been read.
+    Their contents are compared with the run's fingerprints once they have been read.
     """
     from lemo.training.checkpoint import compare_settings
     from lemo.training.run_folder import PLACES, run_settings, saved_settings
@@ -156,7 +156,7 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
-    # What the default resolved to is not another dtype; that of the model as loaded is compared with the run's.
+    # Naming what the default resolved to changes nothing; the loaded model's dtype is compared with the run's.
     if "dtype" in named and named["dtype"] in ("auto", saved.get("dtype")):
         del named["dtype"]
     fixed = {n: named[n] for n in named if n not in PLACES}
@@ -164,7 +164,7 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     for name in _INPUTS:
         setattr(args, name, named.get(name, inputs.get(name)))
     if not isinstance(args.model, str) or not isinstance(args.data, list):
-        raise ValueError(f"{args.out}/run.json does not say where model and data are: give --model and --data")
+        raise ValueError(f"{args.out}/run.json does not name model and data: give --model and --data")
     for option, place in [("model", args.model), *(("data", str(source)) for source in args.data)]:
         _check_there(args.out, option, place)
     if calibration is not None:
@@ -173,14 +173,14 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
 
 
 def _check_there(out: str, option: str, place: str) -> None:
-    """Raises ValueError if an input of the run is gone, as it is after its folder was moved."""
+    """Raises ValueError if an input of the run is gone, for instance because its folder was moved."""
     name, equals, where = place.partition("=")
     path = where if equals and "/" not in name and not os.path.exists(place) else place
     on_the_hub = path.startswith("hf:") if option == "data" else not os.path.isabs(path)
     if not on_the_hub and not os.path.exists(path) and not glob.glob(path, recursive=True):
         raise ValueError(
             f"--{option} {place}: no such file or folder. If the run's {option} was moved, name its new place: lemo "
-            f"finetune --out {out} --resume --{option} NEW; what it holds is compared with the run's fingerprint"
+            f"finetune --out {out} --resume --{option} NEW; its content is compared with the run's fingerprint"
         )
 
 

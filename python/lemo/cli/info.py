@@ -166,7 +166,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
 
 
 def adapter(folder: Path) -> dict[str, Any]:
-    """The fields of a PEFT adapter that say what it is."""
+    """The fields of a PEFT adapter that identify it."""
     config = json.loads((folder / "adapter_config.json").read_text())
     names = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
     return {"adapter": str(folder), **{n: config.get(n) for n in names}}

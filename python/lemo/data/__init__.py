@@ -16,8 +16,8 @@ Suffixes may be in upper case and all files but Parquet's kind compressed as .gz
 source in reports (default: the last part of the path).
 
 A record holds `input_ids` (with `labels` and `attention_mask` if present), `text`, `messages` (through the
-tokenizer's chat template; a list, or its JSON where a table has no lists), or `prompt` and `completion`; `text_field`
-names another field. Labels are all tokens, or the answers alone if that is asked for or the data say so.
+tokenizer's chat template; a list, or its JSON if a table has no lists), or `prompt` and `completion`; `text_field`
+names another field. Labels are all tokens, or the answers alone on request or if the data mark them.
 
 A window is `context` tokens cut from documents laid end to end; `position_ids` restart at 0 and the label is ignored
 wherever a document begins, so nothing crosses a document boundary. Order depends on the seed alone, not on any

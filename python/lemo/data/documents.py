@@ -13,7 +13,7 @@ _TOKENS_PER_HASH = 1 << 20
 
 
 class DataError(ValueError):
-    """The data cannot be used; the message says which file or field and what to do."""
+    """The data cannot be used; the message names the file or field and what to do."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class TextEncoder:
     def _call(self, texts: list[str], split: bool) -> list[list[int]]:
         if not texts:
             return []
-        # Given only if it matters: a tokenizer of one's own may not know the argument.
+        # Given only if it matters: a custom tokenizer may not know the argument.
         options = {"split_special_tokens": True} if split else {}
         return self.tokenizer(texts, verbose=False, **options)["input_ids"]
 

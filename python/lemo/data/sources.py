@@ -167,7 +167,7 @@ class Sources:
 
     def _tokens(self, path: Path, kind: str, origin: int) -> Iterator[Piece]:
         if self.options.answers_only:
-            raise DataError(f"{path}: --answers-only needs conversations; a token file does not say what an answer is")
+            raise DataError(f"{path}: --answers-only needs conversations; a token file does not mark answers")
         known = self.options.tokens
         for row in read_tokens(read_bytes(path), str(path), kind, known):
             documents, padding = split_stream(row, known)

@@ -26,7 +26,7 @@ def split_held_out(
     out) gives its end instead, `fraction` of it, as does every document if there are few. Much more than the
     fraction is held out only if no document can be cut to prevent it.
 
-    report: called with a line that says what was held out. Raises DataError if a part would be empty.
+    report: called with a line on what was held out. Raises DataError if a part would be empty.
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(f"held-out fraction {fraction}: expected a number between 0 and 1")

@@ -18,10 +18,10 @@ Span = tuple[int, int, int]
 class PackedWindows(torch.utils.data.Dataset):
     """`length` training windows: pass after pass over the documents, each pass in its own order.
 
-    Item i is a dict of int64 tensors [context]: input_ids, labels (IGNORE_INDEX where a document begins, as nothing
-    before it may predict it, and where the documents' mask says so), position_ids (0 where a document begins). A
-    document is cut where a window ends and continues in the next window as a separate document. The last tokens of a
-    pass that fill no window are left out of it, and so are windows without a label: they have nothing to teach.
+    Item i is a dict of int64 tensors [context]: input_ids, labels (IGNORE_INDEX at the start of a document, as nothing
+    before it may predict it, and wherever the documents' mask excludes a token), position_ids (0 at the start of a
+    document). A document cut by the end of a window continues in the next window as a separate document. The last
+    tokens of a pass that fill no window are left out of it, and so are windows without a label: they teach nothing.
 
     length: windows in all, default one pass.  report: called with a line on windows that were left out.
     """
@@ -83,7 +83,7 @@ class PackedWindows(torch.utils.data.Dataset):
         cuts = np.union1d(starts, np.arange(self.per_pass + 1) * self.context)
         cuts = cuts[cuts <= self.per_pass * self.context]
         begin, end = cuts[:-1], cuts[1:]
-        # Where those parts lie in the documents' own tokens.
+        # The places of those parts in the documents' own tokens.
         place = np.searchsorted(starts, begin, side="right") - 1
         shift = self.documents.offsets[order[place]] - starts[place]
         counts = labels[end + shift] - labels[begin + 1 + shift]

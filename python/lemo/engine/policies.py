@@ -98,7 +98,7 @@ class Policy(ABC):
 
     def __init__(self, predictors: BlockScorer | None = None) -> None:
         """Policies are made with the run's predictors, which most ignore, and their options as keyword arguments."""
-        del predictors
+        super().__init__()
 
     def begin(self, context: StepContext) -> None:
         """A new forward pass; forgets the last one."""

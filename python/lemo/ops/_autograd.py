@@ -54,19 +54,19 @@ def bind_autograd(name: str, differentiable: Callable[..., Any]) -> None:
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def launcher(operator: Callable[..., Any]) -> Callable[..., Any]:
+def launcher(operator: Any) -> Callable[..., Any]:
     """The operator, past autograd if gradients are off: autograd kernels in Python double the cost of a call."""
-    grad_mode, compiling, below = (
-        torch.is_grad_enabled,
-        torch.compiler.is_compiling,
-        torch._C._AutoDispatchBelowAutograd,
-    )
+    grad_mode, compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+    below = torch._C._AutoDispatchBelowAutograd
+    direct = getattr(operator, "_op", operator)  # without a frame of Python around it
 
     def launch(*args: Any, **keywords: Any) -> Any:
-        if grad_mode() or compiling():
+        if compiling():
             return operator(*args, **keywords)
+        if grad_mode():
+            return direct(*args, **keywords)
         with below():
-            return operator(*args, **keywords)
+            return direct(*args, **keywords)
 
     return launch
 

@@ -92,7 +92,7 @@ class _Parameter:
         self.type += (f"({letter}!)" if letter else "") + ("?" if optional else "")
         self.convert: Callable[[Any], Any] | None = None
         if kind is str:
-            self.convert = functools.partial(choice, self.name, prefix=meaning)
+            self.convert = functools.cache(functools.partial(choice, self.name, prefix=meaning))
         elif self.is_unsigned:
             self.convert = (2**64).__rmod__
         elif optional and not self.is_tensor:

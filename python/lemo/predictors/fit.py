@@ -1,4 +1,4 @@
-"""Closed forms for the last matrices: where training starts, and how the network continues after pruning.
+"""Closed forms for the last matrices: where training starts, and where it resumes after pruning.
 
 Without such a start, a few hundred steps on a few dozen documents learn position less well than the rule "keep the
 earliest blocks" knows it, and that rule alone is hard to beat.
@@ -13,7 +13,7 @@ from lemo.engine.layout import Blocks
 from lemo.predictors.network import PredictorNetwork, visible_queries
 
 _RIDGE = 1e-3  # of the mean diagonal of the normal equations
-_REST = 0.1  # size of the other features next to the solved one: room to learn, little noise before that
+_REST = 0.1  # size of the other features relative to the solved one: room to learn, little noise before that
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 Adapters are measured as they are served: on the dense model, nothing eliminated. Every document is cut into pieces of
 at most `context` tokens and each piece is scored by itself, so nothing is seen across a document boundary.
 
-Intervals: the mean negative log-likelihood per token is a ratio of sums over independent units (documents where a
-domain has enough of them, windows otherwise); its standard error is the usual linearised one and the quantile is
+Intervals: the mean negative log-likelihood per token is a ratio of sums over independent units (documents if a
+domain has enough of them, windows otherwise); its standard error is the usual linearized one and the quantile is
 Student's. Two adapters are compared on the differences of the same units, which removes the text's own spread.
 """
 
@@ -24,7 +24,7 @@ from lemo.engine.families import logit_softcap
 from lemo.training.adapters import adapter_name, check_adapter, loaded_adapter
 from lemo.training.processes import Processes
 
-# Fewer documents than this say too little about the spread between documents; windows are the units then.
+# Fewer documents than this are too few to estimate the variance between documents; windows are the units then.
 _MIN_DOCUMENTS_AS_UNITS = 10
 _TOKENS_PER_HEAD_CALL = 1024
 _PROBE_TOKENS = 16
@@ -376,7 +376,7 @@ def compare(
 def _check_path(model: Any, label: str, documents: Documents, context: int) -> None:
     """Raises ValueError unless decoder and head, called as `score` does, give the logits of the model itself.
 
-    Where a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
+    If a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
     """
     pieces = evaluation_pieces(documents, min(context, _PROBE_TOKENS), _PROBE_TOKENS)
     if not pieces:
@@ -393,7 +393,7 @@ def _check_path(model: Any, label: str, documents: Documents, context: int) -> N
     limit = 16 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     if got.shape != expected.shape or not float((got - expected.float()).abs().max()) <= limit:
         if not expected.isfinite().all():
-            return  # `score` says what is wrong
+            return  # `score` reports what is wrong
         raise ValueError(
             f"{label}: its logits are not its decoder's output through its head (the model scales them, or the adapter "
             "acts elsewhere), so lemo evaluate would measure something else; use the model's own forward pass"
@@ -405,5 +405,7 @@ def model_labels(adapters: Sequence[str], include_base: bool = True) -> list[str
     labels = [adapter_name(a)[0] for a in adapters]
     labels = ["base", *labels] if include_base or not adapters else labels
     if len(set(labels)) < len(labels):
-        raise ValueError(f"models need different names in the table, got {labels}; write NAME=FOLDER for an adapter")
+        raise ValueError(
+            f"every model needs a different name in the table, got {labels}; write NAME=FOLDER for an adapter"
+        )
     return labels

@@ -1,4 +1,4 @@
-"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, and a run folder that survives.
+"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, a run folder that survives crashes.
 
 A run folder holds
 
@@ -7,7 +7,7 @@ A run folder holds
   checkpoint-STEP/  the last few complete checkpoints (lemo.training.checkpoint), in transformers' own layout
   adapter/          the finished PEFT adapter; exists only when the run is complete
 
-Continuing a run gives bit for bit what an uninterrupted run would have given on the same machine: optimizer,
+Resuming a run gives, bit for bit, what an uninterrupted run would have given on the same machine: optimizer,
 scheduler, random states, the place in the data and the place in the schedule of phases all come from the checkpoint.
 """
 
@@ -110,6 +110,7 @@ def _identity(model: Any, documents: Documents, settings: FinetuneSettings, more
     }
 
 
+# Many arguments, but four of them positional: what decides the result is in `settings`, the rest are options by name.
 def finetune(
     model: Any,
     documents: Documents,
@@ -134,46 +135,38 @@ def finetune(
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
     Started by torchrun or accelerate launch, each process trains on its own share of every step's windows (see
     `FinetuneSettings.batch`), and the first alone writes, logs and reports.
-    Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed where another
+    Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed if another
     process raised one of these.
     """
     out = Path(out).expanduser()  # as Trainer does with its own output folder
     processes = Processes.join(next(model.parameters()).device)
-    if not processes.first:
-        report = _silent
+    report = report if processes.first else _silent
     checkpoints = run_checkpoints(out, keep_checkpoints, processes.count)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
         with contextlib.ExitStack() as applied:
             # Everything that can be wrong with the settings shows before the run folder is made.
-            run_identity = processes.together(
-                lambda: _identity(model, documents, settings, {"processes": processes.count, **(identity or {})})
+            more = {"processes": processes.count, **(identity or {})}
+            inputs = processes.together(
+                lambda: _inputs(model, documents, settings, more, out if resume else None, report)
             )
-            documents, held, windows = processes.together(
-                lambda: _inputs(documents, settings, run_identity, out if resume else None, processes.count, report)
-            )
-            check_same(processes, run_identity)
+            check_same(processes, inputs.identity)
             set_seed(settings.seed)
             wrapped = processes.together(lambda: _with_adapter(model, settings))
             controller = processes.together(lambda: applied.enter_context(_applied(wrapped, settings.lemo_config())))
-            opened = processes.on_first(lambda: _open(lock, out, run_identity, resume, checkpoints, report))
+            opened = processes.on_first(lambda: _open(lock, out, inputs.identity, resume, checkpoints, report))
             if opened.complete:
-                report(f"{out} is complete already: {settings.steps} steps")
                 return FinetuneResult(out / ADAPTER, 0, settings.steps)
             start = opened.start
             _report_other_keep(controller, report)
             processes.together(lambda: _check_visible(start))
             log = RunLog(out / LOG_FILE, processes.first)
-            _log_start(log, wrapped, documents, start, processes.count)
+            _log_start(log, wrapped, inputs.documents, start, processes.count)
+            data = (inputs.held, inputs.windows)
             run = RunInProgress(
-                wrapped, settings, log, controller, held, windows, log_every, evaluate_every, progress, processes
+                wrapped, settings, log, controller, *data, log_every, evaluate_every, progress, processes
             )
-            _train(run, checkpoints, run_identity, save_every, start)
-            processes.together(lambda: run.check_finite(settings.steps))
-            if not evaluate_every or settings.steps % evaluate_every:
-                run.evaluate(settings.steps)
-        processes.on_first(
-            lambda: write_folder(out / ADAPTER, lambda f: wrapped.save_pretrained(str(f)), manifest=False)
-        )
+            _train(run, checkpoints, inputs.identity, save_every, start)
+        processes.on_first(lambda: write_folder(out / ADAPTER, wrapped.save_pretrained, manifest=False))
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
 
@@ -182,27 +175,36 @@ def _silent(line: str) -> None:
     """The report of every process but the first."""
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """The run's identity, the documents to train on, those held out, and the windows of all steps and processes."""
+
+    identity: dict[str, Any]
+    documents: Documents
+    held: Documents | None
+    windows: PackedWindows
+
+
 def _inputs(
+    model: Any,
     documents: Documents,
     settings: FinetuneSettings,
-    identity: dict[str, Any],
+    more: dict[str, Any],
     resumed: Path | None,
-    processes: int,
     report: Callable[[str], None],
-) -> tuple[Documents, Documents | None, PackedWindows]:
-    """The documents to train on, those held out, and the windows of all steps; completes `identity`.
-
-    resumed: the folder of a run that must have this identity. Raises ValueError or CheckpointError.
-    """
+) -> _Inputs:
+    """more: of the identity. resumed: the folder of a run that must have it. Raises ValueError or CheckpointError."""
+    identity = _identity(model, documents, settings, more)
     held: Documents | None = None
     if settings.held_out:
         documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
         check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
         identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
     if resumed:
-        check_identity(resumed, identity)  # another model would also be refused by its calibration, with less to say
-    length = settings.steps * settings.batch * settings.accumulate * processes
-    return documents, held, PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
+        check_identity(resumed, identity)  # before the calibration refuses another model with a less specific message
+    length = settings.steps * settings.batch * settings.accumulate * identity["processes"]
+    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
+    return _Inputs(identity, documents, held, windows)
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ def _open(
     lock.enter_context(locked(out))
     if resume and is_complete(out):
         check_complete(out, identity, checkpoints, report)
+        report(f"{out} is complete already: {identity['settings']['steps']} steps")
         return _Opened(True, None)
     start = _begin(out, identity, resume, checkpoints, report)
     if resume:
@@ -314,3 +317,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     run.model.config.use_cache = False
     trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+    last = run.settings.steps
+    run.processes.together(lambda: run.check_finite(last))
+    if not run.evaluate_every or last % run.evaluate_every:
+        run.evaluate(last)

@@ -1,7 +1,7 @@
-"""What a run is: its identity in `run.json` and in every checkpoint, and whether it can be continued.
+"""What a run is: its identity in `run.json` and in every checkpoint, and whether it can be resumed.
 
-The identity is what decides the numbers: the settings, and fingerprints of model, data and calibration. WHERE model,
-data and calibration lie does not: a run may be resumed from other places with the same content. Nor do the versions of
+The identity is what decides the numbers: the settings, and fingerprints of model, data and calibration. The paths
+of model, data and calibration do not: a run may resume from other places with the same content. Nor do the versions of
 the libraries and the number of threads, except in the last bits: resuming with others is allowed, but reported and
 recorded.
 
@@ -80,7 +80,8 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         saved = json.loads(path.read_bytes())
     except OSError:
         raise CheckpointError(
-            f"{folder} is not a run folder: no readable {RUN_FILE}; start a run with lemo finetune --out {folder}"
+            f"{folder}: no readable {RUN_FILE}, so it is not a run folder; start a run with lemo finetune --out "
+            f"{folder}"
         ) from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON{_copy_of_settings(Path(folder))}") from None
@@ -210,7 +211,7 @@ def check_identity(out: Path, identity: dict[str, Any]) -> None:
 def continue_run(out: Path, identity: dict[str, Any], checkpoints: Checkpoints, report: Report) -> Checkpoint | None:
     """The checkpoint to resume from, or None if there is none yet. Only while holding the folder's lock.
 
-    Raises CheckpointError if what was computed so far would not be what these settings compute. Places and versions
+    Raises CheckpointError if these settings would have computed something else so far. Places and versions
     that differ are reported and recorded in `run.json`.
     """
     now, found = json.loads(json.dumps(identity)), checkpoints.find()
@@ -248,7 +249,7 @@ def _checked(out: Path, now: dict[str, Any], found: Found, report: Report) -> tu
         note = f"{path} was changed after the run began"
         if last is None:
             raise CheckpointError(
-                f"{note}, and there is no checkpoint that says what it held: undo the change, or start a new run in "
+                f"{note}, and there is no checkpoint that records what it held: undo the change, or start a new run in "
                 "another folder"
             )
     check_identity(out, now)
@@ -267,8 +268,8 @@ def _record_changes(
         report(f"the same content at another place: {_as_text(places)}")
     if versions:
         report(
-            f"WARNING: the run continues under other circumstances: {_as_text(versions)}. What follows need not be bit "
-            "for bit what the run would have given without the change"
+            f"WARNING: the run resumes in another environment: {_as_text(versions)}. The results may "
+            "differ in the last bits from those of an unchanged environment"
         )
     if not places and not versions and saved.get("digest") == content_digest(saved):
         return

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines that survive a crash, and reading them whatever became of them."""
+"""The log of a run: JSON lines that survive a crash, and reading them even if damaged."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read_log(path: Path, report: Callable[[str], None] = lambda line: None) -> l
 
 
 def _json_values(value: Any, where: str, lost: list[str]) -> Any:
-    """The value with null in place of what JSON has no number for; `lost` says what stood there."""
+    """The value with null in place of numbers that JSON lacks; `lost` records what stood there."""
     if isinstance(value, float) and not math.isfinite(value):
         lost.append(f"{where} is {value}")
         return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, RecomputeSetting, default_phases
+
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class FinetuneSettings:
     block_size: int = 64
     recompute: RecomputeSetting = "full"
     lr: float = 2e-4
-    lr_schedule: str = "constant"
+    lr_schedule: LearningRateSchedule = "constant"
     warmup: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -68,7 +70,7 @@ class FinetuneSettings:
             raise ValueError(f"held_out is {self.held_out}, expected a fraction in [0, 1)")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, expected a fraction in [0, 1)")
-        if self.lr_schedule not in ("constant", "linear", "cosine"):
+        if self.lr_schedule not in get_args(LearningRateSchedule):
             raise ValueError(f"lr_schedule is {self.lr_schedule!r}, expected constant, linear or cosine")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute is {self.recompute!r}, expected one of {', '.join(RECOMPUTE)}")

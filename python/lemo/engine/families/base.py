@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from lemo.engine.linear import unwrap
 Classes = tuple[tuple[str, str], ...]
 # Rotary tables cos, sin [T, D] of a step's tokens; None if positions enter with the embedding.
 Tables = tuple[Tensor, Tensor] | None
+NormKind = Literal["rms", "layer"]
 # The projections of a layer, in the order of computation.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -59,7 +60,7 @@ class ModelShape:
 class NormWeights:
     """kind "rms" or "layer"; weight, bias [d] or None. The norm multiplies by offset + weight."""
 
-    kind: str
+    kind: NormKind
     weight: Tensor | None
     bias: Tensor | None
     eps: float

@@ -1,0 +1,381 @@
+"""The quality study on a tiny model: costs, schedules, intervals, whole studies, and what the pages make of them."""
+
+import importlib
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from support import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("quality", "quality_data", "quality_pages", "quality_schedules", "quality_stats", "quality_train", "summary")
+
+
+@pytest.fixture
+def q(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return SimpleNamespace(**{name.removeprefix("quality_"): importlib.import_module(name) for name in NAMES})
+
+
+def cost_file(path: Path, steps: dict[int, dict[tuple[str, float, bool], float]]) -> Path:
+    """As benchmarks/step.py writes it. steps: by tokens, milliseconds of (mode, keep, weighted)."""
+    same = {"method": "lemo", "recompute": "full", "model": "llama3-8b", "density": None}
+    rows: list[dict[str, Any]] = [{"method": "the peer", "recompute": "full", "model": "llama3-8b", "context": 65536}]
+    rows[0] |= {"mode": "dense", "keep": 1.0, "step_ms": 1.0}
+    for context, of in steps.items():
+        for (mode, keep, weighted), ms in of.items():
+            rows.append(same | {"context": context, "mode": mode, "keep": keep, "weighted": weighted, "step_ms": ms})
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+
+DENSE, HALF, BACKWARD = ("dense", 1.0, False), ("skip", 0.5, False), ("backward", 0.5, True)
+
+
+@pytest.fixture
+def costs(tmp_path: Path) -> Path:
+    at = {65536: {DENSE: 1000.0, HALF: 250.0, BACKWARD: 500.0}, 16384: {DENSE: 125.0}}
+    return cost_file(tmp_path / "step-a.json", at | {262144: {DENSE: 10000.0, HALF: 2000.0}})
+
+
+# ---- schedules and costs ---------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_a_schedule(q: Any) -> None:
+    """All of them train with this lemo, but for modes that it does not have."""
+    waiting = {row.name: q.schedules.unavailable(row) for row in q.schedules.ROWS}
+    assert all(reason is None or "sparse" in name for name, reason in waiting.items()), waiting
+    assert len(set(waiting)) == len(q.schedules.ROWS) and q.schedules.ROWS[0].name == "dense"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("skip keep=0.5", "a stage is"),
+        ("50% skip keep=0.5; 40% dense", "add up to 100 %"),
+        ("100% skip keep=0.5 window=1/2", "a window"),
+        ("100% dense window=2", "a window"),
+    ],
+)
+def test_texts_that_are_not_schedules(q: Any, text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        q.schedules.parse(text)
+
+
+def test_rates_are_ratios_of_measured_steps(q: Any, costs: Path) -> None:
+    known = q.schedules.Costs.read([costs])
+    row = q.schedules.Row("r", "70% skip keep=0.5 policy=random shared; 30% dense")
+    assert known.of_row(row, 65536) == [0.25, 1.0] and known.of_row(row, 262144) == [0.2, 1.0]
+    quarter = q.schedules.Row("w", "100% dense window=1/4")
+    assert known.of_row(quarter, 65536) == [0.125] and known.of_row(quarter, 262144) == [0.1]
+    eighth = q.schedules.Row("e", "100% skip keep=0.5 policy=random shared every=8")
+    assert known.of_row(eighth, 65536) == [(7 * 0.25 + 1) / 8]
+    edges = q.schedules.Row("f", "100% skip keep=0.5 policy=random shared", edges=True)
+    assert known.of_row(edges, 65536) == pytest.approx([(30 * 0.25 + 2) / 32])
+
+
+def test_what_is_not_measured_is_refused(q: Any, costs: Path, tmp_path: Path) -> None:
+    known = q.schedules.Costs.read([costs])
+    third = q.schedules.Row("r", "100% skip keep=0.3")
+    assert "no measured step of skip keep 0.3 at 65536 tokens" in known.of_row(third, 65536)
+    half = q.schedules.Row("w", "70% dense window=1/2; 30% dense")
+    assert "no measured step of dense keep 1 at 32768 tokens" in known.of_row(half, 65536)
+    plain = q.schedules.Row("b", "100% backward keep=0.5 policy=random")
+    assert "backward keep 0.5 at" in known.of_row(plain, 65536)  # the weighted one was measured
+    # In another process, on another day: its time is not compared with this dense step.
+    other = cost_file(tmp_path / "step-b.json", {65536: {("skip", 0.3, False): 100.0}})
+    assert isinstance(q.schedules.Costs.read([costs, other]).of_row(third, 65536), str)
+
+
+def test_equal_cost(q: Any, costs: Path) -> None:
+    known = q.schedules.Costs.read([costs])
+    row = q.schedules.Row("r", "70% skip keep=0.5 policy=random shared; 30% dense")
+    for batch in (1, 2):
+        made = q.schedules.segments(row, known.of_row(row, 65536), 100, batch)
+        assert [s.steps for s in made] == [280 // batch, 30 // batch]
+        assert q.schedules.cost(made, row, known, 65536, batch) == pytest.approx(100)
+        assert q.schedules.cost(made, row, known, 262144, batch) == pytest.approx(0.2 * 280 + 30)  # cheaper there
+    eighth = q.schedules.Row("e", "100% skip keep=0.5 policy=random shared every=8")
+    made = q.schedules.segments(eighth, known.of_row(eighth, 65536), 11, 1)
+    assert [(s.steps, s.phase["mode"]) for s in made] == [(7, "skip"), (1, "dense")] * 4
+    assert q.schedules.cost(made, eighth, known, 65536, 1) == pytest.approx(11)
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("df", "value"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (30, 2.04227), (3, 3.18245)])
+def test_quantiles_of_student(q: Any, df: float, value: float) -> None:
+    assert q.stats.t_quantile(0.975, df) == pytest.approx(value, rel=2e-3)
+
+
+def test_the_interval_is_students_where_only_seeds_differ(q: Any) -> None:
+    """Items that all move alike have no spread: what is left is the t interval over the seeds."""
+    by_seed = [0.1, 0.2, 0.6]
+    mean, half = q.stats.interval([[np.full(5, v), np.full(3, v)] for v in by_seed], joint=False)
+    assert mean == pytest.approx(0.3)
+    assert half == pytest.approx(4.30265 * np.std(by_seed, ddof=1) / math.sqrt(3), rel=2e-3)
+
+
+def test_the_interval_covers(q: Any) -> None:
+    """Normal effects of seeds and documents: the truth lies inside about as often as promised."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(120):
+        items = [rng.normal(0, 0.1, 8) for _ in range(2)]
+        differences = []
+        for _ in range(3):
+            effect = rng.normal(0, 0.05)
+            differences.append([1.0 + effect + item for item in items])
+        mean, half = q.stats.interval(differences, joint=False)
+        inside += abs(mean - 1.0) <= half
+    assert 106 <= inside <= 120
+
+
+def test_questions_of_one_document_are_not_independent(q: Any) -> None:
+    item = np.array([0.0, 1.0, 0.0, 1.0])
+    differences = [[item, item, item], [item + 0.1, item + 0.1, item + 0.1]]
+    apart, together = (q.stats.interval(differences, joint=joint)[1] for joint in (False, True))
+    assert together > 1.5 * apart
+
+
+def test_one_seed_has_no_interval(q: Any) -> None:
+    assert q.stats.interval([[np.array([0.1, 0.2])]], joint=False) == (pytest.approx(0.15), None)
+    assert q.stats.verdict({"low": None, "high": None}) == "one seed"
+    assert [q.stats.verdict({"low": a, "high": b}) for a, b in ((-2, -1), (-1, 1), (1, 2))] == [
+        "better",
+        "equal",
+        "worse",
+    ]
+
+
+def test_pareto_front(q: Any) -> None:
+    assert q.stats.pareto([(1, 5), (2, 4), (2, 3), (3, 3), (4, 1)]) == [0, 2, 4]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_windows_for_sweeps_and_tables_do_not_overlap(q: Any) -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    first, second = (q.data.windows(tokens, 100, 8, second) for second in (False, True))
+    assert len(first) == len(second) == 5 and not set(first.ravel()) & set(second.ravel())
+    with pytest.raises(SystemExit, match="two windows of 600 tokens"):
+        q.data.windows(tokens, 600, 8, True)
+
+
+def test_text_of_installed_packages(q: Any, tmp_path: Path) -> None:
+    """Three domains, split by name; texts of another vocabulary are translated."""
+    for domain, suffix in (("python", "py"), ("docs", "md"), ("headers", "h")):
+        (tmp_path / "packages" / domain).mkdir(parents=True)
+        for i in range(40):
+            (tmp_path / "packages" / domain / f"{i}.{suffix}").write_text(f"{domain} {i} " * 1000)
+    tokenizer: Any = lambda text, add_special_tokens: {"input_ids": [ord(c) for c in text]}  # noqa: E731
+    wrapped = SimpleNamespace(eos_token_id=0)
+    wrapped = type("T", (), {"eos_token_id": 0, "__call__": lambda _, text, **k: tokenizer(text, **k)})()
+    out = tmp_path / "out"
+    out.mkdir()
+    q.data.write_installed(wrapped, out, tmp_path / "packages", 40_000, 15_000)
+    made = {p.stem: np.fromfile(p, np.uint16) for p in out.iterdir()}
+    assert sorted(made) == ["adapt_headers", "dev_docs", "dev_headers", "dev_python", "train_docs", "train_python"]
+    texts = {name: set("".join(map(chr, a)).split("\0")[:-1]) for name, a in made.items()}
+    assert not texts["train_python"] & texts["dev_python"] and "python" in "".join(map(chr, made["dev_python"][:20]))
+
+    other = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
+    again = tmp_path / "again"
+    again.mkdir()
+    q.data.write_recoded(wrapped, other, again, out, 10_000, 5_000)
+    assert np.array_equal(np.fromfile(again / "dev_docs.bin", np.uint16), made["dev_docs"][:5000])
+
+
+# ---- whole studies ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(q: Any, tmp_path: Path, costs: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model, token files and a command; `trained` lists the runs that were really made."""
+    model: Any = tiny.build()
+    model.save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 8000), ("adapt_code", 8000), ("dev_code", 2100), ("dev_law", 2100)):
+        (tmp_path / "tokens").mkdir(exist_ok=True)
+        rng.integers(0, 64, n).astype(np.uint16).tofile(tmp_path / "tokens" / f"{name}.bin")
+    trained: list[Any] = []
+    real = q.quality.train
+
+    def train(task: Any, spec: Any, deadline: float) -> Any:
+        trained.append(spec)
+        return real(task, spec, deadline)
+
+    monkeypatch.setattr(q.quality, "train", train)
+
+    def command(*words: Any, setting: str = "B") -> dict[str, Any]:
+        given = ["--model", tmp_path / "model", "--setting", setting, "--costs", costs, "--study", tmp_path / "study"]
+        given += ["--out", tmp_path / "quality.json", "--items", 2, *words]
+        if "--tokens" not in words and setting != "C":
+            given += ["--tokens", tmp_path / "tokens", "--adapt", "code"]
+        assert q.quality.main(list(map(str, given))) == 0
+        return json.loads((tmp_path / "quality.json").read_text())
+
+    return SimpleNamespace(command=command, trained=trained, folder=tmp_path)
+
+
+SMALL = ("--context", 256, "--only", "random subset 0.5", "--seeds", 1, 2, "--sequences", 4, "--cost-at", 65536, 262144)
+
+
+def test_a_study_with_its_sweep(world: Any) -> None:
+    result = world.command(*SMALL, "--batches", 1, 2, "--rates", 1e-3, 1e-2)
+    rows = {(r["name"], r.get("cost_at")): r for r in result["rows"]}
+    name = "random subset 0.5, then exact"
+    assert list(rows) == [("not adapted", None)] + [(n, c) for n in ("dense", name) for c in (65536, 262144)]
+    for row in rows.values():
+        assert math.isfinite(row["mean_loss"])
+    skip, dense = rows[name, 65536], rows["dense", 65536]
+    assert skip["seeds"] == dense["seeds"] == [1, 2] and not result["missing"]
+    assert skip["cost"]["65536"] == pytest.approx(4, rel=0.2)
+    assert skip["steps"] == round(0.7 * 4 / 0.25 / skip["batch"]) + max(1, round(0.3 * 4 / skip["batch"]))
+    assert [len(r["sweep"]) for r in (skip, dense)] == [3, 3]  # two batch sizes, then the other rate
+    assert {(s["batch"], s["rate"]) for s in skip["sweep"]} >= {(1, 1e-3), (2, 1e-3), (skip["batch"], skip["rate"])}
+    assert min(s["loss"] for s in skip["sweep"]) == next(
+        s["loss"] for s in skip["sweep"] if (s["batch"], s["rate"]) == (skip["batch"], skip["rate"])
+    )
+    against = skip["against_dense"]["loss"]
+    assert against["low"] < against["gap"] < against["high"]
+    expected = 100 * math.expm1(skip["mean_loss"] - dense["mean_loss"])
+    assert against["gap"] == pytest.approx(expected, abs=2e-3)
+    assert dense["against_dense"]["loss"] == {"gap": 0.0, "low": 0.0, "high": 0.0}
+    assert "elsewhere" in skip["against_dense"] and skip["loss_of"]["code"] == skip["mean_loss"]
+    assert "this lemo has no mode" in result["left_out"].get("sparse 0.25", "this lemo has no mode")
+    assert result["runs"]["count"] == len(world.trained) == len({str(s) for s in world.trained})
+
+
+def test_an_interrupted_study_resumes(world: Any, q: Any) -> None:
+    quick = (*SMALL, "--no-sweep", "--batches", 2)
+    first = world.command(*quick)
+    count = len(world.trained)
+    assert first["missing"] == [] and count == 7  # not adapted; dense and two of skip, with two seeds
+    again = world.command(*quick)
+    assert len(world.trained) == count and again["rows"] == first["rows"]
+
+    # Cut in the middle of a run: what was finished stays, and only the rest is made.
+    runs = sorted((world.folder / "study" / "runs").iterdir())
+    runs[0].unlink()
+    (world.folder / "study" / "claims" / runs[0].stem).touch()
+    third = world.command(*quick)
+    assert len(world.trained) == count + 1
+    for row, before in zip(third["rows"], first["rows"], strict=True):
+        assert {k: v for k, v in row.items() if k != "train_s"} == {k: v for k, v in before.items() if k != "train_s"}
+
+    with pytest.raises(SystemExit, match="holds runs with another items"):
+        world.command(*quick, "--items", 1)
+
+
+def test_no_time_left(world: Any, q: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing starts after the deadline, and a run that reaches it in the middle leaves nothing."""
+    quick = (*SMALL, "--no-sweep")
+    result = world.command(*quick, "--budget-minutes", 1e-9)
+    assert world.trained == [] and result["rows"] == [] and len(result["missing"]) == 4
+
+    def late(task: Any, spec: Any, deadline: float) -> Any:
+        monkeypatch.setattr(q.quality.Study, "expected", lambda *_: math.inf)
+        raise q.train.OutOfTime
+
+    monkeypatch.setattr(q.quality, "train", late)
+    world.command(*quick, "--budget-minutes", 5)
+    assert "not finished in time" in capsys.readouterr().out
+    assert not list((world.folder / "study" / "runs").iterdir())
+    assert not list((world.folder / "study" / "claims").iterdir())
+
+
+def test_extension_and_answers(world: Any, q: Any) -> None:
+    """Setting A interpolates positions; setting C asks questions, of a model without a tokenizer."""
+    quick = ("--no-sweep", "--seeds", 1, "--sequences", 2, "--cost-at", 65536)
+    result = world.command(*quick, "--context", 512, "--only", "quarter", "windows 1/4", setting="A")
+    assert [r["name"] for r in result["rows"]] == ["not adapted", "dense", "windows 1/4, then full"]
+    assert result["rows"][2]["against_dense"]["loss"]["low"] is None  # one seed
+    task = q.train.Task("A", str(world.folder / "model"), None, 512, 2)
+    config = q.train.load_base(task).config
+    assert config.rope_parameters["factor"] == 2.0 and config.max_position_embeddings == 512
+
+    model: Any = tiny.build()
+    model.resize_token_embeddings(256)
+    model.save_pretrained(world.folder / "larger")
+    words = ("--model", world.folder / "larger", "--study", world.folder / "answers", "--context", 1536)
+    result = world.command(*quick, *words, "--only", "random subset 0.5", setting="C")
+    row = result["rows"][2]
+    assert 0 <= row["mean_accuracy"] <= 1 and len(row["accuracy_of"]) == 16
+    assert set(row["against_dense"]) == {"loss", "accuracy", "to"}
+
+
+def test_inputs_of_a_window(q: Any, world: Any) -> None:
+    """A part of the same sequence, at the positions that it has there."""
+    task = q.train.Task("B", str(world.folder / "model"), str(world.folder / "tokens"), 256, 2, "code")
+    dense = {"mode": "dense"}
+    whole = q.train.Spec((q.schedules.Segment(2, dense),), 2, 1e-3, 5, "final")
+    part = q.train.Spec((q.schedules.Segment(2, dense, Fraction(1, 4)),), 2, 1e-3, 5, "final")
+    offsets = []
+    for full, window in zip(q.train.batches(task, whole), q.train.batches(task, part), strict=True):
+        assert window["input_ids"].shape == (2, 64) and "position_ids" not in full
+        for ids, places, row in zip(window["input_ids"], window["position_ids"], full["input_ids"], strict=True):
+            assert torch.equal(row[places], ids)
+            offsets.append(int(places[0]))
+    assert len(set(offsets)) > 1
+
+
+def test_workers_share_the_runs(world: Any) -> None:
+    result = world.command(*SMALL, "--no-sweep", "--jobs", 2)
+    assert result["missing"] == [] and result["runs"]["count"] == 7 and world.trained == []
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_table_and_figure(world: Any, q: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = world.command(*SMALL, "--sequences", 2, 4, "--no-sweep")
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(q.pages, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(q.pages, "IMAGES", tmp_path)
+    assert q.pages.tables() == []
+    (tmp_path / "results" / "quality-tiny-B.json").write_text(json.dumps(result))
+    text = "\n".join(q.pages.tables())
+    for row in result["rows"]:
+        assert f"| {row['name']}" in text
+    assert "64K" in text and "256K" in text and "quality-tiny-B.json" in text and "quality-tiny-B.svg" in text
+
+    assert q.pages.main(["--check"]) == 1
+    assert q.pages.main([]) == 0 and q.pages.main(["--check"]) == 0
+    drawn = (tmp_path / "quality-tiny-B.svg").read_text()
+    tree = ElementTree.fromstring(drawn)
+    marks = [e for e in tree.iter("{http://www.w3.org/2000/svg}circle") if "mark" in e.get("class", "")]
+    assert len(marks) == 8 and "front" in drawn and "prefers-color-scheme: dark" in drawn
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_costs_can_be_measured(
+    q: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything that schedules of this lemo are made of; afterwards none of them lacks a cost."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    costs = importlib.import_module("quality_costs")
+    out = tmp_path / "costs.json"
+    words = ["--context", "256", "--model", "tiny", "--steps", "1", "--out", str(out)]
+    assert costs.main([*words, "--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names[0] == "dense keep 1 at 256" and {"dense keep 1 at 128", "skip keep 0.5 at 256"} <= set(names)
+    assert costs.main(words) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["row"] for row in rows] == names and all(row["step_ms"] > 0 for row in rows)
+    assert {row["policy"] for row in rows if row["row"] == "skip keep 0.5 at 256"} == {"predictors"}  # the dearest
+    known = q.schedules.Costs.read([out], "tiny")
+    for row in q.schedules.ROWS:
+        if q.schedules.unavailable(row) is None:
+            assert all(rate > 0 for rate in known.of_row(row, 256))
