@@ -18,7 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("transformers", "peft")
-TESTS = ("tests/engine/test_apply.py", "tests/engine/test_dense.py", "tests/integration/test_patching.py")
+TESTS = (
+    "tests/engine/test_apply.py",
+    "tests/engine/test_dense.py",
+    "tests/engine/test_families.py",
+    "tests/integration/test_patching.py",
+)
 
 
 def lowest() -> list[str]:

@@ -27,8 +27,8 @@ extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const T
   (void)a;
   return sizeof(int);
 #else
-  return sm90::backward_workspace<kPaddedHeadDim>(a->capacity, a->documents, a->heads, /*deterministic=*/false,
-                                                  /*list_capacity=*/0);
+  const lemo::cuda::Documents documents = {a->cu_seqlens, a->rows, a->documents, a->capacity, false};
+  return sm90::backward_workspace<kPaddedHeadDim>(documents, a->heads, /*deterministic=*/false, /*list_capacity=*/0);
 #endif
 }
 
@@ -55,8 +55,8 @@ extern "C" __attribute__((visibility("default"))) int tune_run(const TuneArgumen
   params.v = rows(a->v, a->key_heads);
   params.lse = a->lse;
   params.lse_stride = a->capacity;
-  params.documents = {a->cu_seqlens, a->rows, a->documents, a->capacity};
-  params.storage_rows = a->storage_rows;
+  params.documents = params.key_documents = {a->cu_seqlens, a->rows, a->documents, a->capacity, false};
+  params.storage_rows = params.key_storage_rows = a->storage_rows;
   params.heads = a->heads;
   params.group = a->heads / a->key_heads;
   params.head_dim = kHeadDim;

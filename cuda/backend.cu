@@ -15,28 +15,10 @@ bool available() {
 
 }  // namespace
 
+#define LEMO_ENTRY(op) cuda::op,
+#define LEMO_ENTRY_WITH_WORKSPACE(op) cuda::op, cuda::op##_workspace,
 const Backend& cuda_backend() {
-  static const Backend backend = {
-      "cuda",
-      available,
-      cuda::select,
-      cuda::scores,
-      cuda::predict,
-      cuda::gather,
-      cuda::scatter_add,
-      cuda::gather_norm,
-      cuda::gather_norm_backward,
-      cuda::attention_forward,
-      cuda::attention_backward,
-      cuda::linear_cross_entropy,
-      cuda::select_workspace,
-      cuda::scores_workspace,
-      cuda::predict_workspace,
-      cuda::gather_norm_backward_workspace,
-      cuda::attention_forward_workspace,
-      cuda::attention_backward_workspace,
-      cuda::linear_cross_entropy_workspace,
-  };
+  static const Backend backend = {"cuda", available, LEMO_OPERATIONS(LEMO_ENTRY, LEMO_ENTRY_WITH_WORKSPACE)};
   return backend;
 }
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "lemo/lemo.h"
+#include "src/fields.h"
 
 namespace py = pybind11;
 
@@ -13,6 +14,9 @@ namespace {
 constexpr const char* kDoc = R"(The C interface of lemo, one function per operation.
 
     _C.<op>(exec, allocate, *fields) -> None
+    _C.fields      {op: ((field, role), ...)} in the order of the arguments; the roles are those of lemo/operations.h
+    _C.structs     {op: ((field, type), ...)} of lemo_<op>_args after struct_size, as the header has them
+    _C.constants   {name: value} of every enumerator of the headers, and of LEMO_MAX_DIMS and LEMO_TILE_ROWS
 
 exec      (device, device_index, stream, deterministic, num_threads), integers
 allocate  called with a number of bytes if the operation needs a workspace; returns a tensor of that many
@@ -30,7 +34,8 @@ class Reader {
   Reader(const char* op, const py::args& args) : op_(op), args_(args) {}
 
   template <class T>
-  void operator()(const char* name, T& field) {
+  void operator()(lemo::FieldRole role, const char* name, T& field) {
+    if (role == lemo::FieldRole::reserved) return;
     if (next_ >= args_.size()) {
       throw py::type_error(std::string(op_) + ": missing argument '" + name + "' at position " + std::to_string(next_));
     }
@@ -85,62 +90,6 @@ class Reader {
   size_t next_ = 0;
 };
 
-// The fields of each argument struct in header order. (Lists of macros: clang-format finds no stable form for them.)
-#define F(field) f(#field, a.field);
-#define LEMO_BLOCKS                   \
-  f("offsets", a.blocks.offsets);     \
-  f("documents", a.blocks.documents); \
-  f("block_size", a.blocks.block_size);
-
-// clang-format off
-template <class V>
-void fields(V& f, lemo_select_args& a) {
-  F(scores) LEMO_BLOCKS F(mode) F(keep) F(threshold) F(always_first) F(always_last) F(seed) F(kept) F(slots)
-  F(row_offsets) F(cu_seqlens) F(rows) F(row_slots) F(weights) F(info)
-}
-template <class V>
-void fields(V& f, lemo_scores_args& a) {
-  F(q) F(k) LEMO_BLOCKS F(scale) F(normalize) F(scores) F(map)
-}
-template <class V>
-void fields(V& f, lemo_predict_args& a) {
-  F(x) F(wq1) F(wq2) F(wq3) F(wk1) F(wk2) F(wk3) LEMO_BLOCKS F(norm) F(pool) F(eps) F(normalize) F(scores) F(queries)
-  F(keys)
-}
-template <class V>
-void fields(V& f, lemo_gather_args& a) {
-  F(x) F(rows) F(weights) F(slots) F(out)
-}
-template <class V>
-void fields(V& f, lemo_scatter_add_args& a) {
-  F(x) F(rows) F(y) F(base)
-}
-template <class V>
-void fields(V& f, lemo_gather_norm_args& a) {
-  F(x) F(rows) F(residual) F(weight) F(bias) F(norm) F(eps) F(y) F(packed) F(mean) F(rstd)
-}
-template <class V>
-void fields(V& f, lemo_gather_norm_backward_args& a) {
-  F(dy) F(s) F(weight) F(ds_extra) F(rows) F(norm) F(eps) F(accumulate) F(dx) F(dweight) F(dbias)
-}
-template <class V>
-void fields(V& f, lemo_attention_forward_args& a) {
-  F(q) F(k) F(v) F(cu_seqlens) F(rows) F(max_seqlen) F(scale) F(out) F(lse) F(tile_offsets) F(tiles)
-}
-template <class V>
-void fields(V& f, lemo_attention_backward_args& a) {
-  F(dout) F(q) F(k) F(v) F(out) F(lse) F(cu_seqlens) F(rows) F(key_weights) F(row_slots) F(max_seqlen) F(scale) F(dq)
-  F(dk) F(dv) F(tile_offsets) F(tiles)
-}
-template <class V>
-void fields(V& f, lemo_linear_cross_entropy_args& a) {
-  F(hidden) F(weight) F(bias) F(lora_a) F(lora_b) F(targets) F(ignore_index) F(lora_scale) F(softcap) F(reduction)
-  F(segment_rows) F(loss) F(valid) F(dhidden) F(dweight) F(dbias) F(dlora_a) F(dlora_b)
-}
-// clang-format on
-#undef F
-#undef LEMO_BLOCKS
-
 constexpr uintptr_t kAlignment = 256;  // bytes, of the workspace
 
 lemo_exec read_exec(const py::tuple& given) {
@@ -158,18 +107,32 @@ lemo_exec read_exec(const py::tuple& given) {
   return exec;
 }
 
+// The fields of a struct with lemo_blocks spread.
+template <class Args, class Visitor>
+void for_each_argument(Args& args, Visitor& visitor) {
+  lemo::Fields<Args>::visit(args, [&](lemo::FieldRole role, const char* name, auto& field) {
+    if constexpr (std::is_same_v<std::remove_reference_t<decltype(field)>, lemo_blocks>) {
+      visitor(lemo::FieldRole::input, "offsets", field.offsets);
+      visitor(lemo::FieldRole::input, "documents", field.documents);
+      visitor(lemo::FieldRole::value, "block_size", field.block_size);
+    } else {
+      visitor(role, name, field);
+    }
+  });
+}
+
 template <class Args>
 Args read_args(const char* op, const py::args& given) {
   Args args = {};
   args.struct_size = sizeof(args);
   Reader reader(op, given);
-  fields(reader, args);
+  for_each_argument(args, reader);
   reader.finish();
   return args;
 }
 
-// Runs without the interpreter's lock, and takes it now and then for signals that have arrived. Python calls their
-// handlers on its main thread only.
+// Releases the interpreter's lock, and takes it back now and then to handle signals that have arrived. Python calls
+// their handlers on its main thread only.
 class Unlocked {
  public:
   explicit Unlocked(lemo_exec& exec) : state_(PyEval_SaveThread()) {
@@ -204,6 +167,81 @@ void raise_on_error(lemo_status status) {
   throw py::error_already_set();
 }
 
+const char* role_name(lemo::FieldRole role) {
+  switch (role) {
+    case lemo::FieldRole::input:
+      return "input";
+    case lemo::FieldRole::optional:
+      return "optional";
+    case lemo::FieldRole::companion:
+      return "companion";
+    case lemo::FieldRole::output:
+      return "output";
+    case lemo::FieldRole::optional_output:
+      return "optional_output";
+    case lemo::FieldRole::inout:
+      return "inout";
+    case lemo::FieldRole::value:
+      return "value";
+    case lemo::FieldRole::layout:
+      return "layout";
+    case lemo::FieldRole::reserved:
+      return "reserved";
+  }
+  return "unknown";
+}
+
+template <class Args>
+py::tuple describe_fields() {
+  py::list fields;
+  Args args = {};
+  auto append = [&](lemo::FieldRole role, const char* name, const auto&) {
+    if (role != lemo::FieldRole::reserved) fields.append(py::make_tuple(name, role_name(role)));
+  };
+  for_each_argument(args, append);
+  return fields;
+}
+
+const char* type_name(const lemo_tensor&) { return "lemo_tensor"; }
+const char* type_name(const lemo_blocks&) { return "lemo_blocks"; }
+const char* type_name(int32_t) { return "int32_t"; }
+const char* type_name(int64_t) { return "int64_t"; }
+const char* type_name(uint64_t) { return "uint64_t"; }
+const char* type_name(float) { return "float"; }
+
+template <class Args>
+py::tuple describe_struct() {
+  py::list fields;
+  const Args args = {};
+  lemo::Fields<Args>::visit(args, [&](lemo::FieldRole, const char* name, const auto& field) {
+    fields.append(py::make_tuple(name, type_name(field)));
+  });
+  return fields;
+}
+
+#define LEMO_CONSTANT(name) constants[#name] = static_cast<int64_t>(name);
+// clang-format off
+py::dict constants_of_the_headers() {
+  py::dict constants;
+  LEMO_CONSTANT(LEMO_OK) LEMO_CONSTANT(LEMO_INVALID_ARGUMENT) LEMO_CONSTANT(LEMO_UNSUPPORTED)
+  LEMO_CONSTANT(LEMO_WORKSPACE_TOO_SMALL) LEMO_CONSTANT(LEMO_NUMERICAL) LEMO_CONSTANT(LEMO_BACKEND_ERROR)
+  LEMO_CONSTANT(LEMO_INTERNAL_ERROR) LEMO_CONSTANT(LEMO_CANCELLED)
+  LEMO_CONSTANT(LEMO_F32) LEMO_CONSTANT(LEMO_F16) LEMO_CONSTANT(LEMO_BF16) LEMO_CONSTANT(LEMO_I32)
+  LEMO_CONSTANT(LEMO_I64) LEMO_CONSTANT(LEMO_U8)
+  LEMO_CONSTANT(LEMO_CPU) LEMO_CONSTANT(LEMO_CUDA)
+  LEMO_CONSTANT(LEMO_NORM_RMS) LEMO_CONSTANT(LEMO_NORM_LAYER)
+  LEMO_CONSTANT(LEMO_POOL_MEAN) LEMO_CONSTANT(LEMO_POOL_MAX)
+  LEMO_CONSTANT(LEMO_SELECT_THRESHOLD) LEMO_CONSTANT(LEMO_SELECT_BUDGET) LEMO_CONSTANT(LEMO_SELECT_SAMPLE)
+  LEMO_CONSTANT(LEMO_SELECT_POISSON)
+  LEMO_CONSTANT(LEMO_INFO_KEPT_BLOCKS) LEMO_CONSTANT(LEMO_INFO_KEPT_ROWS) LEMO_CONSTANT(LEMO_INFO_LONGEST_DOCUMENT)
+  LEMO_CONSTANT(LEMO_INFO_FAULT) LEMO_CONSTANT(LEMO_INFO_SIZE)
+  LEMO_CONSTANT(LEMO_REDUCE_MEAN) LEMO_CONSTANT(LEMO_REDUCE_SUM)
+  LEMO_CONSTANT(LEMO_MAX_DIMS) LEMO_CONSTANT(LEMO_TILE_ROWS)
+  return constants;
+}
+// clang-format on
+#undef LEMO_CONSTANT
+
 template <class Args>
 void define(py::module_& m, const char* op, lemo_status (*run)(const lemo_exec*, const Args*),
             lemo_status (*workspace)(const lemo_exec*, const Args*, uint64_t*) = nullptr) {
@@ -237,14 +275,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("version", &lemo_version);
   m.def("has_backend", [](int device) { return lemo_has_backend(static_cast<lemo_device>(device)) != 0; });
   m.def("hash_uniform", &lemo_hash_uniform);
-  define(m, "gather", &lemo_gather);
-  define(m, "scatter_add", &lemo_scatter_add);
-  define(m, "gather_norm", &lemo_gather_norm);
-  define(m, "gather_norm_backward", &lemo_gather_norm_backward, &lemo_gather_norm_backward_workspace);
-  define(m, "select", &lemo_select, &lemo_select_workspace);
-  define(m, "scores", &lemo_scores, &lemo_scores_workspace);
-  define(m, "predict", &lemo_predict, &lemo_predict_workspace);
-  define(m, "attention_forward", &lemo_attention_forward, &lemo_attention_forward_workspace);
-  define(m, "attention_backward", &lemo_attention_backward, &lemo_attention_backward_workspace);
-  define(m, "linear_cross_entropy", &lemo_linear_cross_entropy, &lemo_linear_cross_entropy_workspace);
+  m.attr("constants") = constants_of_the_headers();
+  py::dict fields, structs;
+#define LEMO_DEFINE(op)                              \
+  define(m, #op, &lemo_##op);                        \
+  fields[#op] = describe_fields<lemo_##op##_args>(); \
+  structs[#op] = describe_struct<lemo_##op##_args>();
+#define LEMO_DEFINE_WITH_WORKSPACE(op)                \
+  define(m, #op, &lemo_##op, &lemo_##op##_workspace); \
+  fields[#op] = describe_fields<lemo_##op##_args>();  \
+  structs[#op] = describe_struct<lemo_##op##_args>();
+  LEMO_OPERATIONS(LEMO_DEFINE, LEMO_DEFINE_WITH_WORKSPACE)
+#undef LEMO_DEFINE_WITH_WORKSPACE
+#undef LEMO_DEFINE
+  m.attr("fields") = fields;
+  m.attr("structs") = structs;
 }

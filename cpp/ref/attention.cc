@@ -1,9 +1,10 @@
-// Attention forward in tiles with a running maximum and sum of every row, so that no row of P exists whole.
+// Attention forward in tiles with a running maximum and sum of every row, so that no row of P exists as a whole.
 #include <cmath>
 #include <limits>
 
 #include "ref/attention_tiles.h"
 #include "ref/ops.h"
+#include "src/key_rows.h"
 
 namespace lemo::ref {
 namespace {
@@ -24,7 +25,7 @@ struct QueryTile {
   }
   static Size floats(int64_t width) { return (Size(2) * width + kKeys + 2) * kQueries; }
   float* queries;  // [kQueries, width], scaled
-  float* sums;     // [kQueries, width]: unnormalised output
+  float* sums;     // [kQueries, width]: unnormalized output
   float* tile;     // [kQueries, kKeys]: scores, then probabilities
   float* highest;  // running maximum
   float* total;    // running sum of exponentials
@@ -56,7 +57,8 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   const int64_t key_heads = a.k.shape[1];
   const int64_t group = a.q.shape[1] / key_heads;
   const int32_t* rows = ints(a.rows);
-  const Tiling tiling(a.cu_seqlens);
+  const KeyRows key_side = key_rows(a);
+  const Tiling tiling(a.cu_seqlens, key_side.cu_seqlens);
   const auto num_tiles = static_cast<int64_t>(tiling.keys.size());
   const auto num_query_tiles = static_cast<int64_t>(tiling.queries.size());
 
@@ -69,8 +71,8 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     const int64_t head = task / num_tiles;
     const Tile& tile = tiling.keys[static_cast<size_t>(task % num_tiles)];
     const Document& document = tiling.documents[static_cast<size_t>(tile.document)];
-    collect_transposed(a.k, rows, head, document, tile.index, keys + task * tile_size);
-    collect_tile(a.v, rows, head, document, tile.index, width, values + task * tile_size);
+    collect_transposed(a.k, ints(key_side.rows), head, document.keys, tile.index, keys + task * tile_size);
+    collect_tile(a.v, ints(key_side.rows), head, document.keys, tile.index, width, values + task * tile_size);
   });
 
   parallel_for(exec, query_tasks, [&](int64_t task, int worker) {
@@ -80,37 +82,38 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     const Tile& tile = tiling.queries[static_cast<size_t>(num_query_tiles - 1 - task % num_query_tiles)];
     const Document& document = tiling.documents[static_cast<size_t>(tile.document)];
     const int64_t first = tile.index * kQueries;
-    const int64_t count = std::min(kQueries, document.length - first);
+    const int64_t count = std::min(kQueries, document.queries.length - first);
+    const int64_t seen = first + document.offset();  // the last key that the first row sees
     const int64_t base = (head / group * num_tiles + document.first_tile) * tile_size;
     QueryTile s(scratch.of(worker), width);
-    collect_rows(a.q, rows, head, document.start + first, count, a.scale, width, s.queries);
-    // These rows lie in at most two of the tiles that lists speak of.
+    collect_rows(a.q, rows, head, document.queries.start + first, count, a.scale, width, s.queries);
+    // These rows lie in at most two tiles of the tile lists.
     const int64_t list_tile = first / LEMO_TILE_ROWS;
     const int64_t upper = std::min(count, (list_tile + 1) * LEMO_TILE_ROWS - first);
     const TileList upper_list(a.tile_offsets, a.tiles, document, tile.document, list_tile);
     const TileList lower_list(a.tile_offsets, a.tiles, document, tile.document, list_tile + (upper < count ? 1 : 0));
-    for (int64_t j = 0; j * kKeys < first + count; ++j) {
+    for (int64_t j = 0; j * kKeys < seen + count; ++j) {
       const int64_t key_tile = j * kKeys / LEMO_TILE_ROWS;
       const bool upper_sees = upper_list.sees(key_tile), lower_sees = upper < count && lower_list.sees(key_tile);
       if (!upper_sees && !lower_sees) continue;
       poll();
       f.matmul(count, kKeys, d, s.queries, width, 1, keys + base + j * tile_size, kKeys, s.tile, kKeys, false);
-      online_softmax(s, count, first - j * kKeys + 1, upper_sees ? upper : 0, lower_sees ? upper : count, width);
-      f.matmul(count, width, std::min(kKeys, first + count - j * kKeys), s.tile, kKeys, 1,
-               values + base + j * tile_size, width, s.sums, width, true);
+      online_softmax(s, count, seen - j * kKeys + 1, upper_sees ? upper : 0, lower_sees ? upper : count, width);
+      f.matmul(count, width, std::min(kKeys, seen + count - j * kKeys), s.tile, kKeys, 1, values + base + j * tile_size,
+               width, s.sums, width, true);
     }
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t packed = document.start + first + i;
+      const int64_t packed = document.queries.start + first + i;
       float* out = row(a.out, rows == nullptr ? packed : rows[packed], head);
-      for (int64_t c = 0; c < d; ++c) out[c] = s.sums[i * width + c] / s.total[i];
-      floats(a.lse)[head * a.lse.stride[0] + packed] = s.highest[i] + std::log(s.total[i]);
+      const float total = seen + i < 0 ? 1.0f : s.total[i];  // a row without keys: 0 / 1, -infinity + log 1
+      for (int64_t c = 0; c < d; ++c) out[c] = s.sums[i * width + c] / total;
+      floats(a.lse)[head * a.lse.stride[0] + packed] = s.highest[i] + std::log(total);
     }
   });
 }
 
 uint64_t attention_forward_workspace(const lemo_exec&, const lemo_attention_forward_args& a) {
-  const int64_t capacity = present(a.rows) ? a.rows.shape[0] : a.q.shape[0];
-  const int64_t tiles = max_key_tiles(capacity, a.cu_seqlens.shape[0] - 1);
+  const int64_t tiles = max_key_tiles(key_rows(a).capacity, a.cu_seqlens.shape[0] - 1);
   return (Size(2 * kKeys) * a.k.shape[1] * tiles * round_up(a.q.shape[2], kLane)).floats("q, k, v");
 }
 

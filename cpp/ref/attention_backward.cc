@@ -2,6 +2,7 @@
 // the key and value gradients of the query heads that share a key head are added up afterwards, in order.
 #include "ref/attention_tiles.h"
 #include "ref/ops.h"
+#include "src/key_rows.h"
 
 namespace lemo::ref {
 namespace {
@@ -13,7 +14,7 @@ struct Sizes {
         query_heads(a.q.shape[1]),
         key_heads(a.k.shape[1]),
         capacity(present(a.rows) ? a.rows.shape[0] : a.q.shape[0]),
-        tiles(max_key_tiles(capacity, a.cu_seqlens.shape[0] - 1)) {}
+        tiles(max_key_tiles(key_rows(a).capacity, a.cu_seqlens.shape[0] - 1)) {}
   int64_t d;
   int64_t width;
   int64_t query_heads;
@@ -70,7 +71,7 @@ void apply_key_weights(const float* key_weights, const int32_t* query_slots, con
 
 void collect(const lemo_exec& exec, const lemo_attention_backward_args& a, const Tiling& tiling, const Sizes& sizes,
              const Buffers& b) {
-  const int32_t* rows = ints(a.rows);
+  const int32_t *rows = ints(a.rows), *rows_k = ints(key_rows(a).rows);
   const int64_t tile_size = kKeys * sizes.width;
   const auto num_tiles = static_cast<int64_t>(tiling.keys.size());
   parallel_for(exec, sizes.key_heads * num_tiles, [&](int64_t task) {
@@ -78,17 +79,17 @@ void collect(const lemo_exec& exec, const lemo_attention_backward_args& a, const
     const Tile& tile = tiling.keys[static_cast<size_t>(task % num_tiles)];
     const Document& document = tiling.documents[static_cast<size_t>(tile.document)];
     const int64_t at = (head * sizes.tiles + task % num_tiles) * tile_size;
-    collect_tile(a.k, rows, head, document, tile.index, sizes.width, b.keys + at);
-    collect_transposed(a.k, rows, head, document, tile.index, b.keys_transposed + at);
-    collect_transposed(a.v, rows, head, document, tile.index, b.values_transposed + at);
+    collect_tile(a.k, rows_k, head, document.keys, tile.index, sizes.width, b.keys + at);
+    collect_transposed(a.k, rows_k, head, document.keys, tile.index, b.keys_transposed + at);
+    collect_transposed(a.v, rows_k, head, document.keys, tile.index, b.values_transposed + at);
   });
   const auto num_query_tiles = static_cast<int64_t>(tiling.queries.size());
   parallel_for(exec, sizes.query_heads * num_query_tiles, [&](int64_t task) {
     const int64_t head = task / num_query_tiles;
     const Tile& tile = tiling.queries[static_cast<size_t>(task % num_query_tiles)];
     const Document& document = tiling.documents[static_cast<size_t>(tile.document)];
-    const int64_t first = document.start + tile.index * kQueries;
-    const int64_t count = std::min(kQueries, document.length - tile.index * kQueries);
+    const int64_t first = document.queries.start + tile.index * kQueries;
+    const int64_t count = std::min(kQueries, document.queries.length - tile.index * kQueries);
     const int64_t at = (head * sizes.capacity + first) * sizes.width;
     collect_rows(a.q, rows, head, first, count, a.scale, sizes.width, b.queries + at);
     collect_rows(a.dout, rows, head, first, count, 1.0f, sizes.width, b.dout + at);
@@ -112,8 +113,9 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
   std::vector<float> scratch(static_cast<size_t>(2 * kQueries * kKeys));
   float* p = scratch.data();
   float* ds = p + kQueries * kKeys;
-  for (int64_t j = 0; j * kKeys < document.length; ++j) {
-    const int64_t keys = std::min(kKeys, document.length - j * kKeys);
+  const int64_t offset = document.offset();
+  for (int64_t j = 0; j * kKeys < document.keys.length; ++j) {
+    const int64_t keys = std::min(kKeys, document.keys.length - j * kKeys);
     const float* k = b.keys + key_base + j * tile_size;
     const float* k_transposed = b.keys_transposed + key_base + j * tile_size;
     const float* v_transposed = b.values_transposed + key_base + j * tile_size;
@@ -122,19 +124,20 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
     std::fill_n(dk, tile_size, 0.0f);
     std::fill_n(dv, tile_size, 0.0f);
     const TileList list(a.tile_offsets, a.tiles, document, document_index, j * kKeys / LEMO_TILE_ROWS);
-    for (int64_t tile = j * kKeys / kQueries; tile * kQueries < document.length; ++tile) {
+    const int64_t first_tile = std::max<int64_t>(j * kKeys - offset, 0) / kQueries;
+    for (int64_t tile = first_tile; tile * kQueries < document.queries.length; ++tile) {
       const int64_t first = tile * kQueries;
-      const int64_t count = std::min(kQueries, document.length - first);
-      const int64_t at = head * sizes.capacity + document.start + first;
+      const int64_t count = std::min(kQueries, document.queries.length - first);
+      const int64_t at = head * sizes.capacity + document.queries.start + first;
       poll();
       const float* q = b.queries + at * width;
       const float* dout = b.dout + at * width;
       f.matmul(count, kKeys, sizes.d, q, width, 1, k_transposed, kKeys, p, kKeys, false);
       f.matmul(count, kKeys, sizes.d, dout, width, 1, v_transposed, kKeys, ds, kKeys, false);
-      const float* lse = floats(a.lse) + head * a.lse.stride[0] + document.start + first;
+      const float* lse = floats(a.lse) + head * a.lse.stride[0] + document.queries.start + first;
       for (int64_t i = 0; i < count; ++i) {
         const bool seen = list.sees((first + i) / LEMO_TILE_ROWS);
-        const int64_t n = seen ? std::clamp<int64_t>(first + i - j * kKeys + 1, 0, keys) : 0;
+        const int64_t n = seen ? std::clamp<int64_t>(first + i + offset - j * kKeys + 1, 0, keys) : 0;
         float* p_row = p + i * kKeys;
         float* ds_row = ds + i * kKeys;
         f.exp(n, p_row, 1.0f, lse[i]);
@@ -143,8 +146,9 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
         std::fill(ds_row + n, ds_row + kKeys, 0.0f);
       }
       if (present(a.key_weights)) {
-        const int32_t* slots = ints(a.row_slots) + document.start;
-        apply_key_weights(floats(a.key_weights), slots + first, slots + j * kKeys, count, keys, p, ds);
+        const lemo_tensor& key_slots = key_rows(a).separate ? a.row_slots_k : a.row_slots;
+        apply_key_weights(floats(a.key_weights), ints(a.row_slots) + document.queries.start + first,
+                          ints(key_slots) + document.keys.start + j * kKeys, count, keys, p, ds);
       }
       f.matmul(kKeys, width, count, p, 1, kKeys, dout, width, dv, width, true);
       f.matmul(kKeys, width, count, ds, 1, kKeys, q, width, dk, width, true);
@@ -157,7 +161,8 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
 
 void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& a) {
   const Sizes sizes(a);
-  const Tiling tiling(a.cu_seqlens);
+  const KeyRows key_side = key_rows(a);
+  const Tiling tiling(a.cu_seqlens, key_side.cu_seqlens);
   const Buffers b(static_cast<float*>(exec.workspace), sizes);
   collect(exec, a, tiling, sizes, b);
   const auto num_documents = static_cast<int64_t>(tiling.documents.size());
@@ -166,18 +171,23 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
     backward_head(a, sizes, b, tiling.documents[static_cast<size_t>(document)], document, task % sizes.query_heads);
   });
 
-  const int32_t* rows = ints(a.rows);
+  const int32_t *rows = ints(a.rows), *rows_k = ints(key_side.rows);
   const int64_t group = sizes.query_heads / sizes.key_heads;
   for (const Document& document : tiling.documents) {
-    parallel_ranges(exec, document.length, kKeys, [&](int64_t first, int64_t last) {
+    parallel_ranges(exec, document.queries.length, kKeys, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t packed = document.start + i;
-        const int64_t to = rows == nullptr ? packed : rows[packed];
+        const int64_t packed = document.queries.start + i;
         for (int64_t head = 0; head < sizes.query_heads; ++head) {
           const float* from = b.dq + (head * sizes.capacity + packed) * sizes.width;
-          float* dq = row(a.dq, to, head);
+          float* dq = row(a.dq, rows == nullptr ? packed : rows[packed], head);
           for (int64_t c = 0; c < sizes.d; ++c) dq[c] = a.scale * from[c];
         }
+      }
+    });
+    parallel_ranges(exec, document.keys.length, kKeys, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t packed = document.keys.start + i;
+        const int64_t to = rows_k == nullptr ? packed : rows_k[packed];
         for (int64_t head = 0; head < sizes.key_heads; ++head) {
           float* dk = row(a.dk, to, head);
           float* dv = row(a.dv, to, head);

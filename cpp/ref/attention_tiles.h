@@ -16,10 +16,19 @@ namespace lemo::ref {
 constexpr int64_t kKeys = 64;     // key rows of a tile; divides LEMO_TILE_ROWS
 constexpr int64_t kQueries = 96;  // query rows of a tile: a multiple of every Simd::tile_rows
 
+// The packed rows of a document on one side, queries or keys.
+struct Span {
+  int64_t start;
+  int64_t length;
+};
+
 struct Document {
-  int64_t start;       // first packed row
-  int64_t length;      // packed rows
-  int64_t first_tile;  // its tiles of kKeys rows
+  Span queries;
+  Span keys;
+  int64_t first_tile;  // its tiles of kKeys key rows
+
+  // Query i sees the keys up to i + offset().
+  int64_t offset() const { return keys.length - queries.length; }
 };
 
 struct Tile {
@@ -31,31 +40,31 @@ struct Tiling {
   std::vector<Document> documents;
   std::vector<Tile> keys;     // by kKeys rows; position = first_tile + index
   std::vector<Tile> queries;  // by kQueries rows
-  int64_t num_rows = 0;       // M
 
-  explicit Tiling(const lemo_tensor& cu_seqlens) {
-    const int32_t* list = ints(cu_seqlens);
+  Tiling(const lemo_tensor& cu_seqlens, const lemo_tensor& cu_seqlens_k) {
+    const int32_t *query_rows = ints(cu_seqlens), *key_rows = ints(cu_seqlens_k);
     for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
-      const int64_t length = list[d + 1] - list[d];
-      documents.push_back({list[d], length, static_cast<int64_t>(keys.size())});
-      for (int64_t i = 0; i * kKeys < length; ++i) keys.push_back({d, i});
-      for (int64_t i = 0; i * kQueries < length; ++i) queries.push_back({d, i});
+      const Span own = {query_rows[d], query_rows[d + 1] - query_rows[d]};
+      const Span seen = {key_rows[d], key_rows[d + 1] - key_rows[d]};
+      documents.push_back({own, seen, static_cast<int64_t>(keys.size())});
+      for (int64_t i = 0; i * kKeys < seen.length; ++i) keys.push_back({d, i});
+      for (int64_t i = 0; i * kQueries < own.length; ++i) queries.push_back({d, i});
     }
-    num_rows = list[cu_seqlens.shape[0] - 1];
   }
 };
 
 // The most key tiles that `capacity` rows in `documents` documents can make.
 inline int64_t max_key_tiles(int64_t capacity, int64_t documents) { return capacity / kKeys + documents; }
 
-// What one tile of LEMO_TILE_ROWS rows sees of its document besides itself, from its list; everything without lists.
+// What one tile of LEMO_TILE_ROWS rows sees of its document besides itself: the tiles of its list, or all without
+// lists.
 class TileList {
  public:
   TileList(const lemo_tensor& offsets, const lemo_tensor& tiles, const Document& document, int64_t document_index,
            int64_t tile)
       : tile_(tile), listed_(present(offsets)) {
     if (!listed_) return;
-    const int64_t slot = document.start / LEMO_TILE_ROWS + document_index + tile;
+    const int64_t slot = document.queries.start / LEMO_TILE_ROWS + document_index + tile;
     begin_ = ints(tiles) + ints(offsets)[slot];
     end_ = ints(tiles) + ints(offsets)[slot + 1];
   }
@@ -87,19 +96,19 @@ inline void collect_rows(const lemo_tensor& x, const int32_t* rows, int64_t head
 }
 
 // The same for one tile of keys, short tiles padded with zero rows: out is [kKeys, width].
-inline void collect_tile(const lemo_tensor& x, const int32_t* rows, int64_t head, const Document& document,
-                         int64_t tile, int64_t width, float* out) {
-  const int64_t count = std::min(kKeys, document.length - tile * kKeys);
-  collect_rows(x, rows, head, document.start + tile * kKeys, count, 1.0f, width, out);
+inline void collect_tile(const lemo_tensor& x, const int32_t* rows, int64_t head, const Span& keys, int64_t tile,
+                         int64_t width, float* out) {
+  const int64_t count = std::min(kKeys, keys.length - tile * kKeys);
+  collect_rows(x, rows, head, keys.start + tile * kKeys, count, 1.0f, width, out);
   std::fill(out + count * width, out + kKeys * width, 0.0f);
 }
 
 // One tile of keys with rows and columns exchanged: out is [D, kKeys].
-inline void collect_transposed(const lemo_tensor& x, const int32_t* rows, int64_t head, const Document& document,
-                               int64_t tile, float* out) {
+inline void collect_transposed(const lemo_tensor& x, const int32_t* rows, int64_t head, const Span& keys, int64_t tile,
+                               float* out) {
   const int64_t d = x.shape[2];
-  const int64_t first = document.start + tile * kKeys;
-  const int64_t count = std::min(kKeys, document.length - tile * kKeys);
+  const int64_t first = keys.start + tile * kKeys;
+  const int64_t count = std::min(kKeys, keys.length - tile * kKeys);
   for (int64_t i = 0; i < kKeys; ++i) {
     if (i >= count) {
       for (int64_t j = 0; j < d; ++j) out[j * kKeys + i] = 0.0f;

@@ -15,28 +15,10 @@ void polled(const lemo_exec& exec, const Args& args) {
 
 }  // namespace
 
+#define LEMO_ENTRY(op) polled<ref::op>,
+#define LEMO_ENTRY_WITH_WORKSPACE(op) polled<ref::op>, ref::op##_workspace,
 const Backend& cpu_backend() {
-  static const Backend backend = {
-      "cpu",
-      [] { return true; },
-      polled<ref::select>,
-      polled<ref::scores>,
-      polled<ref::predict>,
-      polled<ref::gather>,
-      polled<ref::scatter_add>,
-      polled<ref::gather_norm>,
-      polled<ref::gather_norm_backward>,
-      polled<ref::attention_forward>,
-      polled<ref::attention_backward>,
-      polled<ref::linear_cross_entropy>,
-      ref::select_workspace,
-      ref::scores_workspace,
-      ref::predict_workspace,
-      ref::gather_norm_backward_workspace,
-      ref::attention_forward_workspace,
-      ref::attention_backward_workspace,
-      ref::linear_cross_entropy_workspace,
-  };
+  static const Backend backend = {"cpu", [] { return true; }, LEMO_OPERATIONS(LEMO_ENTRY, LEMO_ENTRY_WITH_WORKSPACE)};
   return backend;
 }
 

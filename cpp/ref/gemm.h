@@ -18,7 +18,7 @@ struct Matrix {
 inline Matrix matrix(const float* data, int64_t stride) { return {data, stride, 1}; }
 inline Matrix transposed(const float* data, int64_t stride) { return {data, 1, stride}; }
 
-// C[m, n] = (accumulate ? C : 0) + A[m, k] B[k, n], rows of C contiguous. The caller's thread alone.
+// C[m, n] = (accumulate ? C : 0) + A[m, k] B[k, n], rows of C contiguous. On the caller's thread only.
 void gemm_serial(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate);
 
 // The same on all threads of the call, with gemm_floats(m, n, k) or more floats for each worker.

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kGrain = 8;
 constexpr int64_t kSegmentFloats = int64_t{32} << 20;  // 128 MiB of logits
-constexpr int64_t kSegmentRows = 960;                  // more rows make the matrix products no faster
+constexpr int64_t kSegmentRows = 960;                  // more rows do not make the matrix products faster
 
 struct Sizes {
   explicit Sizes(const lemo_linear_cross_entropy_args& a)
@@ -53,8 +53,8 @@ struct Buffers {
   float* dlow;     // [rows, r]
 };
 
-// Logits of one token become their gradient (if wanted); returns the token's loss. `slope` holds a float per class
-// where a soft cap has a gradient.
+// Replaces the logits of one token by their gradient (if wanted) and returns the token's loss. `slope` holds a float
+// per class if a soft cap has a gradient.
 double token_loss(const lemo_linear_cross_entropy_args& a, const Sizes& s, float* z, int64_t target, float factor,
                   float* slope) {
   const Simd& f = simd();

@@ -31,7 +31,7 @@ int available_cores() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-// Ends a task whose result nobody wants any more.
+// Ends a task whose result is no longer needed.
 struct Stopped {};
 
 struct Job {
@@ -54,7 +54,7 @@ struct Job {
   void work(int worker);
 };
 
-// What poll() needs to know, of the job that this thread works on.
+// What poll() needs to know about the job this thread works on.
 struct Here {
   Job* job = nullptr;
   bool caller = false;  // this thread may call exec.cancel
@@ -62,7 +62,7 @@ struct Here {
 thread_local Here here;
 thread_local Clock::time_point next_poll;
 
-// Sets `here` for a scope. Jobs nest where exec.cancel runs an operation of its own.
+// Sets `here` for a scope. Jobs nest if exec.cancel itself runs an operation.
 class Enter {
  public:
   Enter(Job& job, bool caller) : before_(here) { here = {&job, caller}; }
@@ -96,7 +96,7 @@ class Pool {
       try {
         for (; size_ < workers; ++size_) std::thread([this] { loop(); }).detach();
       } catch (const std::system_error&) {
-        // The system gives no more threads: work with those there are.
+        // The system has no more threads: the existing ones do the work.
       } catch (const std::bad_alloc&) {
         // Nor memory for them.
       }
@@ -106,13 +106,13 @@ class Pool {
     wake_.notify_all();
     job.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    job_ = nullptr;  // late workers must not join any more
+    job_ = nullptr;  // late workers must no longer join
     wait(lock, job);
     return true;
   }
 
  private:
-  // Until no worker is left. The caller sleeps, and wakes up to ask whether it should give up.
+  // Waits until no worker is left, and wakes up now and then to ask whether to cancel.
   void wait(std::unique_lock<std::mutex>& lock, Job& job) {
     const auto finished = [this] { return active_ == 0; };
     if (job.exec.cancel == nullptr) {
@@ -160,7 +160,7 @@ class Pool {
 std::atomic<Pool*> the_pool{nullptr};
 
 // Never destroyed: workers may outlive static destructors. A forked child has none of the parent's threads, so it
-// starts a pool of its own. NULL without memory for one.
+// starts a separate pool. NULL if there is no memory for one.
 Pool* pool() {
   Pool* current = the_pool.load();
   if (current != nullptr) return current;

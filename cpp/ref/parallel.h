@@ -1,7 +1,7 @@
 // A pool of threads for the CPU backend.
 //
 // Not OpenMP: the host process often brings its own copy of the OpenMP runtime (torch bundles libgomp), and two copies
-// keep two sets of spinning threads. Ours never spin: workers sleep between calls, and a caller sleeps while it waits
+// keep two sets of spinning threads. These never spin: workers sleep between calls, and a caller sleeps while it waits
 // for the last of them. Work is cut into tasks by the shape of the problem alone and every result belongs to one task,
 // so results do not depend on the number of threads.
 #pragma once
@@ -15,7 +15,7 @@
 
 namespace lemo::ref {
 
-// A callable that is only referred to, so that passing it on allocates nothing.
+// A reference to a callable, so that passing it allocates nothing.
 class TaskRef {
  public:
   template <class Task>
@@ -63,7 +63,7 @@ void parallel_ranges(const lemo_exec& exec, int64_t count, int64_t grain, const 
 int worker_count(const lemo_exec& exec, int64_t count);
 
 // Memory for every worker, taken before the first output is written: a call that runs out of memory has then changed
-// nothing. Not initialised.
+// nothing. Not initialized.
 class Scratch {
  public:
   Scratch(const lemo_exec& exec, int64_t count, const char* name, Size floats) : each_((floats + 15).count(name)) {
@@ -76,12 +76,12 @@ class Scratch {
   std::unique_ptr<float[]> memory_;
 };
 
-// Between the steps of a task, so that a long one ends soon after it should: throws LEMO_CANCELLED once exec.cancel
-// asked for it, and ends the task where another one of the call has failed. exec.cancel is called by the caller's
-// thread only, and rarely (kPollInterval), since it may wait for a lock of the host's.
+// Called between the steps of a task, so that a long task can end early: throws LEMO_CANCELLED once exec.cancel has
+// asked for it, and ends the task if another task of the call has failed. exec.cancel is called by the caller's thread
+// only, and rarely (kPollInterval), since it may wait for one of the host's locks.
 void poll();
 
-// For the length of one operation on the calling thread: exec.cancel is first called after a while.
+// Starts an operation on the calling thread: exec.cancel is not called before kPollInterval has passed.
 void begin_polling();
 
 }  // namespace lemo::ref

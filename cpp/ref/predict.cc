@@ -14,16 +14,16 @@ namespace {
 
 constexpr int64_t kTaskTokens = 480;
 
-// NaN stays NaN, so that a faulty input shows in the scores.
+// NaN stays NaN, so that it reaches the scores.
 float relu(float x) { return x < 0 ? 0.0f : x; }
 
-float inverse_deviation(int64_t d, const float* x, int32_t norm, float eps, std::vector<float>& centred) {
+float inverse_deviation(int64_t d, const float* x, int32_t norm, float eps, std::vector<float>& centered) {
   const float* values = x;
   if (norm == LEMO_NORM_LAYER) {
     const float mean = simd().sum(d, x) / static_cast<float>(d);
-    centred.resize(static_cast<size_t>(d));
-    for (int64_t j = 0; j < d; ++j) centred[static_cast<size_t>(j)] = x[j] - mean;
-    values = centred.data();
+    centered.resize(static_cast<size_t>(d));
+    for (int64_t j = 0; j < d; ++j) centered[static_cast<size_t>(j)] = x[j] - mean;
+    values = centered.data();
   }
   return 1.0f / std::sqrt(simd().dot(d, values, values) / static_cast<float>(d) + eps);
 }
@@ -50,7 +50,7 @@ void network(const lemo_predict_args& a, const lemo_tensor& w1, const lemo_tenso
   }
   gemm_serial(tokens, s, r, matrix(hidden, r), weights(w2), active, s, false);
   for (int64_t n = first; n < last; ++n) {
-    float* p = pooled + (n - first) * s;  // starts at 0, which is also the least a unit can be
+    float* p = pooled + (n - first) * s;  // starts at 0, also the smallest value of a unit
     for (int64_t t = offsets[n] - start; t < offsets[n + 1] - start; ++t) {
       for (int64_t j = 0; j < s; ++j) {
         const float value = relu(active[t * s + j]);
@@ -81,9 +81,9 @@ void predict(const lemo_exec& exec, const lemo_predict_args& a) {
   // Tasks write to the workspace only, so that one of them may run out of memory.
   parallel_ranges(exec, num_blocks, grain, [&](int64_t first, int64_t last) {
     std::vector<float> deviations;
-    std::vector<float> centred;
+    std::vector<float> centered;
     for (int64_t t = offsets[first]; t < offsets[last]; ++t) {
-      deviations.push_back(inverse_deviation(d, row(a.x, t), a.norm, a.eps, centred));
+      deviations.push_back(inverse_deviation(d, row(a.x, t), a.norm, a.eps, centered));
     }
     network(a, a.wq1, a.wq2, a.wq3, deviations, first, last, queries + first * c);
     network(a, a.wk1, a.wk2, a.wk3, deviations, first, last, keys + first * c);

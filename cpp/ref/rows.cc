@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kGrain = 32;  // rows per task
 
-// Row behind packed row i; without a list the rows are their own.
+// The row behind packed row i; without a list, row i itself.
 int64_t source(const int32_t* rows, int64_t i) { return rows == nullptr ? i : rows[i]; }
 
 struct Statistics {
@@ -20,14 +20,14 @@ struct Statistics {
   float rstd;
 };
 
-Statistics statistics(int64_t d, const float* s, int32_t norm, float eps, float* centred) {
+Statistics statistics(int64_t d, const float* s, int32_t norm, float eps, float* centered) {
   const Simd& f = simd();
   float mean = 0;
   const float* values = s;
   if (norm == LEMO_NORM_LAYER) {
     mean = f.sum(d, s) / static_cast<float>(d);
-    for (int64_t j = 0; j < d; ++j) centred[j] = s[j] - mean;
-    values = centred;
+    for (int64_t j = 0; j < d; ++j) centered[j] = s[j] - mean;
+    values = centered;
   }
   return {mean, 1.0f / std::sqrt(f.dot(d, values, values) / static_cast<float>(d) + eps)};
 }
@@ -81,7 +81,7 @@ void gather_norm(const lemo_exec& exec, const lemo_gather_norm_args& a) {
   const Scratch scratch(exec, a.y.shape[0], "x", Size(2) * d);
   parallel_ranges(exec, a.y.shape[0], kGrain, [&](int64_t first, int64_t last, int worker) {
     float* sum = scratch.of(worker);
-    float* centred = sum + d;
+    float* centered = sum + d;
     for (int64_t i = first; i < last; ++i) {
       const int64_t from = source(rows, i);
       if (from < 0) {
@@ -90,10 +90,8 @@ void gather_norm(const lemo_exec& exec, const lemo_gather_norm_args& a) {
         std::memcpy(sum, row(a.x, from), static_cast<size_t>(d) * sizeof(float));
       }
       if (present(a.residual)) simd().add(d, sum, row(a.residual, i), 1.0f);
-      const Statistics stats = statistics(d, sum, a.norm, a.eps, centred);
+      const Statistics stats = statistics(d, sum, a.norm, a.eps, centered);
       if (present(a.packed)) std::memcpy(row(a.packed, i), sum, static_cast<size_t>(d) * sizeof(float));
-      if (present(a.mean)) floats(a.mean)[i] = stats.mean;
-      if (present(a.rstd)) floats(a.rstd)[i] = stats.rstd;
       float* y = row(a.y, i);
       for (int64_t j = 0; j < d; ++j) {
         float value = (sum[j] - stats.mean) * stats.rstd;

@@ -1,5 +1,5 @@
 // Exact informativeness of key blocks. A task owns one key block and walks the query blocks that see it, so every
-// column sum is made by one thread in one order and no block map is needed.
+// column sum is computed by one thread in a fixed order, and no block map is needed.
 #include <limits>
 #include <vector>
 

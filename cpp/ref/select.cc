@@ -9,9 +9,9 @@
 namespace lemo::ref {
 namespace {
 
-constexpr float kCertain = 0.999f;  // from this probability on SAMPLE always draws a block
+constexpr float kCertain = 0.999f;  // SAMPLE always draws blocks of at least this probability
 
-// Order in which SAMPLE takes blocks: small first.
+// SAMPLE takes the blocks of lowest rank.
 double pareto_rank(uint64_t seed, int64_t block, float probability) {
   if (probability >= kCertain) return -1.0;
   const double u = lemo_hash_uniform(seed, static_cast<uint64_t>(block));
@@ -66,7 +66,7 @@ void choose(const lemo_select_args& a, const float* scores, int64_t first, int64
         a.mode == LEMO_SELECT_SAMPLE ? pareto_rank(a.seed, block, scores[block]) : -static_cast<double>(scores[block]);
     order.push_back(block);
   }
-  // A stable sort leaves ties to the lower block.
+  // The sort is stable, so that ties go to the lower block.
   std::stable_sort(order.begin(), order.end(), [&](int64_t left, int64_t right) {
     return rank[static_cast<size_t>(left - first)] < rank[static_cast<size_t>(right - first)];
   });
@@ -118,10 +118,10 @@ void select(const lemo_exec&, const lemo_select_args& a) {
   std::fill(floats(a.weights) + slot, floats(a.weights) + num_blocks, 0.0f);
   std::fill(ints(a.rows) + packed, ints(a.rows) + a.rows.shape[0], -1);
   std::fill(ints(a.row_slots) + packed, ints(a.row_slots) + a.row_slots.shape[0], -1);
-  ints(a.info)[0] = slot;
-  ints(a.info)[1] = packed;
-  ints(a.info)[2] = longest;
-  ints(a.info)[3] = 0;
+  ints(a.info)[LEMO_INFO_KEPT_BLOCKS] = slot;
+  ints(a.info)[LEMO_INFO_KEPT_ROWS] = packed;
+  ints(a.info)[LEMO_INFO_LONGEST_DOCUMENT] = longest;
+  ints(a.info)[LEMO_INFO_FAULT] = 0;
 }
 
 uint64_t select_workspace(const lemo_exec&, const lemo_select_args&) { return 0; }

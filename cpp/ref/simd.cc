@@ -14,7 +14,7 @@ extern const Simd simd_avx512;
 const Simd& simd() {
   static const Simd& chosen = []() -> const Simd& {
 #ifdef LEMO_SIMD_X86
-    // LEMO_CPU=generic|avx2 lowers the choice, to test one instruction set on a machine with more.
+    // LEMO_CPU=generic|avx2 lowers the choice, to test other instruction sets on a machine that has more.
     const char* limit = std::getenv("LEMO_CPU");
     const bool generic = limit != nullptr && std::strcmp(limit, "generic") == 0;
     const bool avx2 = limit != nullptr && std::strcmp(limit, "avx2") == 0;

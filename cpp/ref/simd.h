@@ -1,4 +1,4 @@
-// The inner loops, compiled once per instruction set (simd_kernels.cc) and picked when first used. Sums run in a fixed
+// The inner loops, compiled once per instruction set (simd_kernels.cc) and selected on first use. Sums run in a fixed
 // order whatever the vector width: AVX2 and AVX-512 give the same bits; without FMA results differ by rounding.
 #pragma once
 

@@ -67,7 +67,7 @@ inline void micro(int64_t k, const float* a, int64_t a_row, int64_t a_col, const
   }
 }
 
-// One instance of `micro` for each number of rows that may be left over.
+// One instance of `micro` for each possible number of remaining rows.
 template <int R, int N>
 inline void micro_rest(int64_t rows, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
                        int64_t ldb, float* c, int64_t ldc, bool accumulate) {
@@ -129,7 +129,7 @@ float sum(int64_t n, const float* a) {
 float max(int64_t n, const float* a) {
   const float lowest = -__builtin_inff();
   Vector best = lowest - Vector{};
-  Vector poison = {};  // NaN where an element was NaN: comparisons alone would lose it
+  Vector poison = {};  // NaN if an element was NaN: comparisons alone would lose it
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     const Vector v = load(a + i);

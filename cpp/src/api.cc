@@ -1,5 +1,6 @@
-// Every entry point: guard, read the structs, validate, check the workspace, hand over to the backend's table.
+// Every entry point: guard, read the structs, validate, check the workspace, call the backend's function.
 #include <algorithm>
+#include <type_traits>
 
 #include "src/backend.h"
 #include "src/fields.h"
@@ -29,7 +30,7 @@ void check_workspace(const lemo_exec& exec, uint64_t needed) {
                                               " bytes, got " +
                                               std::to_string(exec.workspace == nullptr ? 0 : exec.workspace_size));
   }
-  // Host allocators rarely give more than a cache line.
+  // Host allocators rarely align to more than a cache line.
   const uint64_t alignment = exec.device == LEMO_CPU ? 64 : 256;
   if (reinterpret_cast<uintptr_t>(exec.workspace) % alignment != 0) {
     throw Error(LEMO_INVALID_ARGUMENT,
@@ -45,7 +46,7 @@ template <class Args>
 Args read_args(const Args* given) {
   Args args = read_struct("args", given);
   const uint64_t size = args.struct_size;
-  for_each_tensor(args, [&](const char* name, lemo_tensor& t) {
+  for_each_tensor(args, [&](FieldRole, const char* name, lemo_tensor& t) {
     const auto begin = static_cast<uint64_t>(reinterpret_cast<const char*>(&t) - reinterpret_cast<const char*>(&args));
     if (begin < size && size < begin + sizeof(t)) {
       throw Error(LEMO_INVALID_ARGUMENT, "args.struct_size: expected a size that ends between fields, got " +
@@ -54,12 +55,12 @@ Args read_args(const Args* given) {
     const int32_t dims = t.ndim < LEMO_MAX_DIMS ? t.ndim : LEMO_MAX_DIMS;
     if (dims <= 0 || std::find(t.shape, t.shape + dims, 0) == t.shape + dims) return;
     if (t.data == nullptr) t.data = no_elements;
-    std::fill_n(t.stride, LEMO_MAX_DIMS, 0);  // whatever they say, nothing lies there
+    std::fill_n(t.stride, LEMO_MAX_DIMS, 0);  // meaningless without elements
   });
   for_each_reserved(args, [](const char* name, int32_t value) {
     if (value != 0) {
       throw Error(LEMO_INVALID_ARGUMENT, std::string("args.") + name + ": expected 0, got " + std::to_string(value) +
-                                             "; zero-initialise the struct");
+                                             "; zero-initialize the struct");
     }
   });
   return args;
@@ -103,6 +104,15 @@ lemo_status size(const char* operation, const lemo_exec* given_exec, const Args*
 
 extern "C" {
 
+// Every operation of the list is declared by a public header, in exactly this form.
+#define LEMO_CHECK_PROTOTYPE(op) \
+  static_assert(std::is_same_v<decltype(&lemo_##op), lemo_status (*)(const lemo_exec*, const lemo_##op##_args*)>);
+#define LEMO_CHECK_PROTOTYPES(op)                                \
+  LEMO_CHECK_PROTOTYPE(op)                                       \
+  static_assert(std::is_same_v<decltype(&lemo_##op##_workspace), \
+                               lemo_status (*)(const lemo_exec*, const lemo_##op##_args*, uint64_t*)>);
+LEMO_OPERATIONS(LEMO_CHECK_PROTOTYPE, LEMO_CHECK_PROTOTYPES)
+
 #define LEMO_ENTRY(op)                                                         \
   lemo_status lemo_##op(const lemo_exec* exec, const lemo_##op##_args* args) { \
     return lemo::run<lemo_##op##_args>(#op, exec, args, &lemo::Backend::op);   \
@@ -114,17 +124,7 @@ extern "C" {
   lemo_status lemo_##op##_workspace(const lemo_exec* exec, const lemo_##op##_args* args, uint64_t* bytes) {   \
     return lemo::size<lemo_##op##_args>(#op "_workspace", exec, args, bytes, &lemo::Backend::op##_workspace); \
   }
-
-LEMO_ENTRY(gather)
-LEMO_ENTRY(scatter_add)
-LEMO_ENTRY(gather_norm)
-LEMO_ENTRY_WITH_WORKSPACE(gather_norm_backward)
-LEMO_ENTRY_WITH_WORKSPACE(select)
-LEMO_ENTRY_WITH_WORKSPACE(scores)
-LEMO_ENTRY_WITH_WORKSPACE(predict)
-LEMO_ENTRY_WITH_WORKSPACE(attention_forward)
-LEMO_ENTRY_WITH_WORKSPACE(attention_backward)
-LEMO_ENTRY_WITH_WORKSPACE(linear_cross_entropy)
+LEMO_OPERATIONS(LEMO_ENTRY, LEMO_ENTRY_WITH_WORKSPACE)
 
 int lemo_has_backend(lemo_device device) {
   if (device == LEMO_CPU) return 1;

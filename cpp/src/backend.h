@@ -1,8 +1,7 @@
 // One table of functions per backend. Arguments arrive validated: shapes, dtypes, strides and alignment agree, and the
-// workspace is large enough. A tensor's data is NULL where it is absent and nowhere else: an empty tensor has an
-// address. Sizes of one tensor fit PTRDIFF_MAX; products of several do not have to. A backend checks only what it alone
-// knows (which kernels it has), in `supports`-style throws of lemo::Error(LEMO_UNSUPPORTED, ...) before its first
-// write.
+// workspace is large enough. A tensor's data is NULL if it is absent and only then: an empty tensor has an address.
+// Sizes of one tensor fit PTRDIFF_MAX; products of several need not. A backend checks only what it alone knows, which
+// kernels it has, and throws lemo::Error(LEMO_UNSUPPORTED, ...) before its first write.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +9,7 @@
 #include <string>
 
 #include "lemo/lemo.h"
+#include "lemo/operations.h"
 
 namespace lemo {
 
@@ -19,30 +19,25 @@ class Error : public std::runtime_error {
   lemo_status status;
 };
 
+// Declares every operation of a backend in the current namespace: op(exec, args), and op_workspace(exec, args), which
+// returns bytes of workspace from shapes alone (tensor data is not read).
+#define LEMO_DECLARE_OPERATION(op) void op(const lemo_exec& exec, const lemo_##op##_args& a);
+#define LEMO_DECLARE_OPERATION_WITH_WORKSPACE(op) \
+  LEMO_DECLARE_OPERATION(op)                      \
+  uint64_t op##_workspace(const lemo_exec& exec, const lemo_##op##_args& a);
+#define LEMO_DECLARE_OPERATIONS LEMO_OPERATIONS(LEMO_DECLARE_OPERATION, LEMO_DECLARE_OPERATION_WITH_WORKSPACE)
+
+#define LEMO_ENTRY(op) void (*op)(const lemo_exec&, const lemo_##op##_args&);
+#define LEMO_ENTRY_WITH_WORKSPACE(op) \
+  LEMO_ENTRY(op)                      \
+  uint64_t (*op##_workspace)(const lemo_exec&, const lemo_##op##_args&);
 struct Backend {
   const char* name;
   bool (*available)();
-
-  void (*select)(const lemo_exec&, const lemo_select_args&);
-  void (*scores)(const lemo_exec&, const lemo_scores_args&);
-  void (*predict)(const lemo_exec&, const lemo_predict_args&);
-  void (*gather)(const lemo_exec&, const lemo_gather_args&);
-  void (*scatter_add)(const lemo_exec&, const lemo_scatter_add_args&);
-  void (*gather_norm)(const lemo_exec&, const lemo_gather_norm_args&);
-  void (*gather_norm_backward)(const lemo_exec&, const lemo_gather_norm_backward_args&);
-  void (*attention_forward)(const lemo_exec&, const lemo_attention_forward_args&);
-  void (*attention_backward)(const lemo_exec&, const lemo_attention_backward_args&);
-  void (*linear_cross_entropy)(const lemo_exec&, const lemo_linear_cross_entropy_args&);
-
-  // Bytes of workspace, from shapes alone (tensor data is not read).
-  uint64_t (*select_workspace)(const lemo_exec&, const lemo_select_args&);
-  uint64_t (*scores_workspace)(const lemo_exec&, const lemo_scores_args&);
-  uint64_t (*predict_workspace)(const lemo_exec&, const lemo_predict_args&);
-  uint64_t (*gather_norm_backward_workspace)(const lemo_exec&, const lemo_gather_norm_backward_args&);
-  uint64_t (*attention_forward_workspace)(const lemo_exec&, const lemo_attention_forward_args&);
-  uint64_t (*attention_backward_workspace)(const lemo_exec&, const lemo_attention_backward_args&);
-  uint64_t (*linear_cross_entropy_workspace)(const lemo_exec&, const lemo_linear_cross_entropy_args&);
+  LEMO_OPERATIONS(LEMO_ENTRY, LEMO_ENTRY_WITH_WORKSPACE)
 };
+#undef LEMO_ENTRY_WITH_WORKSPACE
+#undef LEMO_ENTRY
 
 const Backend& cpu_backend();
 const Backend& cuda_backend();  // defined only in builds with LEMO_WITH_CUDA

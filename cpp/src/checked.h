@@ -8,7 +8,7 @@
 
 namespace lemo {
 
-// A size of at least 0. It remembers that a product or a sum exceeded PTRDIFF_MAX, and bytes() then refuses it.
+// A size of at least 0. It remembers if a product or a sum exceeded PTRDIFF_MAX; bytes() then throws.
 class Size {
  public:
   Size(int64_t value) : value_(value), fits_(value >= 0) {}  // NOLINT: sizes are written as plain numbers
@@ -27,7 +27,7 @@ class Size {
   bool fits() const { return fits_; }
 
   int64_t count(const char* name) const { return bytes(name, 1); }
-  // The size of so many elements in bytes; `name` is what asks for them.
+  // The size of this many elements in bytes; `name` is what needs them.
   int64_t bytes(const char* name, int64_t element_size) const {
     const Size total = *this * element_size;
     if (total.fits_) return total.value_;

@@ -1,69 +1,80 @@
-// The tensors and the reserved fields of every argument struct: what can be done to all of them alike.
+// Visitors of the fields of every argument struct, from the list in lemo/operations.h.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 #include "lemo/lemo.h"
+#include "lemo/operations.h"
 
 namespace lemo {
 
-// Calls visit(name, tensor) for every tensor of the struct, in header order. Args may be const.
-#define LEMO_FIELD(field) visit(#field, a.field);
-#define LEMO_BLOCKS                   \
-  visit("offsets", a.blocks.offsets); \
-  visit("documents", a.blocks.documents);
-// clang-format off
-template <class Args, class Visit>
-void for_each_tensor(Args& a, Visit&& visit) {
-  using Struct = std::remove_const_t<Args>;
-  if constexpr (std::is_same_v<Struct, lemo_gather_args>) {
-    LEMO_FIELD(x) LEMO_FIELD(rows) LEMO_FIELD(weights) LEMO_FIELD(slots) LEMO_FIELD(out)
-  } else if constexpr (std::is_same_v<Struct, lemo_scatter_add_args>) {
-    LEMO_FIELD(x) LEMO_FIELD(rows) LEMO_FIELD(y) LEMO_FIELD(base)
-  } else if constexpr (std::is_same_v<Struct, lemo_gather_norm_args>) {
-    LEMO_FIELD(x) LEMO_FIELD(rows) LEMO_FIELD(residual) LEMO_FIELD(weight) LEMO_FIELD(bias) LEMO_FIELD(y)
-    LEMO_FIELD(packed) LEMO_FIELD(mean) LEMO_FIELD(rstd)
-  } else if constexpr (std::is_same_v<Struct, lemo_gather_norm_backward_args>) {
-    LEMO_FIELD(dy) LEMO_FIELD(s) LEMO_FIELD(weight) LEMO_FIELD(ds_extra) LEMO_FIELD(rows) LEMO_FIELD(dx)
-    LEMO_FIELD(dweight) LEMO_FIELD(dbias)
-  } else if constexpr (std::is_same_v<Struct, lemo_select_args>) {
-    LEMO_FIELD(scores) LEMO_BLOCKS LEMO_FIELD(kept) LEMO_FIELD(slots) LEMO_FIELD(row_offsets) LEMO_FIELD(cu_seqlens)
-    LEMO_FIELD(rows) LEMO_FIELD(row_slots) LEMO_FIELD(weights) LEMO_FIELD(info)
-  } else if constexpr (std::is_same_v<Struct, lemo_scores_args>) {
-    LEMO_FIELD(q) LEMO_FIELD(k) LEMO_BLOCKS LEMO_FIELD(scores) LEMO_FIELD(map)
-  } else if constexpr (std::is_same_v<Struct, lemo_predict_args>) {
-    LEMO_FIELD(x) LEMO_FIELD(wq1) LEMO_FIELD(wq2) LEMO_FIELD(wq3) LEMO_FIELD(wk1) LEMO_FIELD(wk2) LEMO_FIELD(wk3)
-    LEMO_BLOCKS LEMO_FIELD(scores) LEMO_FIELD(queries) LEMO_FIELD(keys)
-  } else if constexpr (std::is_same_v<Struct, lemo_attention_forward_args>) {
-    LEMO_FIELD(q) LEMO_FIELD(k) LEMO_FIELD(v) LEMO_FIELD(cu_seqlens) LEMO_FIELD(rows) LEMO_FIELD(out) LEMO_FIELD(lse)
-    LEMO_FIELD(tile_offsets) LEMO_FIELD(tiles)
-  } else if constexpr (std::is_same_v<Struct, lemo_attention_backward_args>) {
-    LEMO_FIELD(dout) LEMO_FIELD(q) LEMO_FIELD(k) LEMO_FIELD(v) LEMO_FIELD(out) LEMO_FIELD(lse) LEMO_FIELD(cu_seqlens)
-    LEMO_FIELD(rows) LEMO_FIELD(key_weights) LEMO_FIELD(row_slots) LEMO_FIELD(dq) LEMO_FIELD(dk) LEMO_FIELD(dv)
-    LEMO_FIELD(tile_offsets) LEMO_FIELD(tiles)
-  } else {
-    static_assert(std::is_same_v<Struct, lemo_linear_cross_entropy_args>, "an argument struct");
-    LEMO_FIELD(hidden) LEMO_FIELD(weight) LEMO_FIELD(bias) LEMO_FIELD(lora_a) LEMO_FIELD(lora_b) LEMO_FIELD(targets)
-    LEMO_FIELD(loss) LEMO_FIELD(valid) LEMO_FIELD(dhidden) LEMO_FIELD(dweight) LEMO_FIELD(dbias) LEMO_FIELD(dlora_a)
-    LEMO_FIELD(dlora_b)
-  }
-}
-// clang-format on
-#undef LEMO_FIELD
-#undef LEMO_BLOCKS
+enum class FieldRole { input, optional, companion, output, optional_output, inout, value, layout, reserved };
 
-// Calls visit(name, value) for every reserved field.
-template <class Args, class Visit>
-void for_each_reserved(const Args& a, Visit&& visit) {
-  if constexpr (std::is_same_v<Args, lemo_select_args> || std::is_same_v<Args, lemo_gather_norm_backward_args> ||
-                std::is_same_v<Args, lemo_attention_forward_args> ||
-                std::is_same_v<Args, lemo_attention_backward_args>) {
-    visit("reserved", a.reserved);
-  }
-  if constexpr (std::is_same_v<Args, lemo_select_args> || std::is_same_v<Args, lemo_scores_args> ||
-                std::is_same_v<Args, lemo_predict_args>) {
-    visit("blocks.reserved", a.blocks.reserved);
-  }
+constexpr bool is_output(FieldRole role) {
+  return role == FieldRole::output || role == FieldRole::optional_output || role == FieldRole::inout;
+}
+
+template <class Args>
+struct Fields;
+
+// Fields<lemo_X_args>::visit(args, visitor) calls visitor(role, name, field) for every field after struct_size, in
+// order. The list is complete: the structs have no padding, so the sizes of their fields add up.
+#define LEMO_VISIT(role, field) visitor(FieldRole::role, #field, args.field);
+#define LEMO_BYTES(role, field) +sizeof(Struct::field)
+#define LEMO_OFFSET(role, field) offsetof(Struct, field),
+#define LEMO_DEFINE_FIELDS(op)                                                                           \
+  template <>                                                                                            \
+  struct Fields<lemo_##op##_args> {                                                                      \
+    using Struct = lemo_##op##_args;                                                                     \
+    template <class Args, class Visitor>                                                                 \
+    static void visit(Args& args, Visitor&& visitor) {                                                   \
+      LEMO_FIELDS_##op(LEMO_VISIT)                                                                       \
+    }                                                                                                    \
+    static constexpr bool ascend() {                                                                     \
+      constexpr size_t offsets[] = {LEMO_FIELDS_##op(LEMO_OFFSET) sizeof(Struct)};                       \
+      for (size_t i = 0; i + 1 < sizeof(offsets) / sizeof(offsets[0]); ++i) {                            \
+        if (offsets[i] >= offsets[i + 1]) return false;                                                  \
+      }                                                                                                  \
+      return true;                                                                                       \
+    }                                                                                                    \
+    static constexpr size_t bytes() { return sizeof(Struct::struct_size) LEMO_FIELDS_##op(LEMO_BYTES); } \
+  };                                                                                                     \
+  static_assert(Fields<lemo_##op##_args>::ascend(), "LEMO_FIELDS_" #op ": expected the struct's order"); \
+  static_assert(Fields<lemo_##op##_args>::bytes() == sizeof(lemo_##op##_args),                           \
+                "LEMO_FIELDS_" #op ": expected every field of the struct, and a reserved field instead of padding");
+LEMO_OPERATIONS(LEMO_DEFINE_FIELDS, LEMO_DEFINE_FIELDS)
+#undef LEMO_DEFINE_FIELDS
+#undef LEMO_OFFSET
+#undef LEMO_BYTES
+#undef LEMO_VISIT
+
+// Calls visitor(role, name, tensor) for every tensor of the struct, in order. Args may be const.
+template <class Args, class Visitor>
+void for_each_tensor(Args& args, Visitor&& visitor) {
+  Fields<std::remove_const_t<Args>>::visit(args, [&](FieldRole role, const char* name, auto& field) {
+    using Field = std::remove_const_t<std::remove_reference_t<decltype(field)>>;
+    if constexpr (std::is_same_v<Field, lemo_tensor>) {
+      visitor(role, name, field);
+    } else if constexpr (std::is_same_v<Field, lemo_blocks>) {
+      visitor(FieldRole::input, "offsets", field.offsets);
+      visitor(FieldRole::input, "documents", field.documents);
+    }
+  });
+}
+
+// Calls visitor(name, value) for every reserved field.
+template <class Args, class Visitor>
+void for_each_reserved(const Args& args, Visitor&& visitor) {
+  Fields<Args>::visit(args, [&](FieldRole role, const char* name, const auto& field) {
+    using Field = std::remove_const_t<std::remove_reference_t<decltype(field)>>;
+    if constexpr (std::is_same_v<Field, lemo_blocks>) {
+      visitor("blocks.reserved", field.reserved);
+    } else if constexpr (std::is_same_v<Field, int32_t>) {
+      if (role == FieldRole::reserved) visitor(name, field);
+    }
+  });
 }
 
 }  // namespace lemo

@@ -6,8 +6,8 @@
 
 namespace lemo {
 namespace {
-// Of a fixed size: a pointer to it stays readable for as long as the thread lives, whatever is called in between, and a
-// failure for want of memory has a message as well. Longer messages are cut.
+// Of a fixed size: a pointer to it stays readable as long as the thread lives, whatever is called in between, and
+// running out of memory has a message too. Longer messages are cut.
 thread_local char last_error[2048];
 }  // namespace
 

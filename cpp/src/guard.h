@@ -1,4 +1,4 @@
-// The edge of the C interface: no exception crosses it, and the message of a failure stays readable on its thread.
+// The boundary of the C interface: no exception crosses it, and the message of a failure stays readable on its thread.
 #pragma once
 
 #include <cstring>
@@ -26,7 +26,7 @@ lemo_status guarded(const char* operation, Function&& function) noexcept {
   } catch (const std::bad_alloc&) {
     set_last_error(operation, "out of host memory");
     return LEMO_BACKEND_ERROR;
-  } catch (const std::length_error&) {  // more than a container can ever hold
+  } catch (const std::length_error&) {  // more than any container can hold
     set_last_error(operation, "out of host memory");
     return LEMO_BACKEND_ERROR;
   } catch (const std::exception& error) {

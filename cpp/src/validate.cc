@@ -1,212 +1,11 @@
 #include "src/validate.h"
 
-#include <algorithm>
-#include <array>
 #include <cmath>
-#include <initializer_list>
-#include <vector>
 
-#include "src/checked.h"
+#include "src/checker.h"
 
 namespace lemo {
 namespace {
-
-constexpr int64_t kAny = -1;  // a dimension that may have any size
-constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
-
-const char* dtype_name(int32_t dtype) {
-  constexpr std::array<const char*, 6> names = {"float32", "float16", "bfloat16", "int32", "int64", "uint8"};
-  return dtype >= 0 && dtype < static_cast<int32_t>(names.size()) ? names[static_cast<size_t>(dtype)] : "unknown dtype";
-}
-
-int64_t dtype_size(int32_t dtype) {
-  constexpr std::array<int64_t, 6> sizes = {4, 2, 2, 4, 8, 1};
-  return sizes[static_cast<size_t>(dtype)];
-}
-
-std::string list(const int64_t* values, int32_t count) {
-  std::string text = "[";
-  for (int32_t i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::to_string(values[i]);
-  return text + "]";
-}
-
-std::string describe(const lemo_tensor& t) {
-  if (t.ndim == 0) return "no tensor";
-  return std::string(dtype_name(t.dtype)) + " " + list(t.shape, std::min(t.ndim, LEMO_MAX_DIMS));
-}
-
-[[noreturn]] void invalid(const std::string& message) { throw Error(LEMO_INVALID_ARGUMENT, message); }
-
-bool present(const lemo_tensor& t) { return t.ndim != 0; }
-
-bool empty(const lemo_tensor& t) {
-  for (int32_t i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] == 0) return true;
-  }
-  return false;
-}
-
-// One dimension of an expected shape: its letter in the header and its size, or kAny.
-struct Dim {
-  const char* letter;
-  int64_t size;
-};
-
-enum class Role { kInput, kOutput };
-
-class Checker {
- public:
-  Checker(const lemo_exec& exec, Purpose purpose) : exec_(exec), purpose_(purpose) {}
-
-  // A tensor of the computing type: float32 on the CPU, float16 or bfloat16 on CUDA.
-  void data(const char* name, const lemo_tensor& t, std::initializer_list<Dim> dims, Role role = Role::kInput) const {
-    require(name, t, dims);
-    if (t.dtype != LEMO_F32 && t.dtype != LEMO_F16 && t.dtype != LEMO_BF16) {
-      invalid(std::string(name) + ": expected " + (on_cpu() ? "float32" : "float16 or bfloat16") + ", got " +
-              describe(t));
-    }
-    if (on_cpu() != (t.dtype == LEMO_F32)) {
-      throw Error(LEMO_UNSUPPORTED, std::string(name) + ": the " + (on_cpu() ? "CPU" : "CUDA") + " backend expects " +
-                                        (on_cpu() ? "float32" : "float16 or bfloat16") + ", got " + describe(t) +
-                                        "; convert the tensor");
-    }
-    layout(name, t, role);
-  }
-
-  void typed(const char* name, const lemo_tensor& t, int32_t dtype, std::initializer_list<Dim> dims,
-             Role role = Role::kInput) const {
-    require(name, t, dims);
-    if (t.dtype != dtype) {
-      invalid(std::string(name) + ": expected " + dtype_name(dtype) + " " + expected(dims) + ", got " + describe(t));
-    }
-    layout(name, t, role);
-  }
-
-  // The dtype of an already checked tensor.
-  void like(const char* name, const lemo_tensor& t, const char* other_name, const lemo_tensor& other,
-            std::initializer_list<Dim> dims, Role role = Role::kInput) const {
-    require(name, t, dims);
-    if (t.dtype != other.dtype) {
-      invalid(std::string(name) + ": expected " + dtype_name(other.dtype) + " " + expected(dims) + " as " + other_name +
-              ", got " + describe(t));
-    }
-    layout(name, t, role);
-  }
-
-  bool on_cpu() const { return exec_.device == LEMO_CPU; }
-  bool values() const { return on_cpu() && purpose_ == Purpose::kRun; }
-
- private:
-  static std::string expected(std::initializer_list<Dim> dims) {
-    std::string text = "[";
-    for (const Dim& dim : dims) {
-      if (text.size() > 1) text += ", ";
-      text += dim.letter;
-      if (dim.size != kAny && std::to_string(dim.size) != dim.letter) text += "=" + std::to_string(dim.size);
-    }
-    return text + "]";
-  }
-
-  static void require(const char* name, const lemo_tensor& t, std::initializer_list<Dim> dims) {
-    if (t.ndim < 0 || t.ndim > LEMO_MAX_DIMS) {
-      invalid(std::string(name) + ".ndim: expected 0 to " + std::to_string(LEMO_MAX_DIMS) + ", got " +
-              std::to_string(t.ndim));
-    }
-    bool fits = t.ndim == static_cast<int32_t>(dims.size());
-    for (int32_t i = 0; fits && i < t.ndim; ++i) {
-      const int64_t size = (dims.begin() + i)->size;
-      fits = t.shape[i] >= 0 && (size == kAny || size == t.shape[i]);
-    }
-    if (!fits) invalid(std::string(name) + ": expected shape " + expected(dims) + ", got " + describe(t));
-  }
-
-  // Kernels count sizes in int32.
-  void check_counts(const char* name, const lemo_tensor& t) const {
-    for (int32_t i = 0; !on_cpu() && i < t.ndim; ++i) {
-      if (t.shape[i] > kMaxRows) {
-        invalid(std::string(name) + ": expected sizes of at most 2^31 - 1 on CUDA, got " + describe(t));
-      }
-    }
-  }
-
-  // Neither the elements nor the memory from the first to the last of them may exceed PTRDIFF_MAX bytes: what follows
-  // and the backends multiply sizes and strides of one tensor without looking again. Dimensions of 0 count as 1, since
-  // the others may be sizes of something else.
-  static void check_extent(const char* name, const lemo_tensor& t) {
-    Size elements = 1, span = 1;
-    for (int32_t i = 0; i < t.ndim; ++i) {
-      elements = elements * std::max<int64_t>(t.shape[i], 1);
-      if (t.shape[i] > 1 && !empty(t)) span = span + Size(t.shape[i] - 1) * t.stride[i];
-    }
-    const int64_t size = dtype_size(t.dtype);
-    if ((elements * size).fits() && (span * size).fits()) return;
-    invalid(std::string(name) + ": expected a tensor of at most PTRDIFF_MAX bytes, got " + describe(t) +
-            " with strides " + list(t.stride, t.ndim));
-  }
-
-  static void check_strides(const char* name, const lemo_tensor& t) {
-    const int32_t last = t.ndim - 1;
-    if (t.shape[last] > 1 && t.stride[last] != 1) {
-      invalid(std::string(name) + ": expected the last dimension contiguous, got strides " + list(t.stride, t.ndim) +
-              " for shape " + list(t.shape, t.ndim));
-    }
-    for (int32_t i = 0; i < last; ++i) {
-      if (t.shape[i] > 1 && t.stride[i] < 0) {
-        invalid(std::string(name) + ": expected strides of at least 0, got " + list(t.stride, t.ndim));
-      }
-    }
-  }
-
-  void layout(const char* name, const lemo_tensor& t, Role role) const {
-    if (!empty(t)) check_strides(name, t);
-    check_extent(name, t);
-    check_counts(name, t);
-    if (empty(t)) return;
-    const int32_t last = t.ndim - 1;
-    if (role == Role::kOutput) no_overlap(name, t);
-    if (purpose_ == Purpose::kRun) pointer(name, t);
-    if (!on_cpu() && t.ndim > 1) {
-      for (int32_t i = 0; i < last; ++i) {
-        if (t.shape[i] > 1 && t.stride[i] * dtype_size(t.dtype) % 16 != 0 && is_half(t)) {
-          invalid(std::string(name) + ": expected strides that are multiples of 16 bytes on CUDA, got " +
-                  list(t.stride, t.ndim) + " for " + describe(t));
-        }
-      }
-    }
-  }
-
-  // CUDA kernels move these 16 bytes at a time.
-  static bool is_half(const lemo_tensor& t) { return t.dtype == LEMO_F16 || t.dtype == LEMO_BF16; }
-
-  // Dimensions by ascending stride: each must clear the extent of the ones before it.
-  static void no_overlap(const char* name, const lemo_tensor& t) {
-    std::vector<int32_t> order;
-    for (int32_t i = 0; i < t.ndim; ++i) {
-      if (t.shape[i] > 1) order.push_back(i);
-    }
-    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return t.stride[a] < t.stride[b]; });
-    int64_t extent = 1;
-    for (const int32_t dim : order) {
-      if (t.stride[dim] < extent) {
-        invalid(std::string(name) + ": expected an output without overlapping elements, got strides " +
-                list(t.stride, t.ndim) + " for shape " + list(t.shape, t.ndim));
-      }
-      extent = t.stride[dim] * (t.shape[dim] - 1) + extent;
-    }
-  }
-
-  void pointer(const char* name, const lemo_tensor& t) const {
-    if (t.data == nullptr) invalid(std::string(name) + ": expected a data pointer, got NULL for " + describe(t));
-    const auto alignment = static_cast<uintptr_t>(!on_cpu() && is_half(t) && t.ndim > 1 ? 16 : dtype_size(t.dtype));
-    if (reinterpret_cast<uintptr_t>(t.data) % alignment != 0) {
-      invalid(std::string(name) + ": expected data aligned to " + std::to_string(alignment) +
-              " bytes, got an address that is not");
-    }
-  }
-
-  const lemo_exec& exec_;
-  Purpose purpose_;
-};
 
 void check_range(const char* name, bool ok, const char* expected, double got) {
   if (ok) return;
@@ -334,8 +133,6 @@ void validate(const lemo_exec& exec, const lemo_gather_norm_args& a, Purpose pur
   check_norm(a.norm, a.eps);
   check.like("y", a.y, "x", a.x, {{"M", m}, {"d", d}}, Role::kOutput);
   if (present(a.packed)) check.like("packed", a.packed, "x", a.x, {{"M", m}, {"d", d}}, Role::kOutput);
-  if (present(a.mean)) check.typed("mean", a.mean, LEMO_F32, {{"M", m}}, Role::kOutput);
-  if (present(a.rstd)) check.typed("rstd", a.rstd, LEMO_F32, {{"M", m}}, Role::kOutput);
   if (check.values() && !identity) check_rows_values(a.rows, m, a.x.shape[0], true, false);
 }
 
@@ -391,7 +188,7 @@ void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose)
   check.typed("rows", a.rows, LEMO_I32, {{"T", kAny}}, Role::kOutput);
   check.typed("row_slots", a.row_slots, LEMO_I32, {{"T", a.rows.shape[0]}}, Role::kOutput);
   check.typed("weights", a.weights, LEMO_F32, {{"num_blocks", n}}, Role::kOutput);
-  check.typed("info", a.info, LEMO_I32, {{"4", 4}}, Role::kOutput);
+  check.typed("info", a.info, LEMO_I32, {{"4", LEMO_INFO_SIZE}}, Role::kOutput);
   check_rows_fit("rows", a.rows.shape[0]);
 }
 
@@ -432,36 +229,86 @@ void validate(const lemo_exec& exec, const lemo_predict_args& a, Purpose purpose
 
 namespace {
 
-// What forward and backward share; returns the capacity (packed rows).
-int64_t check_attention(const Checker& check, const lemo_tensor& q, const lemo_tensor& k, const lemo_tensor& v,
-                        const lemo_tensor& cu_seqlens, const lemo_tensor& rows, int64_t max_seqlen, float scale) {
-  check.data("q", q, {{"R", kAny}, {"Hq", kAny}, {"D", kAny}});
-  check_rows_fit("q", q.shape[0]);
-  const int64_t r = q.shape[0];
-  const int64_t d = q.shape[2];
-  check_range("q", d >= 1, "a head dimension of at least 1", static_cast<double>(d));
-  check.like("k", k, "q", q, {{"R", r}, {"Hk", kAny}, {"D", d}});
-  check.like("v", v, "q", q, {{"R", r}, {"Hk", k.shape[1]}, {"D", d}});
-  check_heads(q.shape[1], k.shape[1]);
-  check.typed("cu_seqlens", cu_seqlens, LEMO_I32, {{"D + 1", kAny}});
-  check_range("cu_seqlens", cu_seqlens.shape[0] >= 2, "at least one document, so 2 entries or more",
+// The packed rows of one side of attention: `side` ends the arguments' names ("" or "_k"), `data` is the tensor whose
+// storage they name. Returns the capacity.
+int64_t check_packed_rows(const Checker& check, const std::string& side, const lemo_tensor& data,
+                          const lemo_tensor& cu_seqlens, Dim documents, const lemo_tensor& rows, int64_t max_seqlen) {
+  const std::string cu_name = "cu_seqlens" + side, rows_name = "rows" + side, max_name = "max_seqlen" + side;
+  check.typed(cu_name.c_str(), cu_seqlens, LEMO_I32, {documents});
+  check_range(cu_name.c_str(), cu_seqlens.shape[0] >= 2, "at least one document, so 2 entries or more",
               static_cast<double>(cu_seqlens.shape[0]));
-  check_list_fits("cu_seqlens", cu_seqlens);
+  check_list_fits(cu_name.c_str(), cu_seqlens);
   if (present(rows)) {
-    check.typed("rows", rows, LEMO_I32, {{"capacity", kAny}});
-    check_list_fits("rows", rows);
+    check.typed(rows_name.c_str(), rows, LEMO_I32, {{side.empty() ? "capacity" : "capacity_k", kAny}});
+    check_list_fits(rows_name.c_str(), rows);
   }
-  check_range("max_seqlen", max_seqlen >= 0, "at least 0", static_cast<double>(max_seqlen));
-  check_scale(scale);
-  const int64_t capacity = present(rows) ? rows.shape[0] : r;
+  check_range(max_name.c_str(), max_seqlen >= 0, "at least 0", static_cast<double>(max_seqlen));
+  const int64_t capacity = present(rows) ? rows.shape[0] : data.shape[0];
   if (check.values()) {
-    const int64_t m = check_cu_seqlens_values(cu_seqlens, capacity, max_seqlen);
+    const int64_t m = check_cu_seqlens_values(side.c_str(), cu_seqlens, capacity, max_seqlen);
     if (present(rows)) {
-      check_rows_values(rows, m, r, false, true);
-      check_rows_ascend(rows, cu_seqlens);
+      check_rows_values(rows, m, data.shape[0], false, true, rows_name.c_str());
+      check_rows_ascend(rows_name.c_str(), rows, cu_seqlens);
     }
   }
   return capacity;
+}
+
+struct Capacities {
+  int64_t queries, keys;
+};
+
+// What forward and backward share.
+template <class Args>
+Capacities check_attention(const Checker& check, const Args& a) {
+  check.data("q", a.q, {{"R", kAny}, {"Hq", kAny}, {"D", kAny}});
+  check_rows_fit("q", a.q.shape[0]);
+  const int64_t d = a.q.shape[2];
+  check_range("q", d >= 1, "a head dimension of at least 1", static_cast<double>(d));
+  const bool own_keys = present(a.cu_seqlens_k);
+  check.like("k", a.k, "q", a.q, {own_keys ? Dim{"Rk", kAny} : Dim{"R", a.q.shape[0]}, {"Hk", kAny}, {"D", d}});
+  check_rows_fit("k", a.k.shape[0]);
+  check.like("v", a.v, "q", a.q, {{own_keys ? "Rk" : "R", a.k.shape[0]}, {"Hk", a.k.shape[1]}, {"D", d}});
+  check_heads(a.q.shape[1], a.k.shape[1]);
+  check_scale(a.scale);
+  const int64_t queries = check_packed_rows(check, "", a.q, a.cu_seqlens, {"D + 1", kAny}, a.rows, a.max_seqlen);
+  if (!own_keys) {
+    if (present(a.rows_k)) invalid("rows_k: expected cu_seqlens_k with it, got no tensor for cu_seqlens_k");
+    check_range("max_seqlen_k", a.max_seqlen_k == 0, "0 without cu_seqlens_k", static_cast<double>(a.max_seqlen_k));
+    return {queries, queries};
+  }
+  if (present(a.tile_offsets)) {
+    throw Error(LEMO_UNSUPPORTED,
+                "tile_offsets: expected no tile lists with cu_seqlens_k: tiles are numbered by rows that queries and "
+                "keys share, got both; leave out one of them");
+  }
+  const Dim documents = {"D + 1", a.cu_seqlens.shape[0]};
+  return {queries, check_packed_rows(check, "_k", a.k, a.cu_seqlens_k, documents, a.rows_k, a.max_seqlen_k)};
+}
+
+// The block slots of queries and keys, with key_weights.
+void check_key_weights(const Checker& check, const lemo_attention_backward_args& a, const Capacities& capacities) {
+  if (!present(a.key_weights)) {
+    if (present(a.row_slots_k)) invalid("row_slots_k: expected key_weights with it, got no tensor for key_weights");
+    if (present(a.row_slots)) invalid("row_slots: expected key_weights with it, got no tensor for key_weights");
+    return;
+  }
+  const bool own_keys = present(a.cu_seqlens_k);
+  check.typed("key_weights", a.key_weights, LEMO_F32, {{"K", kAny}});
+  check_list_fits("key_weights", a.key_weights);
+  check.typed("row_slots", a.row_slots, LEMO_I32, {{"capacity", capacities.queries}});
+  if (own_keys) {
+    check.typed("row_slots_k", a.row_slots_k, LEMO_I32, {{"capacity_k", capacities.keys}});
+  } else if (present(a.row_slots_k)) {
+    invalid("row_slots_k: expected cu_seqlens_k with it, got no tensor for cu_seqlens_k");
+  }
+  if (!check.values()) return;
+  const auto count = [](const lemo_tensor& cu_seqlens) {
+    return static_cast<const int32_t*>(cu_seqlens.data)[cu_seqlens.shape[0] - 1];
+  };
+  const int64_t slots = a.key_weights.shape[0];
+  check_slots_values("row_slots", a.row_slots, count(a.cu_seqlens), slots, lemo_tensor{});
+  if (own_keys) check_slots_values("row_slots_k", a.row_slots_k, count(a.cu_seqlens_k), slots, lemo_tensor{});
 }
 
 // `transposed`: query tiles of each key tile.
@@ -482,7 +329,7 @@ void check_tile_lists(const Checker& check, const lemo_tensor& offsets, const le
 
 void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
-  const int64_t capacity = check_attention(check, a.q, a.k, a.v, a.cu_seqlens, a.rows, a.max_seqlen, a.scale);
+  const int64_t capacity = check_attention(check, a).queries;
   const Dim r = {"R", a.q.shape[0]};
   const Dim hq = {"Hq", a.q.shape[1]};
   check.like("out", a.out, "q", a.q, {r, hq, {"D", a.q.shape[2]}}, Role::kOutput);
@@ -492,28 +339,20 @@ void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpo
 
 void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
-  const int64_t capacity = check_attention(check, a.q, a.k, a.v, a.cu_seqlens, a.rows, a.max_seqlen, a.scale);
+  const Capacities capacities = check_attention(check, a);
   const Dim r = {"R", a.q.shape[0]};
+  const Dim rk = {present(a.cu_seqlens_k) ? "Rk" : "R", a.k.shape[0]};
   const Dim hq = {"Hq", a.q.shape[1]};
   const Dim hk = {"Hk", a.k.shape[1]};
   const Dim d = {"D", a.q.shape[2]};
   check.like("dout", a.dout, "q", a.q, {r, hq, d});
   check.like("out", a.out, "q", a.q, {r, hq, d});
-  check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacity}});
-  if (present(a.key_weights)) {
-    check.typed("key_weights", a.key_weights, LEMO_F32, {{"K", kAny}});
-    check_list_fits("key_weights", a.key_weights);
-    check.typed("row_slots", a.row_slots, LEMO_I32, {{"capacity", capacity}});
-    if (check.values()) {
-      const auto* cu_seqlens = static_cast<const int32_t*>(a.cu_seqlens.data);
-      const int64_t m = cu_seqlens[a.cu_seqlens.shape[0] - 1];
-      check_slots_values("row_slots", a.row_slots, m, a.key_weights.shape[0], lemo_tensor{});
-    }
-  }
+  check.typed("lse", a.lse, LEMO_F32, {hq, {"capacity", capacities.queries}});
+  check_key_weights(check, a, capacities);
   check.like("dq", a.dq, "q", a.q, {r, hq, d}, Role::kOutput);
-  check.like("dk", a.dk, "q", a.q, {r, hk, d}, Role::kOutput);
-  check.like("dv", a.dv, "q", a.q, {r, hk, d}, Role::kOutput);
-  check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacity, true);
+  check.like("dk", a.dk, "q", a.q, {rk, hk, d}, Role::kOutput);
+  check.like("dv", a.dv, "q", a.q, {rk, hk, d}, Role::kOutput);
+  check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacities.queries, true);
 }
 
 void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Purpose purpose) {

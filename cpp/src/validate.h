@@ -1,5 +1,5 @@
 // The rules for arguments, the same for every backend: struct fields, devices, dtypes, shapes, strides, alignment,
-// ranges, and, where the data is in host memory, the values of index lists. All throw lemo::Error.
+// ranges, and the values of index lists if they are in host memory. All throw lemo::Error.
 #pragma once
 
 #include "src/backend.h"
@@ -13,24 +13,19 @@ enum class Purpose {
 
 void validate_exec(const lemo_exec& exec);
 
-void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_scores_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_predict_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_gather_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_scatter_add_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_gather_norm_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_gather_norm_backward_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_attention_forward_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purpose purpose);
-void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Purpose purpose);
+#define LEMO_DECLARE_VALIDATE(op) void validate(const lemo_exec& exec, const lemo_##op##_args& a, Purpose purpose);
+LEMO_OPERATIONS(LEMO_DECLARE_VALIDATE, LEMO_DECLARE_VALIDATE)
+#undef LEMO_DECLARE_VALIDATE
 
 // Values of index lists in host memory (validate_values.cc).
 void check_blocks_values(const lemo_blocks& blocks, int64_t num_tokens);  // num_tokens < 0: any
-void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows, bool padding, bool unique);
+void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows, bool padding, bool unique,
+                       const char* name = "rows");
 void check_slots_values(const char* name, const lemo_tensor& slots, int64_t count, int64_t num_slots,
                         const lemo_tensor& rows);
-void check_rows_ascend(const lemo_tensor& rows, const lemo_tensor& cu_seqlens);  // within every document
-int64_t check_cu_seqlens_values(const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen);
+void check_rows_ascend(const char* name, const lemo_tensor& rows, const lemo_tensor& cu_seqlens);  // in every document
+// Returns M. `side`: of the arguments' names, "" or "_k".
+int64_t check_cu_seqlens_values(const char* side, const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen);
 void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,
                              bool transposed);
 void check_targets_values(const lemo_tensor& targets, int64_t ignore_index, int64_t num_classes);

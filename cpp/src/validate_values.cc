@@ -1,4 +1,4 @@
-// Index lists by value, for data in host memory: an index that is wrong would read or write outside a tensor.
+// The values of index lists in host memory: a wrong index would read or write outside a tensor.
 #include <vector>
 
 #include "src/validate.h"
@@ -63,17 +63,19 @@ void check_blocks_values(const lemo_blocks& blocks, int64_t num_tokens) {
   }
 }
 
-void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows, bool padding, bool unique) {
+void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows, bool padding, bool unique,
+                       const char* name) {
   const int32_t* list = ints(rows);
   std::vector<bool> seen(unique ? static_cast<size_t>(num_rows) : 0);
   for (int64_t i = 0; i < count; ++i) {
     const int32_t row = list[i];
     if (row == -1 && padding) continue;
     if (row < 0 || row >= num_rows) {
-      invalid("rows: expected rows in [0, ", num_rows, ")", padding ? " or -1" : "", ", got ", row, " at position ", i);
+      invalid(name, ": expected rows in [0, ", num_rows, ")", padding ? " or -1" : "", ", got ", row, " at position ",
+              i);
     }
     if (!unique) continue;
-    if (seen[static_cast<size_t>(row)]) invalid("rows: expected no row twice, got ", row, " again at position ", i);
+    if (seen[static_cast<size_t>(row)]) invalid(name, ": expected no row twice, got ", row, " again at position ", i);
     seen[static_cast<size_t>(row)] = true;
   }
 }
@@ -89,30 +91,31 @@ void check_slots_values(const char* name, const lemo_tensor& slots, int64_t coun
   }
 }
 
-int64_t check_cu_seqlens_values(const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen) {
+int64_t check_cu_seqlens_values(const char* side, const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen) {
   const int32_t* list = ints(cu_seqlens);
   const int64_t documents = cu_seqlens.shape[0] - 1;
-  if (list[0] != 0) invalid("cu_seqlens: expected to begin with 0, got ", list[0]);
+  if (list[0] != 0) invalid("cu_seqlens", side, ": expected to begin with 0, got ", list[0]);
   for (int64_t d = 0; d < documents; ++d) {
     if (list[d + 1] < list[d]) {
-      invalid("cu_seqlens: expected ascending rows, got ", list[d + 1], " after ", list[d]);
+      invalid("cu_seqlens", side, ": expected ascending rows, got ", list[d + 1], " after ", list[d]);
     }
     if (int64_t{list[d + 1]} - list[d] > max_seqlen) {
-      invalid("max_seqlen: expected at least the longest document, ", list[d + 1] - list[d], " rows, got ", max_seqlen);
+      invalid("max_seqlen", side, ": expected at least the longest document, ", list[d + 1] - list[d], " rows, got ",
+              max_seqlen);
     }
   }
   if (list[documents] > capacity) {
-    invalid("cu_seqlens: expected to end with at most ", capacity, " rows, got ", list[documents]);
+    invalid("cu_seqlens", side, ": expected to end with at most ", capacity, " rows, got ", list[documents]);
   }
   return list[documents];
 }
 
-void check_rows_ascend(const lemo_tensor& rows, const lemo_tensor& cu_seqlens) {
+void check_rows_ascend(const char* name, const lemo_tensor& rows, const lemo_tensor& cu_seqlens) {
   const int32_t *list = ints(rows), *begin = ints(cu_seqlens);
   for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
     for (int64_t i = begin[d] + 1; i < begin[d + 1]; ++i) {
       if (list[i] <= list[i - 1]) {
-        invalid("rows: expected ascending rows within a document, got ", list[i], " after ", list[i - 1],
+        invalid(name, ": expected ascending rows within a document, got ", list[i], " after ", list[i - 1],
                 " at position ", i);
       }
     }
@@ -132,7 +135,7 @@ void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tile
               begin[s]);
     }
   }
-  int64_t next = 0;  // slots before it have been looked at
+  int64_t next = 0;  // slots before it have been checked
   for (int64_t d = 0; d + 1 < cu_seqlens.shape[0]; ++d) {
     const int64_t count = (int64_t{starts[d + 1]} - starts[d] + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS;
     const int64_t first = starts[d] / LEMO_TILE_ROWS + d;

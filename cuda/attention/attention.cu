@@ -6,6 +6,7 @@
 #include "common/launch.h"
 #include "common/sm90/padded_head_dim.h"
 #include "kernels.h"
+#include "src/key_rows.h"
 
 namespace lemo::cuda {
 namespace {
@@ -16,9 +17,21 @@ using attention::TileLists;
 
 TensorView view_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
 
-Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& row_map, const lemo_tensor& lse) {
-  return {static_cast<const int32_t*>(cu_seqlens.data), data<const int32_t>(row_map),
-          static_cast<int32_t>(cu_seqlens.shape[0] - 1), lse.shape[1]};
+// Both sides of either pass's documents. No data is read, so that workspace sizes can ask too.
+template <class Args>
+Documents queries_of(const Args& args) {
+  return {static_cast<const int32_t*>(args.cu_seqlens.data), data<const int32_t>(args.rows),
+          static_cast<int32_t>(args.cu_seqlens.shape[0] - 1), args.lse.shape[1], key_rows(args).separate};
+}
+template <class Args>
+Documents keys_of(const Args& args) {
+  const KeyRows keys = key_rows(args);
+  return {static_cast<const int32_t*>(keys.cu_seqlens.data), data<const int32_t>(keys.rows),
+          static_cast<int32_t>(keys.cu_seqlens.shape[0] - 1), keys.capacity, false};
+}
+
+bool no_pairs(const Documents& queries, const Documents& keys) {
+  return queries.count <= 0 || queries.capacity <= 0 || keys.capacity <= 0;
 }
 
 void check_scale(const char* operation, float scale) {
@@ -59,8 +72,10 @@ struct BackwardWorkspace {
 BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args, void* base) {
   const int64_t heads = args.q.shape[1], capacity = args.lse.shape[1];
   // Refuses sizes that would overflow before the layouts multiply them: for every row of a head more bytes than any
-  // layout keeps, and as many rows as tiles of 128 can hold.
-  const Size rows = Size(capacity) + Size(args.cu_seqlens.shape[0]) * LEMO_TILE_ROWS + list_capacity(args.tiles);
+  // layout keeps, and as many rows as tiles of 128 can hold, with one more tile per document if one may be cut.
+  const int64_t spare = key_rows(args).separate ? 2 : 1;
+  const Size rows =
+      Size(capacity) + Size(args.cu_seqlens.shape[0]) * (spare * LEMO_TILE_ROWS) + list_capacity(args.tiles);
   (rows * heads * (Size(args.q.shape[2]) + 256)).bytes("exec.workspace", 8);
 #ifdef LEMO_CUDA_SM90
   if (use_sm90(exec)) {
@@ -68,7 +83,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<sm90::padded_head_dim(kHeadDim)>(
-          capacity, args.cu_seqlens.shape[0] - 1, heads, exec.deterministic != 0, list_capacity(args.tiles)));
+          queries_of(args), heads, exec.deterministic != 0, list_capacity(args.tiles)));
     });
     return workspace;
   }
@@ -93,16 +108,23 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   params.out = view_of(args.out);
   params.lse = static_cast<float*>(args.lse.data);
   params.lse_stride = args.lse.stride[0];
-  params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
+  params.documents = queries_of(args);
+  params.key_documents = keys_of(args);
   params.heads = static_cast<int32_t>(args.q.shape[1]);
   params.group = static_cast<int32_t>(args.q.shape[1] / args.k.shape[1]);
   params.head_dim = static_cast<int32_t>(args.q.shape[2]);
   params.storage_rows = args.q.shape[0];
+  params.key_storage_rows = args.k.shape[0];
   params.scale = args.scale;
   params.counter = static_cast<int*>(exec.workspace);
   params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
-  if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
   DeviceGuard guard(exec.device_index);
+  if (params.documents.aligned) {
+    const attention::BlankRows blank = {params.documents, params.key_documents, false,      {params.out, {}},
+                                        params.heads,     params.head_dim,      params.lse, params.lse_stride};
+    attention::launch_blank_rows(blank, stream_of(exec));
+  }
+  if (no_pairs(params.documents, params.key_documents)) return;
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90
@@ -132,24 +154,38 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.dv = view_of(args.dv);
   params.lse = static_cast<const float*>(args.lse.data);
   params.lse_stride = args.lse.stride[0];
-  params.documents = documents_of(args.cu_seqlens, args.rows, args.lse);
+  params.documents = queries_of(args);
+  params.key_documents = keys_of(args);
   params.key_weights = data<const float>(args.key_weights);
-  if (present(args.key_weights)) params.row_slots = data<const int32_t>(args.row_slots);
+  if (present(args.key_weights)) {
+    params.row_slots = data<const int32_t>(args.row_slots);
+    params.key_row_slots = params.documents.aligned ? data<const int32_t>(args.row_slots_k) : params.row_slots;
+  }
   params.heads = static_cast<int32_t>(args.q.shape[1]);
   params.key_heads = static_cast<int32_t>(args.k.shape[1]);
   params.group = params.heads / params.key_heads;
   params.scale = args.scale;
   params.storage_rows = args.q.shape[0];
+  params.key_storage_rows = args.k.shape[0];
   params.head_dim = static_cast<int32_t>(args.q.shape[2]);
   params.deterministic = exec.deterministic != 0;
   params.workspace = exec.workspace;
   params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
   params.list_capacity = list_capacity(args.tiles);
-  if (params.documents.count <= 0 || params.documents.capacity <= 0) return;
+  DeviceGuard guard(exec.device_index);
+  if (params.documents.aligned) {
+    using attention::BlankRows;
+    const Documents &queries = params.documents, &keys = params.key_documents;
+    const int32_t dim = params.head_dim;
+    attention::launch_blank_rows({queries, keys, false, {params.dq, {}}, params.heads, dim, nullptr, 0},
+                                 stream_of(exec));
+    attention::launch_blank_rows({keys, queries, true, {params.dk, params.dv}, params.key_heads, dim, nullptr, 0},
+                                 stream_of(exec));
+  }
+  if (no_pairs(params.documents, params.key_documents)) return;
   const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
   params.delta = workspace.delta;
   params.dq_float = workspace.dq_float;
-  DeviceGuard guard(exec.device_index);
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90

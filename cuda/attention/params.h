@@ -20,9 +20,11 @@ struct ForwardParams {
   TensorView q, k, v, out;
   float* lse;
   int64_t lse_stride;
-  Documents documents;
+  Documents documents;  // of queries
+  Documents key_documents;
   TileLists lists;
-  int64_t storage_rows;  // extent of q, k, v and out
+  int64_t storage_rows;  // extent of q and out
+  int64_t key_storage_rows;
   int32_t heads;
   int32_t group;  // query heads per key head
   int32_t head_dim;
@@ -34,9 +36,11 @@ struct BackwardParams {
   TensorView dout, q, k, v, out, dq, dk, dv;
   const float* lse;
   int64_t lse_stride;
-  Documents documents;
+  Documents documents;  // of queries
+  Documents key_documents;
   const float* key_weights;  // null: every weight is 1
-  const int32_t* row_slots;
+  const int32_t* row_slots;  // of queries
+  const int32_t* key_row_slots;
   int32_t heads;
   int32_t key_heads;
   int32_t group;
@@ -47,11 +51,28 @@ struct BackwardParams {
   // For the sm_90a kernels, which need neither delta nor dq_float.
   TileLists lists;        // transposed: the query tiles of each key tile
   int64_t list_capacity;  // entries that lists.tiles has room for
-  int64_t storage_rows;   // extent of dout, q, k, v and out
+  int64_t storage_rows;   // extent of dout, q and out
+  int64_t key_storage_rows;
   int32_t head_dim;
   bool deterministic;
   void* workspace;  // sm90::backward_workspace bytes
 };
+
+// The square that rows are aligned to (aligned_rows.cuh) wherever tiles divide it.
+constexpr int kAlignedRows = 128;
+
+// Rows without a counterpart on the other side of their document: queries that see no key, or keys of no query.
+struct BlankRows {
+  Documents rows;
+  Documents others;
+  bool keys;              // what `rows` are
+  TensorView tensors[2];  // zeroed; the second may be absent (null)
+  int32_t heads;
+  int32_t head_dim;
+  float* lse;  // set to -infinity; null: absent
+  int64_t lse_stride;
+};
+void launch_blank_rows(const BlankRows& params, cudaStream_t stream);
 
 // One definition per head_dim, in instantiations/; each throws LEMO_UNSUPPORTED for a type this build leaves out.
 namespace sm80 {
@@ -68,8 +89,7 @@ void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t str
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
-int64_t backward_workspace(int64_t capacity, int64_t documents, int64_t heads, bool deterministic,
-                           int64_t list_capacity);
+int64_t backward_workspace(const Documents& documents, int64_t heads, bool deterministic, int64_t list_capacity);
 }  // namespace sm90
 
 }  // namespace lemo::cuda::attention

@@ -2,6 +2,7 @@
 # LEMO_CUDA_ALL_KERNELS, which must then be defined for all of them.
 set(LEMO_ATTENTION_TUNED_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/attention.cu
+    ${CMAKE_CURRENT_LIST_DIR}/blank_rows.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd64.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd128.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/backward_hd64.cu

@@ -19,6 +19,7 @@ struct Documents {
   const int32_t* row_map;     // [capacity] the storage row of each packed row; null: packed row i is storage row i
   int32_t count;
   int64_t capacity;
+  bool aligned;  // queries whose keys are other rows: tiles need not begin where documents do (aligned_rows.cuh)
 };
 
 }  // namespace lemo::cuda

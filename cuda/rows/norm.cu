@@ -21,8 +21,6 @@ struct NormParams {
   int64_t y_stride;
   T* packed;
   int64_t packed_stride;
-  float* mean;
-  float* rstd;
   int64_t m, vectors, d;
 };
 
@@ -109,10 +107,6 @@ __global__ void __launch_bounds__(Shape::kBlock) gather_norm_kernel(const NormPa
     for (const float value : s) squares.x += (value - mean) * (value - mean);
   }
   const float rstd = rsqrtf(row_sum<Shape::kThreads>(squares, shared).x / static_cast<float>(p.d) + p.eps);
-  if (lane == 0) {
-    if (p.mean != nullptr) p.mean[row] = mean;
-    if (p.rstd != nullptr) p.rstd[row] = rstd;
-  }
 
   T* to = p.y + row * p.y_stride;
 #pragma unroll
@@ -148,7 +142,6 @@ void gather_norm(const lemo_exec& exec, const lemo_gather_norm_args& a) {
     p.eps = a.eps;
     p.y = data<T>(a.y), p.y_stride = row_stride(a.y);
     p.packed = data<T>(a.packed), p.packed_stride = present(a.packed) ? row_stride(a.packed) : 0;
-    p.mean = data<float>(a.mean), p.rstd = data<float>(a.rstd);
     p.m = m, p.vectors = d / kVector, p.d = d;
     dispatch_width("x", d, [&](auto shape) {
       using Shape = decltype(shape);

@@ -243,10 +243,10 @@ __device__ void pack(const Problem& p, Shared& storage) {
   if (longest > 0) atomicMax(&storage.longest, longest);
   __syncthreads();
   if (threadIdx.x == 0) {
-    p.info[0] = kept_blocks;
-    p.info[1] = kept_tokens;
-    p.info[2] = storage.longest;
-    p.info[3] = bad ? first_bad + 1 : kept_blocks == 0 && p.mode != LEMO_SELECT_POISSON ? -1 : 0;
+    p.info[LEMO_INFO_KEPT_BLOCKS] = kept_blocks;
+    p.info[LEMO_INFO_KEPT_ROWS] = kept_tokens;
+    p.info[LEMO_INFO_LONGEST_DOCUMENT] = storage.longest;
+    p.info[LEMO_INFO_FAULT] = bad ? first_bad + 1 : kept_blocks == 0 && p.mode != LEMO_SELECT_POISSON ? -1 : 0;
   }
 }
 
@@ -275,7 +275,7 @@ __global__ void write_rows(Problem p) {
       p.row_slots[to + i] = slot;
     }
   }
-  for (int i = p.info[1] + thread; i < p.num_tokens; i += threads) p.rows[i] = p.row_slots[i] = -1;
+  for (int i = p.info[LEMO_INFO_KEPT_ROWS] + thread; i < p.num_tokens; i += threads) p.rows[i] = p.row_slots[i] = -1;
 }
 
 uint64_t layout(void* workspace, int64_t num_blocks, Problem& p) {

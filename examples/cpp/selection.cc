@@ -143,7 +143,7 @@ std::shared_ptr<const Kept> Selector::select(lemo_select_args args) {
   const Tensor row_offsets = backend_.make({num_blocks_ + 1}, LEMO_I32);
   const Tensor row_slots = backend_.make({context_}, LEMO_I32);
   const Tensor weights = backend_.make({num_blocks_}, LEMO_F32);
-  const Tensor info = backend_.make({4}, LEMO_I32);
+  const Tensor info = backend_.make({LEMO_INFO_SIZE}, LEMO_I32);
   args.blocks = blocks_;
   args.always_first = 1;
   args.kept = blocks;
@@ -155,10 +155,11 @@ std::shared_ptr<const Kept> Selector::select(lemo_select_args args) {
   args.weights = weights;
   args.info = info;
   backend_.run(args);
-  std::array<int32_t, 4> values;  // {blocks, tokens, longest document, fault}
+  std::array<int32_t, LEMO_INFO_SIZE> values;
   backend_.download(values.data(), info);
-  if (values[3] != 0) fail("selection: the score of block ", values[3] - 1, " is not finite; lower --lr");
-  kept->count = values[1];
+  const int32_t fault = values[LEMO_INFO_FAULT];
+  if (fault != 0) fail("selection: the score of block ", fault - 1, " is not finite; lower --lr");
+  kept->count = values[LEMO_INFO_KEPT_ROWS];
   kept->on_host.resize(static_cast<size_t>(kept->count));
   backend_.download(kept->on_host.data(), kept->rows());
   return kept;

@@ -1,24 +1,28 @@
-"""From torch tensors to the C interface: views, execution context and workspace. Knows no operation by name."""
+"""From torch tensors to the C interface: views, execution context and workspace. No operation is named here."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-# lemo_dtype and lemo_device of cpp/include/lemo/types.h
+# The names of torch's dtypes and devices in the C headers.
 _DTYPES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 2,
-    torch.int32: 3,
-    torch.int64: 4,
-    torch.uint8: 5,
+    torch.float32: "LEMO_F32",
+    torch.float16: "LEMO_F16",
+    torch.bfloat16: "LEMO_BF16",
+    torch.int32: "LEMO_I32",
+    torch.int64: "LEMO_I64",
+    torch.uint8: "LEMO_U8",
 }
-_DEVICES = {"cpu": 0, "cuda": 1}
+_DEVICES = {"cpu": "LEMO_CPU", "cuda": "LEMO_CUDA"}
+
+# Their numbers, filled when the library is loaded: every call looks up several.
+_numbers: dict[torch.dtype | str, int] = {}
 
 
 @functools.cache
@@ -28,9 +32,30 @@ def core() -> ModuleType:
         from lemo import _C
     except ImportError as error:
         raise ImportError(
-            f"lemo._C: expected the compiled library beside the package, got: {error}; install with `pip install .`"
+            f"lemo._C: expected the compiled library next to the package, got: {error}; install with `pip install .`"
         ) from error
+    _numbers.update({known: _C.constants[name] for known, name in (_DTYPES | _DEVICES).items()})
     return _C
+
+
+@functools.cache
+def constant(name: str) -> int:
+    """The value of an enumerator or a constant of the C headers, such as "LEMO_TILE_ROWS"."""
+    return core().constants[name]
+
+
+@functools.cache
+def choices(prefix: str) -> dict[str, int]:
+    """The enumerators that begin with ``prefix`` by the rest of their names in lower case: {"rms": 0, "layer": 1}."""
+    known = core().constants.items()
+    return {name.removeprefix(prefix).lower(): value for name, value in known if name.startswith(prefix)}
+
+
+@functools.cache
+def fields(name: str) -> dict[str, str]:
+    """The fields of lemo_<name>_args in order with their roles, as cpp/include/lemo/operations.h lists them; blocks are
+    spread into offsets, documents and block_size."""
+    return dict(core().fields[name])
 
 
 def version() -> str:
@@ -40,38 +65,50 @@ def version() -> str:
 
 def has_backend(device: str) -> bool:
     """True if the compiled library has kernels for "cpu" or "cuda" and such a device can be used."""
-    return core().has_backend(_DEVICES[device])
+    return core().has_backend(constant(_DEVICES[device]))
 
 
 def call(name: str, device: torch.device, arguments: Mapping[str, object], *, deterministic: bool = False) -> None:
     """Runs ``lemo_<name>`` on the current stream of ``device``, with as much workspace as it asks for.
 
-    arguments: the fields of the argument struct in the header's order (blocks spread into offsets, documents and
-    block_size). Raises ValueError (argument), NotImplementedError (no such kernel), FloatingPointError (scores) or
-    RuntimeError (device), with the argument's name, what was expected and what was given.
+    arguments: the fields of the argument struct by name, in any order; tensors that are left out are absent. Raises
+    ValueError (argument), NotImplementedError (no such kernel), FloatingPointError (scores) or RuntimeError (device),
+    with the argument's name, what was expected and what was given.
     """
-    if device.type not in _DEVICES:
-        raise ValueError(f"device: expected cpu or cuda, got {device}")
-    values = [_value(key, value, device) for key, value in arguments.items()]
+    known = fields(name)
+    if not arguments.keys() <= known.keys():
+        raise TypeError(f"{name}: expected fields of lemo_{name}_args, got {sorted(arguments.keys() - known.keys())}")
+    run(name, device, [arguments.get(key) for key in known], deterministic)
+
+
+def run(name: str, device: torch.device, values: Iterable[object], deterministic: bool = False) -> None:
+    """``call`` with the values of all fields of the argument struct, in order."""
+    exec_ = _exec(device, deterministic or wants_determinism())
+    operation, names = _operation(name)
+    given = map(_value, names, values, repeat(device))
 
     def allocate(size: int) -> Tensor:
-        # The caching allocator hands the memory to later work of the same stream only, so that dropping it is safe.
+        # The caching allocator hands the memory to later work of the same stream only, so dropping it here is safe.
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    exec_ = _exec(device, deterministic or wants_determinism())
-    getattr(core(), name)(exec_, allocate, *values)
+    operation(exec_, allocate, *given)
+
+
+@functools.cache
+def _operation(name: str) -> tuple[Callable[..., None], tuple[str, ...]]:
+    return getattr(core(), name), tuple(fields(name))
 
 
 def wants_determinism() -> bool:
-    return torch.are_deterministic_algorithms_enabled()
+    return torch._C._get_deterministic_algorithms()  # torch.are_deterministic_algorithms_enabled(), sooner
 
 
 def _value(name: str, value: object, device: torch.device) -> object:
     if not isinstance(value, Tensor):
-        return int(value) if isinstance(value, bool) else value
+        return value
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-    dtype = _DTYPES.get(value.dtype)
+    dtype = _numbers.get(value.dtype)
     if dtype is None:
         expected = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise ValueError(f"{name}: expected a dtype of {expected}, got {str(value.dtype).removeprefix('torch.')}")
@@ -79,13 +116,25 @@ def _value(name: str, value: object, device: torch.device) -> object:
 
 
 def _exec(device: torch.device, deterministic: bool) -> tuple[int, ...]:
+    number, index = _place(device)
+    if index is None:
+        return (number, 0, 0, int(deterministic), torch.get_num_threads())
+    index = torch.cuda.current_device() if index < 0 else index
+    return (number, index, _current_stream(index), int(deterministic), 0)
+
+
+@functools.cache  # asking a device for its type takes as long as the rest of `_exec`
+def _place(device: torch.device) -> tuple[int, int | None]:
+    """The number of the device's type, and its index: -1 for the current one, None for a type that has none."""
+    if device.type not in _DEVICES:
+        raise ValueError(f"device: expected cpu or cuda, got {device}")
+    core()
     if device.type == "cpu":
-        return (0, 0, 0, int(deterministic), torch.get_num_threads())
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return (1, index, _current_stream(index), int(deterministic), 0)
+        return _numbers["cpu"], None
+    return _numbers["cuda"], -1 if device.index is None else device.index
 
 
-# Without the Stream object around it, which costs more than the rest of a call.
+# The handle without a Stream object around it, which would cost more than the rest of a call.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda index: torch.cuda.current_stream(index).cuda_stream
 )

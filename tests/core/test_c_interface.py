@@ -41,9 +41,7 @@ def forward(**changes: object) -> Call:
 def test_struct_sizes_are_those_of_the_header(tmp_path: Path) -> None:
     """The Python mirror of the structs is right, so that the tests below speak of the real ones."""
     names = {"lemo_exec": capi.Exec, "lemo_blocks": capi.Blocks, "lemo_tensor": capi.Tensor}
-    names |= {"lemo_gather_args": capi.Gather, "lemo_scores_args": capi.Scores, "lemo_predict_args": capi.Predict}
-    names |= {"lemo_attention_forward_args": capi.AttentionForward}
-    names |= {"lemo_attention_backward_args": capi.AttentionBackward}
+    names |= {f"lemo_{operation}_args": kind for operation, kind in capi.ARGUMENTS.items()}
     source = tmp_path / "sizes.c"
     lines = "".join(f'printf("%zu ", sizeof({name}));' for name in names)
     source.write_text(f"#include <lemo/lemo.h>\n#include <stdio.h>\nint main(void) {{{lines} return 0;}}\n")
@@ -62,7 +60,7 @@ def test_the_last_error_stays_where_it_is() -> None:
     assert address() == before
     assert (
         ctypes.string_at(before)
-        == b"attention_forward: args.reserved: expected 0, got 12345; zero-initialise the struct"
+        == b"attention_forward: args.reserved: expected 0, got 12345; zero-initialize the struct"
     )
 
 

@@ -1,15 +1,17 @@
 """Applying and removing, what stays untouched, the Trainer, and errors that say what to do."""
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import lemo
+import lemo.engine.config
+import lemo.engine.policies
 import pytest
 import torch
 import transformers
 from lemo.engine.layout import Blocks
 from lemo.engine.policies import StepContext, make_policy, mix_seed
-from support.models import ATTENTION, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, FAMILIES, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 ONE = [lemo.Phase("skip", keep=0.5, policy="random")]
 
@@ -18,11 +20,11 @@ def settings(**options):
     return lemo.LemoConfig(**{"block_size": 8, "phases": ONE, **options})
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_remove_restores(family):
     model, inputs = tuned(family), batch("right")
     inner = model.get_base_model()
-    decoder = inner.model if family == "llama" else inner.model.decoder
+    decoder = inner.get_decoder()
     before = [dict(m.__dict__) for m in (inner, decoder)]
     loss, expected = gradients(model, inputs)
     lemo.apply(model, settings())
@@ -35,7 +37,7 @@ def test_remove_restores(family):
     assert all(torch.equal(got[name], g) for name, g in expected.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_and_generation_are_untouched(family):
     model, inputs = tuned(family).eval(), batch("plain")
     expected = model(**inputs)
@@ -221,3 +223,11 @@ def test_config_survives_json():
     assert again == config
     assert again.layers == (1, 2)
     assert again.phases[0].policy_options == {"shared": True}
+
+
+def test_the_names_of_policies_are_written_down_once():
+    """A policy that is added to one of the two lists and not to the other cannot be chosen."""
+    assert set(lemo.engine.policies._CLASSES) == set(lemo.engine.config.POLICIES)
+    for name in lemo.engine.config.POLICIES:
+        predictors = SimpleNamespace() if name == "predictors" else None
+        assert make_policy(name, {}, cast(Any, predictors)).name == name

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from lemo.engine.families import UnsupportedModelError
-from support.models import LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import FAMILIES, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama import modeling_llama
@@ -46,11 +46,11 @@ CHANGES = {
     "backward hook": lambda m: m.register_full_backward_hook(lambda *_: None),
     "backward pre-hook": lambda m: m.register_full_backward_pre_hook(lambda *_: None),
 }
-PLACES = {
-    "llama": [
-        "model", "model.norm", "model.rotary_emb", "model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp",
-        "model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm",
-    ],
+ROTARY = [
+    "model", "model.norm", "model.rotary_emb", "model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp",
+    "model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm",
+]  # fmt: skip
+PLACES = dict.fromkeys(FAMILIES, ROTARY) | {
     "opt": [
         "model", "model.decoder", "model.decoder.final_layer_norm", "model.decoder.layers.1",
         "model.decoder.layers.1.self_attn", "model.decoder.layers.1.self_attn_layer_norm",
@@ -62,7 +62,13 @@ PLACES = {
 @pytest.mark.parametrize(
     ("family", "place", "change"),
     [("llama", place, change) for place in PLACES["llama"] for change in CHANGES]
-    + [("opt", place, change) for place in PLACES["opt"] for change in ("subclass", "forward hook")],
+    + [
+        (family, place, change)
+        for family in FAMILIES
+        if family != "llama"
+        for place in PLACES[family]
+        for change in ("subclass", "forward hook")
+    ],
 )
 def test_changed_modules_are_refused_at_apply_and_later(family, place, change):
     inputs = batch("plain")
@@ -143,7 +149,7 @@ def test_patched_classes_and_functions_are_refused(owner, name, monkeypatch):
 
     monkeypatch.setattr(owner, name, patched)
     model = tuned("opt" if owner in (nn.LayerNorm, modeling_opt.OPTDecoderLayer) else "llama")
-    with pytest.raises(UnsupportedModelError, match="replaced by test_checks"):
+    with pytest.raises(UnsupportedModelError, match=r"replaced by (tests\.engine\.)?test_checks"):
         lemo.apply(model, settings())
 
 
@@ -206,7 +212,7 @@ def equal_gradients(model, inputs, change=lambda: None):
     lemo.remove(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_outputs_and_gradient_checkpointing(family):
     model, inputs = tuned(family), batch("plain")
     model.eval()(**inputs, output_hidden_states=True, output_attentions=True)
@@ -284,15 +290,19 @@ class LigerSwiGLUMLP(MLP):
 """
 
 
-@pytest.mark.parametrize("how", ["class", "instance"])
-def test_ligers_equivalents_stay(how):
+@pytest.mark.parametrize(
+    ("family", "how"), [("llama", "class"), ("llama", "instance"), ("mistral", "class"), ("qwen2", "class")]
+)
+def test_ligers_equivalents_stay(family, how):
     """Classes and forward methods that say they are Liger's: on the modules' class or on instances."""
     space: dict[str, Any] = {"__name__": "liger_kernel.transformers.equivalents", "silu": nn.functional.silu}
-    space |= {"Norm": modeling_llama.LlamaRMSNorm, "MLP": modeling_llama.LlamaMLP}
+    model, inputs = lora(base(family), LINEARS[family]).train(), batch("plain")
+    layer = model.get_base_model().model.layers[0]
+    kinds = {type(layer.input_layernorm): "LigerRMSNorm", type(layer.mlp): "LigerSwiGLUMLP"}
+    space |= dict(zip(("Norm", "MLP"), kinds, strict=True))
     exec(LIGER, space)
-    model, inputs = lora(base("llama"), LINEARS["llama"]).train(), batch("plain")
     for m in list(model.modules()):
-        name = {modeling_llama.LlamaRMSNorm: "LigerRMSNorm", modeling_llama.LlamaMLP: "LigerSwiGLUMLP"}.get(type(m))
+        name = kinds.get(type(m))
         if name and how == "instance":
             m.forward = space[name].forward.__get__(m)
         elif name:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from accelerate.utils import convert_outputs_to_fp32
 from lemo.engine.output import MissingLogitsError
-from support.models import LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from support.models import FAMILIES, LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
 from torch.utils import _pytree as pytree
 
 DENSE = lemo.Phase("dense")
@@ -78,7 +78,11 @@ def test_libraries_see_a_loss_alone(output):
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [(family, kind) for family in ("llama", "opt") for kind in ("plain", "right", "left")] + [("llama", "packed")],
+    [
+        (name, kind)
+        for name, tiny in FAMILIES.items()
+        for kind in ("plain", "right", "left", *(["packed"] if tiny.separates else []))
+    ],
 )
 def test_logits_on_demand(family, kind):
     model, inputs = tuned(family), batch(kind)

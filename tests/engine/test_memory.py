@@ -4,8 +4,10 @@ import lemo
 import lemo.engine.stack
 import pytest
 import torch
+from lemo.engine.forward import forward
 from lemo.engine.memory import layer_shape, saved_bytes
-from support.models import ATTENTION, LINEARS, base, lora
+from lemo.engine.records import Record, SavedList
+from support.models import ATTENTION, FAMILIES, LINEARS, base, lora
 
 BLOCK, CONTEXT, LAYERS = 8, 128, 3
 
@@ -17,7 +19,7 @@ def tensors_of(value, seen):
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from tensors_of(v, seen)
-    elif isinstance(value, (lemo.engine.stack.Record, lemo.engine.stack.Rows)) and id(value) not in seen:
+    elif isinstance(value, (Record, SavedList)) and id(value) not in seen:
         seen.add(id(value))
         for v in vars(value).values():
             yield from tensors_of(v, seen)
@@ -29,8 +31,7 @@ def count(model, settings, monkeypatch):
     Storages that died in the forward pass are not saved; parameters and what belongs to the step are not the layers'.
     """
     packs: list[torch.Tensor] = []
-    records: list[lemo.engine.stack.Record] = []
-    original = lemo.engine.stack.forward
+    records: list[Record] = []
 
     def spy(step, x):
         def pack(t):
@@ -38,10 +39,9 @@ def count(model, settings, monkeypatch):
             return len(packs) - 1
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: packs[i]):
-            result = original(step, x)
-        shared.extend([x, *(step.tables or ())])
-        records.extend(result)
-        return result
+            forward(step, x)
+        shared.extend([x, *(step.attention.tables or ())])
+        records.extend(step.records)
 
     shared = list(model.parameters())
     monkeypatch.setattr(lemo.engine.stack, "forward", spy)
@@ -51,14 +51,14 @@ def count(model, settings, monkeypatch):
     everything = all(r == 1.0 for r in controller.kept_ratios)
     held = [*packs, *tensors_of(records, set())]
     if everything:  # the lists are the step's then
-        shared.extend(t for r in records for t in (r.rows.rows, r.rows.cu_seqlens))
+        shared.extend(t for r in records for t in (r.saved_list.rows, r.saved_list.cu_seqlens))
     owned = {t.untyped_storage().data_ptr() for t in shared}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t.numel()}
-    rows = [r.rows.count for r in records]
+    rows = [r.saved_list.count for r in records]
     return sum(n for p, n in storages.items() if p not in owned), rows, everything
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("where", ["attention", "all"])

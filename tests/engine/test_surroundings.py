@@ -3,7 +3,7 @@
 import lemo
 import pytest
 import torch
-from support.models import ATTENTION, LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, LAYERS, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 
 SKIPS = [lemo.Phase("skip", policy=name) for name in ("random", "sampled", "exact", "update_norm")]
@@ -17,7 +17,7 @@ def settings(phase=None, recompute="none"):
 @pytest.mark.parametrize(
     "phase", [*SKIPS, lemo.Phase("backward"), lemo.Phase("dense")], ids=lambda p: f"{p.mode}-{p.policy}"
 )
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", LAYERS)
 def test_the_default_dtype_changes_nothing(family, phase):
     model, inputs = lora(base(family), [*LINEARS[family], "lm_head"]).train(), batch("right")
     results = []
@@ -105,7 +105,7 @@ def test_hidden_states_may_change_in_place(family, options, kind):
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("phase", [SKIPS[3], *EXACT], ids=lambda p: p.mode)
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", LAYERS)
 def test_what_hooks_keep_is_not_overwritten(family, phase, recompute):
     model = lora(base(family), ATTENTION[family]).train()
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -135,7 +135,7 @@ def strided(model):
 
 
 @pytest.mark.parametrize("what", ["lora", "head", "saved", "everything"])
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", LAYERS)
 def test_parameters_need_not_be_contiguous(family, what):
     model = base(family, tie_word_embeddings=False)
     if what == "saved":

@@ -10,7 +10,7 @@ import torch
 from lemo.engine.layout import Blocks, Kept, select
 from lemo.engine.policies import StepContext, probabilities
 from lemo.training.settings import parse_schedule
-from support.models import LINEARS, VOCAB, base, gradients, lora
+from support.models import LAYERS, LINEARS, VOCAB, base, gradients, lora
 
 BLOCK = 4
 
@@ -53,7 +53,7 @@ def inputs(lengths):
         ([16], 1, 0.9, "random", {}, "none"),
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", LAYERS)
 def test_the_expected_gradient_is_the_dense_one(family, lengths, layers, keep, policy, options, recompute, monkeypatch):
     model, batch = lora(base(family, layers), LINEARS[family]).train(), inputs(lengths)
     lemo.apply(model, lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase("dense")]))

@@ -39,7 +39,7 @@ class Random {
 
 constexpr int64_t kElementSize[] = {4, 2, 2, 4, 8, 1};
 
-// Bytes from the first to the last element, or -1 where that is not a size one can have.
+// Bytes from the first to the last element, or -1 if no memory can have that size.
 inline int64_t span_of(const lemo_tensor& t) {
   if (t.ndim < 1 || t.ndim > LEMO_MAX_DIMS || t.dtype < 0 || t.dtype > 5) return -1;
   __int128 last = 0;

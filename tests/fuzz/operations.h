@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "lemo/operations.h"
 #include "memory.h"
 
 namespace fuzz {
@@ -50,35 +51,30 @@ struct Packing {
 template <class Args>
 struct Operation;
 
-#define FUZZ_OPERATION(op, size, ...)                                                                             \
-  template <>                                                                                                     \
-  struct Operation<lemo_##op##_args> {                                                                            \
-    static constexpr const char* name = #op;                                                                      \
-    static lemo_status run(const lemo_exec* exec, const lemo_##op##_args* args) { return lemo_##op(exec, args); } \
-    static lemo_status workspace(const lemo_exec* exec, const lemo_##op##_args* args, uint64_t* bytes) {          \
-      (void)exec, (void)args, (void)bytes;                                                                        \
-      return size;                                                                                                \
-    }                                                                                                             \
-    static bool writes(const std::string& field) {                                                                \
-      for (const char* output : {__VA_ARGS__}) {                                                                  \
-        if (field == output) return true;                                                                         \
-      }                                                                                                           \
-      return false;                                                                                               \
-    }                                                                                                             \
+#define FUZZ_RUN(op)                       \
+  static constexpr const char* name = #op; \
+  static lemo_status run(const lemo_exec* exec, const lemo_##op##_args* args) { return lemo_##op(exec, args); }
+#define FUZZ_OPERATION(op)                                                                     \
+  template <>                                                                                  \
+  struct Operation<lemo_##op##_args> {                                                         \
+    FUZZ_RUN(op)                                                                               \
+    static lemo_status workspace(const lemo_exec*, const lemo_##op##_args*, uint64_t* bytes) { \
+      *bytes = 0;                                                                              \
+      return LEMO_OK;                                                                          \
+    }                                                                                          \
   };
-FUZZ_OPERATION(gather, (*bytes = 0, LEMO_OK), "out")
-FUZZ_OPERATION(scatter_add, (*bytes = 0, LEMO_OK), "x")
-FUZZ_OPERATION(gather_norm, (*bytes = 0, LEMO_OK), "y", "packed", "mean", "rstd")
-FUZZ_OPERATION(gather_norm_backward, lemo_gather_norm_backward_workspace(exec, args, bytes), "dx", "dweight", "dbias")
-FUZZ_OPERATION(select, lemo_select_workspace(exec, args, bytes), "kept", "slots", "row_offsets", "cu_seqlens", "rows",
-               "row_slots", "weights", "info")
-FUZZ_OPERATION(scores, lemo_scores_workspace(exec, args, bytes), "scores", "map")
-FUZZ_OPERATION(predict, lemo_predict_workspace(exec, args, bytes), "scores", "queries", "keys")
-FUZZ_OPERATION(attention_forward, lemo_attention_forward_workspace(exec, args, bytes), "out", "lse")
-FUZZ_OPERATION(attention_backward, lemo_attention_backward_workspace(exec, args, bytes), "dq", "dk", "dv")
-FUZZ_OPERATION(linear_cross_entropy, lemo_linear_cross_entropy_workspace(exec, args, bytes), "loss", "valid", "dhidden",
-               "dweight", "dbias", "dlora_a", "dlora_b")
+#define FUZZ_OPERATION_WITH_WORKSPACE(op)                                                                \
+  template <>                                                                                            \
+  struct Operation<lemo_##op##_args> {                                                                   \
+    FUZZ_RUN(op)                                                                                         \
+    static lemo_status workspace(const lemo_exec* exec, const lemo_##op##_args* args, uint64_t* bytes) { \
+      return lemo_##op##_workspace(exec, args, bytes);                                                   \
+    }                                                                                                    \
+  };
+LEMO_OPERATIONS(FUZZ_OPERATION, FUZZ_OPERATION_WITH_WORKSPACE)
+#undef FUZZ_OPERATION_WITH_WORKSPACE
 #undef FUZZ_OPERATION
+#undef FUZZ_RUN
 
 inline void fill(Random& random, Memory& m, lemo_gather_args& a) {
   Packing p(random, 5, 6);
@@ -122,8 +118,6 @@ inline void fill(Random& random, Memory& m, lemo_gather_norm_args& a) {
   a.eps = 1e-3f;
   a.y = m.floats({count, d});
   if (random.once_in(2)) a.packed = m.floats({count, d});
-  if (random.once_in(2)) a.mean = m.floats({count});
-  if (random.once_in(2)) a.rstd = m.floats({count});
 }
 
 inline void fill(Random& random, Memory& m, lemo_gather_norm_backward_args& a) {
@@ -165,7 +159,7 @@ inline void fill(Random& random, Memory& m, lemo_select_args& a) {
   a.rows = m.tensor(LEMO_I32, {p.tokens()});
   a.row_slots = m.tensor(LEMO_I32, {p.tokens()});
   a.weights = m.floats({n});
-  a.info = m.tensor(LEMO_I32, {4});
+  a.info = m.tensor(LEMO_I32, {LEMO_INFO_SIZE});
 }
 
 inline void fill(Random& random, Memory& m, lemo_scores_args& a) {
@@ -208,6 +202,9 @@ struct Attention {
   bool packed;  // without a list of rows
   int64_t key_heads, query_heads, d, storage, capacity;
   lemo_tensor cu_seqlens, rows{}, tile_offsets{}, tiles{};
+  // Of keys: those of the queries, or separate ones.
+  int64_t key_storage, key_capacity, longest_k = 0;
+  lemo_tensor cu_seqlens_k{}, rows_k{};
 
   Attention(Random& random, Memory& m, bool transposed) : packing(random, 4, random.once_in(4) ? 200 : 20) {
     packed = random.once_in(3);
@@ -220,7 +217,34 @@ struct Attention {
     capacity = packed ? storage : static_cast<int64_t>(packing.rows.size());
     cu_seqlens = m.ints(packing.cu_seqlens);
     if (!packed) rows = m.ints(packing.rows);
-    if (random.once_in(2)) lists(random, m, transposed);
+    key_storage = storage;
+    key_capacity = capacity;
+    if (random.once_in(2)) {
+      lists(random, m, transposed);
+    } else if (random.once_in(2)) {
+      separate_keys(random, m);
+    }
+  }
+
+  void separate_keys(Random& random, Memory& m) {
+    std::vector<int32_t> starts = {0}, key_rows;
+    for (size_t d = 1; d < packing.cu_seqlens.size(); ++d) {
+      const auto length = static_cast<int32_t>(random.once_in(4) ? 0 : random.in(0, random.once_in(4) ? 300 : 30));
+      longest_k = std::max<int64_t>(longest_k, length);
+      starts.push_back(starts.back() + length);
+    }
+    key_storage = key_capacity = starts.back() + random.in(0, 3);
+    cu_seqlens_k = m.ints(starts);
+    if (random.once_in(2)) return;
+    int32_t next = 0;
+    for (int32_t i = 0; i < starts.back(); ++i, ++next) {
+      next += static_cast<int32_t>(random.in(0, 1));
+      key_rows.push_back(next);
+    }
+    key_storage = next + random.in(0, 3);
+    for (int64_t n = random.in(0, 4); n > 0; --n) key_rows.push_back(-1);
+    key_capacity = static_cast<int64_t>(key_rows.size());
+    rows_k = m.ints(key_rows);
   }
 
   void lists(Random& random, Memory& m, bool transposed) {
@@ -249,8 +273,8 @@ struct Attention {
 inline void fill(Random& random, Memory& m, lemo_attention_forward_args& a) {
   const Attention t(random, m, false);
   a.q = m.floats({t.storage, t.query_heads, t.d});
-  a.k = m.floats({t.storage, t.key_heads, t.d});
-  a.v = m.floats({t.storage, t.key_heads, t.d});
+  a.k = m.floats({t.key_storage, t.key_heads, t.d});
+  a.v = m.floats({t.key_storage, t.key_heads, t.d});
   a.cu_seqlens = t.cu_seqlens;
   a.rows = t.rows;
   a.max_seqlen = t.packing.longest;
@@ -259,14 +283,17 @@ inline void fill(Random& random, Memory& m, lemo_attention_forward_args& a) {
   a.lse = m.floats({t.query_heads, t.capacity});
   a.tile_offsets = t.tile_offsets;
   a.tiles = t.tiles;
+  a.cu_seqlens_k = t.cu_seqlens_k;
+  a.rows_k = t.rows_k;
+  a.max_seqlen_k = t.longest_k;
 }
 
 inline void fill(Random& random, Memory& m, lemo_attention_backward_args& a) {
   const Attention t(random, m, true);
   a.dout = m.floats({t.storage, t.query_heads, t.d});
   a.q = m.floats({t.storage, t.query_heads, t.d});
-  a.k = m.floats({t.storage, t.key_heads, t.d});
-  a.v = m.floats({t.storage, t.key_heads, t.d});
+  a.k = m.floats({t.key_storage, t.key_heads, t.d});
+  a.v = m.floats({t.key_storage, t.key_heads, t.d});
   a.out = m.floats({t.storage, t.query_heads, t.d});
   a.lse = m.floats({t.query_heads, t.capacity});
   a.cu_seqlens = t.cu_seqlens;
@@ -274,14 +301,25 @@ inline void fill(Random& random, Memory& m, lemo_attention_backward_args& a) {
   if (!t.packed && random.once_in(2)) {
     a.key_weights = m.tensor(LEMO_F32, {t.packing.kept}, false);
     a.row_slots = m.ints(t.packing.row_slots);
+    if (t.cu_seqlens_k.ndim != 0) {
+      std::vector<int32_t> slots;
+      for (int64_t i = 0; i < t.key_capacity; ++i) {
+        slots.push_back(static_cast<int32_t>(random.in(0, std::max<int64_t>(t.packing.kept, 1) - 1)));
+      }
+      if (t.packing.kept == 0) a.key_weights = m.tensor(LEMO_F32, {1}, false);
+      a.row_slots_k = m.ints(slots);
+    }
   }
   a.max_seqlen = t.packing.longest;
   a.scale = 0.1f;
   a.dq = m.floats({t.storage, t.query_heads, t.d});
-  a.dk = m.floats({t.storage, t.key_heads, t.d});
-  a.dv = m.floats({t.storage, t.key_heads, t.d});
+  a.dk = m.floats({t.key_storage, t.key_heads, t.d});
+  a.dv = m.floats({t.key_storage, t.key_heads, t.d});
   a.tile_offsets = t.tile_offsets;
   a.tiles = t.tiles;
+  a.cu_seqlens_k = t.cu_seqlens_k;
+  a.rows_k = t.rows_k;
+  a.max_seqlen_k = t.longest_k;
 }
 
 inline void fill(Random& random, Memory& m, lemo_linear_cross_entropy_args& a) {

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from lemo.engine.families import UnsupportedModelError
-from support.models import base, lora, tuned
+from support.models import FAMILIES, base, lora, tuned
 from torch import nn
 
 TARGETS = ["q_proj", "v_proj"]
@@ -15,7 +15,7 @@ DENSE = lemo.LemoConfig(block_size=8, phases=[lemo.Phase("dense")])
 
 # Without an initialisation that makes gradients zero, where the kind can do that.
 RANDOM = {"init_weights": False}
-WORKS = {
+WORKS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"target_modules": TARGETS, "init_lora_weights": False},
     "DoRA": {"kind": "LoraConfig", "target_modules": TARGETS, "init_lora_weights": False, "use_dora": True},
     "embedding and head": {
@@ -80,13 +80,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def adapted(name, options):
+def adapted(name, options, family="llama"):
     options = dict(options)
     kind = getattr(peft, options.pop("kind", name), None)
     if kind is None:
         pytest.skip(f"this PEFT has no {name}")
     torch.manual_seed(1)
-    model = peft.get_peft_model(base("llama", layers=2), kind(task_type="CAUSAL_LM", **options)).train()
+    model = peft.get_peft_model(base(family, layers=2), kind(task_type="CAUSAL_LM", **options)).train()
     for p in model.parameters():
         if p.requires_grad and p.numel() > 1 and not p.any():
             nn.init.normal_(p, std=0.05)
@@ -105,9 +105,20 @@ def gradients(model, inputs):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", WORKS)
-def test_gradients_are_those_of_plain_training(name):
-    model, inputs = adapted(name, WORKS[name]), batch(name)
+# Every kind on one family; on the others, those that differ in what they put where.
+OTHERS = ("DoRA", "embedding and head", "saved modules", "new tokens", "PromptTuningConfig")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", name) for name in WORKS]
+    + [(family, name) for family in FAMILIES if family != "llama" for name in OTHERS],
+)
+def test_gradients_are_those_of_plain_training(family, name):
+    options = dict(WORKS[name])
+    if family == "opt" and name == "saved modules":
+        options["modules_to_save"] = ["final_layer_norm", "fc1", "fc2"]
+    model, inputs = adapted(name, options, family), batch(name)
     expected = gradients(model, inputs)
     controller = lemo.apply(model, DENSE)
     got = gradients(model, inputs)

@@ -34,6 +34,11 @@ def listed() -> list:
         Attention("gap_128", 2, 1, 128, "rows", given=True, lists=True),
         Attention("keep_none", given=True),
         Attention("block_64", 4, 1, 128, "strided"),
+        *(Attention("chunks", 4, 2, dim) for dim in DIMS),
+        *(Attention("more_queries", 2, 2, dim, "rows") for dim in (64, 128)),
+        Attention("empty_sides", 2, 1, 128),
+        Attention("kept_of_both", 4, 1, 96, "rows"),
+        Attention("chunks", 2, 1, 64, "rows", given=True),
     ]
 
 

@@ -92,25 +92,30 @@ def unnamed_rows_stay(device: str, dtype: torch.dtype, case: Attention) -> None:
     p, t = case.layout, case.inputs(device, dtype)
     hidden = torch.ones(p.tokens, dtype=torch.bool, device=device)
     hidden[t["rows"].long()] = False
-    assert hidden.any() and not hidden.all()
+    hidden_keys = torch.ones(case.keys.tokens, dtype=torch.bool, device=device)
+    hidden_keys[t.get("rows_k", t["rows"]).long()] = False
+    assert hidden.any() and not hidden.all() and hidden_keys.any() and not hidden_keys.all()
     scale, m = case.dim**-0.5, t["rows"].shape[0]
     out = torch.full_like(t["q"], 7.0)
     lse = torch.empty(case.heads, m, device=device)
     lists = {"cu_seqlens": t["cu_seqlens"], "rows": t["rows"]}
     end = {"max_seqlen": case.max_seqlen, "scale": scale}
-    tiles = {"tile_offsets": None, "tiles": None}
-    forward = {n: t[n] for n in "qkv"} | lists | end | {"out": out, "lse": lse} | tiles
+    tiles = {"tile_offsets": None, "tiles": None, "cu_seqlens_k": t.get("cu_seqlens_k"), "rows_k": t.get("rows_k")}
+    longest_k = {"max_seqlen_k": case.keys.layout["max_seqlen"][0] if case.split else 0}
+    forward = {n: t[n] for n in "qkv"} | lists | end | {"out": out, "lse": lse} | tiles | longest_k
     _native.call("attention_forward", t["q"].device, forward)
     assert not lse.isnan().any()
     gradients = {f"d{n}": torch.full_like(t[n], 7.0) for n in "qkv"}
     weights = {"key_weights": t.get("key_weights"), "row_slots": t.get("row_slots")}
     given = {"out": t.get("out", out), "lse": t.get("lse", lse)}
     backward = {n: t[n] for n in ("dout", "q", "k", "v")} | given | lists | weights | end | gradients | tiles
+    backward |= {"row_slots_k": t.get("row_slots_k")} | longest_k
     for deterministic in (False, True):
         _native.call("attention_backward", out.device, backward, deterministic=deterministic)
     for name, result in (gradients | {"out": out}).items():
-        assert (result[hidden] == 7.0).all(), name
-        assert not result[~hidden].isnan().any() and not (result[~hidden] == 7.0).all(), name
+        unnamed = hidden_keys if name in ("dk", "dv") else hidden
+        assert (result[unnamed] == 7.0).all(), name
+        assert not result[~unnamed].isnan().any() and not (result[~unnamed] == 7.0).all(), name
 
     x = torch.full((p.tokens, 64), 7.0, dtype=dtype, device=device)
     y = torch.randn(m, 64, device=device).to(dtype)
@@ -122,7 +127,10 @@ def unnamed_rows_stay(device: str, dtype: torch.dtype, case: Attention) -> None:
 
 
 UNNAMED = [
-    Attention(p, 4, 2, dim, "rows", given) for p in ("gap_64", "gap_128") for dim in DIMS for given in (False, True)
+    Attention(p, 4, 2, dim, "rows", given)
+    for p in ("gap_64", "gap_128", "kept_of_both")
+    for dim in DIMS
+    for given in (False, True)
 ]
 
 

@@ -3,16 +3,19 @@ a GPU; and runs that must repeat bit by bit."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from lemo import ops
-from lemo.ops.attention import TILE_ROWS
+from lemo._native import constant
 from ops.test_cpu_cases import UNNAMED, unnamed_rows_stay
 from support.cases import ATTENTION, DIMS, Attention, Results, name_of
 from support.compare import check_half, error
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TILE_ROWS = constant("LEMO_TILE_ROWS")
 HALVES = [torch.bfloat16, torch.float16]
 REPEATS = 1000
 
@@ -41,6 +44,8 @@ RACES = [
     *(Attention("all_64", 8, 8, dim) for dim in (64, 128)),
     *(Attention("ragged_128", 8, 2, dim, lists=True) for dim in DIMS),
     *(Attention("gap_128", 4, 2, dim, "rows", given=True, lists=True) for dim in DIMS),
+    *(Attention("chunks", 8, 2, dim) for dim in DIMS),
+    *(Attention("kept_of_both", 4, 1, dim, "rows") for dim in DIMS),
 ]
 
 
@@ -70,10 +75,11 @@ def test_the_forward_pass_always_repeats_bit_by_bit(case) -> None:
     t = case.inputs("cuda", torch.bfloat16)
     arguments = (t["q"], t["k"], t["v"], t["cu_seqlens"], t.get("rows"), case.max_seqlen, case.dim**-0.5)
     lists = (t["tile_offsets"], t["tiles"]) if case.lists else ()
-    out, lse = ops.attention_forward(*arguments, *lists)
+    keys = case.key_rows(t)
+    out, lse = ops.attention_forward(*arguments, *lists, **keys)
     differs = torch.zeros((), dtype=torch.bool, device="cuda")
     for _ in range(REPEATS):
-        again, lse_again = ops.attention_forward(*arguments, *lists)
+        again, lse_again = ops.attention_forward(*arguments, *lists, **keys)
         differs |= (again != out).any() | (lse_again != lse).any()
     assert not differs
 
@@ -168,6 +174,42 @@ def test_tile_lists_of_15900_tokens(dim, deterministic) -> None:
     actual = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     seen = listed | torch.eye(slots, dtype=torch.bool, device="cuda")
     judge(actual, *(in_strips(q, k, v, dout, t, seen) for t in (torch.float32, dtype)), dtype)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_chunks_of_queries_of_9000_tokens(dim, deterministic) -> None:
+    """Each chunk over the keys up to its end: together they are the whole, with dk and dv added up."""
+    torch.manual_seed(0)
+    n, heads, dtype = 9000, (8, 2, 2, 8), torch.bfloat16
+    q, k, v, dout = (torch.randn(n, h, dim, device="cuda").to(dtype) for h in heads)
+    actual = {"out": torch.empty_like(q), "lse": torch.empty(8, n, device="cuda"), "dq": torch.empty_like(q)}
+    actual |= {name: torch.zeros(n, 2, dim, device="cuda") for name in ("dk", "dv")}
+    for a, b in itertools.pairwise((0, 1000, 1064, 4001, n)):
+        size, end = (torch.tensor([0, length], dtype=torch.int32, device="cuda") for length in (b - a, b))
+        keys = {"cu_seqlens_k": end, "max_seqlen_k": b}
+        own = (q[a:b], k[:b], v[:b])
+        out, lse = ops.attention_forward(*own, size, None, b - a, dim**-0.5, **keys)
+        more = (size, None, None, None, b - a, dim**-0.5, deterministic)
+        dq, dk, dv = ops.attention_backward(dout[a:b], *own, out, lse, *more, **keys)
+        actual["out"][a:b], actual["lse"][:, a:b], actual["dq"][a:b] = out, lse, dq
+        actual["dk"][:b] += dk
+        actual["dv"][:b] += dv
+    judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
+
+
+@pytest.mark.parametrize("case", [c for c in RACES if not (c.lists or c.given or c.split)], ids=name_of)
+def test_equal_keys_of_their_own_change_no_bit(case) -> None:
+    t = case.inputs("cuda", torch.bfloat16)
+    lists = (t["cu_seqlens"], t.get("rows"), case.max_seqlen, case.dim**-0.5)
+    keys = {"cu_seqlens_k": t["cu_seqlens"].clone(), "rows_k": t.get("rows"), "max_seqlen_k": case.max_seqlen}
+    found = []
+    for given in ({}, keys):
+        out, lse = ops.attention_forward(t["q"], t["k"], t["v"], *lists, **given)
+        more = (*lists[:2], None, None, *lists[2:], True)
+        found.append((out, lse, *ops.attention_backward(t["dout"], t["q"], t["k"], t["v"], out, lse, *more, **given)))
+    for shared, own in zip(*found, strict=True):
+        assert torch.equal(shared, own)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -20,16 +20,20 @@ def test_attention(case) -> None:
     t = case.inputs("cpu", torch.float32)
     q, k, v = leaf(t["q"]), leaf(t["k"]), leaf(t["v"])
     ends = t["cu_seqlens"].tolist()
+    key_ends = t["cu_seqlens_k"].tolist() if case.split else None
     parts = []
-    for a, b in itertools.pairwise(ends):
-        one = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
-        parts.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    for (a, b), (c, d) in zip(itertools.pairwise(ends), itertools.pairwise(key_ends or ends), strict=True):
+        blank = max(0, (b - a) - (d - c))  # the first queries see no key
+        one = [x.transpose(0, 1)[None] for x in (q[a + blank : b], k[c:d], v[c:d])]
+        mask = torch.ones(b - a - blank, d - c, dtype=torch.bool).tril((d - c) - (b - a - blank))
+        seen = F.scaled_dot_product_attention(*one, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        parts += [q.new_zeros(blank, *q.shape[1:]), seen]
     expected = torch.cat(parts)
-    out, lse = oracle.attention(q, k, v, ends, case.dim**-0.5)
+    out, lse = oracle.attention(q, k, v, ends, case.dim**-0.5, cu_seqlens_k=key_ends)
     equal(out, expected)
     found = torch.autograd.grad(expected, (q, k, v), t["dout"].double())
     # With its own output and LSE and no weights, the header's backward pass is the ordinary gradient.
-    given = oracle.attention_backward(t["dout"], q, k, v, out, lse, ends, case.dim**-0.5)
+    given = oracle.attention_backward(t["dout"], q, k, v, out, lse, ends, case.dim**-0.5, cu_seqlens_k=key_ends)
     for a, b in zip(given, found, strict=True):
         equal(a, b)
 

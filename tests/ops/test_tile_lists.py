@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lemo import ops
-from lemo.ops.attention import TILE_ROWS, transpose_tile_lists
+from lemo._native import constant
+from lemo.ops.attention import transpose_tile_lists
 from support import oracle
 from support.compare import FP32_ROUNDINGS, error
 from torch import Tensor
 
+TILE_ROWS = constant("LEMO_TILE_ROWS")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

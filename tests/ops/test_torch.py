@@ -19,24 +19,13 @@ SOME = [
     cases.Norm("ragged", 24, rows=False),
     cases.Attention("documents", 4, 2, 16, "strided"),
     cases.Attention("documents", 2, 1, 16, "rows", given=True),
+    cases.Attention("more_queries", 2, 1, 16),
+    cases.Attention("chunks", 2, 1, 16, "rows", given=True),
     cases.Scores("documents", 4, 2, 16),
     cases.Predict("documents", 24),
     cases.Loss(20, 16, 40, bias=True, rank=4, dweight=True, segment=8),
     cases.Loss(20, 16, 40, softcap=4.0),
 ]
-NAMES = {
-    "gather",
-    "scatter_add_",
-    "gather_norm",
-    "gather_norm_backward",
-    "gather_norm_backward_",
-    "attention_forward",
-    "attention_backward",
-    "block_scores",
-    "predict",
-    "linear_cross_entropy",
-    "select_blocks",
-}
 
 
 class Calls(TorchDispatchMode):
@@ -72,7 +61,7 @@ def test_every_operation_is_in_the_table() -> None:
         func._schema.name.removeprefix("lemo::") for calls in [*found, calls_of(select_everywhere)] for func, _ in calls
     }
     registered = {n.removeprefix("lemo::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("lemo::")}
-    assert names == NAMES == {n.split(".")[0] for n in registered}
+    assert names == {n.split(".")[0] for n in registered}
 
 
 @pytest.mark.parametrize("case", SOME, ids=name_of)

@@ -15,6 +15,7 @@ from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.teacher import Teacher, documents
 from lemo.predictors.thresholds import search_thresholds
 from lemo.predictors.train import score_loss
+from support import models
 from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 SETTINGS = {"block_size": BLOCK, "steps": 100, "rank": 16, "features": 8, "progress": False, "max_documents": 32}
@@ -66,10 +67,10 @@ def test_thresholds_keep_the_target_on_new_text(model, texts, calibrated):
     assert sum(calibrated.keep) / LAYERS == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", models.FAMILIES)
 def test_teacher_scores_match_the_full_matrix(family):
     """Against the model's own attention module: its softmax probabilities fix q.k up to a constant per row."""
-    model = build(1, family)
+    model = build(1, family) if family in models.LAYERS else models.base(family, initializer_range=0.02).eval()
     ids = torch.randint(0, 64, (3 * BLOCK + 3,), generator=torch.Generator().manual_seed(0))
     teacher, seen = Teacher(model, BLOCK, False), {}
     teacher.read(ids, lambda i, x, exact, blocks: seen.update({i: (x.clone(), exact)}))

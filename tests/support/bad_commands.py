@@ -137,16 +137,31 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
         lambda w: w.finetune("--calibration", str(w.good_calibration), model=w.another_model()),
         ("another model", "num_hidden_layers"),
     ),
-    ("unsupported family", lambda w: w.finetune(model=w.another_model("mistral")), ("Mistral", "Llama", "OPT")),
+    ("unsupported family", lambda w: w.finetune(model=w.another_model("gemma")), ("Gemma", "Llama", "OPT", "Qwen2")),
     (
         "unsupported family, before the data",
-        lambda w: w.finetune(model=w.another_model("mistral"), data="nowhere.txt"),
-        ("Mistral", "Llama", "OPT"),
+        lambda w: w.finetune(model=w.another_model("gemma"), data="nowhere.txt"),
+        ("Gemma", "Llama", "OPT"),
     ),
     (
         "unsupported family, before the weights",
-        lambda w: w.calibrate("--model", w.broken_model("m", lambda f: (f / "model.safetensors").unlink(), "mistral")),
-        ("Mistral", "Llama", "OPT"),
+        lambda w: w.calibrate("--model", w.broken_model("m", lambda f: (f / "model.safetensors").unlink(), "gemma")),
+        ("Gemma", "Llama", "OPT"),
+    ),
+    (
+        "unsupported family, its memory",
+        lambda w: ["estimate", "--model", w.another_model("gemma"), "--context", "64"],
+        ("GemmaConfig", "'gemma'", "LlamaForCausalLM", "Qwen2ForCausalLM"),
+    ),
+    (
+        "a context beyond a sliding window",
+        lambda w: w.finetune(model=w.another_model("mistral", sliding_window=16), data="nowhere.txt"),
+        ("sliding_window=16", "MistralForCausalLM", "at most 16 tokens"),
+    ),
+    (
+        "a context beyond a sliding window, its memory",
+        lambda w: ["estimate", "--model", w.another_model("mistral", sliding_window=16), "--context", "64"],
+        ("sliding_window=16", "a document of 64 tokens", "null"),
     ),
     ("a model of no text", lambda w: w.finetune(model=w.settings_alone(model_type="vit")), ("'vit'", "not support")),
     (

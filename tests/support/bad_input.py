@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 P = PACKINGS["documents"]
 T, M, NB = P.tokens, len(P.layout["rows"]), sum(len(document) for document in P.documents)
+SPLIT = Attention("kept_of_both", 4, 2, 16, "rows", given=True)
+TK, MK, DOCUMENTS = SPLIT.keys.tokens, len(SPLIT.keys.layout["rows"]), len(SPLIT.keys.documents)
 NAN, INF = float("nan"), float("inf")
 HALF = (NotImplementedError, ("float32", "bfloat16"))
 
@@ -219,6 +221,41 @@ OPERATIONS = [
     wrong("attention_forward:lists", "tile_offsets", put(-1, 99), ("ascending", "got 99")),
     wrong("attention_forward:lists", "tiles", put(0, 9), ("slot", "got 9")),
     wrong("attention_forward:lists", "tiles", to(torch.float32), ("int32", "got float32")),
+    # keys with rows of their own
+    *(
+        bad
+        for op in ("attention_forward:keys", "attention_backward:keys")
+        for bad in (
+            wrong(op, "cu_seqlens_k", to(torch.int64), ("int32", "got int64")),
+            wrong(op, "cu_seqlens_k", longer, (f"D + 1={DOCUMENTS + 1}", f"[{DOCUMENTS + 2}]")),
+            wrong(op, "cu_seqlens_k", put(0, 1), ("begin with 0", "got 1")),
+            wrong(op, "cu_seqlens_k", put(2, -5), ("ascending", "got -5")),
+            wrong(op, "cu_seqlens_k", put(-1, MK + 1), (f"at most {MK} rows", f"got {MK + 1}")),
+            wrong(op, "rows_k", to(torch.int64), ("int32", "got int64")),
+            wrong(op, "rows_k", put(3, TK), (str(TK), "position 3")),
+            wrong(op, "rows_k", lambda r: put(1, r[0].item())(r), ("no row twice",)),
+            wrong(op, "rows_k", swapped, ("ascending", "position 1")),
+            wrong(op, "max_seqlen_k", value(1), ("longest document", "got 1")),
+            wrong(op, "max_seqlen_k", value(None), ("longest document", "got None")),
+            wrong(op, "max_seqlen_k", value(-1), ("at least 0", "got -1")),
+            wrong(op, "v", longer, (f"Rk={TK}", str(TK + 1))),
+        )
+    ),
+    wrong("attention_forward", "rows_k", value(P.tensor("rows", "cpu")), ("cu_seqlens_k",)),
+    wrong("attention_forward", "max_seqlen_k", value(7), ("0 without cu_seqlens_k", "got 7")),
+    wrong("attention_backward", "row_slots_k", value(P.tensor("row_slots", "cpu")), ("cu_seqlens_k",)),
+    wrong("attention_backward:keys", "row_slots_k", value(None), ("no tensor",)),
+    wrong("attention_backward:keys", "row_slots_k", longer, (f"capacity_k={MK}", str(MK + 1))),
+    wrong("attention_backward:keys", "row_slots_k", put(0, 999), ("got 999", "position 0")),
+    wrong("attention_backward:keys", "key_weights", value(None), ("row_slots_k",)),
+    wrong(
+        "attention_forward:lists",
+        "tile_offsets",
+        lambda o: o,
+        ("cu_seqlens_k", "leave out"),
+        NotImplementedError,
+        {"cu_seqlens_k": torch.tensor([0, 192, 512], dtype=torch.int32), "max_seqlen_k": 320},
+    ),
     # numbers
     *(
         wrong("select_blocks", "scores", put(3, number), ("3", "finite"), FloatingPointError, {"mode": mode})
@@ -329,11 +366,12 @@ SETTINGS = [
 ]  # fmt: skip
 
 MODELS = [
-    ("family", ("GPT2LMHeadModel", "LlamaForCausalLM", "OPTForCausalLM")),
+    ("family", ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "OPTForCausalLM", "Qwen2ForCausalLM")),
     ("head", ("LlamaModel", "LlamaForCausalLM")),
     ("post_norm", ("do_layer_norm_before", "350m")),
     ("projected", ("word_embed_proj_dim",)),
     ("layerdrop", ("LayerDrop", "0")),
+    ("window", ("use_sliding_window=True", "Qwen2ForCausalLM", "use_sliding_window=False")),
     ("attention_dropout", ("attention_dropout=0.1", "0")),
 ]
 
@@ -375,7 +413,7 @@ DAMAGE = [
     ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
     ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),
     ("other sizes", lambda f: change_config(f, sizes=[[[1, 1]] * 6] * 2, digest=None), "layers.0.wq1: expected shape"),
-    ("no shapes", lambda f: change_config(f, sizes=[[1] * 6] * 2), "something else than numbers"),
+    ("no shapes", lambda f: change_config(f, sizes=[[1] * 6] * 2), "something other than numbers"),
     ("other thresholds", lambda f: change_config(f, thresholds=[0.1, 0.2]), "its own digest differs"),
 ]
 CALIBRATIONS = [

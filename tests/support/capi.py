@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from lemo.__main__ import folder
+from lemo._native import constant, core
 
-OK, INVALID, UNSUPPORTED, SMALL, NUMERICAL, BACKEND, INTERNAL, CANCELLED = range(8)
-DTYPES = {torch.float32: 0, torch.int32: 3, torch.int64: 4}
+OK, INVALID, UNSUPPORTED = (constant(f"LEMO_{name}") for name in ("OK", "INVALID_ARGUMENT", "UNSUPPORTED"))
+SMALL, NUMERICAL = constant("LEMO_WORKSPACE_TOO_SMALL"), constant("LEMO_NUMERICAL")
+BACKEND, INTERNAL, CANCELLED = (constant(f"LEMO_{name}") for name in ("BACKEND_ERROR", "INTERNAL_ERROR", "CANCELLED"))
+DTYPES = {torch.float32: constant("LEMO_F32"), torch.int32: constant("LEMO_I32"), torch.int64: constant("LEMO_I64")}
 
 
 def library() -> ctypes.CDLL:
@@ -52,30 +55,25 @@ class Blocks(ctypes.Structure):
     _fields_ = (("offsets", Tensor), ("documents", Tensor), ("block_size", c_int32), ("reserved", c_int32))
 
 
-def _struct(name: str, *fields: str | tuple[str, Any]) -> type[ctypes.Structure]:
-    """An argument struct: plain names are tensors."""
-    listed = [(f, Tensor) if isinstance(f, str) else f for f in fields]
-    return type(name, (ctypes.Structure,), {"_fields_": (("struct_size", c_uint64), *listed)})
+TYPES = {
+    "lemo_tensor": Tensor,
+    "lemo_blocks": Blocks,
+    "int32_t": c_int32,
+    "int64_t": c_int64,
+    "uint64_t": c_uint64,
+    "float": c_float,
+}
 
 
-Gather = _struct("Gather", "x", "rows", "weights", "slots", "out")
-Scores = _struct("Scores", "q", "k", ("blocks", Blocks), ("scale", c_float), ("normalize", c_int32), "scores", "map")
-Predict = _struct(
-    "Predict",
-    *("x", "wq1", "wq2", "wq3", "wk1", "wk2", "wk3", ("blocks", Blocks)),
-    *(("norm", c_int32), ("pool", c_int32), ("eps", c_float), ("normalize", c_int32), "scores", "queries", "keys"),
-)
-AttentionForward = _struct(
-    "AttentionForward",
-    *("q", "k", "v", "cu_seqlens", "rows", ("max_seqlen", c_int64), ("scale", c_float), ("reserved", c_int32)),
-    *("out", "lse", "tile_offsets", "tiles"),
-)
-AttentionBackward = _struct(
-    "AttentionBackward",
-    *("dout", "q", "k", "v", "out", "lse", "cu_seqlens", "rows", "key_weights", "row_slots"),
-    *(("max_seqlen", c_int64), ("scale", c_float), ("reserved", c_int32)),
-    *("dq", "dk", "dv", "tile_offsets", "tiles"),
-)
+def struct(operation: str) -> type[ctypes.Structure]:
+    """lemo_<operation>_args."""
+    fields = [(name, TYPES[kind]) for name, kind in core().structs[operation]]
+    return type(f"lemo_{operation}_args", (ctypes.Structure,), {"_fields_": (("struct_size", c_uint64), *fields)})
+
+
+ARGUMENTS = {operation: struct(operation) for operation in core().structs}
+AttentionForward, AttentionBackward = ARGUMENTS["attention_forward"], ARGUMENTS["attention_backward"]
+Gather, Predict, Scores = ARGUMENTS["gather"], ARGUMENTS["predict"], ARGUMENTS["scores"]
 
 
 def view(tensor: torch.Tensor | None, shape: Iterable[int] = (), stride: Iterable[int] = ()) -> Tensor:

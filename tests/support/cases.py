@@ -10,45 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from lemo import ops
 from support import oracle
-from support.packings import ATTENTION_PACKINGS, PACKINGS, Packing
+from support.draws import Draw, grads, leaf
+from support.packings import ATTENTION_PACKINGS, PACKINGS, SPLIT_PACKINGS, Packing
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
 Results = dict[str, Tensor]
-
-
-class Draw:
-    """Seeded inputs, the same on every device."""
-
-    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        x = torch.randn(shape, generator=self.generator) * scale
-        return x.to(dtype or self.dtype).to(self.device)
-
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return (low + (high - low) * torch.rand(shape, generator=self.generator)).to(self.device)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
-
-
-def grads(outputs: Sequence[Tensor], directions: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Oracle gradients of sum(outputs . directions)."""
-    total = sum((out * oracle.up(d)).sum() for out, d in zip(outputs, directions, strict=True))
-    return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
-
-
-def leaf(x: Tensor) -> Tensor:
-    return oracle.up(x.detach()).clone().requires_grad_()
 
 
 @dataclass(frozen=True)
@@ -155,7 +127,7 @@ class Attention:
     storage: "packed" rows; "rows": original offsets, where rows that are not named hold NaN; "strided": packed views of
     one fused [M, Hq + 2 Hk, D] tensor. given: output and LSE come from attention over everything, keys carry weights
     (mode `backward`). magnitude: of queries and keys; its square is that of the scores. lists: about half of the
-    earlier tiles are seen.
+    earlier tiles are seen. A packing of SPLIT_PACKINGS gives queries and keys rows of their own.
     """
 
     packing: str
@@ -168,38 +140,58 @@ class Attention:
     lists: bool = False
 
     @property
+    def split(self) -> bool:
+        return self.packing in SPLIT_PACKINGS
+
+    @property
     def layout(self) -> Packing:
-        return (PACKINGS | ATTENTION_PACKINGS)[self.packing]
+        """Of the queries."""
+        return SPLIT_PACKINGS[self.packing][0] if self.split else (PACKINGS | ATTENTION_PACKINGS)[self.packing]
+
+    @property
+    def keys(self) -> Packing:
+        return SPLIT_PACKINGS[self.packing][1] if self.split else self.layout
 
     def inputs(self, device: str, dtype: torch.dtype) -> Inputs:
-        draw, p = Draw(device, dtype, 2), self.layout
-        rows = p.tensor("rows", device)
+        draw, p, keys = Draw(device, dtype, 2), self.layout, self.keys
         tensors = {
             "q": draw.normal(p.tokens, self.heads, self.dim, scale=self.magnitude),
-            "k": draw.normal(p.tokens, self.kv_heads, self.dim, scale=self.magnitude),
-            "v": draw.normal(p.tokens, self.kv_heads, self.dim),
+            "k": draw.normal(keys.tokens, self.kv_heads, self.dim, scale=self.magnitude),
+            "v": draw.normal(keys.tokens, self.kv_heads, self.dim),
             "dout": draw.normal(p.tokens, self.heads, self.dim),
         }
         if self.given:
-            out, lse = oracle.attention(tensors["q"], tensors["k"], tensors["v"], p.starts, self.dim**-0.5)
+            starts_k = keys.starts if self.split else None
+            args = (p.starts, self.dim**-0.5, None, starts_k)
+            out, lse = oracle.attention(tensors["q"], tensors["k"], tensors["v"], *args)
             tensors["out"] = out.to(dtype)
-            tensors["lse"] = lse[:, rows.long()].float().contiguous()
-            tensors["key_weights"] = draw.uniform(max(len(p.kept), 1), low=1.0, high=3.0)
+            tensors["lse"] = lse[:, p.tensor("rows", device).long()].float().contiguous()
+            tensors["key_weights"] = draw.uniform(max(len(p.kept), len(keys.kept), 1), low=1.0, high=3.0)
             tensors["row_slots"] = p.tensor("row_slots", device)
+            if self.split:
+                tensors["row_slots_k"] = keys.tensor("row_slots", device)
         for name in ("q", "k", "v", "dout", "out"):
-            if name in tensors and self.storage != "rows":
-                tensors[name] = tensors[name][rows.long()]
-            elif name in tensors:
-                named = torch.zeros(p.tokens, dtype=torch.bool, device=device)
-                named[rows.long()] = True
+            if name not in tensors:
+                continue
+            rows = (keys if name in "kv" else p).tensor("rows", device).long()
+            if self.storage != "rows":
+                tensors[name] = tensors[name][rows]
+            else:
+                named = torch.zeros(tensors[name].shape[0], dtype=torch.bool, device=device)
+                named[rows] = True
                 tensors[name][~named] = float("nan")
         if self.storage == "strided":
-            fused = torch.cat([tensors["q"], tensors["k"], tensors["v"]], dim=1)
-            sizes = [self.heads, self.kv_heads, self.kv_heads]
-            tensors |= dict(zip("qkv", fused.split(sizes, dim=1), strict=True))
+            for names in ("q", "kv") if self.split else ("qkv",):
+                parts = [tensors[n] for n in names] + ([tensors["dout"]] if names == "q" else [])
+                views = torch.cat(parts, dim=1).split([t.shape[1] for t in parts], dim=1)
+                tensors |= dict(zip(names, views, strict=False))
         tensors["cu_seqlens"] = p.tensor("cu_seqlens", device)
         if self.storage == "rows":
-            tensors["rows"] = rows
+            tensors["rows"] = p.tensor("rows", device)
+        if self.split:
+            tensors["cu_seqlens_k"] = keys.tensor("cu_seqlens", device)
+            if self.storage == "rows":
+                tensors["rows_k"] = keys.tensor("rows", device)
         if self.lists:
             lengths = [len(tiles) for tiles in self.tile_lists]
             offsets = [0, *itertools.accumulate(lengths)]
@@ -222,13 +214,21 @@ class Attention:
     def max_seqlen(self) -> int:
         return self.layout.layout["max_seqlen"][0]
 
+    def key_rows(self, t: Inputs) -> dict[str, Tensor | int | None]:
+        """Keyword arguments of the forward pass for keys with rows of their own."""
+        if not self.split:
+            return {}
+        names = ("cu_seqlens_k", "rows_k")
+        return {n: t.get(n) for n in names} | {"max_seqlen_k": self.keys.layout["max_seqlen"][0]}
+
     def run(self, t: Inputs, deterministic: bool = False) -> Results:
         scale, rows, cu = self.dim**-0.5, t.get("rows"), t["cu_seqlens"]
         results = {}
         out, lse = t.get("out"), t.get("lse")
         lists = (t["tile_offsets"], t["tiles"]) if self.lists else ()
+        keys = self.key_rows(t)
         if out is None:
-            out, lse = ops.attention_forward(t["q"], t["k"], t["v"], cu, rows, self.max_seqlen, scale, *lists)
+            out, lse = ops.attention_forward(t["q"], t["k"], t["v"], cu, rows, self.max_seqlen, scale, *lists, **keys)
             results = {"out": out, "lse": lse}
         transposed = ops.transpose_tile_lists(*lists, cu) if lists else ()
         dq, dk, dv = ops.attention_backward(
@@ -246,13 +246,19 @@ class Attention:
             scale,
             deterministic,
             *transposed,
+            **keys | ({"row_slots_k": t.get("row_slots_k")} if self.split else {}),
         )
         return results | {"dq": dq, "dk": dk, "dv": dv}
 
     def expect(self, t: Inputs) -> Results:
         scale, rows, cu = self.dim**-0.5, t.get("rows"), t["cu_seqlens"].tolist()
         lists = self.tile_lists if self.lists else None
-        packed = {n: t[n] if rows is None else t[n][rows.long()] for n in ("q", "k", "v", "dout")}
+        rows_k = t.get("rows_k") if self.split else rows
+        cu_k = t["cu_seqlens_k"].tolist() if self.split else None
+        side = {"k": rows_k, "v": rows_k, "dk": rows_k, "dv": rows_k}
+        packed = {
+            n: t[n] if side.get(n, rows) is None else t[n][side.get(n, rows).long()] for n in ("q", "k", "v", "dout")
+        }
         if self.given:
             out = t["out"] if rows is None else t["out"][rows.long()]
             dq, dk, dv = oracle.attention_backward(
@@ -267,18 +273,22 @@ class Attention:
                 t["key_weights"],
                 t["row_slots"],
                 lists,
+                cu_k,
+                t.get("row_slots_k"),
             )
             results = {"dq": dq, "dk": dk, "dv": dv}
         else:
             q, k, v = leaf(packed["q"]), leaf(packed["k"]), leaf(packed["v"])
-            out, lse = oracle.attention(q, k, v, cu, scale, lists)
+            out, lse = oracle.attention(q, k, v, cu, scale, lists, cu_k)
             dq, dk, dv = grads([out], [packed["dout"]], q, k, v)
             results = {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
         if rows is None:
             return results
-        spread = {n: r.new_zeros(t["q"].shape[0], *r.shape[1:]) for n, r in results.items() if n != "lse"}
-        for name, storage in spread.items():
-            storage[rows.long()] = results[name]
+        spread = {}
+        for name in results.keys() - {"lse"}:
+            whole, named = t["k" if name in side else "q"], side.get(name, rows)
+            spread[name] = results[name].new_zeros(whole.shape[0], *results[name].shape[1:])
+            spread[name][named.long()] = results[name]
         return results | spread
 
 
@@ -473,6 +483,21 @@ ATTENTION = [
     *(Attention("gap_128", 4, 2, dim, "rows", given, lists=True) for dim in DIMS for given in (False, True)),
     # Ratios of heads that leave a thread block of the Hopper kernel with fewer parts than it has room for.
     *(Attention("gap_128", hq, hk, 64, "rows", lists=True) for hq, hk in ((2, 2), (6, 2), (8, 1))),
+    # Queries and keys of different sizes.
+    *(
+        Attention(p, 4, 2, dim, storage)
+        for p, storages in zip(SPLIT_PACKINGS, itertools.cycle((("packed", "rows"), ("strided", "rows"))), strict=False)
+        for dim in DIMS
+        for storage in storages
+    ),
+    *(
+        Attention(p, 4, 1, dim, storage, given=True)
+        for p in ("chunks", "last_chunk", "equal_after_all")
+        for dim in DIMS
+        for storage in ("packed", "rows")
+    ),
+    *(Attention("chunks", hq, hk, 64) for hq, hk in ((2, 2), (6, 2), (8, 1))),
+    *(Attention("more_queries", hq, hk, 64) for hq, hk in ((2, 2), (8, 1))),
 ]
 SCORES = [
     *(Scores(p) for p in PACKINGS),

@@ -3,30 +3,77 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCAB = 89
-ATTENTION = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "opt": ["q_proj", "k_proj", "v_proj", "out_proj"]}
-LINEARS = {
-    "llama": [*ATTENTION["llama"], "gate_proj", "up_proj", "down_proj"],
-    "opt": [*ATTENTION["opt"], "fc1", "fc2"],
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's tiny model. separates: whether transformers itself keeps packed documents apart."""
+
+    model: Any
+    config: Any
+    attention: list[str]
+    mlp: list[str]
+    options: dict[str, Any] = field(default_factory=dict)
+    separates: bool = True
+
+
+ROTARY: dict[str, Any] = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
+GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
+# Every family that lemo supports: a new one is a line here, and all tests of families run with it.
+FAMILIES = {
+    "llama": Tiny(LlamaForCausalLM, LlamaConfig, **ROTARY, options=GATED),
+    # Heads wider than hidden / heads, and a window that no document of these tests reaches.
+    "mistral": Tiny(
+        MistralForCausalLM, MistralConfig, **ROTARY, options={**GATED, "head_dim": 16, "sliding_window": 512}
+    ),
+    "opt": Tiny(
+        OPTForCausalLM,
+        OPTConfig,
+        ["q_proj", "k_proj", "v_proj", "out_proj"],
+        ["fc1", "fc2"],
+        {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32, "init_std": 0.2, "max_position_embeddings": 128},
+        separates=False,
+    ),
+    "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
+}
+# One for each implementation of a layer, for the widest products: families derived from it run the same code.
+LAYERS = ("llama", "opt")
+ATTENTION = {name: tiny.attention for name, tiny in FAMILIES.items()}
+LINEARS = {name: [*tiny.attention, *tiny.mlp] for name, tiny in FAMILIES.items()}
 
 
-def base(family: str, layers: int = 3, **options: Any):
-    """A random model in fp32: grouped queries, head_dim 8."""
+def base(family: str, layers: int = 3, **options: Any) -> Any:
+    """A random model in fp32: grouped queries, head_dim 8 (Mistral: 16). Biases are random too."""
     torch.manual_seed(0)
+    tiny = FAMILIES[family]
     common = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
-    if family == "llama":
-        config = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2, **common, **options}
-        return LlamaForCausalLM(LlamaConfig(**config))
-    config = {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32, "init_std": 0.2, **common, **options}
-    return OPTForCausalLM(OPTConfig(max_position_embeddings=128, **config))
+    model = tiny.model(tiny.config(**{**tiny.options, **common, **options}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".bias"):  # transformers makes them zero
+                p.normal_(std=0.2)
+    return model
 
 
 def lora(model, targets: list[str], **options: Any):

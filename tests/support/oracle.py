@@ -223,8 +223,20 @@ TILE = 128  # packed rows that one tile list speaks of
 TileLists = list[list[int]]  # by slot: the earlier key tiles that a query tile sees, besides itself
 
 
-def visible(cu_seqlens: list[int], device: torch.device | None = None, lists: TileLists | None = None) -> Tensor:
-    """bool [M, M]: packed row i sees packed row j."""
+def visible(
+    cu_seqlens: list[int],
+    device: torch.device | None = None,
+    lists: TileLists | None = None,
+    cu_seqlens_k: list[int] | None = None,
+) -> Tensor:
+    """bool [M, M], or [M, Mk] with keys of their own: packed row i sees packed row j."""
+    if cu_seqlens_k is not None:
+        seen = torch.zeros(cu_seqlens[-1], cu_seqlens_k[-1], dtype=torch.bool)
+        pairs = zip(itertools.pairwise(cu_seqlens), itertools.pairwise(cu_seqlens_k), strict=True)
+        for (a, b), (c, d) in pairs:
+            for i in range(b - a):
+                seen[a + i, c : max(c, d - (b - a) + i + 1)] = True
+        return seen.to(device)
     seen = torch.zeros(cu_seqlens[-1], cu_seqlens[-1], dtype=torch.bool)
     for d, (a, b) in enumerate(itertools.pairwise(cu_seqlens)):
         seen[a:b, a:b] = lists is None
@@ -236,15 +248,23 @@ def visible(cu_seqlens: list[int], device: torch.device | None = None, lists: Ti
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, lists: TileLists | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: list[int],
+    scale: float,
+    lists: TileLists | None = None,
+    cu_seqlens_k: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [M, Hq, D], lse [Hq, M]) of packed rows."""
+    """(out [M, Hq, D], lse [Hq, M]) of packed rows; 0 and -inf in rows that see nothing."""
     group = q.shape[1] // k.shape[1]
     q = up(q)
     k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
     s = torch.einsum("ihd,jhd->hij", q, k) * scale
-    s = s.masked_fill(~visible(cu_seqlens, q.device, lists), -math.inf)
-    return torch.einsum("hij,jhd->ihd", torch.softmax(s, -1), v), torch.logsumexp(s, -1)
+    seen = visible(cu_seqlens, q.device, lists, cu_seqlens_k)
+    s = s.masked_fill(~seen, -math.inf)
+    p = torch.softmax(s.masked_fill(~seen.any(1, keepdim=True), 0.0), -1) * seen
+    return torch.einsum("hij,jhd->ihd", p, v), torch.logsumexp(s, -1)
 
 
 def attention_backward(
@@ -259,6 +279,8 @@ def attention_backward(
     key_weights: Tensor | None = None,
     row_slots: Tensor | None = None,
     lists: TileLists | None = None,
+    cu_seqlens_k: list[int] | None = None,
+    row_slots_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of packed rows by the header's formulas, with a given output and LSE."""
     hk = k.shape[1]
@@ -266,13 +288,14 @@ def attention_backward(
     dout, q, out, lse = (up(t) for t in (dout, q, out, lse))
     k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
     p = torch.exp(torch.einsum("ihd,jhd->hij", q, k) * scale - lse[:, :, None])
-    p = torch.where(visible(cu_seqlens, q.device, lists), p, 0.0)
+    p = torch.where(visible(cu_seqlens, q.device, lists, cu_seqlens_k), p, 0.0)
     ds = p * (torch.einsum("ihd,jhd->hij", dout, v) - (dout * out).sum(-1).T[:, :, None])
     w = torch.ones_like(p[0])
     if key_weights is not None:
         slots = row_slots.long()
-        w = up(key_weights)[slots][None, :].expand_as(w)
-        w = torch.where(slots[:, None] == slots[None, :], 1.0, w)
+        key_slots = slots if cu_seqlens_k is None else row_slots_k.long()
+        w = up(key_weights)[key_slots][None, :].expand_as(w)
+        w = torch.where(slots[:, None] == key_slots[None, :], 1.0, w)
     dq = scale * torch.einsum("hij,jhd->ihd", w * ds, k)
     dk = scale * torch.einsum("hij,ihd->jhd", w * ds, q)
     dv = torch.einsum("hij,ihd->jhd", w * p, dout)

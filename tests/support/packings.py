@@ -75,3 +75,15 @@ ATTENTION_PACKINGS = {
     "gap_128": Packing((700, 130, 5, 400), 128, "gap"),
     "all_64": Packing((192, 320), 64, "all"),
 }
+# Queries and keys of different sizes: the documents of each. A tile of the kernels has 64, 128 or 192 queries and 64 or
+# 128 keys; what matters is where a document's nk - nq lies within these.
+SPLIT_PACKINGS = {
+    "one_query": (Packing((1,), 64, "all"), Packing((517,), 64, "all")),
+    "last_chunk": (Packing((40,), 64, "all"), Packing((300,), 64, "all")),
+    "aligned_chunk": (Packing((256,), 64, "all"), Packing((640,), 64, "all")),
+    "chunks": (Packing((200, 130, 64), 64, "all"), Packing((263, 449, 511), 64, "all")),
+    "more_queries": (Packing((300, 70, 140), 64, "all"), Packing((170, 5, 0), 64, "all")),
+    "empty_sides": (Packing((0, 300, 0, 129), 64, "all"), Packing((200, 0, 0, 131), 64, "all")),
+    "kept_of_both": (Packing((330, 64, 1, 200), 64, "gap"), Packing((700, 300, 5, 400), 128, "some")),
+    "equal_after_all": (Packing((150, 33), 64, "all"), Packing((150, 33), 64, "all")),
+}

@@ -25,14 +25,19 @@ def one_thread():
 # Imports what takes seconds to import once, and then forks a fresh process for each script. The server itself computes
 # nothing, so that no thread pool is there to be lost in a fork, and never imports lemo, so that a script may forbid it.
 _SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import torch, peft, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 for line in sys.stdin:
     request = json.loads(line)
-    child = os.fork()
-    if not child:
-        null, said = os.open(os.devnull, os.O_RDWR), os.open(request["said"], os.O_RDWR | os.O_CREAT)
+    children = []
+    for i, environment in enumerate(request["environments"]):
+        children.append(os.fork())
+        if children[-1]:
+            continue
+        os.environ.update(environment)
+        null = os.open(os.devnull, os.O_RDWR)
+        said = os.open(request["said"] + (str(i) if i else ""), os.O_RDWR | os.O_CREAT)
         os.dup2(null, 0), os.dup2(said, 1), os.dup2(said, 2)
         sys.argv = ["script", *request["arguments"]]
         code = 1
@@ -45,13 +50,21 @@ for line in sys.stdin:
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    codes = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child] < 0:  # as torchrun does, so that none waits for one that was killed
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    print(json.dumps([codes[child] for child in children]), flush=True)
 """
 
 
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory: pytest.TempPathFactory):
-    """run_script(script, *arguments): (exit code, or minus the signal; what it printed), in a process of its own."""
+def run_scripts(tmp_path_factory: pytest.TempPathFactory):
+    """run_scripts(environments, script, *arguments): (exit code, or minus the signal; what it printed) of separate
+    processes that run at the same time, one for every dictionary of environment variables."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums decides the last bit
     server = subprocess.Popen(
         [sys.executable, "-c", _SERVER],
@@ -63,17 +76,25 @@ def run_script(tmp_path_factory: pytest.TempPathFactory):
     assert server.stdin is not None and server.stdout is not None
     stdin, stdout = server.stdin, server.stdout
 
-    def run(script: str, *arguments: str) -> tuple[int, str]:
+    def run(environments: list[dict[str, str]], script: str, *arguments: str) -> list[tuple[int, str]]:
         said = tmp_path_factory.mktemp("script") / "said"
-        stdin.write(json.dumps({"script": script, "arguments": arguments, "said": str(said)}) + "\n")
+        request = {"script": script, "arguments": arguments, "said": str(said), "environments": environments}
+        stdin.write(json.dumps(request) + "\n")
         stdin.flush()
         answer = stdout.readline()
         assert answer, "the server of scripts has died"
-        return int(answer), said.read_text()
+        texts = [said.with_name(said.name + (str(i) if i else "")).read_text() for i in range(len(environments))]
+        return list(zip(json.loads(answer), texts, strict=True))
 
     yield run
     server.kill()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def run_script(run_scripts):
+    """run_script(script, *arguments): (exit code, or minus the signal; what it printed), in a separate process."""
+    return lambda script, *arguments: run_scripts([{}], script, *arguments)[0]
 
 
 def make_tokenizer(folder: Path) -> None:

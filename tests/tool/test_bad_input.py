@@ -16,7 +16,7 @@ import transformers
 from lemo import _native, ops
 from lemo.cli import main
 from lemo.predictors import PredictorSet
-from support.bad_input import NB, TABLE, Bad, CommandError, M, P, T
+from support.bad_input import NB, SPLIT, TABLE, Bad, CommandError, M, P, T
 from support.cases import Attention, Draw
 from support.models import base as make_base
 from support.models import batch, tuned
@@ -56,6 +56,12 @@ def base(op: str) -> dict[str, Any]:
         t = case.inputs("cpu", torch.float32)
         fields = ["q", "k", "v", "cu_seqlens", "tile_offsets", "tiles"]
         return {n: t[n] for n in fields} | {"rows": None, "max_seqlen": case.max_seqlen, "scale": 0.25}
+    if op in ("attention_forward:keys", "attention_backward:keys"):
+        t = SPLIT.inputs("cpu", torch.float32)
+        fields = ["q", "k", "v", "cu_seqlens", "rows"]
+        backward = ["dout", "out", "lse", "key_weights", "row_slots", "row_slots_k"]
+        fields += backward if "backward" in op else []
+        return {n: t[n] for n in fields} | SPLIT.key_rows(t) | {"max_seqlen": SPLIT.max_seqlen, "scale": 0.25}
     if op == "select_blocks":
         rule = {"mode": "budget", "keep": 0.5, "threshold": 0.0, "always_first": 0, "always_last": 0, "seed": 0}
         return {"scores": draw.uniform(NB, low=0.1, high=0.9), "num_tokens": T} | layout() | rule
@@ -174,6 +180,8 @@ class World:
         options = {"post_norm": {"do_layer_norm_before": False}, "layerdrop": {"layerdrop": 0.1}}
         if kind in options:
             return make_base("opt", **options[kind])
+        if kind == "window":
+            return make_base("qwen2", use_sliding_window=True, sliding_window=16)
         if kind == "projected":
             return make_base("opt", word_embed_proj_dim=16)
         return make_base("llama" if kind == "attention_dropout" else "opt", attention_dropout=0.1)
@@ -280,11 +288,11 @@ class World:
         self.file("out/run.json", json.dumps({"settings": values, "inputs": inputs} | more))
         return str(self.folder / "out")
 
-    def another_model(self, kind: str = "llama") -> str:
+    def another_model(self, kind: str = "llama", **options: Any) -> str:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-        config = AutoConfig.for_model(kind, vocab_size=48, num_key_value_heads=2, eos_token_id=0, **sizes)
+        config = AutoConfig.for_model(kind, vocab_size=48, num_key_value_heads=2, eos_token_id=0, **sizes, **options)
         AutoModelForCausalLM.from_config(config).save_pretrained(self.folder / kind)
         AutoTokenizer.from_pretrained(self.model_folder).save_pretrained(self.folder / kind)
         return str(self.folder / kind)

@@ -85,6 +85,7 @@ def test_info_shows_the_installation(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["info", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert "cpu" in values["native library"] and values["torch"] and "GPUs" in values
+    assert {"LlamaForCausalLM", "Qwen2ForCausalLM"} <= set(values["models"])
 
 
 def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -333,7 +333,7 @@ def test_windows_without_a_label_are_blamed_on_the_data() -> None:
     from types import SimpleNamespace
 
     labels = [[-100, 3], [-100, -100], [-100, 4], [-100, 5]]
-    run: Any = SimpleNamespace(settings=FinetuneSettings(batch=2), log_every=1)
+    run: Any = SimpleNamespace(settings=FinetuneSettings(batch=2), log_every=1, windows_per_step=2)
     run.windows = [{"labels": torch.tensor(values)} for values in labels]
     assert RunInProgress.advice(run, 1).startswith("1 of the 2 windows")
     assert RunInProgress.advice(run, 2).startswith("Lower --lr")
@@ -355,10 +355,27 @@ def test_keyboard_interrupt_says_how_to_go_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackedWindows, "__getitem__", read)
         assert finetune(model_folder, text_folder, out, *options) == 130
-    assert f"go on with: lemo finetune --out {out} --resume" in capsys.readouterr().err
+    assert f"resume with: lemo finetune --out {out} --resume" in capsys.readouterr().err
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
     assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
     assert_same_adapter(finished, out)
+
+
+def test_a_calibration_for_another_share_is_reported(
+    model_folder: Path, text_folder: Path, calibration_folder: Path, tmp_path: Path, capsys
+) -> None:
+    calibrated = ["--calibration", str(calibration_folder), "--steps", "1"]
+    for keep, schedule, expected in (
+        ("0.25", "skip", "made for --keep 0.5, the schedule keeps 0.25:"),
+        ("0.5", "skip:0.25:sampled,skip:0.75:predictors,dense", "the schedule keeps 0.25 and 0.75:"),
+        ("0.5", "skip", None),
+        ("0.25", "skip:random,backward:update_norm", None),
+    ):
+        out = tmp_path / (keep + schedule.replace(":", "-"))
+        assert finetune(model_folder, text_folder, out, *calibrated, "--keep", keep, "--schedule", schedule) == 0
+        said = capsys.readouterr().err
+        assert ("the calibration was made for" in said) == (expected is not None)
+        assert expected is None or expected in said
 
 
 def test_keyboard_interrupt_before_the_run_began(

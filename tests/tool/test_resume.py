@@ -126,6 +126,16 @@ def test_inputs_that_moved(original: Setting, stopped: Setting, whole: bytes, tm
     assert len(run_settings(stopped.out)["events"]) == 1
 
 
+def test_the_default_dtype_may_be_named(stopped: Setting, whole: bytes, capsys) -> None:
+    for dtype in ("bfloat16", "float16"):
+        assert resume(stopped.out, "--dtype", dtype) == 2
+        assert f"dtype: the run has None, now '{dtype}'" in capsys.readouterr().err
+    assert resume(stopped.out, "--dtype", "float32") == 0
+    assert adapter_of(stopped.out) == whole and run_settings(stopped.out)["inputs"]["dtype"] is None
+    shutil.rmtree(stopped.out / "adapter")
+    assert resume(stopped.out, "--dtype", "auto") == 0 and adapter_of(stopped.out) == whole
+
+
 @pytest.mark.parametrize("what", ["model", "data", "calibration"])
 def test_other_content_at_a_new_place(
     original: Setting, stopped: Setting, whole: bytes, tmp_path: Path, capsys, what: str
@@ -270,7 +280,7 @@ def test_other_versions_are_said_and_recorded(stopped: Setting, whole: bytes, mo
     monkeypatch.setattr("lemo.__version__", "0.0.9")
     assert resume(stopped.out) == 0 and adapter_of(stopped.out) == whole
     said = capsys.readouterr().err
-    assert "WARNING: the run continues under other circumstances: lemo was" in said and "is now 0.0.9" in said
+    assert "WARNING: the run resumes in another environment: lemo was" in said and "is now 0.0.9" in said
     (event,) = run_settings(stopped.out)["events"]
     assert event["environment"]["lemo"]["now"] == "0.0.9" and set(event["environment"]) == {"lemo"}
     assert resume(stopped.out) == 0
@@ -379,7 +389,7 @@ def test_killed_while_run_json_is_written(tmp_path: Path, run_script, moment: st
     code, said = run_script(script, str(out), moment)
     assert code == -signal.SIGKILL, said
     assert {p.name[:17] for p in out.iterdir()} == {".lock", ".writing-run.json"}
-    with pytest.raises(CheckpointError, match="no run folder; start a run with"):
+    with pytest.raises(CheckpointError, match="not a run folder; start a run with"):
         run_settings(out)
     with locked(out):
         start_run(out, {"settings": {"lr": 1}})

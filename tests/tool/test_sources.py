@@ -62,6 +62,22 @@ def test_a_damaged_data_set_is_named(tmp_path: Path, tokenizer) -> None:
         load_documents([str(tmp_path / "one")], tokenizer, progress=False)
 
 
+@pytest.mark.parametrize("place", [10, 4095, 4096, 50_000])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("bad", [b"\0", b"\xff"])
+def test_a_byte_that_is_no_text_is_refused_with_its_place(tmp_path: Path, tokenizer, place: int, mark, bad) -> None:
+    content = bytearray(mark + b"words " * 10_000)
+    content[place : place + 1] = bad
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.txt: not a UTF-8 text file \(.* at byte {place}\)"):
+        load_documents([str(path)], tokenizer, progress=False)
+    (tmp_path / "b.txt").write_text("more words")
+    lines: list[str] = []
+    documents = load_documents([str(tmp_path)], tokenizer, progress=False, report=lines.append)
+    assert len(documents) == 1 and "left out files that are not UTF-8 text: 1" in " ".join(lines)
+
+
 def test_binary_files_in_a_folder_are_left_out_and_reported(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "a.txt").write_text("the block of tokens")
     (tmp_path / "b.png").write_bytes(b"\x89PNG\0\0")
@@ -256,7 +272,7 @@ def test_a_folder_of_records_and_texts_is_said(tmp_path: Path, tokenizer) -> Non
     (tmp_path / "README.md").write_text(TEXTS[0])
     said: list[str] = []
     assert len(load_documents([str(tmp_path)], tokenizer, progress=False, report=said.append)) == 4
-    assert len(said) == 1 and "beside 3 records, files read whole as text: 1 (" in said[0] and "README.md" in said[0]
+    assert len(said) == 1 and "next to 3 records, files read whole as text: 1 (" in said[0] and "README.md" in said[0]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

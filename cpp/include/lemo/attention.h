@@ -1,17 +1,36 @@
-/* Causal attention over kept rows, forward and backward.
+/** @file
+ * Causal attention over kept rows, forward and backward.
  *
- * The M packed rows of D documents are given by cu_seqlens. Packed row i of q, k, v, out (and their gradients) lies
- * at storage row rows[i] of each tensor: original offsets, no copy. Absent `rows` = packed storage (storage row i).
- * Within a document they ascend (rows[i] > rows[i - 1]: kernels tell by its ends whether a run of rows is one piece of
+ * The M packed rows of D documents are given by `cu_seqlens`. Packed row i of queries, keys, values, outputs (and their
+ * gradients) lies at storage row rows[i] of each tensor: original offsets, no copy. Without `rows`, it lies at storage
+ * row i. Within a document storage rows ascend (kernels conclude from the ends of a run of rows that it is one piece of
  * storage), and packed order decides causality: i sees j iff j <= i in the same document.
+ *
  *   out_i = sum_j P_ij v_j,  P_ij = exp(scale * q_i . k_j - lse_i),  lse_i = log sum_j exp(scale * q_i . k_j)
- * Query head h reads key/value head h / (Hq / Hk). D in {64, 80, 96, 128} on CUDA, any on the CPU.
+ *
+ * Query head h reads key and value head h / (Hq / Hk). The size of a head is 64, 80, 96 or 128 on CUDA, any on the CPU.
+ *
+ * Keys may have separate rows: with `cu_seqlens_k`, packed row j of keys and values (and their gradients) lies at
+ * storage row rows_k[j] (without `rows_k`: j), and the sizes of the two sides are independent. `cu_seqlens`, `rows`,
+ * `max_seqlen`, `lse` and `row_slots` then describe the queries alone. A document with nq query rows and nk key rows is
+ * aligned at its end: its queries are the last nq of nk positions, so that its query i sees its key j (both counted
+ * within the document) iff
+ *
+ *   j <= i + nk - nq
+ *
+ * A query that sees no key (i < nq - nk) has out = 0 and lse = -infinity, and neither gets nor gives a gradient; a key
+ * that no query sees (nq = 0) gets the gradient 0. A document processed in chunks of queries, each over the keys up to
+ * its end, therefore gives the results of the whole, with dk and dv summed over the chunks.
  *
  * Two-dimensional sparsity (the paper's extension): with tile lists, a query sees only part of the earlier keys. The
  * rows of each document are cut into tiles of LEMO_TILE_ROWS packed rows; tile i of document d has the slot
  * cu_seqlens[d] / LEMO_TILE_ROWS + d + i, so that S = capacity / LEMO_TILE_ROWS + D slots hold any division into
- * documents (some stay empty). A query tile always sees itself, causally, and besides that the key tiles of its list,
- * whole. lse covers what was seen. */
+ * documents (some stay empty). List s is tiles[tile_offsets[s]] to tiles[tile_offsets[s + 1] - 1], numbers of tiles
+ * within the document, ascending. A query tile sees itself, causally, and the whole key tiles of its list. `lse` covers
+ * what was seen. Tile lists and separate rows of keys exclude each other (LEMO_UNSUPPORTED).
+ *
+ * In the shapes below, capacity is the length of `rows`, or R without it, and at least M; capacity_k likewise for keys.
+ * Further limits on CUDA (LEMO_UNSUPPORTED): `scale` is at least 0, and tile lists need compute capability 9.0. */
 #ifndef LEMO_ATTENTION_H
 #define LEMO_ATTENTION_H
 
@@ -21,59 +40,74 @@
 extern "C" {
 #endif
 
+/** Packed rows of a tile of the tile lists. */
 #define LEMO_TILE_ROWS 128
 
+/** Outputs of the given rows. */
 typedef struct lemo_attention_forward_args {
   uint64_t struct_size;
-  lemo_tensor q;          /* [R, Hq, D] f32 (CPU), f16/bf16 (CUDA); row and head strides multiples of 8 on CUDA */
-  lemo_tensor k;          /* [R, Hk, D] */
-  lemo_tensor v;          /* [R, Hk, D] */
-  lemo_tensor cu_seqlens; /* int32 [D + 1], packed rows; M = cu_seqlens[D] <= capacity */
-  lemo_tensor rows;       /* optional int32 [capacity]: storage row of each packed row */
-  int64_t max_seqlen;     /* the longest document in packed rows, or an upper bound of it */
-  float scale;
-  int32_t reserved;
+  lemo_tensor q;          /**< float [R, Hq, D]; rows and heads may be strided, here and below */
+  lemo_tensor k;          /**< float [R, Hk, D], Hk divides Hq; [Rk, Hk, D] with `cu_seqlens_k` */
+  lemo_tensor v;          /**< float, shape of `k` */
+  lemo_tensor cu_seqlens; /**< int32 [D + 1]: first packed row of every document, from 0, ascending, M at the end */
+  lemo_tensor rows;       /**< optional: int32 [capacity], storage row of every packed row; not read from M on */
+  int64_t max_seqlen;     /**< at least the packed rows of the longest document */
+  float scale;            /**< finite; usually 1 / sqrt(D) */
+  int32_t reserved;       /**< 0 */
 
-  lemo_tensor out; /* out: [R, Hq, D], dtype of q; rows not named keep what they hold */
-  lemo_tensor lse; /* out: float32 [Hq, capacity], by packed row. capacity = len(rows), or R without rows */
+  lemo_tensor out; /**< out: float [R, Hq, D]; rows that `rows` does not name are not touched */
+  lemo_tensor lse; /**< out: float32 [Hq, capacity], by packed row; without meaning from M on */
 
-  /* optional tile lists: list s is tiles[tile_offsets[s]] .. tiles[tile_offsets[s + 1] - 1], ascending */
-  lemo_tensor tile_offsets; /* int32 [S + 1], from 0 */
-  lemo_tensor tiles;        /* int32 [L], with tile_offsets: key tiles of a query tile, below its own, by number within
-                               the document */
+  lemo_tensor tile_offsets; /**< optional: int32 [S + 1], from 0, ascending */
+  lemo_tensor tiles;        /**< with `tile_offsets`: int32 [L], key tiles of every query tile, below its own */
+
+  lemo_tensor cu_seqlens_k; /**< optional: int32 [D + 1], first packed key row of every document, as `cu_seqlens` */
+  lemo_tensor rows_k;       /**< optional: int32 [capacity_k], as `rows`; needs `cu_seqlens_k` */
+  int64_t max_seqlen_k;     /**< at least the packed key rows of the longest document; 0 without `cu_seqlens_k` */
 } lemo_attention_forward_args;
-
 LEMO_API lemo_status lemo_attention_forward(const lemo_exec* exec, const lemo_attention_forward_args* args);
 LEMO_API lemo_status lemo_attention_forward_workspace(const lemo_exec* exec, const lemo_attention_forward_args* args,
                                                       uint64_t* bytes);
 
-/* Backward pass restricted to the given rows, with the output and log-sum-exp of whatever forward pass made them:
- * where that pass saw more keys than these, P_ij is still the exact probability.
+/** Gradients restricted to the given rows, with the output and log-sum-exp of whatever forward pass made them: if that
+ * pass saw more keys than these, P_ij is still the exact probability.
+ *
  *   D_i = dout_i . out_i;  dS_ij = P_ij (dout_i . v_j - D_i)
  *   dq_i = scale sum_j w_ij dS_ij k_j;  dk_j = scale sum_i w_ij dS_ij q_i;  dv_j = sum_i w_ij P_ij dout_i
- * w_ij = key_weights[slot of j], or 1 where i and j share a block slot, or 1 without key_weights. */
+ *
+ * w_ij = key_weights[slot of j], or 1 if i and j share a block slot, or 1 without `key_weights`. The slot of a query is
+ * row_slots[i]; that of a key row_slots_k[j] with `cu_seqlens_k`, else row_slots[j].
+ *
+ * With `deterministic`, sums have a fixed order, and results are bitwise repeatable. */
 typedef struct lemo_attention_backward_args {
   uint64_t struct_size;
-  lemo_tensor dout; /* [R, Hq, D], dtype of q */
-  lemo_tensor q, k, v, out;
-  lemo_tensor lse; /* float32 [Hq, capacity] */
-  lemo_tensor cu_seqlens;
-  lemo_tensor rows;        /* optional, as in the forward pass */
-  lemo_tensor key_weights; /* optional float32 [K], by block slot */
-  lemo_tensor row_slots;   /* int32 [capacity], with key_weights: block slot of every packed row */
-  int64_t max_seqlen;
-  float scale;
-  int32_t reserved;
+  lemo_tensor dout;        /**< float [R, Hq, D] */
+  lemo_tensor q;           /**< float [R, Hq, D] */
+  lemo_tensor k;           /**< float [R, Hk, D]; [Rk, Hk, D] with `cu_seqlens_k` */
+  lemo_tensor v;           /**< float, shape of `k` */
+  lemo_tensor out;         /**< float [R, Hq, D] */
+  lemo_tensor lse;         /**< float32 [Hq, capacity] */
+  lemo_tensor cu_seqlens;  /**< int32 [D + 1] */
+  lemo_tensor rows;        /**< optional: int32 [capacity] */
+  lemo_tensor key_weights; /**< optional: float32 [K], by block slot */
+  lemo_tensor row_slots;   /**< with `key_weights`: int32 [capacity], block slot of every packed (query) row */
+  int64_t max_seqlen;      /**< as in the forward pass */
+  float scale;             /**< as in the forward pass */
+  int32_t reserved;        /**< 0 */
 
-  lemo_tensor dq; /* out: [R, Hq, D] */
-  lemo_tensor dk; /* out: [R, Hk, D] */
-  lemo_tensor dv; /* out: [R, Hk, D] */
+  lemo_tensor dq; /**< out: float [R, Hq, D]; rows that `rows` does not name are not touched */
+  lemo_tensor dk; /**< out: float, shape of `k`; rows that are not named are not touched */
+  lemo_tensor dv; /**< out: float, shape of `k`; rows that are not named are not touched */
 
-  lemo_tensor tile_offsets; /* optional int32 [S + 1] and int32 [L]: the transposed lists, query tiles of a key tile, */
-  lemo_tensor tiles;        /* above its own, ascending */
+  lemo_tensor tile_offsets; /**< optional: int32 [S + 1], of the lists transposed */
+  lemo_tensor tiles;        /**< with `tile_offsets`: int32 [L], query tiles of every key tile, above its own */
+
+  lemo_tensor cu_seqlens_k; /**< optional: int32 [D + 1], as in the forward pass */
+  lemo_tensor rows_k;       /**< optional: int32 [capacity_k]; needs `cu_seqlens_k` */
+  lemo_tensor row_slots_k;  /**< with `cu_seqlens_k` and `key_weights`: int32 [capacity_k], block slot of every packed
+                                 key row */
+  int64_t max_seqlen_k;     /**< as in the forward pass */
 } lemo_attention_backward_args;
-
-/* exec->deterministic = 1: sums in a fixed order, bitwise repeatable. */
 LEMO_API lemo_status lemo_attention_backward(const lemo_exec* exec, const lemo_attention_backward_args* args);
 LEMO_API lemo_status lemo_attention_backward_workspace(const lemo_exec* exec, const lemo_attention_backward_args* args,
                                                        uint64_t* bytes);

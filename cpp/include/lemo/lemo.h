@@ -1,4 +1,5 @@
-/* lemo: token elimination for long-context fine-tuning. Includes every public header of the C interface. */
+/** @file
+ * lemo: token elimination for long-context fine-tuning. Includes the header of every operation. */
 #ifndef LEMO_LEMO_H
 #define LEMO_LEMO_H
 

@@ -1,4 +1,5 @@
-/* C++17 sugar over the C interface: exceptions, tensor views, one `run` for every operation. Header only.
+/** @file
+ * The C interface for C++17: exceptions, tensor views, one `run` for every operation. Header only.
  *
  *   std::vector<float> x(T * d), packed(M * d);
  *   auto args = lemo::make<lemo_gather_args>();
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "lemo/lemo.h"
+#include "lemo/operations.h"
 
 namespace lemo {
 
@@ -110,36 +112,18 @@ void call(lemo_exec exec, const Args& args, Run run, Workspace workspace) {
 
 }  // namespace detail
 
-inline void run(const lemo_exec& exec, const lemo_gather_args& args) {
-  detail::call(exec, args, lemo_gather, detail::NoWorkspace());
-}
-inline void run(const lemo_exec& exec, const lemo_scatter_add_args& args) {
-  detail::call(exec, args, lemo_scatter_add, detail::NoWorkspace());
-}
-inline void run(const lemo_exec& exec, const lemo_gather_norm_args& args) {
-  detail::call(exec, args, lemo_gather_norm, detail::NoWorkspace());
-}
-inline void run(const lemo_exec& exec, const lemo_gather_norm_backward_args& args) {
-  detail::call(exec, args, lemo_gather_norm_backward, lemo_gather_norm_backward_workspace);
-}
-inline void run(const lemo_exec& exec, const lemo_select_args& args) {
-  detail::call(exec, args, lemo_select, lemo_select_workspace);
-}
-inline void run(const lemo_exec& exec, const lemo_scores_args& args) {
-  detail::call(exec, args, lemo_scores, lemo_scores_workspace);
-}
-inline void run(const lemo_exec& exec, const lemo_predict_args& args) {
-  detail::call(exec, args, lemo_predict, lemo_predict_workspace);
-}
-inline void run(const lemo_exec& exec, const lemo_attention_forward_args& args) {
-  detail::call(exec, args, lemo_attention_forward, lemo_attention_forward_workspace);
-}
-inline void run(const lemo_exec& exec, const lemo_attention_backward_args& args) {
-  detail::call(exec, args, lemo_attention_backward, lemo_attention_backward_workspace);
-}
-inline void run(const lemo_exec& exec, const lemo_linear_cross_entropy_args& args) {
-  detail::call(exec, args, lemo_linear_cross_entropy, lemo_linear_cross_entropy_workspace);
-}
+/* run(exec, args) for the argument struct of every operation. */
+#define LEMO_DEFINE_RUN_(op)                                             \
+  inline void run(const lemo_exec& exec, const lemo_##op##_args& args) { \
+    detail::call(exec, args, lemo_##op, detail::NoWorkspace());          \
+  }
+#define LEMO_DEFINE_RUN_WITH_WORKSPACE_(op)                              \
+  inline void run(const lemo_exec& exec, const lemo_##op##_args& args) { \
+    detail::call(exec, args, lemo_##op, lemo_##op##_workspace);          \
+  }
+LEMO_OPERATIONS(LEMO_DEFINE_RUN_, LEMO_DEFINE_RUN_WITH_WORKSPACE_)
+#undef LEMO_DEFINE_RUN_WITH_WORKSPACE_
+#undef LEMO_DEFINE_RUN_
 
 }  // namespace lemo
 

@@ -1,73 +1,72 @@
-/* Kept rows of the residual stream: gather, norm, scatter-add, and their backward passes (paper section 5.1).
+/** @file
+ * Kept rows of the residual stream: gather, norm, scatter-add, and their backward passes (paper section 5.1).
  *
- * `rows` (int32 [M]) names the row of the residual stream behind each packed row. Entries of -1 are padding: they
- * gather zeros and scatter nothing. No row appears twice. An absent `rows` means the identity (M = T). */
+ * `rows` names the row of the residual stream behind each of M packed rows. Entries of -1 are padding: they gather
+ * zeros and scatter nothing. Where rows are written, none may appear twice. An absent `rows` means the identity, M = T.
+ * On CUDA d is a multiple of 8, and at most 16384 for the norms. */
 #ifndef LEMO_ROWS_H
 #define LEMO_ROWS_H
 
-#include "lemo/predict.h"
 #include "lemo/types.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* out[i] = weights[slots[i]] * x[rows[i]] */
+/** out[i] = weights[slots[i]] * x[rows[i]], or x[rows[i]] without `weights`. */
 typedef struct lemo_gather_args {
   uint64_t struct_size;
-  lemo_tensor x;       /* [T, d] f32 (CPU), f16/bf16 (CUDA) */
-  lemo_tensor rows;    /* int32 [M] */
-  lemo_tensor weights; /* optional float32 [K], by block slot */
-  lemo_tensor slots;   /* int32 [M], with `weights`: block slot of every packed row */
-  lemo_tensor out;     /* out: [M, d], dtype of x */
+  lemo_tensor x;       /**< float [T, d] */
+  lemo_tensor rows;    /**< optional: int32 [M], rows of `x` or -1 */
+  lemo_tensor weights; /**< optional: float32 [K], by block slot */
+  lemo_tensor slots;   /**< with `weights`: int32 [M], the block slot of every packed row; not read at padding */
+  lemo_tensor out;     /**< out: float [M, d] */
 } lemo_gather_args;
 LEMO_API lemo_status lemo_gather(const lemo_exec* exec, const lemo_gather_args* args);
 
-/* In place: x[rows[i]] += y[i]; with `base`: x[rows[i]] = base[i] + y[i]. Sums in fp32, one rounding. */
+/** In place: x[rows[i]] += y[i]; with `base`: x[rows[i]] = base[i] + y[i]. Sums in float32, rounded once. */
 typedef struct lemo_scatter_add_args {
   uint64_t struct_size;
-  lemo_tensor x;    /* inout: [T, d] */
-  lemo_tensor rows; /* int32 [M] */
-  lemo_tensor y;    /* [M, d], dtype of x */
-  lemo_tensor base; /* optional [M, d], dtype of x */
+  lemo_tensor x;    /**< inout: float [T, d]; rows that `rows` does not name are not touched */
+  lemo_tensor rows; /**< optional: int32 [M], rows of `x` or -1, none twice */
+  lemo_tensor y;    /**< float [M, d] */
+  lemo_tensor base; /**< optional: float [M, d] */
 } lemo_scatter_add_args;
 LEMO_API lemo_status lemo_scatter_add(const lemo_exec* exec, const lemo_scatter_add_args* args);
 
-/* s_i = x[rows[i]] + residual[i] (residual optional, rounded to the dtype of x);  y = norm(s) * weight + bias.
- * RMS: s * rstd, rstd = 1/sqrt(mean(s^2) + eps);  LAYER: (s - mean) * rstd, rstd = 1/sqrt(var(s) + eps). */
+/** s_i = x[rows[i]] + residual[i], rounded to the dtype of `x`;  y_i = norm(s_i) * weight + bias. */
 typedef struct lemo_gather_norm_args {
   uint64_t struct_size;
-  lemo_tensor x;        /* [T, d] f32 (CPU), f16/bf16 (CUDA) */
-  lemo_tensor rows;     /* optional int32 [M] */
-  lemo_tensor residual; /* optional [M, d], dtype of x */
-  lemo_tensor weight;   /* optional [d], dtype of x or float32 */
-  lemo_tensor bias;     /* optional [d], dtype of weight */
-  int32_t norm;         /* lemo_norm */
-  float eps;
+  lemo_tensor x;        /**< float [T, d] */
+  lemo_tensor rows;     /**< optional: int32 [M], rows of `x` or -1 */
+  lemo_tensor residual; /**< optional: float [M, d]; absent: 0 */
+  lemo_tensor weight;   /**< optional: float or float32 [d]; absent: 1 */
+  lemo_tensor bias;     /**< optional: [d] in the dtype of `weight`; needs `weight`; absent: 0 */
+  int32_t norm;         /**< lemo_norm */
+  float eps;            /**< finite, at least 0 */
 
-  lemo_tensor y;      /* out: [M, d], dtype of x */
-  lemo_tensor packed; /* optional out: [M, d]: s, what backward needs */
-  lemo_tensor mean;   /* optional out: float32 [M] (LAYER) */
-  lemo_tensor rstd;   /* optional out: float32 [M] */
+  lemo_tensor y;      /**< out: float [M, d] */
+  lemo_tensor packed; /**< optional out: float [M, d], s: what the backward pass needs */
 } lemo_gather_norm_args;
 LEMO_API lemo_status lemo_gather_norm(const lemo_exec* exec, const lemo_gather_norm_args* args);
 
-/* ds = gradient of the norm at s;  dx[rows[i]] = or += ds_i (+ dresidual[i]).  Statistics are recomputed from s. */
+/** ds_i = gradient of the norm at s_i, plus ds_extra[i];  dx[rows[i]] = ds_i, or += ds_i. The statistics of the norm
+ * are computed again from `s`. Padding contributes nothing, to the gradients of the parameters neither. */
 typedef struct lemo_gather_norm_backward_args {
   uint64_t struct_size;
-  lemo_tensor dy;       /* [M, d] */
-  lemo_tensor s;        /* [M, d]: `packed` of the forward pass (or x where neither rows nor residual were given) */
-  lemo_tensor weight;   /* optional, as in the forward pass */
-  lemo_tensor ds_extra; /* optional [M, d]: gradient that reaches s by another way, added to ds */
-  lemo_tensor rows;     /* optional int32 [M]: where ds goes in dx; absent = the identity */
-  int32_t norm;         /* lemo_norm */
-  float eps;
-  int32_t accumulate; /* 0: dx[rows[i]] = ds_i; 1: dx[rows[i]] += ds_i. Other rows of dx are not touched. */
-  int32_t reserved;
+  lemo_tensor dy;       /**< float [M, d] */
+  lemo_tensor s;        /**< float [M, d]: `packed` of the forward pass (or its x, without rows and residual) */
+  lemo_tensor weight;   /**< optional: as in the forward pass */
+  lemo_tensor ds_extra; /**< optional: float [M, d], the gradient that reaches s by other paths */
+  lemo_tensor rows;     /**< optional: int32 [M], rows of `dx` or -1, none twice; absent: the identity, T = M */
+  int32_t norm;         /**< lemo_norm, as in the forward pass */
+  float eps;            /**< as in the forward pass */
+  int32_t accumulate;   /**< 0: dx[rows[i]] = ds_i; 1: dx[rows[i]] += ds_i */
+  int32_t reserved;     /**< 0 */
 
-  lemo_tensor dx;      /* out or inout: [T, d], dtype of dy */
-  lemo_tensor dweight; /* optional out: float32 [d] */
-  lemo_tensor dbias;   /* optional out: float32 [d] */
+  lemo_tensor dx;      /**< inout: float [T, d]; rows that `rows` does not name are not touched */
+  lemo_tensor dweight; /**< optional out: float32 [d], the sum over i of dy_i * norm(s_i) */
+  lemo_tensor dbias;   /**< optional out: float32 [d], the sum over i of dy_i */
 } lemo_gather_norm_backward_args;
 LEMO_API lemo_status lemo_gather_norm_backward(const lemo_exec* exec, const lemo_gather_norm_backward_args* args);
 LEMO_API lemo_status lemo_gather_norm_backward_workspace(const lemo_exec* exec,

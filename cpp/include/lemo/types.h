@@ -1,16 +1,27 @@
-/* lemo: status codes, tensors and the execution context shared by every operation.
+/** @file
+ * Status codes, tensors and the execution context that every operation shares.
  *
  * Conventions of the whole interface:
- *  - C99; every struct can be zero-initialised; every argument struct begins with `struct_size`
- *    (= sizeof of the struct the caller compiled against), so fields can be appended later.
- *  - The library owns no memory: outputs and workspace come from the caller. It never allocates
- *    device memory and never synchronises a stream.
- *  - Arguments are checked and memory is taken before anything is written: a call that fails has left
- *    every output as it was, whatever its status. Only LEMO_CANCELLED leaves outputs undefined, and on
- *    CUDA a LEMO_BACKEND_ERROR of a kernel that was already running.
+ *  - C99. Every struct can be zero-initialized; argument structs begin with `struct_size`, sizeof of the struct that
+ *    the caller was compiled with, so that fields can be appended later.
+ *  - The library owns no memory: outputs and workspace come from the caller. It never allocates device memory and never
+ *    synchronizes a stream.
+ *  - Arguments are checked and memory is taken before anything is written: a call that fails leaves every output as it
+ *    was, whatever its status. Two exceptions leave outputs undefined: LEMO_CANCELLED, and on CUDA a
+ *    LEMO_BACKEND_ERROR of a kernel that was already running.
+ *  - Comments of tensors begin with their role. "optional": may be absent. "with" another one: given if that is, and
+ *    only then. "out": written; "inout": read and written. All others are read and must be given.
+ *  - "float" is the dtype an operation computes in: float32 on the CPU, float16 or bfloat16 on CUDA, the same for all
+ *    such tensors of a call.
+ *  - Strides count elements, not bytes. The last dimension is contiguous. On CUDA "float" tensors of more than one
+ *    dimension, their rows, gradients of matrices, and weight and bias of norms begin at multiples of 16 bytes. Outputs
+ *    must not overlap themselves.
+ *  - Lists of indices (rows, slots, offsets) are checked on the CPU. On CUDA they are not, since reading them would
+ *    synchronize: wrong ones are undefined behavior.
  *  - Reserved fields are 0. A tensor of 0 elements may have data == NULL; it is still present.
- *  - Strides count elements, not bytes. The last dimension is contiguous unless a field says otherwise.
- */
+ *
+ * Letters of shapes: T tokens, M packed (kept) rows, d channels, K block slots; D documents or, as the last dimension
+ * of queries and keys, channels of a head. */
 #ifndef LEMO_TYPES_H
 #define LEMO_TYPES_H
 
@@ -28,23 +39,26 @@
 #define LEMO_VERSION_MINOR 1
 #define LEMO_VERSION_PATCH 0
 
+/** The most dimensions of a tensor. */
 #define LEMO_MAX_DIMS 4
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
+/** What every function returns; lemo_last_error() has the message. */
 typedef enum lemo_status {
   LEMO_OK = 0,
-  LEMO_INVALID_ARGUMENT = 1,    /* wrong dtype, shape, stride, alignment, range: see lemo_last_error() */
-  LEMO_UNSUPPORTED = 2,         /* valid, but this backend or build has no kernel for it */
-  LEMO_WORKSPACE_TOO_SMALL = 3, /* exec.workspace holds fewer bytes than lemo_X_workspace() asked for */
-  LEMO_NUMERICAL = 4,           /* non-finite scores, or a selection that keeps nothing (CPU only) */
-  LEMO_BACKEND_ERROR = 5,       /* out of host memory, or the text of the CUDA runtime's error in lemo_last_error() */
-  LEMO_INTERNAL_ERROR = 6,      /* a bug in lemo */
-  LEMO_CANCELLED = 7            /* exec.cancel asked to stop (CPU only); outputs are undefined */
+  LEMO_INVALID_ARGUMENT = 1,    /**< a wrong dtype, shape, stride, alignment, range or index */
+  LEMO_UNSUPPORTED = 2,         /**< valid, but this backend, build or device has no kernel for it */
+  LEMO_WORKSPACE_TOO_SMALL = 3, /**< `workspace` holds fewer bytes than lemo_X_workspace() asked for */
+  LEMO_NUMERICAL = 4,           /**< lemo_select on the CPU: an unusable score, or a threshold that keeps nothing */
+  LEMO_BACKEND_ERROR = 5,       /**< out of host memory, or an error of the CUDA runtime */
+  LEMO_INTERNAL_ERROR = 6,      /**< a bug in lemo */
+  LEMO_CANCELLED = 7            /**< `cancel` ended the call (CPU only); outputs are undefined */
 } lemo_status;
 
+/** The type of a tensor's elements. */
 typedef enum lemo_dtype {
   LEMO_F32 = 0,
   LEMO_F16 = 1,
@@ -54,54 +68,64 @@ typedef enum lemo_dtype {
   LEMO_U8 = 5
 } lemo_dtype;
 
+/** Where tensors lie and operations run. */
 typedef enum lemo_device { LEMO_CPU = 0, LEMO_CUDA = 1 } lemo_device;
 
-/* A view of memory the caller owns. An absent optional tensor has ndim == 0. */
+/** Norms over the channels of a row s. */
+typedef enum lemo_norm {
+  LEMO_NORM_RMS = 0,  /**< s / sqrt(mean(s^2) + eps) */
+  LEMO_NORM_LAYER = 1 /**< (s - mean(s)) / sqrt(var(s) + eps) */
+} lemo_norm;
+
+/** A view of memory the caller owns. An absent tensor has ndim == 0. */
 typedef struct lemo_tensor {
   void* data;
-  int32_t dtype; /* lemo_dtype */
-  int32_t ndim;  /* 1..LEMO_MAX_DIMS; 0 = absent */
-  int64_t shape[LEMO_MAX_DIMS];
-  int64_t stride[LEMO_MAX_DIMS]; /* in elements */
+  int32_t dtype;                 /**< lemo_dtype */
+  int32_t ndim;                  /**< 1 to LEMO_MAX_DIMS; 0: absent */
+  int64_t shape[LEMO_MAX_DIMS];  /**< elements of each dimension; the first `ndim` count */
+  int64_t stride[LEMO_MAX_DIMS]; /**< elements from one entry of a dimension to the next; at least 0 */
 } lemo_tensor;
 
-/* Where and how a call runs. All tensors of the call live on `device`. */
+/** Where and how a call runs. All tensors of the call lie on `device`. */
 typedef struct lemo_exec {
   uint64_t struct_size;
-  int32_t device;          /* lemo_device */
-  int32_t device_index;    /* CUDA ordinal; ignored on the CPU */
-  void* stream;            /* cudaStream_t, NULL = default stream; ignored on the CPU */
-  void* workspace;         /* at least lemo_X_workspace() bytes, 256-byte aligned, on `device` */
-  uint64_t workspace_size; /* bytes */
-  int32_t deterministic;   /* 1: bitwise repeatable results, slower where it says so */
-  int32_t num_threads;     /* CPU threads, 0 = all cores; ignored on CUDA. Results do not depend on it. */
+  int32_t device;          /**< lemo_device */
+  int32_t device_index;    /**< ordinal of the CUDA device; ignored on the CPU */
+  void* stream;            /**< cudaStream_t, NULL: the default stream; ignored on the CPU */
+  void* workspace;         /**< on `device`, aligned to 256 bytes (CPU: 64); NULL if the operation needs none */
+  uint64_t workspace_size; /**< in bytes; at least what lemo_X_workspace() returned for the same arguments */
+  int32_t deterministic;   /**< 1: bitwise repeatable results, else 0. They are repeatable anyway, except those of
+                                lemo_attention_backward on CUDA, which is slower then. */
+  int32_t num_threads;     /**< threads on the CPU, 0: all cores; ignored on CUDA. Results do not depend on it. */
 
-  /* Optional: whether to give up a long operation on the CPU. Called every 50 ms or so by the thread that made the call
-   * and by no other, between tiles of work; the call then ends with LEMO_CANCELLED where it returned a value other than
-   * 0. It may call lemo itself and must not throw. Ignored on CUDA, where a call returns once its work is queued. */
+  /** Optional: whether to give up a long operation on the CPU. It is called about every 50 ms between tiles of work,
+   * only by the thread that made the call, which ends with LEMO_CANCELLED if it returned a value other than 0. It may
+   * call lemo itself and must not throw. Ignored on CUDA, where a call returns once its work is queued. */
   int32_t (*cancel)(void* context);
-  void* cancel_context;
+  void* cancel_context; /**< the argument of `cancel` */
 } lemo_exec;
 
-/* The blocks of a packed batch: `b` consecutive tokens of one document each, the last block of a document
- * possibly shorter. T = offsets[num_blocks] tokens in D documents. */
+/** The blocks of a packed batch: `block_size` consecutive tokens of one document each; only the last block of a
+ * document may be shorter. T = offsets[num_blocks] tokens in D documents, none of them empty. */
 typedef struct lemo_blocks {
-  lemo_tensor offsets;   /* int32 [num_blocks + 1]: first token of every block, ascending, offsets[num_blocks] = T */
-  lemo_tensor documents; /* int32 [D + 1]: first block of every document, ascending, documents[D] = num_blocks */
-  int32_t block_size;    /* b: the most tokens a block may have */
-  int32_t reserved;
+  lemo_tensor offsets;   /**< int32 [num_blocks + 1]: first token of every block, from 0, ascending, T at the end */
+  lemo_tensor documents; /**< int32 [D + 1]: first block of every document, from 0, ascending, num_blocks at the end */
+  int32_t block_size;    /**< the tokens of every block but the last of a document; at least 1 */
+  int32_t reserved;      /**< 0 */
 } lemo_blocks;
 
-/* The message of the last failed call of this thread, "" if none. The thread's next lemo call replaces the text; the
- * pointer stays readable until the thread ends. At most 2047 characters.
- * It names the argument, what was expected and what was given. */
+/** The message of this thread's last failed call, "" if its last call succeeded. It names the argument, what was
+ * expected and what was given, in at most 2047 characters. The thread's next lemo call replaces the text; the pointer
+ * stays readable until the thread ends. */
 LEMO_API const char* lemo_last_error(void);
+
+/** A status in words: "invalid argument". */
 LEMO_API const char* lemo_status_string(lemo_status status);
 
-/* "major.minor.patch", of the library at run time; LEMO_VERSION_* are those of the headers. */
+/** "major.minor.patch", of the library at run time; LEMO_VERSION_* are those of the headers. */
 LEMO_API const char* lemo_version(void);
 
-/* 1 if this build has the backend; for LEMO_CUDA also a usable device must be present. */
+/** 1 if this build has the backend and, for LEMO_CUDA, a device can be used; otherwise 0. */
 LEMO_API int lemo_has_backend(lemo_device device);
 
 #ifdef __cplusplus

@@ -14,16 +14,19 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   launch("attention_backward", delta_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
 
   using KeyConfig = KeyGradientConfig<kHeadDim>;
-  launch("attention_backward", key_gradient_kernel<T, kHeadDim>,
-         tile_grid(documents, KeyConfig::kKeys, params.key_heads), KeyConfig::kWarps * 32,
+  const int64_t key_slots = tile_slots(params.key_documents, KeyConfig::kKeys);
+  const bool split = documents.aligned;
+  const auto key_kernel = split ? key_gradient_kernel<T, kHeadDim, true> : key_gradient_kernel<T, kHeadDim, false>;
+  launch("attention_backward", key_kernel, static_cast<unsigned>(key_slots * params.key_heads), KeyConfig::kWarps * 32,
          KeyGradientLayout<kHeadDim>::kBytes, stream, params);
 
   if (params.dq_float != nullptr) {
     launch("attention_backward", convert_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
   } else {
     using QueryConfig = QueryGradientConfig<kHeadDim>;
-    launch("attention_backward", query_gradient_kernel<T, kHeadDim>,
-           tile_grid(documents, QueryConfig::kQueries, params.heads), QueryConfig::kWarps * 32,
+    const int64_t slots = query_slots<kAlignedRows>(documents, QueryConfig::kQueries);
+    const auto kernel = split ? query_gradient_kernel<T, kHeadDim, true> : query_gradient_kernel<T, kHeadDim, false>;
+    launch("attention_backward", kernel, static_cast<unsigned>(slots * params.heads), QueryConfig::kWarps * 32,
            QueryGradientLayout<kHeadDim>::kBytes, stream, params);
   }
 }

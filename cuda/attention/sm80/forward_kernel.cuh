@@ -1,6 +1,7 @@
 // Forward pass: a block owns kQueries queries of one head and walks their keys from the diagonal down to the first.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm80/forward_config.h"
 #include "attention/sm80/online_softmax.cuh"
@@ -11,7 +12,8 @@ namespace lemo::cuda::attention::sm80 {
 
 using namespace cuda::sm80;  // common/sm80
 
-template <typename T, int kHeadDim>
+// kSplit: keys have rows of their own. Without it, registers are not spent on them.
+template <typename T, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     forward_kernel(const __grid_constant__ ForwardParams params) {
   using Config = ForwardConfig<kHeadDim>;
@@ -21,12 +23,18 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   constexpr int kWarpRows = kRowTiles * 16;
   // A warp skips key tiles beyond its rows; no row is then fully masked in the tiles it visits.
   static_assert(kKeys % kWarpRows == 0);
-  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads>;
+  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, kSplit>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
   constexpr int kPitch = KeyLoader::kPitch;
 
-  const Tile tile = locate_tile(params.documents, kQueries, blockIdx.x / params.heads);
+  const QueryTile located = locate_queries<kAlignedRows, kSplit>(params.documents, params.key_documents, kQueries,
+                                                                 static_cast<int>(blockIdx.x / params.heads));
+  const Tile& tile = located.tile;
   if (tile.index >= tile.count) return;
+  const Tile key_rows = {located.document.key_start, tile.length, 0, 0, kUncut};
+  __shared__ Tile stored;  // for the end: the loop has no registers to spare
+  if (kSplit && threadIdx.x == 0) stored = tile;
+  const Tile& query_rows = choose<kSplit>(stored, tile);
   // The tiles with the most keys start first.
   const int query_start = (tile.count - 1 - tile.index) * kQueries;
   const int head = blockIdx.x % params.heads;
@@ -43,6 +51,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   const uint32_t key_lane = keys + (by_column.row * kPitch + by_column.column) * 2;
   const uint32_t value_lane = values + (by_row.row * kPitch + by_row.column) * 2;
 
+  const int last_tile = -located.document.ahead / kKeys;
   int key_tile = (min(query_start + kQueries, tile.length) + kKeys - 1) / kKeys - 1;
   {
     QueryLoader loader;
@@ -50,7 +59,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     loader.load(queries, head_pointer<T>(params.q, head), params.q.row_stride);
   }
   KeyLoader loader;
-  loader.find_rows(params.documents, tile, key_tile * kKeys);
+  loader.find_rows(params.key_documents, key_rows, key_tile * kKeys);
   loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
   copy_async_commit();
 
@@ -74,7 +83,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   const float scale_log2 = params.scale * kLog2E;
 
 #pragma unroll 1
-  for (; key_tile >= 0; --key_tile) {
+  for (; key_tile >= last_tile; --key_tile) {
     const int key_start = key_tile * kKeys;
     const bool active = key_start <= warp_start + kWarpRows - 1;
     copy_async_wait<0>();
@@ -110,7 +119,8 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
         }
       }
       if (key_start + kKeys - 1 > warp_start) {
-        // Keys beyond the document come after every query of it, so that causality masks them too.
+        // Keys beyond the document come after every query of it, so that causality masks them too. Key tiles begin
+        // where the tiles of queries do (aligned_rows.cuh).
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -128,8 +138,8 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
 
     copy_async_wait<0>();
     __syncthreads();  // the values have arrived, and these keys are no longer in use
-    if (key_tile > 0) {
-      loader.find_rows(params.documents, tile, key_start - kKeys);
+    if (key_tile > last_tile) {
+      loader.find_rows(params.key_documents, key_rows, key_start - kKeys);
       loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
       copy_async_commit();
     }
@@ -161,11 +171,11 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.finish(2 * i + half, params.scale, inverse[half], lse[half]);
-      if (lane % 4 == 0 && row + half * 8 < tile.length) {
-        params.lse[head * params.lse_stride + tile.start + row + half * 8] = lse[half];
+      if (lane % 4 == 0 && row + half * 8 < query_rows.length && row + half * 8 >= query_rows.first) {
+        params.lse[head * params.lse_stride + query_rows.start + row + half * 8] = lse[half];
       }
     }
-    store_rows<T>(params.documents, tile, params.out, head, row, out[i], inverse[0], inverse[1]);
+    store_rows<T>(params.documents, query_rows, params.out, head, row, out[i], inverse[0], inverse[1]);
   }
 }
 
@@ -173,8 +183,11 @@ template <typename T, int kHeadDim>
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
   constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
-  launch("attention_forward", forward_kernel<T, kHeadDim>, tile_grid(params.documents, Config::kQueries, params.heads),
-         Config::kWarps * 32, kBytes, stream, params);
+  // Heads fastest: all heads' heaviest tiles start first, which evens out the end of the launch.
+  const int64_t slots = query_slots<kAlignedRows>(params.documents, Config::kQueries);
+  const auto kernel = params.documents.aligned ? forward_kernel<T, kHeadDim, true> : forward_kernel<T, kHeadDim, false>;
+  launch("attention_forward", kernel, static_cast<unsigned>(slots * params.heads), Config::kWarps * 32, kBytes, stream,
+         params);
 }
 
 }  // namespace lemo::cuda::attention::sm80

@@ -3,6 +3,7 @@
 // the left operands of its own dV and dK products, straight from registers, and no two blocks share a sum.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm80/backward_config.h"
 #include "attention/sm80/online_softmax.cuh"
@@ -37,7 +38,7 @@ struct KeyGradientLayout {
   static constexpr int kBytes = kScores + Config::kKeys * kScorePitch * 2;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     key_gradient_kernel(const __grid_constant__ BackwardParams params) {
   using Config = KeyGradientConfig<kHeadDim>;
@@ -46,13 +47,32 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kKeys == Config::kWarps * 16 && Config::kDqRowWarps * Config::kDqColumnWarps == Config::kWarps);
   static_assert(2 * kQueries <= kThreads);
-  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads>;
+  using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, kSplit>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
 
-  const Tile tile = locate_tile(params.documents, kKeys, blockIdx.x / params.key_heads);
-  if (tile.index >= tile.count) return;
+  // The first tile of a document has the most queries and starts first.
+  const int slot = static_cast<int>(blockIdx.x / params.key_heads);
+  const int document = locate_document(params.key_documents, kKeys, 1, slot);
+  const AlignedDocument aligned =
+      align_document<kAlignedRows, kSplit>(params.documents, params.key_documents, document);
+  const int key_start = (slot - (params.key_documents.cu_seqlens[document] / kKeys + document)) * kKeys - aligned.ahead;
+  if (key_start >= aligned.length) return;
+  // What the loop has no registers to spare for.
+  __shared__ Tile stored_keys;
+  __shared__ int stored_first;
+  const Tile own_keys = {aligned.key_start, aligned.length, 0, 0, kUncut};
+  if constexpr (kSplit) {
+    if (threadIdx.x == 0) {
+      stored_keys = own_keys;
+      stored_first = aligned.first;
+    }
+    __syncthreads();
+  }
+  const Tile& key_rows = choose<kSplit>(stored_keys, own_keys);
+  const int& first_row = choose<kSplit>(stored_first, aligned.first);  // of the queries
+  const int length = aligned.length, query_base = aligned.query_start;
+  const auto query_rows = [&] { return Tile{query_base, length, 0, 0, first_row}; };
   const int key_head = blockIdx.x % params.key_heads;
-  const int key_start = tile.index * kKeys;  // the first tile has the most queries and starts first
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   extern __shared__ __align__(16) unsigned char shared[];
@@ -63,7 +83,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   const uint32_t key_lane = base + warp * 16 * kPitch * 2 + by_row_bytes;
   const uint32_t value_lane = key_lane + Layout::kValues;
 
-  const int first_query = key_start / kQueries * kQueries;
+  const int first_query = max(key_start, 0) / kQueries * kQueries;
   int next_query = first_query, next_head = key_head * params.group;
   QueryLoader loader;
   const auto load_next = [&](int stage) {
@@ -72,8 +92,8 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     loader.load(target + Layout::kQueryBytes, head_pointer<T>(params.dout, next_head), params.dout.row_stride);
     const int thread = thread_index();
     const int row = next_query + thread % kQueries;
-    const bool valid = row < tile.length;
-    const int packed_row = tile.start + (valid ? row : 0);
+    const bool valid = row < length && row >= first_row;
+    const int packed_row = query_base + (valid ? row : kSplit ? first_row : 0);
     const uint32_t row_target = target + 2 * Layout::kQueryBytes + thread % kQueries * 4;
     if (thread < kQueries) {
       copy_async_4(row_target, params.lse + next_head * params.lse_stride + packed_row, valid);
@@ -85,20 +105,20 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     }
     copy_async_commit();
     next_query += kQueries;
-    if (next_query >= tile.length) {
+    if (next_query >= length) {
       next_query = first_query;
       ++next_head;
     }
-    loader.find_rows(params.documents, tile, next_query);
+    loader.find_rows(params.documents, query_rows(), next_query);
   };
 
   {
     KeyLoader key_loader;
-    key_loader.find_rows(params.documents, tile, key_start);
+    key_loader.find_rows(params.key_documents, key_rows, key_start);
     key_loader.load(base, head_pointer<T>(params.k, key_head), params.k.row_stride);
     key_loader.load(base + Layout::kValues, head_pointer<T>(params.v, key_head), params.v.row_stride);
   }
-  loader.find_rows(params.documents, tile, first_query);
+  loader.find_rows(params.documents, query_rows(), first_query);
   load_next(0);
 
   // This thread's keys: `key` and key + 8.
@@ -113,7 +133,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
 #pragma unroll 1
   for (int head = key_head * params.group; head < end_head; ++head) {
 #pragma unroll 1
-    for (int query_start = first_query; query_start < tile.length; query_start += kQueries) {
+    for (int query_start = first_query; query_start < length; query_start += kQueries) {
       copy_async_wait<0>();
       __syncthreads();  // this stage has arrived; the other one and the scores are no longer in use
       if (next_head < end_head) load_next(stage ^ 1);
@@ -149,8 +169,8 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
         int slots[2] = {0, 0};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (key + half * 8 >= tile.length) continue;
-          slots[half] = params.row_slots[tile.start + key + half * 8];
+          if (key + half * 8 >= length) continue;
+          slots[half] = params.key_row_slots[key_rows.start + key + half * 8];
           weights[half] = params.key_weights[slots[half]];
         }
 #pragma unroll
@@ -217,9 +237,9 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int query = query_start + row + i * 16 + half * 8 + lane / 4;
-            if (query >= tile.length) continue;
+            if (query >= length || query < first_row) continue;
             float* target = params.dq_float +
-                            (static_cast<int64_t>(tile.start + query) * params.heads + head) * kHeadDim + column +
+                            (static_cast<int64_t>(query_base + query) * params.heads + head) * kHeadDim + column +
                             lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < kColumns / 8; ++n) add_pair(target + n * 8, dq[i][n][2 * half], dq[i][n][2 * half + 1]);
@@ -228,8 +248,8 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
       }
     }
   }
-  store_rows<T>(params.documents, tile, params.dk, key_head, key, dk, params.scale, params.scale);
-  store_rows<T>(params.documents, tile, params.dv, key_head, key, dv, 1.0f, 1.0f);
+  store_rows<T>(params.key_documents, key_rows, params.dk, key_head, key, dk, params.scale, params.scale);
+  store_rows<T>(params.key_documents, key_rows, params.dv, key_head, key, dv, 1.0f, 1.0f);
 }
 
 }  // namespace lemo::cuda::attention::sm80

@@ -2,6 +2,7 @@
 // they see.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm80/backward_config.h"
 #include "attention/sm80/online_softmax.cuh"
@@ -23,7 +24,7 @@ struct QueryGradientLayout {
   static constexpr int kBytes = kStages + 2 * kStage;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     query_gradient_kernel(const __grid_constant__ BackwardParams params) {
   using Config = QueryGradientConfig<kHeadDim>;
@@ -32,9 +33,19 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kQueries == Config::kWarps * 16);
 
-  const Tile tile = locate_tile(params.documents, kQueries, blockIdx.x / params.heads);
-  if (tile.index >= tile.count) return;
-  const int query_start = (tile.count - 1 - tile.index) * kQueries;
+  const QueryTile located = locate_queries<kAlignedRows, kSplit>(params.documents, params.key_documents, kQueries,
+                                                                 static_cast<int>(blockIdx.x / params.heads));
+  if (located.tile.index >= located.tile.count) return;
+  const FromFirstKey rows = count_from_first_key(located);
+  const Tile& tile = rows.queries;
+  // The loop has no registers to spare: with more than 128, head_dim 64 would lose its second block per multiprocessor.
+  __shared__ FromFirstKey stored;
+  if constexpr (kSplit) {
+    if (threadIdx.x == 0) stored = rows;
+    __syncthreads();
+  }
+  const Tile &query_rows = choose<kSplit>(stored, rows).queries, &key_rows = choose<kSplit>(stored, rows).keys;
+  const int query_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
   const int head = blockIdx.x % params.heads, key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -49,13 +60,13 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   TileLoader<T, kKeys, kHeadDim, kThreads> loader;
   const auto load_keys = [&](int key_start, int stage) {
     const uint32_t offset = Layout::kStages + stage * Layout::kStage;
-    loader.find_rows(params.documents, tile, key_start);
+    loader.find_rows(params.key_documents, key_rows, key_start);
     loader.load(base + offset, head_pointer<T>(params.k, key_head), params.k.row_stride);
     loader.load(base + offset + Layout::kKeyBytes, head_pointer<T>(params.v, key_head), params.v.row_stride);
     copy_async_commit();
     if (params.key_weights != nullptr && threadIdx.x < kKeys) {
       const int key = key_start + static_cast<int>(threadIdx.x);
-      const int slot = key < tile.length ? params.row_slots[tile.start + key] : 0;
+      const int slot = key < key_rows.length ? params.key_row_slots[key_rows.start + key] : 0;
       float* row_values = reinterpret_cast<float*>(shared + offset + 2 * Layout::kKeyBytes) + threadIdx.x;
       row_values[0] = params.key_weights[slot];
       reinterpret_cast<int*>(row_values)[kKeys] = slot;
@@ -63,7 +74,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   };
 
   {
-    TileLoader<T, kQueries, kHeadDim, kThreads> query_loader;
+    TileLoader<T, kQueries, kHeadDim, kThreads, kSplit> query_loader;
     query_loader.find_rows(params.documents, tile, query_start);
     query_loader.load(base, head_pointer<T>(params.q, head), params.q.row_stride);
     query_loader.load(base + Layout::kQueryBytes, head_pointer<T>(params.dout, head), params.dout.row_stride);
@@ -77,7 +88,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   int slots[2] = {0, 0};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (query + half * 8 >= tile.length) continue;
+    if (query + half * 8 >= tile.length || query + half * 8 < tile.first) continue;
     const int packed_row = tile.start + query + half * 8;
     lse_log2[half] = params.lse[head * params.lse_stride + packed_row] * kLog2E;
     delta[half] = params.delta[head * params.documents.capacity + packed_row];
@@ -135,7 +146,8 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     }
     multiply_fragments<T, kHeadDim, kKeys, kPitch>(dq, ds, keys + by_row_bytes);
   }
-  store_rows<T>(params.documents, tile, params.dq, head, query, dq, params.scale, params.scale);
+  store_rows<T>(params.documents, query_rows, params.dq, kSplit ? static_cast<int>(blockIdx.x % params.heads) : head,
+                query, dq, params.scale, params.scale);
 }
 
 }  // namespace lemo::cuda::attention::sm80

@@ -48,8 +48,8 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
     Staged& staged = reinterpret_cast<Staged*>(shared.q)[warp];
     const int row_start = work.key_start + warp * 16;
     const auto store = [&](const TensorView& target, const auto& gradient, float factor) {
-      staged.template store<T>(params.documents, work.tile, target, work.key_head, params.head_dim, row_start, gradient,
-                               {factor, factor});
+      staged.template store<T>(params.key_documents, work.tile, target, work.key_head, params.head_dim, row_start,
+                               gradient, {factor, factor});
     };
     store(params.dv, dv, 1.0f);
     store(params.dk, dk, params.scale);

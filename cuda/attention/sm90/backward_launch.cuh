@@ -29,14 +29,14 @@ template <int kHeadDim>
 BackwardKernelParams backward_kernel_params(const BackwardParams& params, const BackwardLayout& layout, int32_t dtype) {
   constexpr int kColumns = kBoxColumns<kHeadDim>;
   const Documents& documents = params.documents;
-  const auto tensor = [&](const TensorView& view, int heads) {
-    return make_row_tensor(view, params.storage_rows, heads, params.head_dim, kColumns, dtype);
+  const auto tensor = [&](const TensorView& view, int64_t storage_rows, int heads) {
+    return make_row_tensor(view, storage_rows, heads, params.head_dim, kColumns, dtype);
   };
   BackwardKernelParams kernel_params{};
-  kernel_params.q = tensor(params.q, params.heads);
-  kernel_params.k = tensor(params.k, params.key_heads);
-  kernel_params.v = tensor(params.v, params.key_heads);
-  kernel_params.dout = tensor(params.dout, params.heads);
+  kernel_params.q = tensor(params.q, params.storage_rows, params.heads);
+  kernel_params.k = tensor(params.k, params.key_storage_rows, params.key_heads);
+  kernel_params.v = tensor(params.v, params.key_storage_rows, params.key_heads);
+  kernel_params.dout = tensor(params.dout, params.storage_rows, params.heads);
   kernel_params.out_view = params.out;
   kernel_params.dout_view = params.dout;
   kernel_params.dq = params.dq;
@@ -45,9 +45,11 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   kernel_params.lse = params.lse;
   kernel_params.lse_stride = params.lse_stride;
   kernel_params.documents = documents;
+  kernel_params.key_documents = params.key_documents;
   kernel_params.lists = params.lists;
   kernel_params.key_weights = params.key_weights;
   kernel_params.row_slots = params.row_slots;
+  kernel_params.key_row_slots = params.key_row_slots;
   kernel_params.heads = params.heads;
   kernel_params.key_heads = params.key_heads;
   kernel_params.group = params.group;
@@ -62,7 +64,7 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   kernel_params.ranks = reinterpret_cast<int*>(workspace + layout.ranks);
   kernel_params.list_capacity = params.list_capacity;
 
-  kernel_params.key_slots = static_cast<int>(documents.capacity / kBackwardKeys + documents.count);
+  kernel_params.key_slots = static_cast<int>(tile_slots(params.key_documents, kBackwardKeys));
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   kernel_params.section =
@@ -73,8 +75,8 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
 template <typename T, int kHeadDim>
 void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
   const Documents& documents = params.documents;
-  const BackwardLayout layout = backward_layout<kHeadDim>(documents.capacity, documents.count, params.heads,
-                                                          params.deterministic, params.list_capacity);
+  const BackwardLayout layout =
+      backward_layout<kHeadDim>(documents, params.heads, params.deterministic, params.list_capacity);
   const BackwardKernelParams kernel_params = backward_kernel_params<kHeadDim>(params, layout, dtype);
   const dim3 tiles(static_cast<unsigned>(layout.slots * params.heads));
   launch("attention_backward", backward_stats_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);

@@ -44,7 +44,7 @@ struct BackwardMainloop {
 
   using Element = GmmaElement<T>;
   using Walk = std::conditional_t<kListed, ListedWalk<kQueries>, QueryWalk<kQueries>>;
-  using QueryLoader = RowLoader<kQueries, kHeadDim>;
+  using QueryLoader = RowLoader<kQueries, kHeadDim, kQueries, true>;
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, 1>;
   using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
@@ -133,7 +133,7 @@ struct BackwardMainloop {
   static __device__ __forceinline__ void load(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
     constexpr uint32_t kStatsBytes = 2 * kQueries * 4;
     {
-      const KeyLoader loader(params.documents, work.tile);
+      const KeyLoader loader(params.key_documents, work.tile);
       const auto runs = loader.find(work.key_start);
       if (cute::elect_one_sync()) shared.keys.arrive_and_expect_tx(2 * KeyLoader::kBytes);
       uint64_t* barrier = reinterpret_cast<uint64_t*>(&shared.keys);
@@ -142,7 +142,8 @@ struct BackwardMainloop {
     }
     auto query_state = Ring<kQueryStages>::producer_start();
     auto dout_state = Ring<kDoutStages>::producer_start();
-    const QueryLoader loader(params.documents, work.tile);
+    const Tile queries = work.queries();
+    const QueryLoader loader(params.documents, queries);
     Walk walk = BackwardMainloop::walk(params, shared, work);
     auto runs = loader.find(walk.query_tile * kQueries);
     publish(params, work, walk);

@@ -5,6 +5,7 @@
 // contiguous for bulk copies.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm90/backward_config.h"
 #include "common/sm90/row_tensor.h"
@@ -18,10 +19,12 @@ struct BackwardKernelParams {
   TensorView out_view, dout_view, dq, dk, dv;
   const float* lse;
   int64_t lse_stride;
-  Documents documents;
+  Documents documents;  // of queries
+  Documents key_documents;
   TileLists lists;  // query tiles of each key tile
   const float* key_weights;
-  const int32_t* row_slots;
+  const int32_t* row_slots;  // of queries
+  const int32_t* key_row_slots;
   int heads;
   int key_heads;
   int group;
@@ -70,17 +73,17 @@ struct BackwardLayout {
 };
 
 template <int kHeadDim>
-inline BackwardLayout backward_layout(int64_t capacity, int64_t documents, int64_t heads, bool ordered,
-                                      int64_t list_capacity) {
+inline BackwardLayout backward_layout(const Documents& documents, int64_t heads, bool ordered, int64_t list_capacity) {
   constexpr int64_t kQueries = DqOrder<kHeadDim>::kQueries;
   BackwardLayout layout{};
-  layout.slots = capacity / kQueries + documents;
+  layout.slots = query_slots<kBackwardKeys>(documents, static_cast<int>(kQueries));
   const int64_t tiles = layout.slots * heads;
   layout.stats = tiles * DqOrder<kHeadDim>::kSize * 4;
   layout.sweeps = layout.stats + tiles * kQueries * 2 * 4;
   layout.turns = layout.sweeps + tiles * 8;  // at most as many key heads as heads
   layout.ranks = layout.turns + (ordered ? tiles * 4 : 0);
-  layout.bytes = layout.ranks + (ordered ? (list_capacity + capacity / kBackwardKeys + documents) * 4 : 0);
+  // Lists go with keys that are the queries' rows.
+  layout.bytes = layout.ranks + (ordered ? (list_capacity + tile_slots(documents, kBackwardKeys)) * 4 : 0);
   return layout;
 }
 

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int kLanes = kHeadDim == 64 ? 8 : 16;  // threads per row
   constexpr int kRowsPerPass = kTileThreads / kLanes, kPasses = kQueries / kRowsPerPass;
   const int slot = static_cast<int>(blockIdx.x / params.heads), head = static_cast<int>(blockIdx.x % params.heads);
-  const Tile tile = locate_tile(params.documents, kQueries, slot);
+  const Tile tile = locate_queries<kBackwardKeys>(params.documents, params.key_documents, kQueries, slot).tile;
   if (tile.index >= tile.count) return;
   const int64_t item = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int pass = 0; pass < kPasses; ++pass) {
     const int row = first + pass * kRowsPerPass;
     dout[pass] = out[pass] = make_uint4(0, 0, 0, 0);
-    if (row < tile.length && in_row) {
+    if (row < tile.length && row >= tile.first && in_row) {
       const int64_t storage = storage_row(params.documents, tile.start + row);
       dout[pass] = *reinterpret_cast<const uint4*>(head_pointer<T>(params.dout_view, head) +
                                                    storage * params.dout_view.row_stride + lane * 8);
@@ -49,8 +49,9 @@ __global__ void __launch_bounds__(kTileThreads)
   float* stats = params.stats + item * (2 * kQueries);
   if (thread < kQueries) {
     const int row = tile.index * kQueries + thread;
-    // exp2(s - infinity) = 0: rows beyond the document need no mask.
-    stats[thread] = row < tile.length ? params.lse[head * params.lse_stride + tile.start + row] * kLog2E : INFINITY;
+    // exp2(s - infinity) = 0: rows that do not exist need no mask.
+    const bool exists = row < tile.length && row >= tile.first;
+    stats[thread] = exists ? params.lse[head * params.lse_stride + tile.start + row] * kLog2E : INFINITY;
   }
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int kQueries = Order::kQueries, kChunks = kHeadDim / 8;
   constexpr int kItems = kQueries / 2 * kChunks;  // 8 columns of two rows, 8 apart
   const int slot = static_cast<int>(blockIdx.x / params.heads), head = static_cast<int>(blockIdx.x % params.heads);
-  const Tile tile = locate_tile(params.documents, kQueries, slot);
+  const Tile tile = locate_queries<kBackwardKeys>(params.documents, params.key_documents, kQueries, slot).tile;
   if (tile.index >= tile.count) return;
   const float* sums = params.dq_sums + static_cast<int64_t>(blockIdx.x) * Order::kSize;
 #pragma unroll
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int half = 0; half < 2; ++half) {
       const int row =
           tile.index * kQueries + (Order::kByRows ? warpgroup * 64 : 0) + warp * 16 + row_in_warp + half * 8;
-      if (row >= tile.length) continue;
+      if (row >= tile.length || row < tile.first) continue;
       T* target = head_pointer<T>(params.dq, head) +
                   storage_row(params.documents, tile.start + row) * params.dq.row_stride + column * 8;
       const uint32_t (&values)[4] = half == 0 ? low : high;

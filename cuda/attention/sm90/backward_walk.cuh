@@ -6,6 +6,7 @@
 // spread over more than it holds.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/sm90/backward_params.h"
 #include "common/document_tiles.cuh"
 #include "common/mma.cuh"
@@ -13,13 +14,20 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-// A key tile of one key head, and where its document's query tiles are kept.
+// A key tile of one key head, and where its document's query tiles are kept. Rows are counted in positions
+// (aligned_rows.cuh): keys may lie before 0.
 struct KeyWork {
   Tile tile;
   int key_head;
-  int key_start;  // first key, within the document
+  int key_start;  // the tile's first key
   int key_slot;
   int query_slot;  // slot of the document's first query tile
+  int query_row;   // packed row of the query at position 0
+  int first_query;
+
+  __device__ __forceinline__ Tile queries() const { return {query_row, tile.length, 0, 0, first_query}; }
+  // The first query that may see a key of the tile, rounded down to tiles.
+  __device__ __forceinline__ int first_seeing() const { return max(key_start, 0); }
 };
 
 // The index of a (query tile, head) in the workspace.
@@ -60,7 +68,7 @@ struct QueryWalk : HeadWalk {
   __device__ __forceinline__ QueryWalk(const BackwardKernelParams& params, const KeyWork& work, int start,
                                        int first_head) {
     query_tile = start;
-    first = work.key_start / kQueries;
+    first = work.first_seeing() / kQueries;
     last = (work.tile.length - 1) / kQueries;
     group = params.group;
     rotation = first_head;
@@ -70,7 +78,7 @@ struct QueryWalk : HeadWalk {
   // Where to begin in order to be near query tile `position` (-1: at the end). Called by one warp.
   static __device__ __forceinline__ int choose_start(const BackwardKernelParams&, const KeyWork& work, int position) {
     const int end = (work.tile.length - 1) / kQueries;
-    return position >= work.key_start / kQueries && position <= end ? position : end;
+    return position >= work.first_seeing() / kQueries && position <= end ? position : end;
   }
 
   // `position()`: the query tile that the thread blocks of this key head are at, or -1.
@@ -237,12 +245,18 @@ __device__ __forceinline__ KeyWork locate_keys(const BackwardKernelParams& param
   const int heads = min(params.section, params.key_heads - first_head);
   const int slot = rest / heads;
   KeyWork work;
-  work.tile = locate_tile(params.documents, kBackwardKeys, slot);
+  const int document = locate_document(params.key_documents, kBackwardKeys, 1, slot);
+  const AlignedDocument aligned = align_document<kBackwardKeys>(params.documents, params.key_documents, document);
+  const int index = slot - (params.key_documents.cu_seqlens[document] / kBackwardKeys + document);
+  work.tile = {aligned.key_start, aligned.length, index,
+               (aligned.length + aligned.ahead + kBackwardKeys - 1) / kBackwardKeys, kUncut};
   work.key_head = first_head + rest - slot * heads;
-  work.key_start = work.tile.index * kBackwardKeys;
+  work.key_start = index * kBackwardKeys - aligned.ahead;
   work.key_slot = slot;
-  const int document = slot - work.tile.index - work.tile.start / kBackwardKeys;
-  work.query_slot = work.tile.start / kQueries + document;
+  work.query_slot = params.documents.cu_seqlens[document] / kQueries +
+                    document * spare_slots<kBackwardKeys>(params.documents, kQueries);
+  work.query_row = aligned.query_start;
+  work.first_query = aligned.first;
   return work;
 }
 

@@ -16,7 +16,7 @@ struct KeyWeights {
   // Called by every lane of a consumer warp.
   __device__ __forceinline__ void load(const BackwardKernelParams& params, const KeyWork& work) {
     const Tile& tile = work.tile;
-    const int32_t* slots = params.row_slots + tile.start;
+    const int32_t* slots = params.key_row_slots + tile.start;
     const int warp = thread_index() / 32 - 4, lane = thread_index() % 32;
     if (lane < 16) {
       const int key = warp * 16 + lane;
@@ -24,7 +24,8 @@ struct KeyWeights {
       slot[key] = valid ? slots[work.key_start + key] : -1;
       weight[key] = valid ? params.key_weights[slot[key]] : 1.0f;
     }
-    int end = work.key_start + kBackwardKeys;
+    // Where queries are other rows, nothing is known of where a slot's lie: every one is compared.
+    int end = params.documents.aligned ? tile.length : work.key_start + kBackwardKeys;
     while (end < tile.length) {
       const int row = end + lane;
       const bool same = row < tile.length && slots[row] == slots[work.key_start + kBackwardKeys - 1];
@@ -48,13 +49,13 @@ struct KeyWeights {
       for (int j = kBegin; j < kEnd; ++j) p(j) *= weights[j / 2 % 2];
       return;
     }
-    const int32_t* query_slots = params.row_slots + work.tile.start;
+    const int32_t* query_slots = params.row_slots + work.query_row;
 #pragma unroll
     for (int j = kBegin; j < kEnd; j += 4) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int row = query_start + j * 2 + thread_index() % 4 * 2 + c;
-        const int query_slot = row < work.tile.length ? query_slots[row] : -1;
+        const int query_slot = row < work.tile.length && row >= work.first_query ? query_slots[row] : -1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (query_slot != slot[key + half * 8]) p(j + 2 * half + c) *= weights[half];

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__((kForwardShape<kHeadDim, kListed>.queries / 64
         float lse;
         softmax.finish(r, params.scale_log2, inverse[r], lse);
         const int row = warp_start + lane / 4 + r * 8;
-        if (lane % 4 == 0 && row < work.tile.length) {
+        if (lane % 4 == 0 && row < work.tile.length && row >= work.tile.first) {
           params.lse[part.head * params.lse_stride + work.tile.start + row] = lse;
         }
       }

@@ -24,12 +24,13 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   const int key_heads = params.heads / params.group;
   ForwardKernelParams kernel_params{};
   kernel_params.q = make_row_tensor(params.q, params.storage_rows, params.heads, params.head_dim, kColumns, dtype);
-  kernel_params.k = make_row_tensor(params.k, params.storage_rows, key_heads, params.head_dim, kColumns, dtype);
-  kernel_params.v = make_row_tensor(params.v, params.storage_rows, key_heads, params.head_dim, kColumns, dtype);
+  kernel_params.k = make_row_tensor(params.k, params.key_storage_rows, key_heads, params.head_dim, kColumns, dtype);
+  kernel_params.v = make_row_tensor(params.v, params.key_storage_rows, key_heads, params.head_dim, kColumns, dtype);
   kernel_params.out = params.out;
   kernel_params.lse = params.lse;
   kernel_params.lse_stride = params.lse_stride;
   kernel_params.documents = documents;
+  kernel_params.key_documents = params.key_documents;
   kernel_params.lists = params.lists;
   kernel_params.heads = params.heads;
   kernel_params.group = params.group;
@@ -38,8 +39,8 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   kernel_params.scale_log2 = std::max(params.scale * kLog2E, 1e-30f);
   ForwardSchedule& schedule = kernel_params.schedule;
   schedule.next = params.counter;
-  schedule.slots = static_cast<int>(documents.capacity / Mainloop::Order::kRows + documents.count);
-  schedule.section = heads_in_cache(documents.capacity, key_heads, params.head_dim);
+  schedule.slots = static_cast<int>(query_slots<Mainloop::kKeys>(documents, Mainloop::Order::kRows));
+  schedule.section = heads_in_cache(params.key_documents.capacity, key_heads, params.head_dim);
   schedule.items = schedule.slots * key_heads * Mainloop::Order::items(params.group);
 
   check(cudaMemsetAsync(params.counter, 0, sizeof(int), stream), "attention_forward");

@@ -19,7 +19,7 @@ struct ForwardMainloop {
   using Element = GmmaElement<T>;
   using Order = WorkOrder<kHeadDim, kListed>;
   using Walk = KeyWalk<kListed>;
-  using PartLoader = RowLoader<64, kHeadDim, kQueries>;
+  using PartLoader = RowLoader<64, kHeadDim, kQueries, true>;
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
   using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, kStages>;
@@ -263,7 +263,8 @@ struct ForwardMainloop {
     while (true) {
       const Work work = queue.take(phase);
       if (work.steps == 0) break;
-      const KeyLoader loader(params.documents, work.tile);
+      const Tile keys = {work.key_start, work.tile.length, 0, 0, kUncut};
+      const KeyLoader loader(params.key_documents, keys);
       const Walk walk(params.lists, work);
       // The row map is read one step ahead: under load its latency is close to the length of a step.
       auto next = loader.fetch(walk[0] * kKeys);

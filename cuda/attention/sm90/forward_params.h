@@ -12,7 +12,7 @@ using namespace cuda::sm90;  // common/sm90
 // the L2 cache), then by query tile, heaviest first within a document, then by head.
 struct ForwardSchedule {
   int* next;    // zero at the start: items handed out in addition to every thread block's first
-  int slots;    // query tiles of all documents, an upper bound (document_tiles.cuh: locate_tile)
+  int slots;    // query tiles of all documents, an upper bound (aligned_rows.cuh: query_slots)
   int section;  // key heads per section
   int items;    // slots * key heads * WorkOrder::items
 };
@@ -22,7 +22,8 @@ struct ForwardKernelParams {
   TensorView out;
   float* lse;
   int64_t lse_stride;
-  Documents documents;
+  Documents documents;  // of queries
+  Documents key_documents;
   TileLists lists;
   ForwardSchedule schedule;
   int heads;

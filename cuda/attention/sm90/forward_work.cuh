@@ -1,6 +1,7 @@
 // The work items of the forward kernel, and how they reach all warps of a thread block.
 #pragma once
 
+#include "attention/aligned_rows.cuh"
 #include "attention/sm90/forward_config.h"
 #include "attention/sm90/forward_params.h"
 #include "common/document_tiles.cuh"
@@ -17,7 +18,8 @@ struct Part {
 
 // Parts that see the same key tiles: of one query tile and key head, kConsumers at a time.
 struct Work {
-  Tile tile;      // the document
+  Tile tile;      // the document's queries, in positions (aligned_rows.cuh), as everything here
+  int key_start;  // packed row of the key at position 0
   int last_keys;  // the key tile that is visited first
   int list;       // with tile lists: where in lists.tiles the others start
   int steps;      // key tiles; 0: no work is left
@@ -48,7 +50,9 @@ struct WorkOrder {
     const int rest = item % section_items;
     const int slot = rest / (heads * columns), column = rest % (heads * columns);
     Work work;
-    work.tile = locate_tile(params.documents, kRows, slot);
+    const QueryTile located = locate_queries<kShape.keys>(params.documents, params.key_documents, kRows, slot);
+    work.tile = located.tile;
+    work.key_start = located.document.key_start;
     const int query_tile = work.tile.count - 1 - work.tile.index;
     // If parts can be missing and there are no lists, the last tile ends with the document: parts are then missing from
     // the first tile, which has the least work.
@@ -65,8 +69,8 @@ struct WorkOrder {
         work.steps = 1 + offsets[1] - offsets[0];
       } else {
         const int end = min(work.first_row + kRows, work.tile.length);
-        work.steps = (end + kShape.keys - 1) / kShape.keys;
-        work.last_keys = work.steps - 1;
+        work.last_keys = (end + kShape.keys - 1) / kShape.keys - 1;
+        work.steps = work.last_keys + 1 + located.document.ahead / kShape.keys;
       }
     }
     return work;

@@ -25,7 +25,8 @@ struct StagedRows {
     const int lane = thread_index() % 32;
     // One load serves all rows, and is in flight while they are staged.
     const int own_row = row_start + lane % 16;
-    const int own = own_row < tile.length ? static_cast<int>(storage_row(documents, tile.start + own_row)) : -1;
+    const bool exists = own_row < tile.length && own_row >= tile.first;
+    const int own = exists ? static_cast<int>(storage_row(documents, tile.start + own_row)) : -1;
     __syncwarp();  // what was staged before has been read
 #pragma unroll
     for (int j = 0; j < decltype(cute::size(out))::value; j += 2) {

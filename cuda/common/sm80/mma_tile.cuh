@@ -7,20 +7,20 @@
 namespace lemo::cuda::sm80 {
 
 // Loads kRows rows of head_dim elements through the row map: eight neighboring lanes read one row. Row numbers are
-// fetched separately, so that a caller can have them ready one tile ahead.
-template <typename T, int kRows, int kHeadDim, int kThreads>
+// fetched separately, so that a caller can have them ready one tile ahead. kCut: rows may begin after tile.first.
+template <typename T, int kRows, int kHeadDim, int kThreads, bool kCut = false>
 class TileLoader {
  public:
   static constexpr int kPitch = kHeadDim + kPadding;
   static constexpr int kElements = kRows * kPitch;
 
-  // Rows [position, position + kRows) of the document; those beyond its length become zeros.
+  // Rows [position, position + kRows) of the document; those that do not exist become zeros.
   __device__ __forceinline__ void find_rows(const Documents& documents, const Tile& tile, int position) {
     const int thread = thread_index();
     const int lane = thread % 32;
     const int row = position + lane / kRowsPerWarp * kRowsPerPass + thread / 32 * kRowsPerWarp + lane % kRowsPerWarp;
     row_ = -1;
-    if (lane < kPasses * kRowsPerWarp && row < tile.length) {
+    if (lane < kPasses * kRowsPerWarp && row < tile.length && (!kCut || row >= tile.first)) {
       row_ = static_cast<int>(storage_row(documents, tile.start + row));
     }
   }
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_rows(const Documents& documents, const Til
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int position = row + half * 8;
-    if (position >= tile.length) continue;
+    if (position >= tile.length || position < tile.first) continue;
     const float factor = half == 0 ? factor_top : factor_bottom;
     T* out = head_pointer<T>(target, head) + storage_row(documents, tile.start + position) * target.row_stride + column;
 #pragma unroll

@@ -20,13 +20,14 @@ struct RowRuns {
 };
 
 // Shared memory holds kHeadDim / kBoxColumns slabs of [kSlabRows, kBoxColumns] elements, each swizzled (CuTe's K-major
-// SW128 or SW64 atoms, rows first); the target is the first row of the first slab. Rows beyond the document are zeros,
-// whatever storage holds there, so that a masked probability of 0 never meets a NaN.
+// SW128 or SW64 atoms, rows first); the target is the first row of the first slab. Rows that do not exist are zeros,
+// whatever storage holds there, so that a masked probability of 0 never meets a NaN. With kCut, rows may begin after
+// tile.first, otherwise at 0 or before.
 //
 // A producer warp gets few issue slots next to the consumers, and whatever it executes between a stage's release and
 // its copy leaves the stage empty. The common case, consecutive runs, is therefore worked out before the wait and
 // issued by one lane without a branch; the other case reads the row map again.
-template <int kRows, int kHeadDim, int kSlabRows = kRows>
+template <int kRows, int kHeadDim, int kSlabRows = kRows, bool kCut = false>
 class RowLoader {
  public:
   using Runs = RowRuns<kRows>;
@@ -47,7 +48,7 @@ class RowLoader {
   __device__ __forceinline__ Pending fetch(int position) const {
     Pending pending;
     pending.runs.position = position;
-    pending.runs.consecutive = documents_.row_map == nullptr && position + kRows <= tile_.length;
+    pending.runs.consecutive = documents_.row_map == nullptr && position + kRows <= tile_.length && !is_cut(position);
     if (pending.runs.consecutive) {
 #pragma unroll
       for (int run = 0; run < Runs::kRuns; ++run) pending.runs.starts[run] = tile_.start + position + run * kRunRows;
@@ -63,8 +64,8 @@ class RowLoader {
     runs.consecutive = true;
 #pragma unroll
     for (int run = 0; run < Runs::kRuns; ++run) {
-      runs.starts[run] =
-          start_of(__shfl_sync(0xffffffffu, pending.row, 2 * run), __shfl_sync(0xffffffffu, pending.row, 2 * run + 1));
+      runs.starts[run] = start_of(__shfl_sync(0xffffffffu, pending.row, 2 * run),
+                                  __shfl_sync(0xffffffffu, pending.row, 2 * run + 1), runs.position + run * kRunRows);
       if (runs.starts[run] == kScattered) runs.consecutive = false;
     }
     return runs;
@@ -88,13 +89,16 @@ class RowLoader {
 
   // The storage row of row `position` of the document.
   __device__ __forceinline__ int fetch_row(int position) const {
-    const int inside = tile_.start + min(position, tile_.length - 1);
+    const int clamped = min(kCut ? max(position, tile_.first) : position, tile_.length - 1);
+    const int inside = tile_.start + clamped;
     const int storage = documents_.row_map != nullptr ? documents_.row_map[inside] : inside;
-    return position < tile_.length ? storage : -1;
+    return position < tile_.length && !is_cut(position) ? storage : -1;
   }
+  __device__ __forceinline__ bool is_cut(int position) const { return kCut && position < tile_.first; }
   // Where a run starts, from the ends of it: rows ascend, so if last - first = kRunRows - 1 the run is contiguous. A
   // box that starts at -kRunRows lies entirely outside the tensor and reads as zeros.
-  static __device__ __forceinline__ int start_of(int first, int last) {
+  __device__ __forceinline__ int start_of(int first, int last, int position) const {
+    if (kCut && first < 0 && position < tile_.length && position + kRunRows > tile_.first) return kScattered;
     return first < 0 ? -kRunRows : last - first == kRunRows - 1 ? first : kScattered;
   }
 
@@ -116,7 +120,8 @@ class RowLoader {
     for (int run = 0; run < Runs::kRuns; ++run) {
       const int low = fetch_row(position + run * kRunRows + lane),
                 high = fetch_row(position + run * kRunRows + 32 + lane);
-      const int start = start_of(__shfl_sync(0xffffffffu, low, 0), __shfl_sync(0xffffffffu, high, 31));
+      const int start =
+          start_of(__shfl_sync(0xffffffffu, low, 0), __shfl_sync(0xffffffffu, high, 31), position + run * kRunRows);
       if (start != kScattered) {
         if (cute::elect_one_sync()) copy_run(start, run, tensor, head, barrier, base);
         continue;

@@ -1,7 +1,7 @@
 """The `lemo` command: calibrate, finetune, evaluate, report, info, estimate.
 
-Every subcommand lives in a module of its own with `add(subparsers)` and a `run(args)` that returns an exit code.
-Exit codes: 0 done, 1 a fault of lemo itself or a computation that failed, 2 something to put right in the command,
+Every subcommand lives in a separate module with `add(subparsers)` and a `run(args)` that returns an exit code.
+Exit codes: 0 done, 1 a fault of lemo itself or a computation that failed, 2 something to fix in the command,
 the data or the machine, 130 interrupted.
 """
 
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lemo.cli.common import Formatter, explain
+from lemo.cli.common import Formatter, explain, process
 
 _COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
 
@@ -30,7 +30,7 @@ A first run, from text to a measured adapter:
 
 MODEL is a folder of a transformers model or its name on the hub. The adapter is a plain PEFT adapter: it loads with
 PEFT alone and is served densely, without lemo.
-Each command explains itself: lemo finetune --help
+Every command documents itself: lemo finetune --help
 """
 
 
@@ -50,9 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _let_waiting_threads_sleep() -> None:
     """torch's OpenMP threads spin while they wait, which on a machine with more busy threads than cores (several jobs,
-    or one beside other work) slows every job down many times. OpenMP reads this once, when torch is loaded."""
+    or one next to other work) slows every job down many times. OpenMP reads this once, when torch is loaded."""
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _which_process() -> str:
+    try:
+        rank, count = process()
+    except ValueError:
+        return ""
+    return f" (process {rank} of {count})" if rank else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _let_waiting_threads_sleep()
     args = build_parser().parse_args(argv)
     try:
+        if args.command != "finetune" and process()[1] > 1:
+            raise ValueError(f"runs in one process, but WORLD_SIZE is {process()[1]}; start it without torchrun")
         with warnings.catch_warnings():
+            # PEFT reads a property that transformers has renamed.
+            warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
             if not args.debug:
                 # Other libraries' notices to their own developers; ours are printed as lines.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -70,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = ""
         if args.command == "finetune":
             begun = (Path(args.out) / "run.json").exists()
-            hint = f"; go on with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
+            hint = f"; resume with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
         print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -79,5 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         message, code = explain(error)
-        print(f"lemo {args.command}: {message}", file=sys.stderr)
+        if message:
+            print(f"lemo {args.command}{_which_process()}: {message}", file=sys.stderr)
         return code

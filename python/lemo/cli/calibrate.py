@@ -19,8 +19,8 @@ examples:
 
   lemo calibrate --model MODEL --data hf:my/corpus:train --context 8192 --keep 0.3 --steps 400 --out calibration
 
-Text like what will be fine-tuned on is best; a few million tokens are plenty. The model stays frozen: two small
-networks per layer learn to say, from a layer's input, which blocks its attention will find informative. The folder
+Text like the fine-tuning data is best; a few million tokens are plenty. The model stays frozen: two small
+networks per layer learn to predict, from a layer's input, which blocks its attention will find informative. The folder
 holds lemo_config.json and predictors.safetensors, and is only accepted for this model. `lemo info calibration` shows
 recall (the share of truly informative blocks that the predictors keep) layer by layer.
 """
@@ -34,7 +34,7 @@ def add(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
-    parser.add_argument("--out", type=path_name, required=True, metavar="FOLDER", help="where the calibration goes")
+    parser.add_argument("--out", type=path_name, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a calibration that is there already")
     add_model(parser)
     add_data(parser)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.block_size < 1 or args.context < 2 * args.block_size:
         raise ValueError(
-            f"--context {args.context}: expected at least two blocks of {args.block_size} tokens, or there is no choice"
+            f"--context {args.context}: expected at least two blocks of {args.block_size} tokens, one leaves no choice"
         )
     if not 0 < args.keep <= 1:
         raise ValueError(f"--keep {args.keep}: expected a fraction in (0, 1]")

@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the examples' line breaks and shows defaults, except where there is none to show."""
+    """Keeps the examples' line breaks and shows defaults, unless there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, argparse.SUPPRESS, []) or "default" in (action.help or ""):
@@ -25,14 +25,31 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
         return super()._get_help_string(action)
 
 
+def process() -> tuple[int, int]:
+    """(rank, number of processes), from the environment variables of torchrun and accelerate launch."""
+    from lemo.training.processes import world_size
+
+    count = world_size()
+    rank = os.environ.get("RANK", "")
+    if count > 1 and not rank.isdecimal():
+        raise ValueError(f"WORLD_SIZE is {count}, but RANK is {rank!r}; start several processes with torchrun")
+    return (int(rank) if count > 1 else 0), count
+
+
 def say(line: str) -> None:
-    """A line for the user, on stderr: stdout carries results only."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the user, on stderr: stdout carries results only. Of several processes, the first alone speaks."""
+    if process()[0] == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """(message, exit code) of an error."""
+    """(message, exit code) of an error; no message if another process has the error to report."""
     import torch
+
+    from lemo.training.processes import AnotherProcessFailed
+
+    if isinstance(error, AnotherProcessFailed):
+        return "", 1
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
@@ -54,11 +71,13 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, 2
     if isinstance(error, FloatingPointError):
         return text, 1
-    return f"{type(error).__name__}: {text} (run again with --debug for where it happened)", 1
+    if process()[1] > 1 and "closed by peer" in text:  # gloo raises nothing more specific
+        return "another process of the run has ended; see its message", 1
+    return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
 
 
 def path_name(text: str) -> str:
-    """The type of options that name a file or a folder: `~` is the home folder, and there is no empty name.
+    """The type of options that name a file or a folder: `~` is the home folder, and an empty name is refused.
 
     Shells leave `~` alone in --out=~/run, and a variable that is not set would be the current folder.
     """
@@ -81,9 +100,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--model", type=path_name, required=required, help="folder of a transformers causal LM, or its name on the hub"
     )
     group.add_argument(
-        "--tokenizer", type=path_name, help="folder or name of the tokenizer, where it is not the model's own"
+        "--tokenizer", type=path_name, help="folder or name of the tokenizer, if it is not the model's own"
     )
-    group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     group.add_argument(
         "--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)"
     )
@@ -91,7 +110,7 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--interpolate-positions",
         action="store_true",
         default=None,
-        help="stretch rotary positions linearly where --context exceeds the model's own; give the same wherever the "
+        help="stretch rotary positions linearly if --context exceeds the model's own; give the same whenever the "
         "adapter is used",
     )
 
@@ -115,12 +134,12 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--answers-only",
         action="store_true",
         default=None,
-        help="of conversations, and of prompts with completions, learn the answers alone (default: every token)",
+        help="learn only the answers of conversations and the completions of prompts (default: every token)",
     )
     group.add_argument(
         "--token-dtype",
         choices=("uint16", "uint32"),
-        help="width of token files without a header (default: uint16 where the vocabulary fits, else it must be given)",
+        help="width of token files without a header (default: uint16 if the vocabulary fits, else it must be given)",
     )
     group.add_argument(
         "--special-tokens-in-text",
@@ -136,12 +155,12 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-# Options beside --data that decide what is read: a run keeps them for --resume.
+# Options next to --data that decide what is read: a run keeps them for --resume.
 DATA_OPTIONS = ("text_field", "joined", "answers_only", "token_dtype", "special_tokens_in_text")
 
 
 def absolute(source: str) -> str:
-    """A path or `NAME=path` made absolute, so that a run can go on from another folder; names on the hub stay."""
+    """A path or `NAME=path` made absolute, so that a run can resume from another folder; names on the hub stay."""
     name, equals, where = source.partition("=")
     label, path = (f"{name}=", where) if equals and "/" not in name and not Path(source).exists() else ("", source)
     if not path or path.startswith("hf:") or not (Path(path).expanduser().exists() or any(c in path for c in "*?[")):
@@ -156,20 +175,30 @@ def device_of(name: str | None) -> Any:
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        if process()[1] > 1:
+            if ":" in name:
+                raise ValueError(f"--device {name}: several processes take one GPU each; give --device cuda")
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local >= count:
+                raise ValueError(
+                    f"process {local} of this machine has no GPU: torch sees {count}; start at most as many processes "
+                    "as there are GPUs"
+                )
+            return torch.device("cuda", local)
         if not count or (device.index or 0) >= count:
             raise ValueError(f"--device {name}: this machine shows {count} usable GPUs to torch; use --device cpu")
     return device
 
 
 def load_tokenizer(where: str, required: bool = False) -> Any:
-    """The tokenizer, or None where the folder has none and it is not required."""
+    """The tokenizer, or None if the folder has none and it is not required."""
     from transformers import AutoTokenizer
 
     try:
@@ -182,7 +211,7 @@ def load_tokenizer(where: str, required: bool = False) -> Any:
 
 
 def load_config(where: str, context: int | None, interpolate: bool) -> Any:
-    """The model's transformers configuration, its positions stretched to `context` where that is asked for."""
+    """The model's transformers configuration, its positions stretched to `context` on request."""
     from transformers import AutoConfig
 
     path = Path(where).expanduser()
@@ -209,8 +238,11 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     return config
 
 
-def check_supported(config: Any) -> None:
-    """Raises UnsupportedModelError for a model that lemo cannot train. Looks at an empty copy: no weights are read."""
+def check_supported(config: Any, context: int | None = None) -> None:
+    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens.
+
+    Looks at an empty copy: no weights are read.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -223,7 +255,9 @@ def check_supported(config: Any) -> None:
         raise families.UnsupportedModelError(
             f"lemo does not support models of type {config.model_type!r} ({_first_line(error)})"
         ) from error
-    families.find(model)
+    family, _ = families.find(model)
+    if context is not None:
+        family.check_length(config, context)
 
 
 def load_model(args: argparse.Namespace, context: int | None = None, *, to_train: bool = False) -> Any:
@@ -235,8 +269,8 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.quiet:
         transformers_logging.disable_progress_bar()
-    if to_train:  # first: that the context is too long for it does not matter where the model cannot be used at all
-        check_supported(load_config(args.model, None, False))
+    if to_train:  # first: an unsupported model matters more than a context that is too long for it
+        check_supported(load_config(args.model, None, False), context)
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
     name = args.dtype or "auto"
@@ -255,7 +289,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     except Exception as error:  # transformers, safetensors and json raise their own kinds for a damaged folder
         reason = _first_line(error)
         if "ignore_mismatched_sizes" in reason:
-            reason = "they do not have the shapes that its config.json says"
+            reason = "their shapes differ from those in its config.json"
         raise ValueError(f"--model {args.model}: its weights cannot be loaded ({reason})") from error
     # transformers draws what a folder lacks at random, and only warns.
     if loaded["missing_keys"]:

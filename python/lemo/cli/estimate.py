@@ -15,8 +15,8 @@ examples:
   lemo estimate --model MODEL --context 262144 --schedule skip:0.3 --recompute full
   lemo estimate --model MODEL --context 65536 --schedule low-memory --json
 
-Only the model's configuration is read, no weights. A schedule needs what its hungriest phase needs: the default's last
-phase is dense, so its peak is a dense step's; low-memory avoids that.
+Only the model's configuration is read, no weights. A schedule needs what its most memory-intensive phase
+needs: the default's last phase is dense, so its peak is a dense step's; low-memory avoids that.
 """
 
 

@@ -22,7 +22,7 @@ examples:
   lemo evaluate --model MODEL --data 'books/*.txt' --per-file --context 4096
       every file by itself
 
-The adapter is measured as it is served: on the dense model. Intervals are Student's, over documents where a domain has
+The adapter is measured as it is served: on the dense model. Intervals are Student's, over documents if a domain has
 at least ten and over windows otherwise; changes are paired over the same text, so they are far narrower than two
 separate intervals suggest.
 """

@@ -17,6 +17,7 @@ from lemo.cli.common import (
     add_common,
     add_data,
     add_model,
+    device_of,
     load_data,
     load_model,
     path_name,
@@ -36,19 +37,22 @@ examples:
       nothing ever needs a dense step's memory
 
   lemo finetune --out run --resume
-      go on where a stopped run left off; its settings are in run/run.json. Where model, data or calibration were moved:
-      --resume --model NEW (--data NEW, --calibration NEW), accepted if they hold what they held
+      resume an interrupted run; its settings are in run/run.json. If model, data or calibration were moved:
+      --resume --model NEW (--data NEW, --calibration NEW), accepted if their contents are the same
 
 schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]
   default      skip most of the steps, then dense: the best result for the time spent
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
-  backward     only backward, unbiased gradient: for short adaptations where every step must see the exact model
+  backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model
   dense        nothing eliminated
   for instance --schedule skip:0.3@0.7,skip:0.6@0.2,dense@0.1 or skip:0.5:sampled:shared@0.8,dense@0.2
 policies (--policy, for skip phases): predictors (the paper's: needs --calibration), update_norm (the default without a
   calibration), sampled, random, exact (slow: for comparison). In a schedule, :shared after sampled or random makes one
   draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration
+
+several GPUs: torchrun --nproc-per-node 4 -m lemo finetune ... (the same options). Each process takes the GPU of its
+rank and its own windows: a step has batch x accumulate x processes of them. To resume, start as many processes again.
 
 The run folder: run.json (settings), log.jsonl (loss, tokens/s, kept ratio per layer, memory), checkpoint-*/ (the last
 few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN makes a table and pictures of it.
@@ -58,7 +62,7 @@ few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN mak
 _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "context": ("tokens per window", int, "run"),
     "steps": ("optimizer steps", int, "run"),
-    "batch": ("windows per forward pass", int, "run"),
+    "batch": ("windows per forward pass, in each process", int, "run"),
     "accumulate": ("forward passes per step", int, "run"),
     "seed": ("of the adapter's first weights, the order of the data and every random choice", int, "run"),
     "held_out": ("fraction of the data kept from training and evaluated densely", float, "run"),
@@ -83,14 +87,14 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "finetune",
         help="train a LoRA adapter with token elimination",
-        description="Train a LoRA adapter on long documents, leaving tokens out of layers where they matter least.",
+        description="Train a LoRA adapter on long documents, skipping tokens in the layers in which they matter least.",
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
     parser.add_argument(
-        "--out", type=path_name, required=True, metavar="RUN", help="run folder, new or (with --resume) to go on with"
+        "--out", type=path_name, required=True, metavar="RUN", help="run folder, new, or existing with --resume"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of RUN")
+    parser.add_argument("--resume", action="store_true", help="resume from the last complete checkpoint of RUN")
     add_model(parser, required=False)
     add_data(parser, required=False)
     groups = {name: parser.add_argument_group(name) for name in ("run", "elimination", "optimizer", "LoRA")}
@@ -116,7 +120,7 @@ def add(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-# Where the run's inputs come from: kept in run.json so that --resume needs no other argument.
+# The sources of the run's inputs: kept in run.json so that --resume needs no other argument.
 _INPUTS = ("model", "tokenizer", "data", *DATA_OPTIONS, "interpolate_positions", "dtype")
 
 
@@ -139,9 +143,9 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
 
 
 def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> FinetuneSettings:
-    """The run's own settings and inputs, but for places of model, data and calibration given anew.
+    """The run's own settings and inputs, except for new places of model, data and calibration.
 
-    What lies at such a place is compared with the run's fingerprints once it has been read.
+    Their contents are compared with the run's fingerprints once they have been read.
     """
     from lemo.training.checkpoint import compare_settings
     from lemo.training.run_folder import PLACES, run_settings, saved_settings
@@ -152,12 +156,15 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
+    # Naming what the default resolved to changes nothing; the loaded model's dtype is compared with the run's.
+    if "dtype" in named and named["dtype"] in ("auto", saved.get("dtype")):
+        del named["dtype"]
     fixed = {n: named[n] for n in named if n not in PLACES}
     compare_settings({n: inputs.get(n) for n in fixed}, fixed)
     for name in _INPUTS:
         setattr(args, name, named.get(name, inputs.get(name)))
     if not isinstance(args.model, str) or not isinstance(args.data, list):
-        raise ValueError(f"{args.out}/run.json does not say where model and data are: give --model and --data")
+        raise ValueError(f"{args.out}/run.json does not name model and data: give --model and --data")
     for option, place in [("model", args.model), *(("data", str(source)) for source in args.data)]:
         _check_there(args.out, option, place)
     if calibration is not None:
@@ -166,40 +173,27 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
 
 
 def _check_there(out: str, option: str, place: str) -> None:
-    """Raises ValueError where an input of the run is gone, as it is after its folder was moved."""
+    """Raises ValueError if an input of the run is gone, for instance because its folder was moved."""
     name, equals, where = place.partition("=")
     path = where if equals and "/" not in name and not os.path.exists(place) else place
     on_the_hub = path.startswith("hf:") if option == "data" else not os.path.isabs(path)
     if not on_the_hub and not os.path.exists(path) and not glob.glob(path, recursive=True):
         raise ValueError(
             f"--{option} {place}: no such file or folder. If the run's {option} was moved, name its new place: lemo "
-            f"finetune --out {out} --resume --{option} NEW; what it holds is compared with the run's fingerprint"
+            f"finetune --out {out} --resume --{option} NEW; its content is compared with the run's fingerprint"
         )
 
 
 def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import finetune
-    from lemo.training.run_folder import check_new
+    from lemo.training.processes import Processes
 
     for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("log_every", 1), ("evaluate_every", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
-    for name in ("model", "tokenizer"):
-        if getattr(args, name) is not None:
-            setattr(args, name, absolute(getattr(args, name)))
-    if args.data is not None:
-        args.data = [absolute(source) for source in args.data]
-    settings = _settings(args)
-    if args.resume is False:
-        if (Path(args.out) / "run.json").exists():
-            raise ValueError(
-                f"--out {args.out} holds a run already; continue it with --resume, or choose another folder"
-            )
-        check_new(Path(args.out))  # before model and data are read, which may take long
-    if settings.calibration and not Path(settings.calibration).is_dir():
-        raise ValueError(f"--calibration {settings.calibration}: no such folder; make it with lemo calibrate")
-    model = load_model(args, settings.context, to_train=True)
-    documents = load_data(args, model.config)
+    processes = Processes.join(device_of(args.device))
+    args.quiet = args.quiet or not processes.first
+    model, documents, settings = processes.together(lambda: _load(args))
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     result = finetune(
         model,
@@ -215,5 +209,29 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         report=say,
     )
-    print(result.adapter)
+    processes.leave()
+    if processes.first:
+        print(result.adapter)
     return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, FinetuneSettings]:
+    """Model, documents and settings of the run, new or resumed; `args` then names all of its inputs."""
+    from lemo.training.run_folder import check_new
+
+    for name in ("model", "tokenizer"):
+        if getattr(args, name) is not None:
+            setattr(args, name, absolute(getattr(args, name)))
+    if args.data is not None:
+        args.data = [absolute(source) for source in args.data]
+    settings = _settings(args)
+    if args.resume is False:
+        if (Path(args.out) / "run.json").exists():
+            raise ValueError(
+                f"--out {args.out} holds a run already; continue it with --resume, or choose another folder"
+            )
+        check_new(Path(args.out))  # before model and data are read, which may take long
+    if settings.calibration and not Path(settings.calibration).is_dir():
+        raise ValueError(f"--calibration {settings.calibration}: no such folder; make it with lemo calibrate")
+    model = load_model(args, settings.context, to_train=True)
+    return model, load_data(args, model.config), settings

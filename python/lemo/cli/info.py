@@ -95,6 +95,7 @@ def installation() -> dict[str, Any]:
     import torch
 
     import lemo
+    from lemo.engine.families import FAMILIES
 
     values: dict[str, Any] = {"lemo": lemo.__version__, "python": platform.python_version()}
     values.update({p: _version(p) for p in ("torch", "transformers", "peft", "datasets", "tokenizers", "matplotlib")})
@@ -105,6 +106,7 @@ def installation() -> dict[str, Any]:
         values["native library"] = f"{_C.version()}, backends: {', '.join(backends)}"
     except ImportError as error:
         values["native library"] = f"cannot be loaded: {error}"
+    values["models"] = [family.model_class for family in FAMILIES]
     gpus = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -145,15 +147,15 @@ def calibration(folder: Path) -> dict[str, Any]:
 def run_folder(folder: Path) -> dict[str, Any]:
     """Settings, progress and checkpoints of a run folder."""
     from lemo.training.plots import steps_of
-    from lemo.training.run_folder import is_complete, run_checkpoints, run_settings
+    from lemo.training.run_folder import is_complete, processes_of, run_checkpoints, run_settings
     from lemo.training.run_log import LOG_FILE, read_log
 
     saved = run_settings(folder)
     steps = steps_of(read_log(folder / LOG_FILE))
-    found = run_checkpoints(folder).find()
+    found = run_checkpoints(folder, processes=processes_of(saved)).find()
     values: dict[str, Any] = {
         "run": str(folder),
-        "state": "complete" if is_complete(folder) else "not complete; go on with lemo finetune --out ... --resume",
+        "state": "complete" if is_complete(folder) else "not complete; resume with lemo finetune --out ... --resume",
         "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings'].get('steps', 'an unknown number')}",
         "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
     }
@@ -164,7 +166,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
 
 
 def adapter(folder: Path) -> dict[str, Any]:
-    """The fields of a PEFT adapter that say what it is."""
+    """The fields of a PEFT adapter that identify it."""
     config = json.loads((folder / "adapter_config.json").read_text())
     names = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
     return {"adapter": str(folder), **{n: config.get(n) for n in names}}

@@ -24,9 +24,7 @@ def add(subparsers: Any) -> None:
         formatter_class=Formatter,
     )
     parser.add_argument("run_folder", type=path_name, metavar="RUN", help="run folder of lemo finetune")
-    parser.add_argument(
-        "--png", type=path_name, metavar="FILE", help="where the picture goes (default: RUN/report.png)"
-    )
+    parser.add_argument("--png", type=path_name, metavar="FILE", help="picture to write (default: RUN/report.png)")
     parser.add_argument("--no-png", action="store_true", help="no picture")
     add_common(parser)
     parser.set_defaults(run=run)

@@ -6,7 +6,7 @@ Sources are given as strings, `[NAME=]WHERE`:
   corpus.jsonl          one JSON object per line; also *.ndjson, and *.json (a list of objects, or one per line)
   table.csv             a record per row, the first line names the columns; also *.tsv
   part-0.parquet        records; also *.arrow and *.feather
-  tokens.bin, *.npy     tokens (`lemo.data.tokens`); documents end at the end-of-text token where there is one
+  tokens.bin, *.npy     tokens (`lemo.data.tokens`); documents end at the end-of-text token if there is one
   folder/               every file of these kinds below it, sorted, but for hidden files and folders; or a data set
                         that `save_to_disk` wrote
   'src/**/*.py'         a glob
@@ -15,9 +15,9 @@ Sources are given as strings, `[NAME=]WHERE`:
 Suffixes may be in upper case and all files but Parquet's kind compressed as .gz, .bz2, .xz or .zst. NAME labels the
 source in reports (default: the last part of the path).
 
-A record holds `input_ids` (with `labels` and `attention_mask` where they are there), `text`, `messages` (through the
-tokenizer's chat template; a list, or its JSON where a table has no lists), or `prompt` and `completion`; `text_field`
-names another field. Labels are all tokens, or the answers alone where that is asked for or the data say so.
+A record holds `input_ids` (with `labels` and `attention_mask` if present), `text`, `messages` (through the
+tokenizer's chat template; a list, or its JSON if a table has no lists), or `prompt` and `completion`; `text_field`
+names another field. Labels are all tokens, or the answers alone on request or if the data mark them.
 
 A window is `context` tokens cut from documents laid end to end; `position_ids` restart at 0 and the label is ignored
 wherever a document begins, so nothing crosses a document boundary. Order depends on the seed alone, not on any

@@ -1,4 +1,4 @@
-"""Tokenised documents laid end to end."""
+"""Tokenized documents laid end to end."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Hashing converts to int64; in pieces, so that the copy stays small beside the tokens.
+# Hashing converts to int64; in pieces, so that the copy stays small compared with the tokens.
 _TOKENS_PER_HASH = 1 << 20
 
 
 class DataError(ValueError):
-    """The data cannot be used; the message says which file or field and what to do."""
+    """The data cannot be used; the message names the file or field and what to do."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokenised documents, end to end.
+    """Tokenized documents, end to end.
 
     tokens: integer array [N].  offsets: int64 [D + 1], the first token of every document.
     origins: int32 [D], index into `names` of the source every document came from.
-    trained: bool [N], the tokens that are labels; None where all of them are.
+    trained: bool [N], the tokens that are labels; None if all of them are.
     """
 
     tokens: np.ndarray
@@ -42,14 +42,14 @@ class Documents:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
     def labelled(self, i: int) -> np.ndarray | None:
-        """bool mask of document i's labels; None where every token is one."""
+        """bool mask of document i's labels; None if every token is one."""
         return None if self.trained is None else self.trained[self.offsets[i] : self.offsets[i + 1]]
 
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> str:
-        """Hex digest of the tokens, the document boundaries and, where there is one, the mask of labels."""
+        """Hex digest of the tokens, the document boundaries and, if there is one, the mask of labels."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.offsets):
             for start in range(0, len(array), _TOKENS_PER_HASH):

@@ -14,7 +14,7 @@ from lemo.data.long_text import encode_long
 from lemo.data.records import Chat, Pair, Tokens
 
 SPECIAL_TOKENS_IN_TEXT = ("auto", "parse", "plain")
-# A document with more characters is tokenised in pieces: tokenizers need about 150 bytes for each character at once.
+# A document with more characters is tokenized in pieces: tokenizers need about 150 bytes for each character at once.
 LONG_TEXT = 1 << 19
 
 
@@ -133,7 +133,7 @@ class TextEncoder:
     def _call(self, texts: list[str], split: bool) -> list[list[int]]:
         if not texts:
             return []
-        # Given only where it matters: a tokenizer of one's own may not know the argument.
+        # Given only if it matters: a custom tokenizer may not know the argument.
         options = {"split_special_tokens": True} if split else {}
         return self.tokenizer(texts, verbose=False, **options)["input_ids"]
 
@@ -179,7 +179,7 @@ class TextEncoder:
 
 
 def _added(tokenizer: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """The special tokens that the tokenizer puts before and after a text; None where that cannot be told."""
+    """The special tokens that the tokenizer puts before and after a text; None if that cannot be determined."""
     bare = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     full = list(tokenizer("a", verbose=False)["input_ids"])
     for start in range(len(full) - len(bare) + 1):

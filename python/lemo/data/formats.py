@@ -30,11 +30,11 @@ Records = Iterator[tuple[str, Any]]
 
 
 class NoRecordsError(DataError):
-    """A JSON file that is not a data set: a mistake where the user named it, to be left out where a folder holds it."""
+    """A JSON file that is not a data set: a mistake if the user named it, left out if a folder holds it."""
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says what a file holds, in lower case, that of the compression left out."""
+    """The suffix that names a file's format, in lower case, without that of the compression."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -82,14 +82,16 @@ def read_text(path: Path, named: bool) -> str | None:
         return None
     raw = read_bytes(path)
     try:
-        if b"\0" in raw[:4096]:
-            raise UnicodeDecodeError("utf-8", b"", 0, 1, "holds zero bytes")
+        zero = raw.find(b"\0")
+        if zero >= 0:
+            raise UnicodeDecodeError("utf-8", raw, zero, zero + 1, "zero byte")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if named:
+            place = error.start + len(raw) - len(error.object)  # a byte order mark at the start is not in `object`
             raise DataError(
-                f"{path}: not a UTF-8 text file ({error.reason}); convert it (iconv -t utf-8); token files are named "
-                "*.bin or *.npy"
+                f"{path}: not a UTF-8 text file ({error.reason} at byte {place}); convert it (iconv -t utf-8); token "
+                "files are named *.bin or *.npy"
             ) from None
         return None
 
@@ -118,7 +120,7 @@ def read_records(path: Path, columns: Callable[[list[str]], list[str]]) -> Recor
 
 
 def _parse(text: str) -> Any:
-    """The JSON value. Raises JSONDecodeError, also where Python's parser gives up in ways of its own."""
+    """The JSON value. Raises JSONDecodeError, also if Python's parser fails with another error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -178,7 +180,7 @@ def _some(names: Any) -> str:
 
 
 def _check_unique(names: list[str], wanted: list[str], path: Path) -> None:
-    """Raises DataError where a column that is to be read stands in the table more than once."""
+    """Raises DataError if a column that is to be read appears more than once."""
     for name in wanted:
         if names.count(name) > 1:
             raise DataError(f"{path}: {names.count(name)} columns are called '{name}'; rename all but one of them")

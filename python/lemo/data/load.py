@@ -1,4 +1,4 @@
-"""Sources -> tokenised documents."""
+"""Sources -> tokenized documents."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lemo.data.tokens import TOKEN_DTYPES, TokenFormat
 _CHARACTERS_PER_CALL = 1 << 21
 
 
+# Many arguments, but two of them positional: the rest are options by name, as the command has them.
 def load_documents(
     sources: Sequence[str],
     tokenizer: Any = None,
@@ -34,9 +35,9 @@ def load_documents(
     progress: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> Documents:
-    """Read and tokenise every source (see the package's text for what a source may be).
+    """Read and tokenize every source (see the package's text for what a source may be).
 
-    tokenizer: a transformers tokenizer; may be None where all sources hold tokens.
+    tokenizer: a transformers tokenizer; may be None if all sources hold tokens.
     text_field: the field of records to use; by default input_ids, text, messages, or prompt and completion.
     token_dtype: "uint16" or "uint32", the width of token files without a header.
     end_of_text: the token that ends documents in token files (default: the tokenizer's).
@@ -62,13 +63,8 @@ def load_documents(
     parts = _Parts()
     with _progress(progress, desc="reading", unit=" tokens", unit_scale=True) as bar:
         for source in sources:
-            start, taken = len(parts.arrays), 0
-            for piece, tokens in encoder.encode(found.pieces(source)):
-                kept = parts.add(piece.origin, tokens, None if max_tokens is None else max_tokens - taken)
-                taken += kept
-                bar.update(kept)
-                if max_tokens is not None and taken >= max_tokens:
-                    break
+            start = len(parts.arrays)
+            parts.read(encoder.encode(found.pieces(source)), max_tokens, bar.update)
             if len(parts.arrays) == start:
                 raise DataError(_nothing_in(source, found))
             if joined:
@@ -76,16 +72,19 @@ def load_documents(
     if report:
         for line in (*found.left.lines(), *encoder.lines(), *parts.lines(tokenizer)):
             report(line)
-    # Files without a document have no name: each name is a domain to evaluate.
-    used = sorted(set(parts.origins))
-    origins = np.searchsorted(used, parts.origins).tolist()
-    documents = Documents.from_arrays(parts.arrays, origins, [list(names)[i] for i in used], parts.trained)
-    if vocab_size is not None and int(documents.tokens.max()) >= vocab_size:
-        raise DataError(
-            f"the tokenizer gives token {int(documents.tokens.max())}, outside the model's vocabulary of {vocab_size}; "
-            "name the model's own tokenizer with --tokenizer"
-        )
+    documents = parts.documents(list(names))
+    if vocab_size is not None:
+        _check_vocabulary(documents, vocab_size)
     return documents
+
+
+def _check_vocabulary(documents: Documents, vocab_size: int) -> None:
+    largest = int(documents.tokens.max())
+    if largest >= vocab_size:
+        raise DataError(
+            f"the tokenizer gives token {largest}, outside the model's vocabulary of {vocab_size}; name the model's "
+            "own tokenizer with --tokenizer"
+        )
 
 
 def _token_format(
@@ -138,6 +137,16 @@ class _Parts:
         self.origins.append(origin)
         return len(ids)
 
+    def read(self, pieces: Iterator[tuple[Piece, Tokens]], most: int | None, advance: Callable[[int], object]) -> None:
+        """The documents of one source, `most` tokens at most. advance: called with every number of tokens taken."""
+        taken = 0
+        for piece, tokens in pieces:
+            kept = self.add(piece.origin, tokens, None if most is None else most - taken)
+            taken += kept
+            advance(kept)
+            if most is not None and taken >= most:
+                break
+
     def join(self, start: int) -> None:
         """Replace the documents from `start` on by one for each origin."""
         merged: dict[int, list[int]] = {}
@@ -157,6 +166,12 @@ class _Parts:
             self.arrays.append(ids)
             self.trained.append(masks)
 
+    def documents(self, names: list[str]) -> Documents:
+        """names: by origin. Origins without a document have none in the result: each name is a domain to evaluate."""
+        used = sorted(set(self.origins))
+        origins = np.searchsorted(used, self.origins).tolist()
+        return Documents.from_arrays(self.arrays, origins, [names[i] for i in used], self.trained)
+
     def lines(self, tokenizer: Any) -> Iterator[str]:
         if self.empty:
             yield f"left out {self.empty} empty document{'s' if self.empty > 1 else ''}"
@@ -169,7 +184,7 @@ class _Parts:
 
 
 class _Encoder:
-    """Tokenises what the sources hold, texts in batches; the order stays."""
+    """Tokenizes what the sources hold, texts in batches; the order stays."""
 
     def __init__(self, tokenizer: Any, special_tokens: str, answers_only: bool) -> None:
         self.answers_only = answers_only
@@ -197,7 +212,7 @@ class _Encoder:
         yield from self._flush(batch)
 
     def _plain_text(self, piece: Piece) -> str | None:
-        """The text to tokenise, or None where the content needs more than that."""
+        """The text to tokenize, or None if the content needs more than that."""
         content = piece.content
         if isinstance(content, Tokens) or is_blank(content):
             return None

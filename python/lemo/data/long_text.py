@@ -1,10 +1,10 @@
-"""One long text tokenised in pieces, as it would be tokenised whole.
+"""One long text tokenized in pieces, as it would be tokenized whole.
 
 A tokenizer keeps far more than the ids of the text it is given, so a book at once takes gigabytes. The text is cut
-into pieces that overlap, and two neighbours are joined inside the overlap where both read a run of tokens alike, ids
+into pieces that overlap, and two neighbors are joined inside the overlap where both read a run of tokens alike, ids
 and places in the text. How a tokenizer reads a text depends on what is near: beyond such a run, both pieces read on as
-they would in the whole text, and what the cut changed lies outside. Where no such run is found (a text without a space,
-say), the overlap grows, to the whole text if need be.
+they would in the whole text, and what the cut changed lies outside. If no such run is found (in a text without a space,
+for instance), the overlap grows, up to the whole text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 CHARACTERS_PER_PIECE = 1 << 17
 _OVERLAP = 1 << 12
-# Tokens that two pieces have to read alike where they are joined.
+# Tokens that two pieces have to read alike to be joined.
 _RUN = 24
 _PIECES_PER_CALL = 4
 
@@ -92,7 +92,7 @@ def _pieces(tokenizer: Any, text: str, size: int, overlap: int, options: dict[st
 
 
 def _agreement(left: _Piece, right: _Piece) -> tuple[int, int] | None:
-    """(token of left, token of right) where the right piece takes over; None where they read nothing alike."""
+    """(token of left, token of right) at which the right piece takes over; None if they read nothing alike."""
     a = left.reads(right.start, left.stop, backwards=True)
     b = right.reads(right.start, left.stop, backwards=False)
     where: dict[tuple[int, int, int], int] = {}

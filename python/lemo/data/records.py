@@ -21,7 +21,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document that is tokenised already. trained: bool mask of its labels, or None. padding: tokens left out."""
+    """A document that is tokenized already. trained: bool mask of its labels, or None. padding: tokens left out."""
 
     ids: np.ndarray
     trained: np.ndarray | None = None
@@ -58,7 +58,7 @@ class RecordOptions:
 
 
 def choose_fields(names: Iterable[str], options: RecordOptions) -> list[str]:
-    """The fields of a record that are used; empty where there is none. The first is the one that decides.
+    """The fields of a record that are used; empty if there is none. The first is the one that decides.
 
     Tokens go before text, as whoever made them meant them to be used, and text before conversations, except where
     labels are wanted on the answers alone.

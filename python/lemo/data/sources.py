@@ -1,4 +1,4 @@
-"""Sources as the user names them -> documents as found, still to be tokenised."""
+"""Sources as the user names them -> documents as found, still to be tokenized."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Sources:
         if texts and records:
             shown = texts[0] + (", ..." if len(texts) > 1 else "")
             self.left.mixed.append(
-                f"{where}: beside {records} records, files read whole as text: {len(texts)} ({shown})"
+                f"{where}: next to {records} records, files read whole as text: {len(texts)} ({shown})"
             )
 
     def _expand(self, where: str) -> tuple[list[tuple[str, Path]], bool]:
@@ -167,7 +167,7 @@ class Sources:
 
     def _tokens(self, path: Path, kind: str, origin: int) -> Iterator[Piece]:
         if self.options.answers_only:
-            raise DataError(f"{path}: --answers-only needs conversations; a token file does not say what an answer is")
+            raise DataError(f"{path}: --answers-only needs conversations; a token file does not mark answers")
         known = self.options.tokens
         for row in read_tokens(read_bytes(path), str(path), kind, known):
             documents, padding = split_stream(row, known)

@@ -23,10 +23,10 @@ def split_held_out(
     """(train, held out), divided by tokens: about `fraction` of them is held out and no token is in both.
 
     Whole documents are held out, chosen by the seed. A document too long for that (longer than all that is to be held
-    out) gives its end instead, `fraction` of it, as does every document where there are few. Much more than the
-    fraction is held out only where no document can be cut to prevent it.
+    out) gives its end instead, `fraction` of it, as does every document if there are few. Much more than the
+    fraction is held out only if no document can be cut to prevent it.
 
-    report: called with a line that says what was held out. Raises DataError where a part would be empty.
+    report: called with a line on what was held out. Raises DataError if a part would be empty.
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(f"held-out fraction {fraction}: expected a number between 0 and 1")

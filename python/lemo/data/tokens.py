@@ -6,7 +6,7 @@ A `.bin` file holds little-endian tokens, by themselves or after a header:
            tokens (uint64). `write_tokens` writes it.
   llm.c    256 int32: 20240520, 1, number of tokens (uint16) or 20240801, 7, number of tokens (uint32)
 
-Without a header the width is the caller's to say; uint16 is assumed only where the vocabulary fits.
+Without a header the caller states the width; uint16 is assumed only if the vocabulary fits.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _MAGIC = b"LEMOTOK\x01"
 _HEADER = struct.Struct("<8sIIQ")
 _LLMC_BYTES = 1024
 _LLMC = {20240520: "<u2", 20240801: "<u4"}
-# Fewer tokens say nothing about the file's type.
+# Fewer tokens are no evidence of the file's type.
 _MIN_TO_JUDGE = 16
 
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """What is known of token files beside their bytes.
+    """What is known of token files in addition to their bytes.
 
     dtype: "uint16" or "uint32" of files without a header, or None to go by the vocabulary.
     end_of_text: the token that ends a document.  begins: it begins documents too, as OPT's does.
@@ -47,7 +47,7 @@ class TokenFormat:
 
 
 def write_tokens(path: Path | str, tokens: Any, dtype: str | None = None) -> None:
-    """Write tokens (integers, one dimension) with a header that says their width and number.
+    """Write tokens (integers, one dimension) with a header of their width and number.
 
     dtype: "uint16" or "uint32"; by default the smaller one that holds them. Raises ValueError.
     """
@@ -139,7 +139,7 @@ def _read_headerless(raw: bytes, path: str, known: TokenFormat) -> np.ndarray:
 
 
 def _check_width(tokens: np.ndarray, path: str, vocab_size: int | None) -> None:
-    """Raises DataError where the numbers show that they were read at another width than they were written."""
+    """Raises DataError if the numbers show that they were written at another width."""
     width, count = tokens.itemsize, len(tokens)
     if count * width < 2 * _MIN_TO_JUDGE:
         return

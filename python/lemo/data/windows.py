@@ -18,10 +18,10 @@ Span = tuple[int, int, int]
 class PackedWindows(torch.utils.data.Dataset):
     """`length` training windows: pass after pass over the documents, each pass in its own order.
 
-    Item i is a dict of int64 tensors [context]: input_ids, labels (IGNORE_INDEX where a document begins, as nothing
-    before it may predict it, and where the documents' mask says so), position_ids (0 where a document begins). A
-    document is cut where a window ends and goes on in the next window as a document of its own. The last tokens of a
-    pass that fill no window are left out of it, and so are windows without a label: they have nothing to teach.
+    Item i is a dict of int64 tensors [context]: input_ids, labels (IGNORE_INDEX at the start of a document, as nothing
+    before it may predict it, and wherever the documents' mask excludes a token), position_ids (0 at the start of a
+    document). A document cut by the end of a window continues in the next window as a separate document. The last
+    tokens of a pass that fill no window are left out of it, and so are windows without a label: they teach nothing.
 
     length: windows in all, default one pass.  report: called with a line on windows that were left out.
     """
@@ -45,7 +45,7 @@ class PackedWindows(torch.utils.data.Dataset):
                 "smaller --context"
             )
         # Labels before each token: what windows hold is a difference. Without a mask and with documents of two tokens
-        # or more, any three neighbours hold a label.
+        # or more, any three neighbors hold a label.
         self._labels: np.ndarray | None = None
         if documents.trained is not None or context < 3 or int(documents.lengths().min()) < 2:
             trained = np.ones(documents.num_tokens, bool) if documents.trained is None else documents.trained
@@ -83,7 +83,7 @@ class PackedWindows(torch.utils.data.Dataset):
         cuts = np.union1d(starts, np.arange(self.per_pass + 1) * self.context)
         cuts = cuts[cuts <= self.per_pass * self.context]
         begin, end = cuts[:-1], cuts[1:]
-        # Where those parts lie in the documents' own tokens.
+        # The places of those parts in the documents' own tokens.
         place = np.searchsorted(starts, begin, side="right") - 1
         shift = self.documents.offsets[order[place]] - starts[place]
         counts = labels[end + shift] - labels[begin + 1 + shift]

@@ -1,7 +1,7 @@
 """What a model must be for lemo to run its layers: checked by `lemo.apply`, and at every step for what came later.
 
 lemo computes decoder layers itself. A layer, attention, MLP or norm that someone replaced, patched or hooked would run
-in evaluation and not in training; it is refused by name. Projections are different: where the cheap path does not cover
+in evaluation and not in training; it is refused by name. Projections are different: if the cheap path does not cover
 one, the module itself is called, with its hooks and whatever it does (linear.py).
 """
 
@@ -24,7 +24,6 @@ from lemo.engine.randomness import draws
 # Who may define what runs in a layer: transformers itself, torch's wrappers (compile), Liger's equivalents, ourselves.
 _TRUSTED = ("transformers.", "torch.", "kernels.", "liger_kernel.", "lemo.")
 _WATCHING = ("transformers.utils.output_capturing", "torch.utils.")
-_LIGER = {"LigerRMSNorm", "LigerRMSNormForLlama", "LigerSwiGLUMLP", "LigerLayerNorm"}
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 _INSTEAD = (
@@ -92,7 +91,7 @@ def _stays_on_device(hook: Any) -> bool:
 
 
 def _instance_forward(module: nn.Module) -> Any:
-    """The forward method that an instance has of its own; None where it is the class's."""
+    """The forward method set on an instance; None if it is the class's."""
     own = module.__dict__.get("forward")
     if own is not None and _stays_on_device(module.__dict__.get("_hf_hook")):
         own = module.__dict__.get("_old_forward")
@@ -104,10 +103,10 @@ def _foreign_hook(hooks: Iterable[Any]) -> Any:
     return next((h for h in hooks if not _home(_function(h)).startswith(_WATCHING)), None)
 
 
-def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]]) -> None:
+def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]], equivalents: frozenset[str]) -> None:
     inner = unwrap(module)
     kind = type(inner)
-    liger = kind.__module__.startswith("liger_kernel.") and kind.__qualname__ in _LIGER
+    liger = kind.__module__.startswith("liger_kernel.") and kind.__qualname__ in equivalents
     if (kind.__module__, kind.__qualname__) not in allowed and not liger:
         expected = " or ".join(name for _, name in allowed)
         _refuse(path, f"expected {expected} of {allowed[0][0]}, got {kind.__module__}.{kind.__qualname__}")
@@ -143,21 +142,27 @@ def _check_functions(family: Family, lm: Any) -> None:
             _refuse("hooks for all modules", f"{_name(hook)} is registered (torch.nn.modules.module.{name})")
 
 
+def _at(module: Any, path: str) -> Any:
+    """The module at a path from `module`, None if there is not one."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
 def check_modules(family: Family, lm: Any) -> None:
-    """Raises UnsupportedModelError, naming the module, where lemo would not run what the model runs."""
+    """Raises UnsupportedModelError, naming the module, if lemo would not run what the model runs."""
     family.check(lm)
     _check_functions(family, lm)
     for path, allowed in family.outer_modules.items():
-        module = lm
-        for name in path.split("."):
-            module = getattr(module, name, None)
+        module = _at(lm, path)
         if module is not None:
-            _check_module(module, path, allowed)
+            _check_module(module, path, allowed, family.liger)
     decoder = family.decoder(lm)
     for i, layer in enumerate(family.layers(decoder)):
         for name, allowed in family.layer_modules.items():
-            module = getattr(layer, name, None) if name else layer
-            _check_module(module, f"{family.layers_path}.{i}" + (f".{name}" if name else ""), allowed)
+            module = _at(layer, name) if name else layer
+            path = f"{family.layers_path}.{i}" + (f".{name}" if name else "")
+            _check_module(module, path, allowed, family.liger)
         family.check_layer(layer, f"{family.layers_path}.{i}")
 
 
@@ -194,37 +199,58 @@ def _live(module: nn.Module, pieces: set[int], inside: bool) -> Iterator[tuple[n
                 yield entry, inside
 
 
-def trained_parameters(family: Family, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """The parameters that layers train, each once, wherever and however often it stands.
+def trained_parameters(family: Family, decoder: Any) -> list[Tensor]:
+    """The parameters that the layers of a decoder train, each once, wherever and however often it stands.
 
-    Raises UnsupportedModelError for one that no part of its layer uses: it would silently get no gradient.
+    Raises UnsupportedModelError for one that no part of its layer uses, and for one of the decoder outside the layers
+    (in its rotary embedding, for example): it would silently get no gradient.
     """
     found: dict[int, Tensor] = {}
     stray: dict[int, tuple[int, nn.Parameter]] = {}
+    layers = family.layers(decoder)
     for i, layer in enumerate(layers):
-        modules = (*family.attention_modules(layer), *family.mlp_modules(layer), *family.norm_modules(layer))
+        modules = (*family.attention_modules(layer), *family.mlp_modules(layer))
+        # Of a norm lemo reads these tensors, not whatever else its module may hold.
+        norms = {id(p) for n in family.norms(layer) for p in n.parameters}
         for p, inside in _live(layer, {id(m) for m in modules}, False):
-            if inside:
+            if inside or id(p) in norms:
                 found[id(p)] = p
             else:
                 stray[id(p)] = i, p
     for key, (i, p) in stray.items():
         if key not in found:
-            name = next(n for n, q in layers[i].named_parameters() if q is p)
-            raise UnsupportedModelError(
-                f"lemo does not support {family.layers_path}.{i}.{name}: the parameter trains, but no projection, MLP "
-                "or norm that lemo runs uses it, so it would get no gradient; freeze it (requires_grad_(False)) or "
-                "train without lemo (lemo.remove)"
-            )
+            _refuse_parameter(f"{family.layers_path}.{i}", layers[i], p)
+    for p in _outside(family, decoder):
+        _refuse_parameter(family.layers_path.rpartition(".")[0], decoder, p)
     return list(found.values())
+
+
+def _outside(family: Family, decoder: Any) -> Iterator[nn.Parameter]:
+    """Trained parameters of a decoder that are neither in its layers nor in what the family computes around them."""
+    norm = family.final_norm(decoder)
+    known = set() if norm is None else {id(p) for p in norm.parameters}
+    pieces = {id(m) for m in family.outside_modules(decoder)}
+    yield from (p for p in decoder._parameters.values() if p is not None and p.requires_grad)
+    for child in decoder.children():
+        if child is not decoder.layers:
+            yield from (p for p, inside in _live(child, pieces, False) if not inside and id(p) not in known)
+
+
+def _refuse_parameter(path: str, module: nn.Module, parameter: nn.Parameter) -> None:
+    name = next(n for n, q in module.named_parameters() if q is parameter)
+    raise UnsupportedModelError(
+        f"lemo does not support {path}.{name}: the parameter trains, but no projection, MLP, norm or embedding that "
+        "lemo runs uses it, so it would get no gradient; freeze it (requires_grad_(False)) or train without lemo "
+        "(lemo.remove)"
+    )
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
 def loose_modules(family: Family, layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules of the layers that are called as they are: no projection of the cheap path, no activation function of
-    torch or transformers."""
+    """Modules of the layers that are called as they are: neither a projection of the cheap path nor an activation
+    function of torch or transformers."""
     modules = [m for layer in layers for m in (*family.attention_modules(layer), *family.mlp_modules(layer))]
     return [m for m in modules if projection(m) is None and not _plain_activation(m)]
 

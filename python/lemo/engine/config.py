@@ -1,4 +1,4 @@
-"""What to eliminate, when, and how: the settings of one fine-tuning run."""
+"""What to eliminate, when, and how: the settings of one fine-tuning run, and the vocabulary they are written in."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
-MODES = ("skip", "backward", "dense")
-POLICIES = ("predictors", "update_norm", "random", "sampled", "exact")
-RECOMPUTE = ("auto", "none", "attention", "full")
-SELECT = ("budget", "threshold")
+# How a phase eliminates; how blocks are chosen; by share or by score.
+Mode = Literal["skip", "backward", "dense"]
+PolicyName = Literal["predictors", "update_norm", "random", "sampled", "exact"]
+Select = Literal["budget", "threshold"]
+# What a layer saves; "auto" is decided at every step.
+Recompute = Literal["none", "attention", "full"]
+RecomputeSetting = Literal["auto", "none", "attention", "full"]
+# What a record of the backward pass is of: a whole layer, or one of its two parts.
+Part = Literal["layer", "attention", "mlp"]
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+RECOMPUTE: tuple[RecomputeSetting, ...] = get_args(RecomputeSetting)
+SELECT: tuple[Select, ...] = get_args(Select)
 
 
 def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -41,31 +51,32 @@ def _fraction(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training steps with one way of eliminating.
+    """A run of training steps that share one elimination strategy.
 
     mode: "skip" leaves tokens out of layers forward and backward (paper section 4); "backward" computes the forward
         pass exactly and sends gradients through kept tokens only; "dense" keeps everything.
     keep: fraction of every document's blocks that a layer keeps. Default 0.5 (1 in "dense").
     share: share of the steps, relative to the other phases' shares.
     policy: how blocks are chosen (see `lemo.engine.policies`). Default in "skip": if the run has calibrated predictors,
-        "sampled" with their scores, one draw for all layers ("predictors" with `select` "threshold" or `mlp_keep`), and
-        "update_norm" where not. Default in "backward": "random", because informed choices bias the gradient there.
-    weighted: weigh gradients by inverse probabilities so that their expectation is the dense gradient. "backward" with
+        "sampled" with their scores, one draw for all layers ("predictors" with `select` "threshold" or `mlp_keep`);
+        otherwise "update_norm". Default in "backward": "random", because informed choices bias the gradient there.
+    weighted: weight gradients by inverse probabilities so that their expectation is the dense gradient. "backward" with
         "random" or "sampled" only. Blocks are then drawn independently of one another (Poisson sampling), so the number
         kept varies around `keep`: with n blocks by a standard deviation of at most sqrt(n) / 2.
     policy_options: keyword arguments of the policy.
     select: "budget" keeps `keep` of the blocks; "threshold" keeps blocks that score at least the layer's calibrated
         threshold ("predictors" only; `keep` is then ignored).
-    mlp_keep: a kept list of its own for the MLP, from the same scores ("skip" only). Default: shared with attention.
+    mlp_keep: fraction that the MLP keeps, as a separate list from the same scores ("skip" only). Default: the list of
+        attention.
     """
 
-    mode: str = "skip"
+    mode: Mode = "skip"
     keep: float | None = None
     share: float = 1.0
-    policy: str | None = None
+    policy: PolicyName | None = None
     weighted: bool = False
     policy_options: Mapping[str, Any] = field(default_factory=dict)
-    select: str = "budget"
+    select: Select = "budget"
     mlp_keep: float | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +85,7 @@ class Phase:
             object.__setattr__(self, "keep", 1.0 if self.mode == "dense" else 0.5)
         _fraction("Phase.keep", self.keep)
         if self.mode == "dense" and self.keep != 1.0:
-            raise ValueError(f'Phase.keep must be 1 (or left out) where mode is "dense"; got {self.keep}')
+            raise ValueError(f'Phase.keep must be 1 (or left out) if mode is "dense"; got {self.keep}')
         if (
             isinstance(self.share, bool)
             or not isinstance(self.share, (int, float))
@@ -133,24 +144,24 @@ class LemoConfig:
     phases: `Phase`s in order, or None for `default_phases()`.
     recompute: what a layer saves for its backward pass. "none": everything the kept tokens need; "attention": the
         layer's kept input and attention output, the rest is recomputed; "full": the kept input only; "auto": "full"
-        where the model has gradient checkpointing switched on, else "none". The flag itself is ignored: lemo runs the
+        if the model has gradient checkpointing switched on, else "none". The flag itself is ignored: lemo runs the
         layers, not transformers.
-    seed: of all random choices, with the step and the layer.
+    seed: of all random choices, together with the process's rank, the step, the micro-batch and the layer.
     always_first, always_last: blocks at either end of every document that are always kept.
     layers: indices of the layers that eliminate; the others keep everything. None: all of them.
-    keep_labelled: in mode "skip", whether blocks with labels are always kept, beyond the budget if need be. None: where
+    keep_labelled: in mode "skip", whether blocks with labels are always kept, beyond the budget if need be. None: if
         fewer than half of a batch's tokens have one (answers only); a token left out of all layers teaches nothing.
     calibration: folder written by `lemo calibrate`; needed by the policies that predict.
     deterministic: bitwise repeatable gradients on CUDA, slower. (The CPU is repeatable anyway.)
-    segment_rows: tokens per segment of the loss; 0 chooses.
-    return_logits: make the logits of a training forward pass with labels whole and return them beside the loss, as
-        transformers does and for its memory (tokens x vocabulary). Tokens that were in no layer have logits that mean
-        little.
+    segment_rows: tokens per segment of the loss; 0 lets the library choose.
+    return_logits: make the logits of a training forward pass with labels whole and return them with the loss, as
+        transformers does and at the same cost in memory (tokens x vocabulary). Logits of tokens that were in no layer
+        mean little.
     """
 
     block_size: int = 64
     phases: Sequence[Phase] | None = None
-    recompute: str = "auto"
+    recompute: RecomputeSetting = "auto"
     seed: int = 0
     always_first: int = 1
     always_last: int = 0
@@ -195,7 +206,7 @@ class LemoConfig:
                     'policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`; got None'
                 )
 
-    def policy(self, phase: Phase) -> tuple[str, Mapping[str, Any]]:
+    def policy(self, phase: Phase) -> tuple[PolicyName, Mapping[str, Any]]:
         """The policy of a phase and its options, defaults resolved."""
         if phase.policy is not None:
             return phase.policy, phase.policy_options

@@ -1,7 +1,7 @@
-"""Autograd functions for the inside of a layer; each saves only what its gradient cannot do without.
+"""Autograd functions for the inside of a layer; each saves only what its gradient needs.
 
 Shapes: M packed rows; h [M, d] a norm's output. Saved per row: `Rope` nothing (tables and rows are shared), `SwiGLU`
-gate and up, `ReLU` its output once, `LinearGroup` (linear.py) its input once for all projections that read it.
+gate and up, `ReLU` its output once, `LinearGroup` (lemo.engine.linear) its input once for all projections that read it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from lemo.ops._schema import first_order
+from lemo.ops._autograd import first_order
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -30,7 +30,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 class Rope(Function):
     """Rotary position embedding of packed rows at their original positions.
 
-    x [M, H, D]; cos, sin [T, D] of the whole batch; rows int32 [M], or None where packed rows are all tokens; sign -1
+    x [M, H, D]; cos, sin [T, D] of the whole batch; rows int32 [M], or None if packed rows are all tokens; sign -1
     rotates back. The tables belong to the step and the rows to the layer's kept list: nothing is saved for x.
     """
 
@@ -64,7 +64,8 @@ class SwiGLU(Function):
 
 
 class ReLU(Function):
-    """max(x, 0) computed in place of x; its output is all the gradient needs, and the next projection's input."""
+    """max(x, 0) [M, f], computed in place of x. Its output is all that the gradient needs, and the next projection's
+    input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

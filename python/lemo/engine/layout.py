@@ -12,11 +12,15 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lemo import ops
+
+# How `select` turns scores into a kept list.
+SelectMode = Literal["threshold", "budget", "sample", "poisson"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +109,8 @@ class Kept:
     row_offsets: int32 [K + 1], first packed row of every kept block; cu_seqlens: int32 [D + 1], packed rows of every
     document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every
     packed row's block; weights: float32 [K], 1/p of a block drawn by Poisson sampling, else 1. max_seqlen: the longest
-    document in packed rows, or an upper bound of it. chosen_by: who made the list, for error messages.
+    document in packed rows, or an upper bound of it. info: what `lemo.ops.SelectInfo.read` reads, if the selection has
+    not been checked for faults yet. chosen_by: who made the list, for error messages.
     """
 
     blocks: Tensor
@@ -147,12 +152,16 @@ class Kept:
         return self.num_rows == self.source.num_tokens
 
     def raise_on_fault(self) -> None:
-        """Reads the device's fault flag (one host synchronisation) and raises FloatingPointError where it is set.
+        """Reads the device's fault flag (one host synchronisation) and raises FloatingPointError if it is set.
 
         Only needed after a selection that was made without a synchronisation; see ``select``.
         """
         if self.info is not None:
-            _raise_fault(int(self.info[3]), self.chosen_by)
+            _raise_fault(ops.SelectInfo.read(self.info).fault, self.chosen_by)
+
+
+# Kept lists of a layer's attention and MLP; None: nothing kept. One object if they share a list.
+KeptPair = tuple[Kept | None, Kept | None]
 
 
 def kept_per_document(blocks: Blocks, keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
@@ -168,7 +177,7 @@ def select(
     scores: Tensor,
     blocks: Blocks,
     *,
-    mode: str,
+    mode: SelectMode,
     keep: float = 1.0,
     threshold: float = 0.0,
     always_first: int = 1,
@@ -180,16 +189,16 @@ def select(
 
     scores: float32 [nb]; for modes "sample" and "poisson" probabilities in (0, 1].
     mode: "threshold" keeps scores >= threshold; "budget" the highest share ``keep`` of each document's blocks;
-    "sample" draws that many by Pareto sampling with ``seed``, which follows the probabilities only approximately where
-    they differ; "poisson" draws every block independently with exactly its probability, so that the number kept varies
-    (``keep`` is not used) and may be 0, and sets weights to 1/p.
+    "sample" draws that many by Pareto sampling with ``seed``, which follows unequal probabilities only approximately;
+    "poisson" draws every block independently with exactly its probability, so that the number kept varies (``keep`` is
+    not used) and may be 0, and sets weights to 1/p.
     always_first, always_last: blocks of each document that are kept whatever their score, with weight 1.
     chosen_by: prefix of error messages, for instance the layer and policy.
 
-    Raises FloatingPointError, naming the block, for a score that is not finite (or not a probability), and where a
-    threshold keeps nothing. Costs one host synchronisation on a GPU, except where sizes are known beforehand (a budget
-    or sample over documents whose lengths are multiples of the block size): then faults wait until
-    ``Kept.raise_on_fault``.
+    Raises FloatingPointError, naming the block, for a score that is not finite (or not a valid probability), and if a
+    threshold keeps nothing. Costs one host synchronisation on a GPU, unless sizes are known beforehand (a budget or
+    sample over documents whose lengths are multiples of the block size): faults are then reported by
+    ``Kept.raise_on_fault``. (Nine arguments: they are those of the operator.)
     """
     b = blocks.block_size
     how = (mode, keep, threshold, always_first, always_last, seed)
@@ -204,7 +213,7 @@ def select(
         num_blocks, num_rows, max_seqlen = sum(counts), sum(counts) * b, max(counts) * b
         pending = info
     else:
-        num_blocks, num_rows, max_seqlen, fault = info.tolist()
+        num_blocks, num_rows, max_seqlen, fault = ops.SelectInfo.read(info)
         _raise_fault(fault, chosen_by)
     return Kept(
         blocks=kept[:num_blocks],
@@ -224,14 +233,14 @@ def select(
 
 
 def _raise_fault(fault: int, chosen_by: str) -> None:
-    where = f"{chosen_by}: " if chosen_by else ""
+    prefix = f"{chosen_by}: " if chosen_by else ""
     if fault > 0:
         raise FloatingPointError(
-            f"{where}scores: block {fault - 1} is not finite (or, as a probability, not in (0, 1]): expected finite "
+            f"{prefix}scores: block {fault - 1} is not finite (or, as a probability, not in (0, 1]): expected finite "
             "scores; nothing was selected"
         )
     if fault < 0:
         raise FloatingPointError(
-            f"{where}scores: no block reaches the threshold: expected at least one kept block; lower the "
+            f"{prefix}scores: no block reaches the threshold: expected at least one kept block; lower the "
             "threshold or force blocks with always_first"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +17,43 @@ from torch.autograd import Function
 
 from lemo import ops
 from lemo.engine.families.base import NormWeights
+from lemo.engine.gradients import Handover
 from lemo.engine.linear import Projection
 from lemo.engine.packing import Packed
-from lemo.engine.stack import Step
-from lemo.ops._schema import first_order, link
+from lemo.engine.step import Step
+from lemo.ops._autograd import first_order, link
 from lemo.ops.loss import usable
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Settings:
+    """Arguments of `_NormHeadLoss` other than tensors that may train.
+
+    norm: kind and eps of the final norm, or None; rows int32 [M]: the rows of x that are read, with targets [M] (then
+    neither norm nor head trains), or None: all of them; handover: that of the step.
+    """
+
+    norm: tuple[str, float] | None
+    rows: Tensor | None
+    lora_scale: float
+    ignore_index: int
+    reduction: Reduction
+    segment_rows: int
+    softcap: float
+    handover: Handover
 
 
 class _NormHeadLoss(Function):
-    """Inputs: x [T, d], the norm's and the head's tensors, targets int64 [T], and settings.
+    """Inputs: x [T, d], which is used up, the norm's and the head's tensors, targets int64 [T] (or [M]), and settings;
+    `end` ties the second derivatives of all of them to the loss.
 
-    rows int32 [M]: the rows of x that are read, with targets [M]; then neither norm nor head trains. x is used up.
     Outputs: loss, float32; number of valid targets, int64.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # autograd only sees tensors that are arguments
         ctx: Any,
         x: Tensor,
         norm_weight: Tensor | None,
@@ -42,60 +63,45 @@ class _NormHeadLoss(Function):
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         targets: Tensor,
-        norm: tuple[str, float] | None,
-        rows: Tensor | None,
-        lora_scale: float,
-        ignore_index: int,
-        reduction: str,
-        segment_rows: int,
-        step: Step,
+        settings: _Settings,
         end: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        need = ctx.needs_input_grad
+        need, norm, rows = ctx.needs_input_grad, settings.norm, settings.rows
         params = (x, norm_weight, norm_bias, weight, bias, lora_a, lora_b)
-        norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
-        hidden = x
-        if norm is not None:
-            # Without the gathered rows themselves: where backward needs them, this output is gone.
-            hidden, _ = torch.ops.lemo.gather_norm(x, rows, None, norm_weight, norm_bias, *norm, False)
-        elif rows is not None:
-            hidden = ops.gather(x, rows)
-        loss, valid, dhidden, dweight, dbias, da, db = ops.linear_cross_entropy(
+        hidden = _normed(x, norm_weight, norm_bias, settings)
+        bias, lora_a, lora_b = (None if t is None else t.to(x.dtype).contiguous() for t in (bias, lora_a, lora_b))
+        loss, valid, dhidden, *dhead = ops.linear_cross_entropy(
             hidden,
             weight.to(x.dtype).contiguous(),
-            None if bias is None else bias.to(x.dtype).contiguous(),
-            None if lora_a is None else lora_a.to(x.dtype).contiguous(),
-            None if lora_b is None else lora_b.to(x.dtype).contiguous(),
-            lora_scale,
+            bias,
+            lora_a,
+            lora_b,
+            settings.lora_scale,
             targets,
-            ignore_index,
-            0.0,
-            reduction,
-            segment_rows,
+            settings.ignore_index,
+            settings.softcap,
+            settings.reduction,
+            settings.segment_rows,
             want_dhidden=any(need[:3]),
             want_dweight=need[3],
             want_dbias=need[4],
             want_dlora=need[5] or need[6],
         )
-        dx, dnw, dnb = dhidden, None, None
+        dx = dhidden
+        dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if rows is not None and dhidden is not None:
             del hidden
             dx = _into_stream(x, rows, dhidden, norm_weight, norm)
         elif norm is not None and dhidden is not None:
             # The norm's output is no longer needed: its memory takes the gradient.
             dx = hidden
-            dnw, dnb = ops.gather_norm_backward_(
-                dx, None, dhidden, x, norm_weight, None, *norm, False, need[1], need[2]
-            )
-        grads = (dx, dnw, dnb, dweight, dbias, da, db)
+            dnorm = ops.gather_norm_backward_(dx, None, dhidden, x, norm_weight, None, *norm, False, need[1], need[2])
         ctx.grads = [
             g.to(p.dtype) if n and g is not None and p is not None else None
-            for g, p, n in zip(grads, params, need[:7], strict=True)
+            for g, p, n in zip((dx, *dnorm, *dhead), params, need[:7], strict=True)
         ]
-        if ctx.grads[0] is not None:
-            step.gradient = ctx.grads[0].data_ptr()
-        ctx.valid, ctx.depends = valid, (end,)
-        # A copy, since a view made here could not be scaled in place by whoever receives it.
+        ctx.handover, ctx.valid, ctx.depends = settings.handover, valid, (end,)
+        # A copy, since a view made here could not be scaled in place by the receiver.
         return loss.view(()).clone(), valid.view(())
 
     @staticmethod
@@ -105,13 +111,24 @@ class _NormHeadLoss(Function):
             raise RuntimeError("lemo: backward through the same loss a second time: run the forward pass again")
         grads, ctx.grads = ctx.grads, None
         dloss = usable(dloss, ctx.valid)
-        return *(None if g is None else g.mul_(dloss) for g in grads), *[None] * 9
+        dx, *others = (None if g is None else g.mul_(dloss) for g in grads)
+        if dx is not None:
+            ctx.handover.offer(dx)
+        return dx, *others, None, None, None
+
+
+def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: _Settings) -> Tensor:
+    """The rows of x that are read, after the final norm: [T, d] or [M, d]."""
+    if settings.norm is not None:
+        # Without the gathered rows themselves: by the time the backward pass needs them, this output is gone.
+        return torch.ops.lemo.gather_norm(x, settings.rows, None, weight, bias, *settings.norm, False)[0]
+    return x if settings.rows is None else ops.gather(x, settings.rows)
 
 
 def _into_stream(
     x: Tensor, rows: Tensor, dhidden: Tensor, weight: Tensor | None, norm: tuple[str, float] | None
 ) -> Tensor:
-    """The gradient [T, d] of x from that of some rows' hidden states.
+    """The gradient [T, d] of x from dhidden [M, d], that of the hidden states of some rows int32 [M].
 
     It takes x's memory: x is the stack's output, which nothing reads after the loss.
     """
@@ -127,8 +144,8 @@ def _into_stream(
 class Targets:
     """What the tokens of a batch have to predict.
 
-    values: int64 [T], already shifted, `ignore_index` where nothing; counted: labels of the batch as transformers
-    counts them, also those that no token here predicts; items: transformers' num_items_in_batch.
+    values: int64 [T], already shifted, `ignore_index` for none; counted: labels of the batch as transformers
+    counts them, including those that no token here predicts; items: transformers' num_items_in_batch.
     """
 
     values: Tensor
@@ -148,14 +165,14 @@ class Targets:
         return cls(packed.take(shifted).contiguous(), ignore_index, counted, named.get("num_items_in_batch"))
 
     def only(self, rows: Tensor) -> Targets:
-        """Those of some tokens [M]; rows of -1 predict nothing."""
+        """Those of some tokens, rows int32 [M]; rows of -1 predict nothing."""
         values = torch.where(rows >= 0, self.values[rows.clamp(min=0).long()], self.ignore_index)
         return replace(self, values=values)
 
     def loss(self, total: Tensor, valid: Tensor) -> Tensor:
         """(total / valid) * counted / items of the sum over `valid` targets; without items their mean, `total`.
 
-        Items are those of a whole accumulation window, over all ranks. Weighed by its labels, the losses of a window
+        Items are those of a whole accumulation window, over all ranks. Weighted by its labels, the losses of a window
         add up to a mean, whatever tokens were left out. Nothing waits for the device.
         """
         if self.items is None:
@@ -165,18 +182,25 @@ class Targets:
         return total / torch.where(valid > 0, divisor, 1.0)
 
     @property
-    def reduction(self) -> str:
+    def reduction(self) -> Reduction:
         return "mean" if self.items is None else "sum"
 
 
 def causal_lm_loss(
-    x: Tensor, norm: NormWeights | None, head: Projection, targets: Targets, step: Step, *, segment_rows: int = 0
+    x: Tensor,
+    norm: NormWeights | None,
+    head: Projection,
+    targets: Targets,
+    step: Step,
+    *,
+    segment_rows: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch and the number of targets it is over (int64, on the device).
 
     x [T, d]: output of the last layer, used up. The loss is the mean cross-entropy over valid targets of tokens that
-    took part, weighed as `Targets.loss` says. Over none of them it is 0, with zero gradients. Tokens that were in no
-    layer only count where norm, head or something before the layers trains.
+    took part, weighted as in `Targets.loss`. Over none of them it is 0, with zero gradients. Tokens that were in no
+    layer only count if norm, head or something before the layers trains.
     """
     outside = (head.weight, head.bias, head.a, head.b, *_parameters(norm))
     rows = read_rows(step, outside)
@@ -184,35 +208,46 @@ def causal_lm_loss(
         targets, rows = (targets.only(rows), rows) if rows.shape[0] else (_nothing(targets), None)
     loss, valid = _NormHeadLoss.apply(
         x,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        head.weight,
+        *((None, None) if norm is None else norm.operands),
+        head.dense_weight(),
         head.bias,
         head.a,
         head.b,
         targets.values,
-        None if norm is None else (norm.kind, norm.eps),
-        rows,
-        float(head.scale),
-        targets.ignore_index,
-        targets.reduction,
-        segment_rows,
-        step,
+        _Settings(
+            None if norm is None else (norm.kind, norm.eps),
+            rows,
+            float(head.scale),
+            targets.ignore_index,
+            targets.reduction,
+            segment_rows,
+            softcap,
+            step.handover,
+        ),
         link(x, *outside),
     )
     return targets.loss(loss, valid), valid
 
 
 def causal_lm_logits(
-    x: Tensor, norm: NormWeights | None, head: nn.Module, targets: Targets, step: Step, packed: Packed
+    x: Tensor,
+    norm: NormWeights | None,
+    head: nn.Module,
+    targets: Targets,
+    step: Step,
+    packed: Packed,
+    *,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `causal_lm_loss` with any head module, and its logits [B, S, V], whole, in the model's dtype."""
     rows = read_rows(step, (*head.parameters(), *_parameters(norm)))
     values = targets.values
     if rows is not None:
         values = _nothing(targets).values.index_copy(0, rows.clamp(min=0).long(), targets.only(rows).values)
-    hidden = x if norm is None else ops.norm(x, norm.weight, norm.bias, norm.kind, norm.eps)
+    hidden = x if norm is None else ops.norm(x, *norm.operands, norm.kind, norm.eps)
     logits = head(packed.put(hidden))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(packed.take(logits).float(), values, ignore_index=targets.ignore_index, reduction="sum")
     valid = (values != targets.ignore_index).sum()
     if targets.items is None:
@@ -220,8 +255,23 @@ def causal_lm_logits(
     return targets.loss(loss, valid), valid, logits
 
 
+def auxiliary_loss(step: Step, config: Any) -> Tensor | None:
+    """The scalar that the family adds to the loss of a batch, over the rows that its MLPs computed."""
+    total = step.statistics.total
+    return None if total is None else step.family.auxiliary_loss(config, total)
+
+
+def refuse_auxiliary_loss(step: Step, config: Any) -> None:
+    """Raises ValueError if there is one, and the loss is someone else's."""
+    if auxiliary_loss(step, config) is not None:
+        raise ValueError(
+            f"{step.family.model_class} adds an auxiliary loss, which only the loss that lemo computes contains: pass "
+            "labels to the model and use its loss, or switch the auxiliary loss off in the model's configuration"
+        )
+
+
 def causal_lm_output(loss: Tensor, logits: Tensor | None, return_dict: bool | None) -> Any:
-    """transformers' output of the loss, with logits where there are any."""
+    """transformers' output of the loss, with logits if there are any."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from lemo.engine.output import TrainingOutput
@@ -231,7 +281,7 @@ def causal_lm_output(loss: Tensor, logits: Tensor | None, return_dict: bool | No
 
 
 def _parameters(norm: NormWeights | None) -> tuple[Tensor | None, ...]:
-    return () if norm is None else (norm.weight, norm.bias)
+    return () if norm is None else norm.parameters
 
 
 def _nothing(targets: Targets) -> Targets:
@@ -239,9 +289,9 @@ def _nothing(targets: Targets) -> Targets:
 
 
 def read_rows(step: Step, outside: Iterable[Tensor | None]) -> Tensor | None:
-    """Rows [M] of the tokens that took part in a layer. None: all tokens did, or others have a gradient as well, since
-    one of the parameters outside of the layers trains."""
-    return None if any(p is not None and p.requires_grad for p in outside) else step.part.rows()
+    """Rows int32 [M] of the tokens that took part in a layer. None: all tokens did, or the others have a gradient as
+    well, since one of the parameters outside of the layers trains."""
+    return None if any(p is not None and p.requires_grad for p in outside) else step.participation.rows()
 
 
 def shift(labels: Tensor, ignore_index: int) -> Tensor:

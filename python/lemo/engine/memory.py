@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
+import torch
+
+from lemo.engine import families
 from lemo.engine.config import LemoConfig, Phase
-from lemo.engine.stack import MLP_ROWS
+from lemo.engine.families.base import ModelShape
+from lemo.engine.step import MLP_ROWS
+from lemo.engine.wrappers import base_model
 
 # Workspace of the segmented loss.
 _LOSS_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """Sizes of one decoder layer.
+class LayerShape(ModelShape):
+    """A model's sizes, and what one of its layers holds in training.
 
-    hidden d, heads Hq, kv_heads Hk, head_dim D, ffn f; gated: SwiGLU (two inner projections) or ReLU (one).
     element: bytes of an activation. lora: rank of the adapter by projection, of "q", "k", "v", "o", "gate", "up",
     "down" ("up" and "down" are OPT's fc1 and fc2); projections without an adapter are left out.
     """
 
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    gated: bool
     element: int = 2
     lora: Mapping[str, int] = field(default_factory=dict)
 
 
-_NAMES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o"}
-_NAMES |= {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "fc1": "up", "fc2": "down"}
+def layer_shape(
+    config: Any, *, element: int = 2, lora_rank: int = 8, lora_targets: Sequence[str] | str | None = None
+) -> LayerShape:
+    """LayerShape of a transformers configuration of a family that lemo knows.
+
+    lora_targets: module names as PEFT takes them, or "all-linear"; None: the family's attention projections. Names of
+    what is not in a layer, or not in this family's, do not count. Raises UnsupportedModelError for another model.
+    """
+    family = families.of(config)
+    names = family.lora_targets if lora_targets is None else lora_targets
+    if isinstance(names, str):
+        names = tuple(family.projections) if names == "all-linear" else (names,)
+    ranks = {family.projections[name]: lora_rank for name in names if name in family.projections}
+    sizes = {f.name: getattr(family.shape(config), f.name) for f in fields(ModelShape)}
+    return LayerShape(**sizes, element=element, lora=ranks)
 
 
-def layer_shape(config: Any, *, element: int = 2, lora_rank: int = 8, lora_targets: Sequence[str] = ()) -> LayerShape:
-    """LayerShape of a transformers Llama or OPT configuration; lora_targets: module names as PEFT takes them."""
-    opt = config.model_type == "opt"
-    if config.model_type not in ("opt", "llama"):
-        raise ValueError(f"model_type must be llama or opt; got {config.model_type!r}")
-    heads = config.num_attention_heads
-    return LayerShape(
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=heads if opt else config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        ffn=config.ffn_dim if opt else config.intermediate_size,
-        gated=not opt,
-        element=element,
-        lora={_NAMES[name]: lora_rank for name in lora_targets if name in _NAMES},
-    )
+def stored_bytes(model: Any) -> int:
+    """Bytes of a model's weights as they are stored (4-bit ones with their scales), adapters that train left out."""
+    adapted = hasattr(model, "peft_config")
+    storages: dict[int, int] = {}
+    for tensor in (*base_model(model).parameters(), *base_model(model).buffers()):
+        if adapted and tensor.requires_grad:
+            continue
+        for t in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
+            storages[t.untyped_storage().data_ptr() or id(t)] = t.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
+    """Tensors of bitsandbytes' QuantState, which may hold another for its own scales."""
+    for value in vars(state).values() if hasattr(state, "__dict__") else ():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value) is type(state):
+            yield from _tensors_of(value)
+
+
+def _quantized(model: Any) -> bool:
+    return any(p.dim() > 1 and not p.is_floating_point() for p in base_model(model).parameters())
 
 
 def saved_bytes(
@@ -99,20 +118,18 @@ def saved_bytes(
     return s.element * m * width + output + lists
 
 
-def _weights(config: Any, shape: LayerShape) -> int:
-    d, q, kv, f = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn
-    sides = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
-    if not shape.gated:
-        del sides["gate"]
-    layers = config.num_hidden_layers
-    base = layers * (sum(a * b for a, b in sides.values()) + 2 * d)
-    base += config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
-    adapters = layers * sum(shape.lora[name] * sum(sides[name]) for name in shape.lora if name in sides)
+def _weights(shape: LayerShape, stored: int | None) -> int:
+    """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
+    d, sides = shape.hidden, shape.projections
+    layer = sum(a * b for a, b in sides.values()) + sum(sides[name][1] for name in shape.biases) + 2 * d
+    outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
+    base = shape.element * (shape.layers * layer + outside) if stored is None else stored
+    adapters = shape.layers * sum(rank * sum(sides[name]) for name, rank in shape.lora.items())
     # Adapters in fp32: value, gradient and two moments.
-    return shape.element * base + 16 * adapters
+    return base + 16 * adapters
 
 
-def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: str) -> int:
+def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: str, quantized: bool) -> int:
     d, q, kv, f, e = (
         shape.hidden,
         shape.heads * shape.head_dim,
@@ -129,6 +146,8 @@ def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: st
     if mode == "backward":
         exact = e * tokens * (2 * d + 2 * q + 2 * kv) + e * min(tokens, MLP_ROWS) * (3 * f + 2 * d)
         layer = max(layer, exact)
+    if quantized:  # one weight at a time is made dense
+        layer += e * max(a * b for a, b in shape.projections.values())
     return stream + max(layer, _LOSS_BYTES + e * tokens * d)
 
 
@@ -147,62 +166,72 @@ class Estimate(dict[str, Any]):
 
 
 def estimate(
-    model_config: Any,
+    model: Any,
     config: LemoConfig | None = None,
     context: int = 4096,
     batch: int = 1,
     *,
     element: int = 2,
     lora_rank: int = 8,
-    lora_targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    lora_targets: Sequence[str] | str | None = None,
 ) -> Estimate:
     """Memory of every phase of a fine-tuning run. What the largest phase needs decides what fits.
 
-    model_config: a transformers Llama or OPT configuration; batch documents of `context` tokens each; element: bytes of
-    an activation. `saved` is exact for plain LoRA without dropout, except in weighted phases, where the number of kept
-    blocks varies and three standard deviations are added; `working` is an estimate.
+    model: a transformers configuration, whose weights then count `element` bytes each, or the model itself, whose
+    weights count as they are stored (far less if they are quantized); batch documents of `context` tokens each;
+    element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
+    except in weighted phases, where the number of kept blocks varies and three standard deviations are added; `working`
+    is an estimate. Raises UnsupportedModelError for a model that lemo does not know, or whose attention has a window
+    shorter than the context.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
     config = LemoConfig() if config is None else config
+    loaded = isinstance(model, torch.nn.Module)
+    model_config = base_model(model).config if loaded else model
     shape = layer_shape(model_config, element=element, lora_rank=lora_rank, lora_targets=lora_targets)
+    families.of(model_config).check_length(model_config, context)
     recompute = "none" if config.recompute == "auto" else config.recompute
-    layers, tokens = model_config.num_hidden_layers, batch * context
+    layers, tokens = shape.layers, batch * context
     eliminating = layers if config.layers is None else len(set(config.layers))
-    weights = _weights(model_config, shape)
-    phases = []
+    weights = _weights(shape, stored_bytes(model) if loaded else None)
+    quantized = loaded and _quantized(model)
+    phases: list[dict[str, Any]] = []
     for phase in config.phases or ():
-        keep = 1.0 if phase.keep is None else phase.keep
-
-        def saved(rows: int, phase: Phase = phase) -> int:
-            return saved_bytes(
-                shape,
-                rows,
-                recompute=recompute,
-                mode=phase.mode,
-                blocks=-(-rows // config.block_size),
-                documents=batch,
-                weighted=phase.weighted,
-                everything=rows == tokens,
-            )
-
-        rows = keep * tokens
-        if phase.weighted:  # independent draws: three standard deviations of their number above its mean
-            rows += 3.0 * config.block_size * (tokens / config.block_size * keep * (1.0 - keep)) ** 0.5
-        rows = min(tokens, round(rows))
-        total = eliminating * saved(rows) + (layers - eliminating) * saved(tokens)
-        largest = rows if eliminating == layers else tokens
-        working = _working(shape, tokens, largest, phase.mode, recompute)
-        if config.return_logits:  # they and their gradient, and both in fp32 for the loss
-            working += 2 * (element + 4) * tokens * model_config.vocab_size
-        phases.append(
-            {
-                "mode": phase.mode,
-                "keep": keep,
-                "weights": weights,
-                "saved": total,
-                "working": working,
-                "peak": weights + total + working,
-            }
+        rows = _kept_rows(phase, config.block_size, tokens)
+        saved = partial(
+            saved_bytes,
+            shape,
+            recompute=recompute,
+            mode=phase.mode,
+            blocks=-(-rows // config.block_size),
+            documents=batch,
+            weighted=phase.weighted,
         )
+        total = eliminating * saved(rows, everything=rows == tokens)
+        total += (layers - eliminating) * saved(tokens, everything=True)
+        largest = rows if eliminating == layers else tokens
+        working = _working(shape, tokens, largest, phase.mode, recompute, quantized)
+        if config.return_logits:  # they and their gradient, and both in fp32 for the loss
+            working += 2 * (element + 4) * tokens * shape.vocab
+        phases.append(_row(phase, weights, total, working))
     return Estimate(tokens=tokens, recompute=recompute, phases=phases, peak=max(p["peak"] for p in phases))
+
+
+def _kept_rows(phase: Phase, block_size: int, tokens: int) -> int:
+    keep = 1.0 if phase.keep is None else phase.keep
+    rows = keep * tokens
+    if phase.weighted:  # independent draws: three standard deviations of their number above its mean
+        rows += 3.0 * block_size * (tokens / block_size * keep * (1.0 - keep)) ** 0.5
+    return min(tokens, round(rows))
+
+
+def _row(phase: Phase, weights: int, saved: int, working: int) -> dict[str, Any]:
+    return {
+        "mode": phase.mode,
+        "keep": 1.0 if phase.keep is None else phase.keep,
+        "weights": weights,
+        "saved": saved,
+        "working": working,
+        "peak": weights + saved + working,
+    }

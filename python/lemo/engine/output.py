@@ -1,4 +1,4 @@
-"""What a training forward pass returns: the loss, and in place of logits something that says why there are none."""
+"""What a training forward pass returns: the loss, and in place of logits an object that explains their absence."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _TEXT = (
-    "logits are not there in training with labels: lemo computes the loss in segments, so that they never exist whole. "
-    "To have them as well, set LemoConfig(return_logits=True); for a loss of your own, call the model without labels"
+    "logits are not available in training with labels: lemo computes the loss in segments, so they never exist whole. "
+    "To get them as well, set LemoConfig(return_logits=True); for a custom loss, call the model without labels"
 )
 
 
@@ -33,10 +33,10 @@ class NoLogits:
         return f"<{_TEXT}>"
 
     def __reduce__(self) -> str:
-        return "NO_LOGITS"  # there is one, also in copies
+        return "NO_LOGITS"  # a single object, also in copies
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):  # what Python and libraries look for to know an object's kind
+        if name.startswith("__") and name.endswith("__"):  # what Python and libraries ask for to find an object's kind
             raise AttributeError(name)
         raise MissingLogitsError
 

@@ -1,7 +1,8 @@
 """Which tokens took part in a step, and whether the others matter to anything that trains.
 
 In mode "skip" a token that no layer kept predicts from its embedding alone. Its cross-entropy is far off, and no
-gradient of it reaches a layer: where nothing outside of the layers trains, norm, head and loss leave such tokens out.
+gradient of it reaches a layer: unless something outside of the layers trains, norm, head and loss leave such tokens
+out.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.layout import Kept
+from lemo.engine.linear import ordinary
 
 
 @dataclass(eq=False)
 class Participation:
-    """The union of a step's kept lists, as they are chosen. Nothing waits for the device before `rows` is asked."""
+    """The union of a step's kept lists, collected as they are chosen. Nothing waits for the device before `rows`."""
 
     everything: bool = False
     _first: Kept | None = field(default=None, repr=False)
@@ -35,7 +37,7 @@ class Participation:
             self._first = kept
         else:
             if self._mask is None:
-                # One place more than there are tokens: where rows of -1 go, which a failed selection leaves behind.
+                # One place more than there are tokens, for rows of -1, which a failed selection leaves behind.
                 self._mask = kept.rows.new_zeros(kept.source.num_tokens + 1, dtype=torch.bool)
                 self._mark(self._first)
             self._mark(kept)
@@ -46,9 +48,9 @@ class Participation:
         self._mask.index_fill_(0, kept.rows.where(kept.rows >= 0, last).long(), True)
 
     def rows(self) -> Tensor | None:
-        """int32 [M], ascending within a document, -1 where a selection failed; None where every token took part.
+        """int32 [M], ascending within a document, -1 if a selection failed; None if every token took part.
 
-        Waits for the device where layers kept different lists, and only then.
+        Waits for the device only if layers kept different lists.
         """
         if self.everything:
             return None
@@ -62,12 +64,10 @@ class Participation:
 
 
 def may_keep_output(module: nn.Module) -> bool:
-    """Whether anyone may hold what `module` returns: a hook (on it, or on every module), or code not torch's."""
-    return (
-        type(module) is not nn.Embedding
-        or "forward" in module.__dict__
-        or bool(module._forward_hooks or torch.nn.modules.module._global_forward_hooks)
-    )
+    """Whether anyone may hold what an embedding module returns: a hook (its own, or one of all modules), or the module
+    itself if it is not torch's."""
+    plain = ordinary(module, "torch.nn.modules.sparse.Embedding")
+    return not plain or bool(torch.nn.modules.module._global_forward_hooks)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def leaves(node: Any, stop: Any = None) -> Iterator[Tensor]:
-    """The leaves of autograd's graph that a gradient arriving at `node` ends in; not what lies behind `stop`."""
+    """The leaves of autograd's graph that a gradient arriving at `node` ends in, but for those behind `stop`."""
     nodes, seen = [node], {stop, None}
     while nodes:
         node = nodes.pop()
@@ -99,7 +99,7 @@ def trains_before_layers(x: Tensor, embedded: list[Tensor]) -> bool:
     """Whether a parameter in front of the layers is trained through their input x [T, d].
 
     embedded: what the embedding module returned. Checkpoints make it (`enable_input_require_grads`), or the embeddings
-    that are given, require a gradient that nobody reads: a tensor that is no parameter does not count.
+    that are given, require a gradient that nobody reads: a tensor that is not a parameter does not count.
     """
     if not x.requires_grad:
         return False

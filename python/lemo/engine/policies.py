@@ -1,25 +1,28 @@
 """How a layer's blocks are chosen: one small interface, five policies.
 
-A policy gives every block of the batch a score (or a probability); `choose` turns scores into a kept list. What a
-policy sees of a step is a `StepContext`; what it draws at random comes from the run's seed, the step, the micro-batch
-and the layer, so that a repeated run draws the same.
+A policy gives every block of the batch a score (or a probability); `Policy.choose` turns scores into a kept list. What
+a policy sees of a step is a `StepContext`. Its random choices derive from the run's seed, the process's rank, the step,
+the micro-batch and the layer, so that a repeated run makes the same ones.
+
+To add one: derive from `Policy`, set `name`, implement `scores`, and enter the class in `_CLASSES` and its name in
+`lemo.engine.config.PolicyName`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from abc import ABC
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.engine.config import Phase
-from lemo.engine.layout import Blocks, Kept, select
+from lemo.engine.config import Phase, PolicyName
+from lemo.engine.layout import Blocks, Kept, KeptPair, SelectMode, select
 
 _MASK = 2**64 - 1
 
@@ -35,13 +38,41 @@ def mix_seed(*values: int) -> int:
     return z >> 1
 
 
+class BlockScorer(Protocol):
+    """Calibrated scores of blocks, as `lemo.predictors.PredictorSet` has them.
+
+    thresholds, keep: per layer, the score from which a block is kept, and the share of blocks as a budget.
+    """
+
+    @property
+    def thresholds(self) -> Sequence[float]: ...
+
+    @property
+    def keep(self) -> Sequence[float]: ...
+
+    def scores(self, layer: int, x: Tensor, blocks: Blocks) -> Tensor:
+        """float32 [nb] for a layer with input x [T, d]."""
+        ...
+
+    def to(self, *, device: torch.device, dtype: torch.dtype) -> BlockScorer: ...
+
+
+class _Forced(TypedDict):
+    """Arguments of `select` that are the same for all lists of a layer."""
+
+    always_first: int
+    always_last: int
+    seed: int
+    chosen_by: str
+
+
 @dataclass(frozen=True, eq=False)
 class StepContext:
     """What is fixed during one forward pass.
 
-    blocks: of the packed batch; seed: of this micro-batch; queries_keys(layer, x): the layer's own q [T, Hq, D] and
-    k [T, Hk, D] for residual rows x [T, d], position embedding applied; scale: of their product; required: bool [nb],
-    blocks that are kept whatever their score and the budget (mode "skip": those with labels), or None.
+    blocks: of the packed batch; seed: of this micro-batch in this process; queries_keys(layer, x): the layer's own
+    q [T, Hq, D] and k [T, Hk, D] for residual rows x [T, d], position embedding applied; scale: of their product;
+    required: bool [nb], blocks that are kept whatever their score and the budget (mode "skip": those with labels).
     """
 
     blocks: Blocks
@@ -57,22 +88,25 @@ class StepContext:
 class Policy(ABC):
     """Scores blocks, layer after layer, for one forward pass at a time."""
 
-    name: str
-    # Whether `observe` wants the norms of what a layer added to the residual stream.
-    needs_update = False
-    # "budget": the highest scores; "sample": scores are probabilities.
-    mode = "budget"
+    name: PolicyName
+    # Whether `observe` needs the norms of what a layer added to the residual stream.
+    needs_update: bool = False
+    # How scores become a list: "budget" keeps the highest; with "sample" they are probabilities.
+    select_mode: SelectMode = "budget"
     # Whether all layers of a step share the first layer's choice, as one object.
-    shared = False
+    shared: bool = False
+
+    def __init__(self, predictors: BlockScorer | None = None) -> None:
+        """Policies are made with the run's predictors, which most ignore, and their options as keyword arguments."""
 
     def begin(self, context: StepContext) -> None:
         """A new forward pass; forgets the last one."""
         self.context = context
-        self._pair: tuple[Kept | None, Kept | None] | None = None
+        self._pair: KeptPair | None = None
 
+    @abstractmethod
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        """float32 [nb] for layer `layer` with input x [T, d]."""
-        raise NotImplementedError
+        """float32 [nb] for a layer with input x [T, d]."""
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
         """norms: float32 [M], length of what the layer added to every kept row."""
@@ -89,13 +123,13 @@ class Policy(ABC):
     def threshold(self, layer: int) -> float:
         raise ValueError(f'Phase.select "threshold" needs policy "predictors"; got {self.name!r}')
 
-    def choose(self, layer: int, x: Tensor) -> tuple[Kept | None, Kept | None]:
-        """Kept lists of the layer's attention and MLP; None = nothing kept. The same object where they share one."""
+    def choose(self, layer: int, x: Tensor) -> KeptPair:
+        """Kept lists of the layer's attention and MLP; None = nothing kept. The same object if they share one."""
         if self._pair is None or not self.shared:
             self._pair = self._choose(layer, x)
         return self._pair
 
-    def _choose(self, layer: int, x: Tensor) -> tuple[Kept | None, Kept | None]:
+    def _choose(self, layer: int, x: Tensor) -> KeptPair:
         phase = self.context.phase
         if phase.select == "threshold":
             scores = self.scores(layer, x)
@@ -115,11 +149,11 @@ class Policy(ABC):
             return None if required is None else self._only(layer, required)
         if keep == 1.0 or scores is None:
             return Kept.everything(self.context.blocks)
-        return self._select(layer, scores, self.mode, keep, 0.0)
+        return self._select(layer, scores, self.select_mode, keep, 0.0)
 
-    def _select(self, layer: int, scores: Tensor, mode: str, keep: float, threshold: float) -> Kept | None:
+    def _select(self, layer: int, scores: Tensor, mode: SelectMode, keep: float, threshold: float) -> Kept | None:
         context = self.context
-        options: dict[str, Any] = {
+        options: _Forced = {
             "always_first": context.always_first,
             "always_last": context.always_last,
             "seed": self.seed(layer),
@@ -127,19 +161,20 @@ class Policy(ABC):
         }
         if context.phase.weighted:
             # Certain blocks have probability 1 already; see `inclusion_probabilities`.
-            kept = select(scores, context.blocks, mode="poisson", **{**options, "always_first": 0, "always_last": 0})
+            options |= {"always_first": 0, "always_last": 0}
+            kept = select(scores, context.blocks, mode="poisson", **options)
             return kept if kept.num_blocks else None
         required = context.required
         if required is None:
             return select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
-        # Required blocks come first within the budget; where they exceed it, the list grows by what is missing.
+        # Required blocks come first within the budget; if they exceed it, the list grows by what is missing.
         if mode != "sample":
             scores = torch.where(required & scores.isfinite(), torch.finfo(scores.dtype).max, scores)
         kept = select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
         return self._only(layer, (kept.slots >= 0) | required)
 
     def _only(self, layer: int, chosen: Tensor) -> Kept:
-        """The blocks of a mask [nb], which has one at least."""
+        """The blocks of a mask bool [nb], which has at least one."""
         chosen_by = f"layer {layer}, policy {self.name!r}"
         return select(
             chosen.float(), self.context.blocks, mode="threshold", threshold=0.5, always_first=0, chosen_by=chosen_by
@@ -147,20 +182,22 @@ class Policy(ABC):
 
 
 class Predictors(Policy):
-    """The paper's: small networks read the layer's input (lemo.predictors). per_layer: calibrated budgets."""
+    """The paper's (section 4.2): small networks read the layer's input (lemo.predictors). per_layer: the calibrated
+    budget of every layer in place of `Phase.keep`."""
 
     name = "predictors"
 
-    def __init__(self, predictors: Any, *, per_layer: bool = False) -> None:
+    def __init__(self, predictors: BlockScorer | None, *, per_layer: bool = False) -> None:
         if predictors is None:
             raise ValueError('policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`')
-        self.predictors, self.per_layer = predictors, per_layer
+        self.predictors: BlockScorer = predictors
+        self.per_layer = per_layer
         self._placed: tuple[torch.device, torch.dtype] | None = None
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        where = (x.device, x.dtype)
-        if self._placed != where:
-            self.predictors, self._placed = self.predictors.to(device=x.device, dtype=x.dtype), where
+        place = (x.device, x.dtype)
+        if self._placed != place:
+            self.predictors, self._placed = self.predictors.to(device=x.device, dtype=x.dtype), place
         return self.predictors.scores(layer, x, self.context.blocks)
 
     def keep(self, layer: int) -> float:
@@ -176,13 +213,13 @@ class UpdateNorm(Policy):
     Eliminated blocks had no update and score 0, so that with one budget for all layers the first layer's choice, drawn
     at random, stays for the whole step: tokens are in or out of the network as a whole. Options: `dense_layers` keeps
     everything in the first n layers, so that the first choice is an informed one; `carry` lets an eliminated block keep
-    its last known update, so that it may come back where the kept ones' updates shrink.
+    its last known update, so that it may come back once the kept ones' updates shrink.
     """
 
     name = "update_norm"
     needs_update = True
 
-    def __init__(self, predictors: Any = None, *, carry: bool = False, dense_layers: int = 0) -> None:
+    def __init__(self, predictors: BlockScorer | None = None, *, carry: bool = False, dense_layers: int = 0) -> None:
         self.carry, self.dense_layers = carry, dense_layers
 
     def begin(self, context: StepContext) -> None:
@@ -212,9 +249,9 @@ class Random(Policy):
     """Blocks at random, anew in every layer, or with `shared` one draw for all layers of a step."""
 
     name = "random"
-    mode = "sample"
+    select_mode = "sample"
 
-    def __init__(self, predictors: Any = None, *, shared: bool = False) -> None:
+    def __init__(self, predictors: BlockScorer | None = None, *, shared: bool = False) -> None:
         self.shared = shared
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
@@ -225,23 +262,29 @@ class Random(Policy):
 class Sampled(Policy):
     """Blocks drawn with probabilities that grow with a score: p proportional to floor + (1 - floor) score / mean.
 
-    source: the policy that scores, "predictors", "update_norm" or "exact"; by default "predictors" where calibrated.
+    source: the policy that scores, "predictors", "update_norm" or "exact"; by default "predictors" if calibrated.
     shared: one draw for all layers of a step, with the first layer's probabilities, so that a token is in or out of the
     network as a whole.
     """
 
     name = "sampled"
-    mode = "sample"
+    select_mode = "sample"
 
     def __init__(
-        self, predictors: Any = None, *, source: str | None = None, floor: float = 0.3, shared: bool = False
+        self,
+        predictors: BlockScorer | None = None,
+        *,
+        source: PolicyName | None = None,
+        floor: float = 0.3,
+        shared: bool = False,
     ) -> None:
         if not 0.0 < floor <= 1.0:
             raise ValueError(f'policy "sampled": floor must be in (0, 1]; got {floor}')
         source = source or ("update_norm" if predictors is None else "predictors")
         if source not in ("predictors", "update_norm", "exact"):
             raise ValueError(f'policy "sampled": source must be predictors, update_norm or exact; got {source!r}')
-        self.source, self.floor, self.shared = _CLASSES[source](predictors), floor, shared
+        self.source: Policy = _CLASSES[source](predictors)
+        self.floor, self.shared = floor, shared
         self.needs_update = self.source.needs_update
 
     def begin(self, context: StepContext) -> None:
@@ -264,7 +307,7 @@ class Exact(Policy):
 
     name = "exact"
 
-    def __init__(self, predictors: Any = None, *, normalize: bool = False) -> None:
+    def __init__(self, predictors: BlockScorer | None = None, *, normalize: bool = False) -> None:
         self.normalize = normalize
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
@@ -274,10 +317,12 @@ class Exact(Policy):
         return ops.block_scores(q, k, blocks.offsets, blocks.documents, blocks.block_size, scale, self.normalize)[0]
 
 
-_CLASSES: dict[str, Any] = {cls.name: cls for cls in (Predictors, UpdateNorm, Random, Sampled, Exact)}
+_CLASSES: dict[PolicyName, Callable[..., Policy]] = {
+    cls.name: cls for cls in (Predictors, UpdateNorm, Random, Sampled, Exact)
+}
 
 
-def make_policy(name: str, options: Mapping[str, Any], predictors: Any = None) -> Policy:
+def make_policy(name: PolicyName, options: Mapping[str, Any], predictors: BlockScorer | None = None) -> Policy:
     """A policy by name. Raises ValueError for unknown names and options."""
     if name not in _CLASSES:
         raise ValueError(f"policy must be one of {', '.join(_CLASSES)}; got {name!r}")
@@ -296,8 +341,8 @@ def make_policy(name: str, options: Mapping[str, Any], predictors: Any = None) -
 def probabilities(scores: Tensor, context: StepContext, keep: float, *, floor: float) -> Tensor:
     """Probabilities float32 [nb] of drawing every block, floor + (1 - floor) score / mean score before scaling.
 
-    Without weights the draw has a fixed size: forced and required blocks get 1 and the others share what is left of the
-    document's budget, min(n, max(floor(keep n + 1/2), forced, 1)) of its n blocks.
+    scores: [nb]. Without weights the draw has a fixed size: forced and required blocks get 1 and the others share what
+    is left of the document's budget, min(n, max(floor(keep n + 1/2), forced, 1)) of its n blocks.
 
     With weights (`Phase.weighted`) every block needs a positive probability, and the sum is keep n, not rounded: forced
     blocks get 1 only while they use at most half of that, and are drawn like the others in shorter documents. No block

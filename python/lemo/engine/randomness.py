@@ -1,7 +1,7 @@
 """Which modules draw random numbers, and the generators they draw from.
 
 What is recomputed in the backward pass must draw what the forward pass drew. nn.Dropout is only one way to draw:
-adapters drop ranks or whole modules, multiply blocks by random masks, or sample. A module nobody knows may draw.
+adapters drop ranks or whole modules, multiply blocks by random masks, or sample. An unknown module may draw.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lemo.engine.linear import hooked, unwrap
 
-# PEFT's kinds of adapter that draw nothing beyond what their attributes named ...dropout say.
+# PEFT's kinds of adapter that draw nothing unless an attribute named ...dropout is above 0.
 _STEADY_PEFT = {"adalora", "boft", "fourierft", "hra", "ia3", "loha", "lokr", "lora", "oft", "vblora", "vera"}
 _DRAWING_PEFT = {"monteclora", "pvera"}
 
@@ -44,7 +44,7 @@ def _draws_itself(module: nn.Module) -> bool | None:
 
 
 def draws(modules: Sequence[nn.Module]) -> bool | None:
-    """Whether one of these modules draws random numbers in training, as dropout does; None: one may."""
+    """Whether any of these modules draws random numbers in training, as dropout does; None: one of them may."""
     answers: set[bool | None] = set()
     for module in modules:
         if hooked(module):
@@ -72,3 +72,9 @@ def set_generators(states: Generators, device: torch.device) -> None:
 def same_generators(a: Generators, b: Generators) -> bool:
     device = a[2] is b[2] or (a[2] is not None and b[2] is not None and torch.equal(a[2], b[2]))
     return a[0] == b[0] and torch.equal(a[1], b[1]) and device
+
+
+def process_rank() -> int:
+    """This process's rank in torch.distributed, 0 without it."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

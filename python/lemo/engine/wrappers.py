@@ -1,4 +1,4 @@
-"""What stands around a transformers model: torch.compile, PEFT, DistributedDataParallel."""
+"""Wrappers around a transformers model: torch.compile, PEFT, DistributedDataParallel."""
 
 from __future__ import annotations
 

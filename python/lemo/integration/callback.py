@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lemo.integration.trainers import go_first, running_trainer
 
-if TYPE_CHECKING:
-    from lemo.integration.controller import Controller
-
 try:
     from transformers import TrainerCallback as _TrainerCallback
-except ImportError:  # the operators are usable without transformers
+except ImportError:  # the operators work without transformers
     _TrainerCallback = object
+
+
+class Driven(Protocol):
+    """What the callback asks of `lemo.Controller`."""
+
+    total_steps: int | None
+    kept_ratios: list[float]
+
+    @property
+    def applied(self) -> bool: ...
+
+    def begin_training(self, model: Any, arguments: Any, trainer: Any) -> None: ...
+
+    def seek(self, step: int) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def warn_of_unreached(self) -> None: ...
+
+    def report(self) -> dict[str, Any]: ...
 
 
 class LemoCallback(_TrainerCallback):
@@ -22,7 +39,7 @@ class LemoCallback(_TrainerCallback):
     and its reporters write.
     """
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Driven) -> None:
         self.controller = controller
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Adapters and ways of spreading a model that lemo cannot train, refused by name.
+"""Adapters, and ways to distribute a model, that lemo cannot train: refused by name.
 
 Most PEFT adapters work, since lemo calls their modules with rows: tokens of all sequences one after the other. Those
 that need more than a row - which sequence it belongs to, a cache, the logits - do not; nor do sharded parameters.
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lemo.engine.families.base import UnsupportedModelError
 from lemo.engine.wrappers import base_model
 
-# PEFT's names of kinds that give the model something else than embeddings, or read its logits.
+# PEFT's names of kinds that give the model something other than embeddings, or read its logits.
 _KINDS = {
     "PREFIX_TUNING": "it trains a cache of keys and values (past_key_values)",
     "CARTRIDGE": "it trains a cache of keys and values (past_key_values)",
-    "CPT": "its own loss reads the logits of every token, which lemo does not make",
+    "CPT": "its own loss reads the logits of every token, which lemo does not compute",
 }
 _INSTEAD = (
     "use LoRA or another adapter of single projections, prompt tuning or P-tuning, or train this model without lemo"
@@ -41,7 +41,7 @@ def _configs(model: Any) -> Iterator[Any]:
 
 
 def check_adapters(model: Any) -> None:
-    """Raises UnsupportedModelError for an adapter on `model` (a transformers model, or what wraps it) by its name."""
+    """Raises UnsupportedModelError, naming it, for an adapter on `model` (a transformers model, or what wraps it)."""
     for config in _configs(model):
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind in _KINDS:
@@ -62,7 +62,7 @@ def check_adapters(model: Any) -> None:
 
 
 def check_device(batch: Tensor, device: torch.device) -> None:
-    """Raises UnsupportedModelError where a batch is not where the model is."""
+    """Raises UnsupportedModelError if a batch is not on the model's device."""
     if batch.device != device:
         raise UnsupportedModelError(
             f"lemo: the batch is on {batch.device}, the model on {device}. nn.DataParallel, which does this on several "
@@ -71,7 +71,7 @@ def check_device(batch: Tensor, device: torch.device) -> None:
 
 
 def check_weights(layers: Sequence[nn.Module]) -> None:
-    """Raises UnsupportedModelError where the weights of layers are not whole tensors of this process."""
+    """Raises UnsupportedModelError if the weights of layers are not whole tensors of this process."""
     for layer in layers:
         how = None
         for module in layer.modules():

@@ -1,28 +1,36 @@
 """How lemo enters a module and leaves it again, whoever else wraps its `forward` meanwhile.
 
-An entry is a `forward` on the module's instance that asks at every call whether lemo is applied. Others wrap `forward`
-as well (Accelerate for mixed precision, TRL for its fused head) and keep the entry they found inside a closure, where
-nothing can take it out again. So an entry holds no state of the run and remembers what it covers itself: without a
-handle on the module it steps aside, and a later `attach` finds it and uses it again instead of adding a second one.
+An entry is a `forward` on the module's instance that checks at every call whether lemo is applied. Others wrap
+`forward` as well (Accelerate for mixed precision, TRL for its fused head) and keep the entry they found inside a
+closure, from which nothing can remove it. So an entry holds no state of the run and remembers what it covers: without
+a handle on the module it steps aside, and a later `attach` finds it and reuses it instead of adding a second one.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from lemo.integration.controller import Controller
+
+class Attached(Protocol):
+    """What an entry asks of the controller of its module, `lemo.Controller`."""
+
+    @property
+    def referring(self) -> bool: ...
+
+    def stepped_aside(self, module: nn.Module, named: dict[str, Any]) -> None: ...
+
 
 # Runs a training call: (controller, module, original, args, kwargs) -> the module's output.
-Run = Callable[["Controller", Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Run = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 HANDLE = "_lemo"
 _SEARCHED = 500  # callables looked at in one chain of wrappers, which usually has fewer than ten
@@ -30,21 +38,19 @@ _entries: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 
 class Handle:
-    """Ties a module to its controller. A copy of the model has a controller of its own; a pickled model has none."""
+    """Ties a module to its controller. A copy of the model has a separate controller; a pickled model has none."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Attached) -> None:
         self.controller = controller
 
     def __reduce__(self) -> tuple[Any, ...]:
         return types.NoneType, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        import copy
-
         return Handle(copy.deepcopy(self.controller, memo))
 
 
-def controller_of(module: nn.Module) -> Controller | None:
+def controller_of(module: nn.Module) -> Attached | None:
     handle = module.__dict__.get(HANDLE)
     return None if handle is None else handle.controller
 
@@ -71,7 +77,7 @@ def _inside(function: Any) -> Iterator[Any]:
 
 
 def search(start: Any, wanted: Callable[[Any], bool]) -> Any | None:
-    """The first callable for which `wanted` holds among `start` and what it wraps, or None."""
+    """The first callable among `start` and what it wraps for which `wanted` holds, or None."""
     queue, seen = [start], {id(start)}
     for function in queue:
         if len(queue) > _SEARCHED:
@@ -90,7 +96,7 @@ def is_entry(function: Any) -> bool:
 
 
 def current_forward(module: nn.Module) -> Any:
-    """The `forward` that someone put on the instance, or None where it has its class's."""
+    """The `forward` that someone put on the instance, or None if it has its class's."""
     return module.__dict__.get("forward")
 
 
@@ -108,7 +114,7 @@ def add_entry(module: nn.Module, run: Run) -> None:
     own = current_forward(module)
     # Functions are bound to the module at each call: a copy.deepcopy of the model then calls itself, not the original.
     covered = own.__func__ if getattr(own, "__self__", None) is module else own
-    # The engine reads the batch on the host and updates tensors in place: none of that belongs into a compiled graph.
+    # The engine reads the batch on the host and updates tensors in place: none of that belongs in a compiled graph.
     run = torch.compiler.disable(run)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +129,7 @@ def add_entry(module: nn.Module, run: Run) -> None:
 
     kind = type(module).forward
     functools.update_wrapper(forward, kind)
-    # Accelerate unwraps by following __wrapped__ to the end, and would drop the entry without anybody noticing.
+    # Accelerate unwraps by following __wrapped__ to the end, and would silently drop the entry.
     del forward.__wrapped__  # type: ignore[attr-defined]
     forward.__signature__ = inspect.signature(kind)  # type: ignore[attr-defined]
     _entries.add(forward)
@@ -136,8 +142,8 @@ def covered_by_entry(entry: Any) -> Any | None:
     return closure["covered"]
 
 
-def attach(module: nn.Module, controller: Controller, run: Run) -> None:
-    """Applies lemo to one module, through an entry left from before where the module's `forward` still reaches it."""
+def attach(module: nn.Module, controller: Attached, run: Run) -> None:
+    """Applies lemo to one module, through an entry left from before if the module's `forward` still reaches it."""
     own = current_forward(module)
     if own is None or search(own, is_entry) is None:
         add_entry(module, run)
@@ -145,7 +151,7 @@ def attach(module: nn.Module, controller: Controller, run: Run) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Takes lemo off one module. Entries that others have wrapped stay, and step aside from now on."""
+    """Takes lemo off one module. Entries that others have wrapped stay, and step aside from then on."""
     del module.__dict__[HANDLE]
     while is_entry(getattr(current_forward(module), "__func__", None)):
         covered = covered_by_entry(module.__dict__["forward"].__func__)

@@ -10,29 +10,42 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lemo import ops
 from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
 from lemo.engine.config import LemoConfig
 from lemo.engine.families import UnsupportedModelError, find
 from lemo.engine.linear import projection
-from lemo.engine.loss import Targets, causal_lm_logits, causal_lm_loss, causal_lm_output
-from lemo.engine.packing import Packed, pack
+from lemo.engine.loss import (
+    Targets,
+    auxiliary_loss,
+    causal_lm_logits,
+    causal_lm_loss,
+    causal_lm_output,
+    refuse_auxiliary_loss,
+)
+from lemo.engine.packing import pack
 from lemo.engine.wrappers import base_model
 from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
 from lemo.integration.controller import Controller
 from lemo.integration.entries import attach, controller_of, detach
 from lemo.integration.trainers import skips_tokens
+from lemo.integration.training_pass import Inputs
+
+if TYPE_CHECKING:  # loaded only if a run has a calibration
+    from lemo.predictors.store import PredictorSet
 
 _LOSS_OF_OTHERS = (
-    'mode "skip" makes logits for a loss that lemo does not compute (label smoothing, a loss function of your own). '
-    "Tokens that were in no layer predict from their embedding alone, so a loss over them is too large, and lemo "
-    "cannot keep the blocks that carry labels. Let the model compute the loss from labels, or use phases with an exact "
-    'forward pass (mode "backward" or "dense")'
+    'mode "skip" makes logits for a loss that lemo does not compute (label smoothing, a custom loss function). Tokens '
+    "that were in no layer predict from their embedding alone, so a loss over them is too large, and lemo cannot keep "
+    "the blocks that carry labels. Let the model compute the loss from labels, or use phases with an exact forward "
+    'pass (mode "backward" or "dense")'
 )
 
 _TRANSFORMERS = (5, 6)  # from this major version, below that one
@@ -43,7 +56,7 @@ _TRANSFORMERS = (5, 6)  # from this major version, below that one
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name, those of **kwargs included."""
-    # Of the class: whoever wraps the instance's forward need not show its parameters.
+    # Of the class: a wrapper around the instance's forward need not have its parameters.
     bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
     named = dict(bound.arguments)
     del named["self"]
@@ -64,7 +77,7 @@ def _check_arguments(named: dict[str, Any]) -> None:
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
 
 
-def _packed(controller: Controller, named: dict[str, Any]) -> tuple[Packed, Tensor | None, Tensor | None]:
+def _inputs(controller: Controller, named: dict[str, Any]) -> Inputs:
     ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
     given = ids if embeddings is None else embeddings
     assert given is not None
@@ -79,7 +92,7 @@ def _packed(controller: Controller, named: dict[str, Any]) -> tuple[Packed, Tens
         named.get("position_ids"),
         named,
     )
-    return packed, ids, embeddings
+    return Inputs(packed, ids, embeddings)
 
 
 def _decoder_forward(
@@ -90,12 +103,14 @@ def _decoder_forward(
     controller.cover_heads()
     named = _arguments(module, args, kwargs)
     _check_arguments(named)
-    packed, ids, embeddings = _packed(controller, named)
-    x, _ = controller.run(packed, ids, embeddings)
+    inputs = _inputs(controller, named)
+    x, step = controller.run(inputs)
+    if torch.is_grad_enabled():
+        refuse_auxiliary_loss(step, controller.model.config)
     n = controller.family.final_norm(module)
     if n is not None:
-        x = ops.norm(x, *n.contiguous, n.kind, n.eps)
-    output = BaseModelOutputWithPast(last_hidden_state=packed.put(x))
+        x = ops.norm(x, *n.operands, n.kind, n.eps)
+    output = BaseModelOutputWithPast(last_hidden_state=inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
 
@@ -108,10 +123,7 @@ def _causal_lm_forward(
     _check_arguments(named)
     fused = trl_head.wanted(controller, module, original, kwargs)
     if fused is not None:
-        packed, ids, embeddings = _packed(controller, named)
-        return trl_head.fused_output(
-            controller, module, fused, named, packed, lambda labelled: controller.run(packed, ids, embeddings, labelled)
-        )
+        return trl_head.fused_output(controller, module, fused, named, _inputs(controller, named))
     if kwargs.get("fused_lm_head"):
         return original(*args, **kwargs)
     keep = named.get("logits_to_keep", 0)
@@ -119,23 +131,27 @@ def _causal_lm_forward(
     if named.get("labels") is None or not ordinary:
         # Only the layers run through lemo then.
         if skips_tokens(controller.phase):
-            controller._note(_LOSS_OF_OTHERS)
+            controller.note(_LOSS_OF_OTHERS)
         return original(*args, **kwargs)
-    packed, ids, embeddings = _packed(controller, named)
-    targets = Targets.of(packed, named)
-    x, step = controller.run(packed, ids, embeddings, targets.values != targets.ignore_index)
+    inputs = _inputs(controller, named)
+    targets = Targets.of(inputs.packed, named)
+    x, step = controller.run(replace(inputs, labelled=targets.values != targets.ignore_index))
     norm = controller.family.final_norm(controller.family.decoder(module))
     head = projection(module.lm_head, trainable=True)
     if head is None:
-        controller._note(
+        controller.note(
             f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
         )
+    softcap = controller.family.logit_softcap(module.config)
     if head is None or controller.config.return_logits:
-        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, packed)
+        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, inputs.packed, softcap=softcap)
     else:
-        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=controller.config.segment_rows)
-        logits = None
-    controller._loss_tokens = count
+        segment_rows, logits = controller.config.segment_rows, None
+        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=segment_rows, softcap=softcap)
+    extra = auxiliary_loss(step, module.config)
+    if extra is not None:
+        loss = loss + extra
+    controller.count_loss_tokens(count)
     return causal_lm_output(loss, logits, named.get("return_dict"))
 
 
@@ -148,13 +164,28 @@ def _check_version() -> None:
         )
 
 
+def _predictors(inner: nn.Module, config: LemoConfig) -> PredictorSet | None:
+    if config.calibration is None:
+        return None
+    from lemo.predictors.store import PredictorSet
+
+    predictors = PredictorSet.load(config.calibration, model=inner)
+    if predictors.block_size != config.block_size:
+        raise ValueError(
+            f"LemoConfig.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
+            f"{predictors.block_size} tokens: use that size or calibrate again"
+        )
+    return predictors
+
+
 def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     """Lets `model` train with token elimination, in place; `remove` undoes it.
 
-    model: a transformers LlamaForCausalLM or OPTForCausalLM, before or after PEFT wraps it.
-    Raises UnsupportedModelError (a ValueError) for other models and versions of transformers, ValueError where lemo is
-    applied already or the settings do not fit, CalibrationError for a calibration of another model. Nothing is changed
-    then.
+    model: a causal language model of transformers of a family that lemo knows (Llama, Mistral, OPT, Qwen2), before or
+    after PEFT wraps it.
+    Raises UnsupportedModelError (a ValueError) for other models and versions of transformers, ValueError if lemo is
+    already applied or the settings do not fit, CalibrationError for a calibration of another model. The model is then
+    unchanged.
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
@@ -162,15 +193,14 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     _check_version()
     family, inner = find(model)
     check_adapters(model)
-    shape: Any = inner.config
-    layers = family.layers(family.decoder(inner))[: shape.num_hidden_layers]
+    decoder = family.decoder(inner)
+    layers = family.layers(decoder)
     check_weights(layers)
     check_modules(family, inner)
-    trained_parameters(family, layers)
+    trained_parameters(family, decoder)
     check_randomness(family, inner, loose_modules(family, layers), config.phases or ())
     if controller_of(inner) is not None:
         raise ValueError("lemo is already applied to this model; call lemo.remove(model) first")
-    decoder = family.decoder(inner)
     devices = {p.device for p in decoder.parameters()}
     if len(devices) > 1:
         names = ", ".join(sorted(str(d) for d in devices))
@@ -178,21 +208,11 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
             f"lemo needs the whole model on one device; its weights are on {names}: load it without a device_map, or "
             'with device_map={"": 0}'
         )
-    count = len(family.layers(decoder))
+    count = len(layers)
     outside = [i for i in config.layers or () if not 0 <= i < count]
     if outside:
         raise ValueError(f"LemoConfig.layers: the model has layers 0 to {count - 1}; got {outside}")
-    predictors = None
-    if config.calibration is not None:
-        from lemo.predictors import PredictorSet
-
-        predictors = PredictorSet.load(config.calibration, model=inner)
-        if predictors.block_size != config.block_size:
-            raise ValueError(
-                f"LemoConfig.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
-                f"{predictors.block_size} tokens: use that size or calibrate again"
-            )
-    controller = Controller(family, inner, config, predictors)
+    controller = Controller(family, inner, config, _predictors(inner, config))
     attach(decoder, controller, _decoder_forward)
     attach(inner, controller, _causal_lm_forward)
     controller.cover_heads()
@@ -200,10 +220,10 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
 
 
 def remove(model: Any) -> None:
-    """Gives `model` its own forward methods back. Raises ValueError if lemo is not applied to it."""
+    """Restores the forward methods of `model`. Raises ValueError if lemo is not applied to it."""
     inner = base_model(model)
     controller = controller_of(inner)
-    if controller is None:
+    if not isinstance(controller, Controller):
         raise ValueError("lemo is not applied to this model; nothing to remove")
     controller.warn_of_unreached()
     detach(controller.family.decoder(inner))

@@ -1,7 +1,7 @@
 """Passes that are compared with a training pass see the tokens that it saw.
 
-A preference loss sets the log-probabilities of a training pass against those of a reference (the same model without its
-adapters, say). In mode "skip" the two only agree where both leave the same tokens out of the same layers. So the lists
+A preference loss compares the log-probabilities of a training pass with those of a reference (the same model without
+its adapters, say). In mode "skip" the two only agree if both leave the same tokens out of the same layers. So the lists
 of a step's passes are remembered, and `Controller.reference_pass` runs others over the same batch with them.
 """
 
@@ -13,24 +13,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lemo.engine.layout import Blocks, Kept, select
+from lemo.engine.layout import Blocks, Kept, KeptPair, select
 
 _REMEMBERED = 8  # passes of one step
 
 
 @dataclass(eq=False)
 class Pass:
-    """Kept blocks of every layer's attention and MLP in one training pass; None: nothing kept."""
+    """Kept blocks, int32 [K], of every layer's attention and MLP in one training pass; None: nothing kept."""
 
     batch: Tensor
     lengths: tuple[int, ...]
     lists: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
 
-    def add(self, kept: tuple[Kept | None, Kept | None]) -> None:
+    def add(self, kept: KeptPair) -> None:
         attention, mlp = (None if k is None else k.blocks for k in kept)
         self.lists.append((attention, attention if kept[0] is kept[1] else mlp))
 
-    def kept(self, layer: int, blocks: Blocks) -> tuple[Kept | None, Kept | None]:
+    def kept(self, layer: int, blocks: Blocks) -> KeptPair:
         attention, mlp = self.lists[layer]
         first = _rebuild(attention, blocks)
         return first, first if mlp is attention else _rebuild(mlp, blocks)
@@ -51,7 +51,7 @@ def _fingerprint(batch: Tensor) -> Tensor:
 
 
 class Passes:
-    """The training passes of the present step."""
+    """The training passes of the current step."""
 
     def __init__(self) -> None:
         self._passes: deque[Pass] = deque(maxlen=_REMEMBERED)
@@ -71,7 +71,7 @@ class Passes:
         return any(tuple(p.batch.shape) == shape for p in self._passes)
 
     def find(self, batch: Tensor, blocks: Blocks) -> Pass:
-        """The last pass over this batch (compared on the host). Raises RuntimeError where there was none."""
+        """The last pass over this batch (compared on the host). Raises RuntimeError if there was none."""
         batch = _fingerprint(batch)
         for earlier in reversed(self._passes):
             same = earlier.batch.shape == batch.shape and earlier.lengths == tuple(blocks.lengths)

@@ -1,9 +1,9 @@
-"""Which draw a forward pass gets: that of its (step, micro-batch), also where an activation checkpoint recomputes it.
+"""Which draw a forward pass gets: that of its (step, micro-batch), also when an activation checkpoint recomputes it.
 
 `torch.utils.checkpoint` around the model calls it a second time, inside the backward pass. That call must keep the
-blocks that the first one kept. The two calls are tied together by the frame object that torch's checkpoint hangs saved
-tensors on, which is in reach of its hooks both times. A call inside a backward pass that belongs to no such checkpoint
-would give a wrong gradient where tokens are skipped: an error.
+blocks that the first one kept. The two calls are tied together by the frame object that torch's checkpoint attaches
+saved tensors to, which its hooks can reach both times. A call inside a backward pass that belongs to no such checkpoint
+would give a wrong gradient if tokens are skipped: an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Region:
 
 
 def _checkpoint_hooks() -> list[Mapping[str, Any]]:
-    """What the hooks of torch.utils.checkpoint hold that are in force here, the innermost first."""
+    """What the active hooks of torch.utils.checkpoint hold, the innermost first."""
     autograd: Any = torch._C._autograd
     stack, found = [], []
     while (hooks := autograd._top_saved_tensors_default_hooks(False)) is not None:
@@ -64,10 +64,10 @@ class Draws:
         return Draws()
 
     def next(self, new: Draw, exact: bool) -> tuple[Draw, bool]:
-        """The draw of this pass, and whether it repeats an earlier pass; `new` where it does not.
+        """The draw of this pass, and whether it repeats an earlier pass; `new` if it does not.
 
-        exact: the forward pass does not depend on the draw. Raises RuntimeError where it does, and what a call inside a
-        backward pass repeats is not known.
+        exact: the forward pass does not depend on the draw. If it does, a call inside a backward pass raises
+        RuntimeError unless the pass that it repeats is known.
         """
         hooks = _checkpoint_hooks()
         earlier = None

@@ -1,6 +1,6 @@
-"""What lemo has to know of the trainer that runs it, and no callback is given: who it is, and its list of callbacks.
+"""What lemo needs to know about the trainer that runs it, and no callback receives: who it is, and its callbacks.
 
-transformers hands a callback its arguments and the model, but neither the trainer nor the handler. Both are callers of
+transformers passes a callback its arguments and the model, but neither the trainer nor the handler. Both are callers of
 the callback (the trainer also of the model's forward pass), so they are looked up there.
 """
 
@@ -39,14 +39,14 @@ def running_trainer() -> Any | None:
 def go_first(callback: Any) -> None:
     """Moves a callback that is being called to the front of its trainer's list.
 
-    Reporters (TensorBoard and others) stand before the callbacks a user gives, and would write a step's logs down
+    Reporters (TensorBoard and others) come before the callbacks a user gives, and would otherwise write a step's logs
     before those have added to them.
     """
     for owner in list(_callers()):
         callbacks = getattr(owner, "callbacks", None)
         if isinstance(callbacks, list) and any(c is callback for c in callbacks):
             if callbacks[0] is not callback:
-                # The list is being walked, past this callback's old place: none is skipped or called twice.
+                # The list is being iterated, past this callback's old place: none is skipped or called twice.
                 callbacks[:] = [callback, *(c for c in callbacks if c is not callback)]
             return
 
@@ -63,10 +63,10 @@ def _trl_class(kind: type) -> str | None:
 
 
 def refuse_comparisons(phases: Iterable[Phase], trainer: Any = None, arguments: Any = None) -> None:
-    """Raises ValueError where a TRL trainer other than SFTTrainer would run a phase that skips tokens.
+    """Raises ValueError if a TRL trainer other than SFTTrainer would run a phase that skips tokens.
 
-    Such trainers set log-probabilities of the training pass against those of another one (a reference model, the policy
-    that sampled, the other answer of a pair), which sees every token.
+    Such trainers compare log-probabilities of the training pass with those of another one (a reference model, the
+    policy that sampled, the other answer of a pair), which sees every token.
     """
     names = [_trl_class(type(given)) for given in (trainer, arguments) if given is not None]
     compares = next(

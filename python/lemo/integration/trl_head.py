@@ -1,11 +1,11 @@
 """TRL's fused head (trl 1.16), computed by lemo's segmented loss.
 
 TRL's trainers call `model(..., labels=labels, fused_lm_head=True)` and take log-probabilities and statistics per token
-from the output; a `forward` that TRL puts on the model answers. It lies below our entry where lemo was applied after
-the trainer was built, and hides it where lemo was applied before. `cover` adds an entry on top in the second case,
-which marks the call, so that ours computes it below everything else that is wrapped around it.
+from the output of a `forward` that TRL puts on the model. It lies below our entry if lemo was applied after the trainer
+was built, and hides it if lemo was applied before. In the second case `cover` adds an entry on top, which marks the
+call, so that ours computes it below everything else that is wrapped around it.
 
-The gradient is that of the segmented loss, the sum over tokens, whose rows are then weighed by what arrives at each
+The gradient is that of the segmented loss, the sum over tokens, whose rows are then weighted by what arrives at each
 token's log-probability: exact, since no token's loss depends on another row of the residual stream.
 
 Labels that no token predicts (in mode "skip", those of tokens that were in no layer) get the mean of the others: TRL
@@ -17,8 +17,8 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +26,31 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lemo import ops
-from lemo.engine.families.base import NormWeights
+from lemo.engine.config import LemoConfig
+from lemo.engine.families.base import Family, NormWeights
+from lemo.engine.gradients import Handover
 from lemo.engine.linear import Projection, projection
-from lemo.engine.loss import Targets, causal_lm_loss, read_rows, shift
+from lemo.engine.loss import Targets, causal_lm_loss, read_rows, refuse_auxiliary_loss, shift
 from lemo.engine.packing import Packed
-from lemo.engine.stack import Step
+from lemo.engine.step import Step
 from lemo.integration.entries import add_entry, current_forward, is_entry, search
-
-if TYPE_CHECKING:
-    from lemo.integration.controller import Controller
+from lemo.integration.training_pass import Inputs
 
 MARK = "lemo_head"  # keyword under which a marked call carries TRL's function
 _SEGMENT = 1 << 24  # logits computed at a time for the statistics
+
+
+class Runs(Protocol):
+    """What the head asks of `lemo.Controller`."""
+
+    family: Family
+    config: LemoConfig
+
+    def run(self, inputs: Inputs) -> tuple[Tensor, Step]: ...
+
+    def count_loss_tokens(self, count: Tensor) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 def is_fused_head(function: Any) -> bool:
@@ -49,7 +62,7 @@ def is_fused_head(function: Any) -> bool:
 
 
 def cover(module: nn.Module) -> None:
-    """Puts an entry on top of TRL's head where it hides ours."""
+    """Puts an entry on top of TRL's head if it hides ours."""
     own = current_forward(module)
     head = search(own, is_fused_head)
     if head is None or search(head, is_entry) is None:
@@ -58,9 +71,7 @@ def cover(module: nn.Module) -> None:
         add_entry(module, _mark)
 
 
-def _mark(
-    controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-) -> Any:
+def _mark(controller: Runs, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("fused_lm_head"):
         head = search(original, is_fused_head)
         if head is not None and covers(controller, module, head):
@@ -68,17 +79,15 @@ def _mark(
     return original(*args, **kwargs)
 
 
-def wanted(
-    controller: Controller, module: nn.Module, original: Callable[..., Any], kwargs: dict[str, Any]
-) -> Any | None:
-    """TRL's function whose call this is, where lemo computes it; None for any other call."""
+def wanted(controller: Runs, module: nn.Module, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any | None:
+    """TRL's function whose call this is, if lemo computes it; None for any other call."""
     if MARK in kwargs:
         return kwargs[MARK]
     head = search(original, is_fused_head) if kwargs.get("fused_lm_head") else None
     return head if head is not None and covers(controller, module, head) else None
 
 
-def covers(controller: Controller, module: Any, head: Any) -> bool:
+def covers(controller: Runs, module: Any, head: Any) -> bool:
     """Whether the segmented loss gives what this head does. The layers run through lemo in any case."""
     asked = inspect.getclosurevars(head).nonlocals
     norm = controller.family.final_norm(controller.family.decoder(module))
@@ -87,7 +96,7 @@ def covers(controller: Controller, module: Any, head: Any) -> bool:
     if weights is None:
         reason = f"lm_head is a {type(module.lm_head).__name__}"
     elif any(p is not None and p.requires_grad for p in _outside(norm, weights)):
-        # Their gradients are sums over tokens, which cannot be weighed by token afterwards.
+        # Their gradients are sums over tokens, which cannot be weighted by token afterwards.
         reason = "lm_head or the norm before it trains"
     elif any(
         asked.get(name, plain) not in (plain, None)
@@ -101,13 +110,13 @@ def covers(controller: Controller, module: Any, head: Any) -> bool:
     elif "entropy" in asked["outputs"] and "is_top1" not in asked["outputs"]:
         reason = "the trainer may train by the entropy"
     if reason is not None:
-        controller._note(f"TRL's own head computes the loss, since {reason}; the layers run through lemo")
+        controller.note(f"TRL's own head computes the loss, since {reason}; the layers run through lemo")
     return reason is None
 
 
 def _outside(norm: NormWeights | None, head: Projection) -> tuple[Tensor | None, ...]:
     return (
-        *((norm.weight, norm.bias) if norm is not None else ()),
+        *(norm.parameters if norm is not None else ()),
         *(head.weight, head.bias, head.a, head.b),
     )
 
@@ -117,9 +126,11 @@ def _outside(norm: NormWeights | None, head: Projection) -> tuple[Tensor | None,
 
 @dataclass(eq=False)
 class _Weights:
-    """Gradients that arrived at the tokens' log-probabilities, on their way to the rows of the residual stream."""
+    """Gradients that arrived at the tokens' log-probabilities, float32 [T], on their way to the rows of the residual
+    stream."""
 
-    rows: Tensor | None = None
+    handover: Handover
+    by_row: Tensor | None = None
 
 
 class _WeighRows(Function):
@@ -130,9 +141,12 @@ class _WeighRows(Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        rows, ctx.weights.rows = ctx.weights.rows, None
-        # In place: the stack below takes the loss's own buffer over.
-        return dx.mul_(rows[:, None]), None
+        weights: _Weights = ctx.weights
+        by_row, weights.by_row = weights.by_row, None
+        assert by_row is not None
+        dx = weights.handover.take(dx).mul_(by_row[:, None])
+        weights.handover.offer(dx)
+        return dx, None
 
 
 class _LogProbs(Function):
@@ -145,7 +159,7 @@ class _LogProbs(Function):
 
     @staticmethod
     def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor, None, None]:
-        ctx.weights.rows = -dvalues
+        ctx.weights.by_row = -dvalues
         return dvalues.new_ones(()), None, None
 
 
@@ -168,8 +182,8 @@ def _statistics(hidden: Tensor, head: Projection, targets: Tensor, names: tuple[
     """Per token, float32 [N], of logits hidden [N, d] weight^T, a segment at a time. Without gradients."""
     dtype = hidden.dtype
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    rows = max(1, _SEGMENT // head.weight.shape[0])
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    rows = max(1, _SEGMENT // head.width)
+    weight, bias = head.dense_weight().to(dtype), None if head.bias is None else head.bias.to(dtype)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         logits = F.linear(hidden[part], weight, bias)
@@ -193,47 +207,30 @@ def _statistics(hidden: Tensor, head: Projection, targets: Tensor, names: tuple[
     return {name: torch.cat(parts) if parts else hidden.new_zeros(0).float() for name, parts in found.items()}
 
 
-def fused_output(
-    controller: Controller,
-    module: Any,
-    head: Any,
-    named: dict[str, Any],
-    packed: Packed,
-    run: Callable[[Tensor], tuple[Tensor, Step]],
-) -> Any:
-    """TRL's FusedCausalLMOutput for one training call. run: gets which tokens have a target, bool [T]."""
-    labels, shifted = named.get("labels"), named.get("shift_labels")
-    given = labels if shifted is None else shifted
-    if given is None or tuple(given.shape) != packed.shape:
-        got = None if given is None else list(given.shape)
-        raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {got}")
-    wide = (shift(given, -100) if shifted is None else given).to(packed.positions.device)
-    mask = wide != -100
-    targets = packed.take(wide).contiguous()
+def fused_output(controller: Runs, module: Any, head: Any, named: dict[str, Any], inputs: Inputs) -> Any:
+    """TRL's FusedCausalLMOutput for one training call."""
+    packed = inputs.packed
+    labels, mask = _labels(named, packed)
+    targets = packed.take(labels).contiguous()
     asked = inspect.getclosurevars(head).nonlocals["outputs"]
     names = ("log_probs", *(name for name in asked if name != "log_probs"))
 
-    x, step = run(targets != -100)
+    x, step = controller.run(replace(inputs, labelled=targets != -100))
+    refuse_auxiliary_loss(step, module.config)
     norm = controller.family.final_norm(controller.family.decoder(module))
     weights = projection(module.lm_head, trainable=True)
     assert weights is not None
     part = read_rows(step, _outside(norm, weights))
-    predicted = targets != -100
-    if part is not None:
-        # -1 where a selection failed: one place more takes it.
-        places = part.to(targets)
-        places = places.where(places >= 0, targets.shape[0])
-        took_part = predicted.new_zeros(targets.shape[0] + 1).index_fill(0, places, True)
-        predicted = predicted & took_part[:-1]
+    predicted = _predicted(targets, part)
     index = predicted.nonzero()[:, 0]  # one synchronisation; TRL's own head has it too
     with torch.no_grad():
         hidden = x.index_select(0, index)
         if norm is not None:
-            hidden = ops.norm(hidden, norm.weight, norm.bias, norm.kind, norm.eps)
+            hidden = ops.norm(hidden, *norm.operands, norm.kind, norm.eps)
         found = _statistics(hidden, weights, targets.index_select(0, index), names)
         del hidden
-    arrived = _Weights()
-    total, controller._loss_tokens = causal_lm_loss(
+    arrived = _Weights(step.handover)
+    total, count = causal_lm_loss(
         _WeighRows.apply(x, arrived),
         norm,
         weights,
@@ -241,23 +238,50 @@ def fused_output(
         step,
         segment_rows=controller.config.segment_rows,
     )
+    controller.count_loss_tokens(count)
 
-    def by_token(values: Tensor) -> Tensor:
-        return values.new_zeros(targets.shape[0]).index_copy(0, index, values)
-
-    def in_batch(values: Tensor) -> Tensor:
-        return packed.put(values[:, None])[..., 0]
-
-    fields = {name: by_token(values) for name, values in found.items()}
+    fields = {name: v.new_zeros(targets.shape[0]).index_copy(0, index, v) for name, v in found.items()}
     fields["log_probs"] = _LogProbs.apply(total, fields["log_probs"], arrived)
     if "entropy" in fields:
         fields["entropy"] = _Statistic.apply(fields["entropy"], total)
-    missing, count = mask & ~in_batch(predicted), predicted.sum().clamp(min=1)
-    fields = {name: torch.where(missing, values.sum() / count, in_batch(values)) for name, values in fields.items()}
-    if shifted is None:
+    fields = _in_batch(fields, packed, mask, predicted)
+    if named.get("shift_labels") is None:
         fields, mask = {name: values[:, :-1] for name, values in fields.items()}, mask[:, :-1]
     if "is_top1" in fields and part is None:
         fields["is_top1"] = fields["is_top1"] > 0
     items = named.get("num_items_in_batch")
     loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
     return head.__globals__["FusedCausalLMOutput"](loss=loss, label_mask=mask, **fields)
+
+
+def _labels(named: dict[str, Any], packed: Packed) -> tuple[Tensor, Tensor]:
+    """What every token has to predict, int64 [B, S], and whether it has to predict anything, bool [B, S]."""
+    labels, shifted = named.get("labels"), named.get("shift_labels")
+    given = labels if shifted is None else shifted
+    if given is None or tuple(given.shape) != packed.shape:
+        got = None if given is None else list(given.shape)
+        raise ValueError(f"labels must have the shape of the batch, {list(packed.shape)}; got {got}")
+    wide = (shift(given, -100) if shifted is None else given).to(packed.positions.device)
+    return wide, wide != -100
+
+
+def _predicted(targets: Tensor, part: Tensor | None) -> Tensor:
+    """bool [T]: tokens with a target, int64 [T], that took part in a layer (rows int32 [M], None: all of them)."""
+    predicted = targets != -100
+    if part is None:
+        return predicted
+    # -1 if a selection failed: one place more takes it.
+    places = part.to(targets)
+    places = places.where(places >= 0, targets.shape[0])
+    took_part = predicted.new_zeros(targets.shape[0] + 1).index_fill(0, places, True)
+    return predicted & took_part[:-1]
+
+
+def _in_batch(fields: dict[str, Tensor], packed: Packed, mask: Tensor, predicted: Tensor) -> dict[str, Tensor]:
+    """Values by token [T] as values of the batch [B, S]; labels that no token predicts get the mean of the others."""
+
+    def put(values: Tensor) -> Tensor:
+        return packed.put(values[:, None])[..., 0]
+
+    missing, count = mask & ~put(predicted), predicted.sum().clamp(min=1)
+    return {name: torch.where(missing, values.sum() / count, put(values)) for name, values in fields.items()}

@@ -1,9 +1,15 @@
-"""Causal attention over kept rows, forward and backward, by documents (paper section 5.1; weights: the docs on modes).
+"""Causal attention over kept rows, forward and backward, by document (paper section 5.1; weights: the docs on modes).
 
 M packed rows of D documents (``cu_seqlens`` int32 [D + 1]); packed row i lies at row rows[i] of every tensor (``rows``
 int32 [M], or None: row i), ascending within a document. q [R, Hq, D], k and v [R, Hk, D] with Hk dividing Hq; rows and
 heads may be strided. ``lse`` float32 [Hq, M] is by packed row. ``max_seqlen``: longest document in packed rows, or
 more. Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+
+Keys with separate rows (chunks of queries over all keys so far, context parallelism): with ``cu_seqlens_k`` (int32
+[D + 1]), k and v are [Rk, Hk, D], packed key row j lies at row rows_k[j] (``rows_k`` int32 [Mk], or None: row j), and
+``max_seqlen_k`` is the longest document in packed key rows, or more; what is named above describes the queries. Each
+document is aligned at its end: query i of nq sees key j of nk iff j <= i + nk - nq. A query that sees no key has out 0,
+lse -inf and gradients 0. Not together with tile lists.
 """
 
 from __future__ import annotations
@@ -14,111 +20,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo._native import call
-from lemo.ops._schema import define, launch, library, need
-
-TILE_ROWS = 128  # LEMO_TILE_ROWS: rows that one list of two-dimensional sparsity speaks of
+from lemo._native import constant
+from lemo.ops._autograd import library
+from lemo.ops._operator import Size, need, operator
 
 
 def _like(x: Tensor, rows: Tensor | None) -> Tensor:
-    # Rows that are not named must read as zero in a result of ours; packed tensors have no such rows.
+    # Rows that `rows` does not name must read as zero; packed tensors have none.
     return x.new_empty(x.shape) if rows is None else x.new_zeros(x.shape)
 
 
-def _forward_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    tile_offsets: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    need("q", q, "R Hq D")
-    if rows is not None:
-        need("rows", rows, "M")
-    capacity = q.shape[0] if rows is None else rows.shape[0]
-    return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
+def _need_longest(cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) -> None:
+    if cu_seqlens_k is not None and max_seqlen_k is None:
+        raise ValueError("max_seqlen_k: expected the longest document in key rows with cu_seqlens_k, got None")
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_out(*inputs)
-    _run("attention_forward", _named(_FORWARD, inputs), {"out": out, "lse": lse}, False)
-    return out, lse
-
-
-def _backward_out(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    key_weights: Tensor | None,
-    row_slots: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    deterministic: bool,
-    tile_offsets: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q, rows), _like(k, rows), _like(v, rows)
-
-
-def _backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _backward_out(*inputs)
-    named = _named(_BACKWARD, inputs)
-    _run("attention_backward", named, {"dq": dq, "dk": dk, "dv": dv}, named.pop("deterministic"))
-    return dq, dk, dv
-
-
-# Inputs in the order of the schemas. Outputs come before the lists in the C structs.
-_FORWARD = ("q", "k", "v", "cu_seqlens", "rows", "max_seqlen", "scale", "tile_offsets", "tiles")
-_BACKWARD = (
-    *("dout", "q", "k", "v", "out", "lse", "cu_seqlens", "rows", "key_weights", "row_slots"),
-    *("max_seqlen", "scale", "deterministic", "tile_offsets", "tiles"),
-)
-
-
-def _named(names: tuple[str, ...], inputs: tuple) -> dict[str, Any]:
-    return dict(zip(names, inputs, strict=False))  # the dispatcher leaves out defaults at the end
-
-
-def _run(name: str, inputs: dict[str, Any], outputs: dict[str, Tensor], deterministic: bool) -> None:
-    lists = {key: inputs.pop(key, None) for key in ("tile_offsets", "tiles")}
-    call(name, inputs["q"].device, inputs | outputs | lists, deterministic=deterministic)
-
-
-define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? rows, SymInt max_seqlen, float scale, "
-    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor out, Tensor lse)",
-    _forward,
-    _forward_out,
-)
-define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
-    "Tensor? rows, Tensor? key_weights, Tensor? row_slots, SymInt max_seqlen, float scale, bool deterministic, "
-    "Tensor? tile_offsets=None, Tensor? tiles=None) -> (Tensor dq, Tensor dk, Tensor dv)",
-    _backward,
-    _backward_out,
-    derivative="error",
-)
-
-
+@operator("out lse")
 def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
     rows: Tensor | None,
-    max_seqlen: int,
+    max_seqlen: Size,
     scale: float,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    max_seqlen_k: Size | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j softmax_j(scale q_i . k_j) v_j over j <= i of i's document: (out [R, Hq, D], lse float32 [Hq, M]).
 
@@ -129,16 +60,23 @@ def attention_forward(
     tiles (int32 [L]), the queries of slot s see their own tile, causally, and the whole earlier tiles
     tiles[tile_offsets[s] : tile_offsets[s + 1]] (ascending numbers within the document), and nothing else.
     """
-    return torch.ops.lemo.attention_forward(q, k, v, cu_seqlens, rows, max_seqlen, scale, tile_offsets, tiles)
+    need("q", q, "R Hq D")
+    if rows is not None:
+        need("rows", rows, "M")
+    _need_longest(cu_seqlens_k, max_seqlen_k)
+    capacity = q.shape[0] if rows is None else rows.shape[0]
+    return _like(q, rows), q.new_empty(q.shape[1], capacity, dtype=torch.float32)
 
 
 def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """From the key tiles of every query tile to the query tiles of every key tile: (tile_offsets, tiles), same shapes.
 
-    That is the form ``attention_backward`` reads. Applied twice it gives the lists back. Nothing is synchronised.
+    That is the form ``attention_backward`` reads. Applied twice it gives the lists back. Nothing is synchronized.
     """
     slots, device = tile_offsets.shape[0] - 1, tiles.device
-    firsts = cu_seqlens[:-1] // TILE_ROWS + torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=device)
+    firsts = cu_seqlens[:-1] // constant("LEMO_TILE_ROWS") + torch.arange(
+        cu_seqlens.shape[0] - 1, dtype=torch.int32, device=device
+    )
     entries = torch.arange(tiles.shape[0], dtype=torch.int32, device=device)
     slot = torch.searchsorted(tile_offsets, entries, right=True, out_int32=True) - 1
     used = slot < slots  # entries beyond the last list are padding and stay behind the others
@@ -150,6 +88,7 @@ def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor
     return offsets, torch.where(used, slot - first, 0)[order].to(torch.int32)
 
 
+@operator("dq dk dv", derivative="error")
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -161,22 +100,30 @@ def attention_backward(
     rows: Tensor | None,
     key_weights: Tensor | None,
     row_slots: Tensor | None,
-    max_seqlen: int,
+    max_seqlen: Size,
     scale: float,
     deterministic: bool = False,
     tile_offsets: Tensor | None = None,
     tiles: Tensor | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    row_slots_k: Tensor | None = None,
+    max_seqlen_k: Size | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) restricted to the given rows, from the output and LSE of the forward pass that made them.
 
-    Where that pass saw more keys than these rows, probabilities P_ij = exp(scale q_i . k_j - lse_i) are still exact:
+    If that pass saw more keys than these rows, probabilities P_ij = exp(scale q_i . k_j - lse_i) are still exact:
     dS_ij = P_ij (dout_i . v_j - dout_i . out_i); dq_i = scale sum_j w_ij dS_ij k_j; dk_j = scale sum_i w_ij dS_ij q_i;
-    dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 where i and j share a
-    slot, or 1 without key_weights. deterministic: bitwise repeatable, also where torch's deterministic algorithms are
-    on. tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
+    dv_j = sum_i w_ij P_ij dout_i. w_ij = key_weights[row_slots[j]] (float32 [K], int32 [M]), or 1 if i and j share a
+    slot, or 1 without key_weights. deterministic: bitwise repeatable, as also with torch's deterministic algorithms.
+    tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
+
+    With cu_seqlens_k, dk and dv have the shape of k, and the slot of key j is row_slots_k[j] (int32 [Mk]).
     """
-    arguments = (dout, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic)
-    return launch(torch.ops.lemo.attention_backward, *arguments, tile_offsets, tiles)
+    _need_longest(cu_seqlens_k, max_seqlen_k)
+    key_rows = rows if cu_seqlens_k is None else rows_k
+    return _like(q, rows), _like(k, key_rows), _like(v, key_rows)
 
 
 def attention(
@@ -193,6 +140,10 @@ def attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     deterministic: bool = False,
+    cu_seqlens_k: Tensor | None = None,
+    rows_k: Tensor | None = None,
+    row_slots_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
 
@@ -202,70 +153,57 @@ def attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if (out is None) != (lse is None):
         raise ValueError("lse: expected out and lse together, got one of them")
+    _need_longest(cu_seqlens_k, max_seqlen_k)
     if out is None:
-        out, lse = torch.ops.lemo.attention_forward(
-            q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale
-        )
-    return _Attention.apply(
-        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic
-    )
+        keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": max_seqlen_k}
+        out, lse = attention_forward(q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale, **keys)
+    lists = (cu_seqlens, rows, key_weights, row_slots, cu_seqlens_k, rows_k, row_slots_k)
+    return _Attention.apply(q, k, v, out, lse, *lists, max_seqlen, scale, deterministic, max_seqlen_k)
 
 
 class _Attention(torch.autograd.Function):
     """Ties a computed output to the backward pass over the given rows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic):
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots)
-        ctx.max_seqlen, ctx.scale, ctx.deterministic = max_seqlen, scale, deterministic
-        return out.detach()  # not a view, which nobody could change in place afterwards
+    def forward(ctx, q, k, v, out, *others):
+        *tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic, ctx.max_seqlen_k = others
+        ctx.save_for_backward(q, k, v, out, *tensors)
+        return out.detach()  # a view could not be changed in place afterwards
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, cu_seqlens, rows, key_weights, row_slots = ctx.saved_tensors
-        grads = launch(
-            torch.ops.lemo.attention_backward,
-            dout.contiguous(),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens,
-            rows,
-            key_weights,
-            row_slots,
-            ctx.max_seqlen,
-            ctx.scale,
-            ctx.deterministic,
-        )
-        return *grads, None, None, None, None, None, None, None, None, None
+        *tensors, cu_seqlens_k, rows_k, row_slots_k = ctx.saved_tensors
+        inputs: Any = (*tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic)
+        keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
+        grads = attention_backward(dout.contiguous(), *inputs, row_slots_k=row_slots_k, **keys)
+        return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, tile_offsets, tiles)
+    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, *lists, ctx.max_seqlen_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, *lists)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles, cu_seqlens_k, rows_k = ctx.saved_tensors
     lists = (None, None) if tile_offsets is None else transpose_tile_lists(tile_offsets, tiles, cu_seqlens)
+    keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
 
     def backward(dout):
-        arguments = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
-        return torch.ops.lemo.attention_backward(dout.contiguous(), *arguments)
+        arguments: Any = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
+        return attention_backward(dout.contiguous(), *arguments, **keys)
 
     grads = [None] * 3 if dout is None else list(backward(dout))
     if dlse is not None:
-        # dlse_i / ds_ij = P_ij: for q the output over keys as values, for k what v gets of the gradient dlse_i q_i.
+        # dlse_i / ds_ij = P_ij: dq is the output with keys as values, dk the gradient of v for dout_i = dlse_i q_i.
         weights = _by_row(dlse, q, cu_seqlens, rows)
         layout = (cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles)
-        means = torch.ops.lemo.attention_forward(q, k, k, *layout)[0]
+        means = attention_forward(q, k, k, *layout, **keys)[0]
         dq = torch.where(weights == 0, 0, ctx.scale * weights * means)
         dk = ctx.scale * backward(weights * q)[2]
         grads[:2] = [g if other is None else g + other for g, other in zip((dq, dk), grads, strict=False)]
-    return *grads, None, None, None, None, None, None
+    return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def _by_row(dlse: Tensor, q: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:

@@ -8,223 +8,48 @@ Errors: ValueError naming the argument, what was expected and what was given; no
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from lemo._native import call
-from lemo.ops._schema import MODES, NORMS, POOLS, choice, define, need
+from lemo._native import constant
+from lemo.ops._operator import Norm, Pool, SelectMode, Size, Uint64, need, operator
 
 
-def _select_out(
-    scores: Tensor,
-    block_offsets: Tensor,
-    documents: Tensor,
-    block_size: int,
-    num_tokens: int,
-    mode: str,
-    keep: float,
-    threshold: float,
-    always_first: int,
-    always_last: int,
-    seed: int,
-) -> tuple[Tensor, ...]:
-    need("block_offsets", block_offsets, "nb+1")
-    need("documents", documents, "D+1")
-    nb = block_offsets.shape[0] - 1
+class SelectInfo(NamedTuple):
+    """What ``select_blocks`` reports in ``info``."""
 
-    def integers(n: int) -> Tensor:
-        return block_offsets.new_empty(n, dtype=torch.int32)
+    kept_blocks: int
+    kept_rows: int
+    longest_document: int  # in packed rows
+    fault: int  # 0, 1 + the first block with an unusable score, or -1 if nothing is kept
 
-    weights = block_offsets.new_empty(nb, dtype=torch.float32)
-    return (
-        integers(nb),
-        integers(nb),
-        integers(nb + 1),
-        integers(documents.shape[0]),
-        integers(num_tokens),
-        integers(num_tokens),
-        weights,
-        integers(4),
-    )
+    @classmethod
+    def read(cls, info: Tensor) -> SelectInfo:
+        """Waits for the device if ``info`` lies on one."""
+        numbers = info.tolist()
+        return cls(*(numbers[constant(f"LEMO_INFO_{name.upper()}")] for name in cls._fields))
 
 
-def _select(
-    scores: Tensor,
-    block_offsets: Tensor,
-    documents: Tensor,
-    block_size: int,
-    num_tokens: int,
-    mode: str,
-    keep: float,
-    threshold: float,
-    always_first: int,
-    always_last: int,
-    seed: int,
-) -> tuple[Tensor, ...]:
-    number = choice("mode", mode, MODES)
-    outputs = _select_out(
-        scores, block_offsets, documents, block_size, num_tokens, mode, keep, threshold, always_first, always_last, seed
-    )
-    names = ("kept", "slots", "row_offsets", "cu_seqlens", "rows", "row_slots", "weights", "info")
-    arguments = {
-        "scores": scores,
-        "offsets": block_offsets,
-        "documents": documents,
-        "block_size": block_size,
-        "mode": number,
-        "keep": keep,
-        "threshold": threshold,
-        "always_first": always_first,
-        "always_last": always_last,
-        "seed": seed % 2**64,
-        **dict(zip(names, outputs, strict=True)),
-    }
-    call("select", scores.device, arguments)
-    return outputs
-
-
-def _scores_out(
-    q: Tensor,
-    k: Tensor,
-    block_offsets: Tensor,
-    documents: Tensor,
-    block_size: int,
-    scale: float,
-    normalize: bool,
-    want_map: bool,
-) -> tuple[Tensor, Tensor]:
-    need("block_offsets", block_offsets, "nb+1")
-    nb = block_offsets.shape[0] - 1
-    size = (nb, nb) if want_map else (0, 0)
-    return q.new_empty(nb, dtype=torch.float32), q.new_empty(size, dtype=torch.float32)
-
-
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    block_offsets: Tensor,
-    documents: Tensor,
-    block_size: int,
-    scale: float,
-    normalize: bool,
-    want_map: bool,
-) -> tuple[Tensor, Tensor]:
-    scores, block_map = _scores_out(q, k, block_offsets, documents, block_size, scale, normalize, want_map)
-    arguments = {
-        "q": q,
-        "k": k,
-        "offsets": block_offsets,
-        "documents": documents,
-        "block_size": block_size,
-        "scale": scale,
-        "normalize": normalize,
-        "scores": scores,
-        "map": block_map if want_map else None,
-    }
-    call("scores", q.device, arguments)
-    return scores, block_map
-
-
-def _predict_out(
-    x: Tensor,
-    wq1: Tensor,
-    wq2: Tensor,
-    wq3: Tensor,
-    wk1: Tensor,
-    wk2: Tensor,
-    wk3: Tensor,
-    block_offsets: Tensor,
-    documents: Tensor,
-    block_size: int,
-    norm: str,
-    pool: str,
-    eps: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    need("block_offsets", block_offsets, "nb+1")
-    need("wq3", wq3, "c s")
-    nb, c = block_offsets.shape[0] - 1, wq3.shape[0]
-    new = x.new_empty
-    return new(nb, dtype=torch.float32), new(nb, c, dtype=torch.float32), new(nb, c, dtype=torch.float32)
-
-
-def _predict(
-    x: Tensor,
-    wq1: Tensor,
-    wq2: Tensor,
-    wq3: Tensor,
-    wk1: Tensor,
-    wk2: Tensor,
-    wk3: Tensor,
-    block_offsets: Tensor,
-    documents: Tensor,
-    block_size: int,
-    norm: str,
-    pool: str,
-    eps: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _predict_out(
-        x, wq1, wq2, wq3, wk1, wk2, wk3, block_offsets, documents, block_size, norm, pool, eps, normalize
-    )
-    arguments = {
-        "x": x,
-        "wq1": wq1,
-        "wq2": wq2,
-        "wq3": wq3,
-        "wk1": wk1,
-        "wk2": wk2,
-        "wk3": wk3,
-        "offsets": block_offsets,
-        "documents": documents,
-        "block_size": block_size,
-        "norm": choice("norm", norm, NORMS),
-        "pool": choice("pool", pool, POOLS),
-        "eps": eps,
-        "normalize": normalize,
-        **dict(zip(("scores", "queries", "keys"), outputs, strict=True)),
-    }
-    call("predict", x.device, arguments)
-    return outputs
-
-
-define(
-    "select_blocks(Tensor scores, Tensor block_offsets, Tensor documents, int block_size, SymInt num_tokens, str mode, "
-    "float keep, float threshold, int always_first, int always_last, int seed) -> (Tensor kept, Tensor slots, "
-    "Tensor row_offsets, Tensor cu_seqlens, Tensor rows, Tensor row_slots, Tensor weights, Tensor info)",
-    _select,
-    _select_out,
+@operator(
+    "kept slots row_offsets cu_seqlens rows row_slots weights info",
+    calls="select",
+    renamed={"block_offsets": "offsets"},
     derivative="none",
 )
-define(
-    "block_scores(Tensor q, Tensor k, Tensor block_offsets, Tensor documents, int block_size, float scale, "
-    "bool normalize, bool want_map) -> (Tensor scores, Tensor map)",
-    _scores,
-    _scores_out,
-    derivative="none",
-)
-define(
-    "predict(Tensor x, Tensor wq1, Tensor wq2, Tensor wq3, Tensor wk1, Tensor wk2, Tensor wk3, Tensor block_offsets, "
-    "Tensor documents, int block_size, str norm, str pool, float eps, bool normalize) -> (Tensor scores, "
-    "Tensor queries, Tensor keys)",
-    _predict,
-    _predict_out,
-    derivative="none",
-)
-
-
 def select_blocks(
     scores: Tensor,
     block_offsets: Tensor,
     documents: Tensor,
     block_size: int,
-    num_tokens: int,
-    mode: str,
+    num_tokens: Size,
+    mode: SelectMode,
     keep: float,
     threshold: float,
     always_first: int,
     always_last: int,
-    seed: int,
+    seed: Uint64,
 ) -> tuple[Tensor, ...]:
     """Chooses blocks; the list stays on the device, in buffers of capacity nb and T (cut by ``engine.layout.select``).
 
@@ -240,24 +65,16 @@ def select_blocks(
     longest document in packed rows, fault). A fault (1 + first block whose score is not finite, or -1: nothing kept) is
     a FloatingPointError on the CPU and only this number, with K = M = 0, on CUDA.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer in [0, 2**64), got {seed}")
-    signed = seed if seed < 2**63 else seed - 2**64  # a schema's int has 64 bits and a sign
-    return torch.ops.lemo.select_blocks(
-        scores,
-        block_offsets,
-        documents,
-        block_size,
-        num_tokens,
-        mode,
-        keep,
-        threshold,
-        always_first,
-        always_last,
-        signed,
-    )
+    need("block_offsets", block_offsets, "nb+1")
+    need("documents", documents, "D+1")
+    nb = block_offsets.shape[0] - 1
+    sizes = (nb, nb, nb + 1, documents.shape[0], num_tokens, num_tokens)
+    lists = (block_offsets.new_empty(size, dtype=torch.int32) for size in sizes)
+    weights = block_offsets.new_empty(nb, dtype=torch.float32)
+    return *lists, weights, block_offsets.new_empty(len(SelectInfo._fields), dtype=torch.int32)
 
 
+@operator("scores map", calls="scores", renamed={"block_offsets": "offsets"}, derivative="none")
 def block_scores(
     q: Tensor,
     k: Tensor,
@@ -274,12 +91,13 @@ def block_scores(
     the same document; map[m, n] = max of S over queries in m and keys in n; scores[n] = sum over m >= n of map[m, n],
     divided by the number of such m with ``normalize``. Memory is linear in T unless the map is wanted.
     """
-    scores, block_map = torch.ops.lemo.block_scores(
-        q, k, block_offsets, documents, block_size, scale, normalize, want_map
-    )
-    return scores, block_map if want_map else None
+    need("block_offsets", block_offsets, "nb+1")
+    nb = block_offsets.shape[0] - 1
+    block_map = q.new_empty(nb, nb, dtype=torch.float32) if want_map else None
+    return q.new_empty(nb, dtype=torch.float32), block_map
 
 
+@operator("scores queries keys", renamed={"block_offsets": "offsets"}, derivative="none")
 def predict(
     x: Tensor,
     wq1: Tensor,
@@ -291,8 +109,8 @@ def predict(
     block_offsets: Tensor,
     documents: Tensor,
     block_size: int,
-    norm: str = "rms",
-    pool: str = "mean",
+    norm: Norm = "rms",
+    pool: Pool = "mean",
     eps: float = 1e-6,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,6 +121,8 @@ def predict(
     into w1); a = relu(w2 relu(w1 z)) per token; pooled over the block ("mean" or "max"); y = w3 pooled. scores[n] = sum
     over blocks m >= n of the document of queries[m] . keys[n], divided by the number of such m with ``normalize``.
     """
-    return torch.ops.lemo.predict(
-        x, wq1, wq2, wq3, wk1, wk2, wk3, block_offsets, documents, block_size, norm, pool, eps, normalize
-    )
+    need("block_offsets", block_offsets, "nb+1")
+    need("wq3", wq3, "c s")
+    nb, c = block_offsets.shape[0] - 1, wq3.shape[0]
+    new = x.new_empty
+    return new(nb, dtype=torch.float32), new(nb, c, dtype=torch.float32), new(nb, c, dtype=torch.float32)

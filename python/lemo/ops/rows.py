@@ -13,197 +13,24 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lemo._native import call
-from lemo.ops._schema import NORMS, bind_autograd, choice, define, launch, library, need, written
+from lemo.ops._autograd import bind_autograd, library
+from lemo.ops._operator import Norm, need, operator
 
 
-def _gather_out(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    need("x", x, "T d")
-    need("rows", rows, "M")
-    return x.new_empty(rows.shape[0], x.shape[1])
-
-
-def _gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    out = _gather_out(x, rows)
-    call("gather", x.device, {"x": x, "rows": rows, "weights": weights, "slots": slots, "out": out})
-    return out
-
-
-def _scatter_add(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> None:
-    call("scatter_add", x.device, {"x": x, "rows": rows, "y": y, "base": base})
-    written(x)
-
-
-def _norm_out(
-    x: Tensor,
-    rows: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    want_packed: bool,
-) -> tuple[Tensor, Tensor]:
-    need("x", x, "T d")
-    if rows is not None:
-        need("rows", rows, "M")
-    y = x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
-    return y, torch.empty_like(y) if want_packed else x.new_empty(0)
-
-
-def _norm(
-    x: Tensor,
-    rows: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    want_packed: bool,
-) -> tuple[Tensor, Tensor]:
-    y, packed = _norm_out(x, rows, residual, weight, bias, norm, eps, want_packed)
-    arguments = {
-        "x": x,
-        "rows": rows,
-        "residual": residual,
-        "weight": weight,
-        "bias": bias,
-        "norm": choice("norm", norm, NORMS),
-        "eps": eps,
-        "y": y,
-        "packed": packed if want_packed else None,
-        "mean": None,
-        "rstd": None,
-    }
-    call("gather_norm", x.device, arguments)
-    return y, packed
-
-
-def _norm_grads(s: Tensor, want_dweight: bool, want_dbias: bool) -> tuple[Tensor, Tensor]:
-    need("s", s, "M d")
-    d = s.shape[1]
-    return (
-        s.new_empty(d if want_dweight else 0, dtype=torch.float32),
-        s.new_empty(d if want_dbias else 0, dtype=torch.float32),
-    )
-
-
-def _norm_backward_run(
-    dx: Tensor,
-    rows: Tensor | None,
-    dy: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    ds_extra: Tensor | None,
-    norm: str,
-    eps: float,
-    accumulate: bool,
-    want_dweight: bool,
-    want_dbias: bool,
-) -> tuple[Tensor, Tensor]:
-    dweight, dbias = _norm_grads(s, want_dweight, want_dbias)
-    arguments = {
-        "dy": dy,
-        "s": s,
-        "weight": weight,
-        "ds_extra": ds_extra,
-        "rows": rows,
-        "norm": choice("norm", norm, NORMS),
-        "eps": eps,
-        "accumulate": accumulate,
-        "dx": dx,
-        "dweight": dweight if want_dweight else None,
-        "dbias": dbias if want_dbias else None,
-    }
-    call("gather_norm_backward", dy.device, arguments)
-    return dweight, dbias
-
-
-def _norm_backward_in_place(dx: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    grads = _norm_backward_run(dx, *inputs)
-    written(dx)
-    return grads
-
-
-def _norm_backward_in_place_out(
-    dx: Tensor,
-    rows: Tensor | None,
-    dy: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    ds_extra: Tensor | None,
-    norm: str,
-    eps: float,
-    accumulate: bool,
-    want_dweight: bool,
-    want_dbias: bool,
-) -> tuple[Tensor, Tensor]:
-    return _norm_grads(s, want_dweight, want_dbias)
-
-
-def _norm_backward(
-    dy: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    ds_extra: Tensor | None,
-    norm: str,
-    eps: float,
-    want_dweight: bool,
-    want_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    ds = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    grads = _norm_backward_run(ds, None, dy, s, weight, ds_extra, norm, eps, False, want_dweight, want_dbias)
-    return ds, *grads
-
-
-def _norm_backward_out(
-    dy: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    ds_extra: Tensor | None,
-    norm: str,
-    eps: float,
-    want_dweight: bool,
-    want_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    ds = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    return ds, *_norm_grads(s, want_dweight, want_dbias)
-
-
-define("gather(Tensor x, Tensor rows, Tensor? weights=None, Tensor? slots=None) -> Tensor", _gather, _gather_out)
-define(
-    "scatter_add_(Tensor(a!) x, Tensor rows, Tensor y, Tensor? base=None) -> ()",
-    _scatter_add,
-    lambda x, rows, y, base=None: None,
-)
-define(
-    "gather_norm(Tensor x, Tensor? rows, Tensor? residual, Tensor? weight, Tensor? bias, str norm, float eps, "
-    "bool want_packed) -> (Tensor y, Tensor packed)",
-    _norm,
-    _norm_out,
-)
-define(
-    "gather_norm_backward(Tensor dy, Tensor s, Tensor? weight, Tensor? ds_extra, str norm, float eps, "
-    "bool want_dweight, bool want_dbias) -> (Tensor ds, Tensor dweight, Tensor dbias)",
-    _norm_backward,
-    _norm_backward_out,
-    derivative="error",
-)
-define(
-    "gather_norm_backward_(Tensor(a!) dx, Tensor? rows, Tensor dy, Tensor s, Tensor? weight, Tensor? ds_extra, "
-    "str norm, float eps, bool accumulate, bool want_dweight, bool want_dbias) -> (Tensor dweight, Tensor dbias)",
-    _norm_backward_in_place,
-    _norm_backward_in_place_out,
-    derivative="error",
-)
-
-
+@operator("out")
 def gather(x: Tensor, rows: Tensor, weights: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
     """out[i] = weights[slots[i]] * x[rows[i]], [M, d]. Differentiable in x and weights, any number of times.
 
     x [T, d]; weights float32 [K] by block slot, with slots int32 [M].
     """
-    return torch.ops.lemo.gather(x, rows, weights, slots)
+    need("x", x, "T d")
+    need("rows", rows, "M")
+    return x.new_empty(rows.shape[0], x.shape[1])
+
+
+@operator(writes="x")
+def _scatter_add_(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> None:
+    """Nothing to allocate."""
 
 
 def scatter_add_(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
@@ -211,8 +38,26 @@ def scatter_add_(x: Tensor, rows: Tensor, y: Tensor, base: Tensor | None = None)
 
     Differentiable in x, y and base, any number of times.
     """
-    launch(torch.ops.lemo.scatter_add_, x, rows, y, base)
+    _scatter_add_(x, rows, y, base)
     return x
+
+
+@operator("y packed")
+def _gather_norm(
+    x: Tensor,
+    rows: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    eps: float,
+    want_packed: bool,
+) -> tuple[Tensor, Tensor | None]:
+    need("x", x, "T d")
+    if rows is not None:
+        need("rows", rows, "M")
+    y = x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
+    return y, torch.empty_like(y) if want_packed else None
 
 
 def gather_norm(
@@ -227,31 +72,30 @@ def gather_norm(
     """Norm of gathered rows: s_i = x[rows[i]] + residual[i], y = norm(s) * weight + bias. Returns (y, s), both [M, d].
 
     rows None: every row. norm: "rms" (s / sqrt(mean(s^2) + eps)) or "layer" ((s - mean) / sqrt(var + eps)).
-    weight, bias [d] in the dtype of x or float32. s is what ``gather_norm_backward`` needs; it is x itself where
-    neither rows nor residual are given.
+    weight, bias [d] in the dtype of x or float32. s is what ``gather_norm_backward`` needs; it is x itself if neither
+    rows nor residual are given.
     """
-    want_packed = rows is not None or residual is not None
-    y, packed = torch.ops.lemo.gather_norm(x, rows, residual, weight, bias, norm, eps, want_packed)
-    return y, packed if want_packed else x
+    y, packed = _gather_norm(x, rows, residual, weight, bias, norm, eps, rows is not None or residual is not None)
+    return y, x if packed is None else packed
 
 
+@operator("ds dweight dbias", renamed={"ds": "dx"}, constants={"accumulate": False}, derivative="error")
 def gather_norm_backward(
     dy: Tensor,
     s: Tensor,
     weight: Tensor | None,
     ds_extra: Tensor | None,
-    norm: str,
+    norm: Norm,
     eps: float,
     want_dweight: bool = False,
     want_dbias: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of the norm at s plus ``ds_extra``: (ds [M, d], dweight, dbias float32 [d] or None)."""
-    ds, dweight, dbias = launch(
-        torch.ops.lemo.gather_norm_backward, dy, s, weight, ds_extra, norm, eps, want_dweight, want_dbias
-    )
-    return ds, dweight if want_dweight else None, dbias if want_dbias else None
+    ds = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    return ds, *_parameter_gradients(s, want_dweight, want_dbias)
 
 
+@operator("dweight dbias", calls="gather_norm_backward", writes="dx", derivative="error")
 def gather_norm_backward_(
     dx: Tensor,
     rows: Tensor | None,
@@ -259,7 +103,7 @@ def gather_norm_backward_(
     s: Tensor,
     weight: Tensor | None,
     ds_extra: Tensor | None,
-    norm: str,
+    norm: Norm,
     eps: float,
     accumulate: bool = True,
     want_dweight: bool = False,
@@ -269,9 +113,13 @@ def gather_norm_backward_(
 
     Other rows of dx [T, d] are not touched. Returns (dweight, dbias), float32 [d] or None.
     """
-    arguments = (dx, rows, dy, s, weight, ds_extra, norm, eps, accumulate, want_dweight, want_dbias)
-    dweight, dbias = launch(torch.ops.lemo.gather_norm_backward_, *arguments)
-    return dweight if want_dweight else None, dbias if want_dbias else None
+    return _parameter_gradients(s, want_dweight, want_dbias)
+
+
+def _parameter_gradients(s: Tensor, want_dweight: bool, want_dbias: bool) -> tuple[Tensor | None, Tensor | None]:
+    need("s", s, "M d")
+    dweight = s.new_empty(s.shape[1], dtype=torch.float32) if want_dweight else None
+    return dweight, s.new_empty(s.shape[1], dtype=torch.float32) if want_dbias else None
 
 
 def norm(
@@ -298,14 +146,14 @@ def _gather_grad(ctx, grad):
     grad = grad.contiguous()
     dx = dweights = None
     if x is not None:
-        values = (grad.float() * torch.ops.lemo.gather(x, rows).float()).sum(1)
+        values = (grad.float() * gather(x, rows).float()).sum(1)
         dweights = torch.zeros_like(weights).index_add(0, slots.clamp(min=0).long(), values)  # padding gathered zeros
     if ctx.needs_input_grad[0]:
         if weights is not None:
             own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device).where(rows >= 0, -1)
-            grad = torch.ops.lemo.gather(grad, own, weights, slots)
+            grad = gather(grad, own, weights, slots)
         dx = grad.new_zeros(ctx.shape)
-        torch.ops.lemo.scatter_add_(dx, rows, grad)
+        scatter_add_(dx, rows, grad)
     return dx, None, dweights, None
 
 
@@ -321,11 +169,11 @@ class _ScatterAdd(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (rows,) = ctx.saved_tensors
-        packed = torch.ops.lemo.gather(grad.contiguous(), rows)
+        packed = gather(grad.contiguous(), rows)
         dx: Tensor | None = grad
         if ctx.replaces and ctx.needs_input_grad[1]:
             dx = grad.clone(memory_format=torch.contiguous_format)
-            torch.ops.lemo.scatter_add_(dx, rows, torch.zeros_like(packed), torch.zeros_like(packed))
+            scatter_add_(dx, rows, torch.zeros_like(packed), torch.zeros_like(packed))
         return None, dx, None, packed, packed if ctx.replaces else None
 
 
@@ -347,30 +195,17 @@ def _norm_grad(ctx, dy, ds_extra):
     want_dweight, want_dbias = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
     if ds_extra is not None and ds_extra.shape != dy.shape:
         ds_extra = None  # the placeholder of a forward pass that did not return s
-    ds, dweight, dbias = torch.ops.lemo.gather_norm_backward(
-        dy.contiguous(),
-        s,
-        weight,
-        None if ds_extra is None else ds_extra.contiguous(),
-        ctx.norm,
-        ctx.eps,
-        want_dweight,
-        want_dbias,
-    )
+    extra = None if ds_extra is None else ds_extra.contiguous()
+    options = (ctx.norm, ctx.eps, want_dweight, want_dbias)
+    ds, dweight, dbias = gather_norm_backward(dy.contiguous(), s, weight, extra, *options)
     dx = ds
     if rows is not None:
         dx = ds.new_zeros(ctx.shape)
-        torch.ops.lemo.scatter_add_(dx, rows, ds)
-    return (
-        dx,
-        None,
-        ds if ctx.has_residual else None,
-        dweight.to(weight.dtype) if want_dweight else None,
-        dbias.to(ctx.bias_dtype) if want_dbias else None,
-        None,
-        None,
-        None,
-    )
+        scatter_add_(dx, rows, ds)
+    dresidual = ds if ctx.has_residual else None
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+    return dx, None, dresidual, dweight, dbias, None, None, None
 
 
 torch.library.register_autograd("lemo::gather", _gather_grad, setup_context=_gather_context, lib=library)

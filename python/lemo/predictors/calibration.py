@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lemo.engine.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
-from lemo.predictors.network import ALIGNMENT, PredictorNetwork
+from lemo.predictors.network import ALIGNMENT, Pool, PredictorNetwork
 from lemo.predictors.report import Tally, compare
 from lemo.predictors.store import PredictorSet
 from lemo.predictors.teacher import Teacher, documents
@@ -58,7 +58,7 @@ class CalibrationSettings:
     context: int | None = None
     rank: int = 64
     features: int = 32
-    pool: str = "max"
+    pool: Pool = "max"
     normalize: bool = False
     learning_rate: float = 2e-2
     batch_size: int | None = None
@@ -93,7 +93,7 @@ def calibrate(
 ) -> PredictorSet:
     """Trains predictors for every layer of a frozen model and finds the layers' thresholds.
 
-    model: as for `lemo.apply` (adapters are switched off meanwhile; nothing of the model changes).
+    model: as for `lemo.apply` (adapters are off during calibration; the model does not change).
     batches: documents or batches of them, see ``teacher.documents``; an endless iterator is read as far as needed.
     settings: see CalibrationSettings; changes: of single fields, by name.
 

@@ -26,14 +26,14 @@ _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Fingerprint of a transformers causal language model, the same with and without PEFT adapters around it.
 
-    Returns {"config": fields that fix shapes, "embeddings_and_norms": digest, "linear": digest, or None where linear
-    weights are quantised}. Values are rounded to bfloat16 first, so that a model stored in 16 or 32 bits and loaded in
+    Returns {"config": fields that fix shapes, "embeddings_and_norms": digest, "linear": digest, or None if linear
+    weights are quantized}. Values are rounded to bfloat16 first, so that a model stored in 16 or 32 bits and loaded in
     another type keeps its fingerprint. Position settings are left out: extending the context does not change the model.
     """
     config = model.config
     fields = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     digests = {"embeddings_and_norms": hashlib.sha256(), "linear": hashlib.sha256()}
-    quantised = False
+    quantized = False
     prefix = "base_model.model." if hasattr(model, "get_base_model") else ""
     rows = []
     for name, weight in model.named_parameters():
@@ -42,7 +42,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
             continue
         small = weight.dim() < 2 or "embed" in name
         if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
-            quantised = quantised or not small
+            quantized = quantized or not small
             continue
         rows.append((name, small, weight))
     for name, small, weight in sorted(rows, key=lambda row: row[0]):
@@ -55,5 +55,5 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     return {
         "config": fields,
         "embeddings_and_norms": digests["embeddings_and_norms"].hexdigest(),
-        "linear": None if quantised else digests["linear"].hexdigest(),
+        "linear": None if quantized else digests["linear"].hexdigest(),
     }

@@ -1,4 +1,4 @@
-"""Closed forms for the last matrices: where training starts, and how the network goes on after pruning.
+"""Closed forms for the last matrices: where training starts, and where it resumes after pruning.
 
 Without such a start, a few hundred steps on a few dozen documents learn position less well than the rule "keep the
 earliest blocks" knows it, and that rule alone is hard to beat.
@@ -13,7 +13,7 @@ from lemo.engine.layout import Blocks
 from lemo.predictors.network import PredictorNetwork, visible_queries
 
 _RIDGE = 1e-3  # of the mean diagonal of the normal equations
-_REST = 0.1  # size of the other features beside the solved one: room to learn, little noise before that
+_REST = 0.1  # size of the other features relative to the solved one: room to learn, little noise before that
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def fit_outputs(network: PredictorNetwork, pooled: dict[str, Tensor], exact: Ten
     Predicted scores are I(n) = (sum of yq_m over the count_n blocks m >= n) . yk_n. With the first feature of every
     query near 1, the first feature of a key has to be exact(n) / count_n, and its errors weigh count_n in I(n).
 
-    pooled: by side, p [nb, s]; exact: scores [nb] in the units that predictions shall have. A document's
+    pooled: by side, p [nb, s]; exact: scores [nb] in the units of the predictions. A document's
     first block, always kept and often an outlier (attention sinks), does not count.
     """
     count = visible_queries(blocks)

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
 
 WEIGHT_NAMES = ("wq1", "wq2", "wq3", "wk1", "wk2", "wk3")
-NORMS = ("rms", "layer")
-POOLS = ("mean", "max")
+Pool = Literal["mean", "max"]
+NORMS: tuple[NormKind, ...] = get_args(NormKind)
+POOLS: tuple[Pool, ...] = get_args(Pool)
 ALIGNMENT = 8  # the CUDA kernels want every hidden and output size to be a multiple of this
 
 
@@ -61,8 +64,8 @@ class PredictorNetwork(nn.Module):
         rank: int,
         features: int,
         *,
-        norm: str = "rms",
-        pool: str = "mean",
+        norm: NormKind = "rms",
+        pool: Pool = "mean",
         eps: float = 1e-5,
         normalize: bool = False,
         generator: torch.Generator | None = None,
@@ -81,7 +84,7 @@ class PredictorNetwork(nn.Module):
                 torch.randn(rows, columns, generator=generator, dtype=torch.float32) * (variance / columns) ** 0.5
             )
 
-        for side in "qk":  # He initialisation through the two ReLUs; block scores start near unit size
+        for side in "qk":  # He initialization through the two ReLUs; block scores start near unit size
             self.register_parameter(f"w{side}1", weight(rank, hidden_size, 2.0))
             self.register_parameter(f"w{side}2", weight(rank, rank, 2.0))
             self.register_parameter(f"w{side}3", weight(features, rank, features**-0.5))
@@ -139,7 +142,7 @@ class PredictorNetwork(nn.Module):
         return LayerWeights(*padded)
 
 
-def _pool(a: Tensor, blocks: Blocks, pool: str) -> Tensor:
+def _pool(a: Tensor, blocks: Blocks, pool: Pool) -> Tensor:
     """[nb, s] from token rows [T, s]."""
     nb, b = blocks.num_blocks, blocks.block_size
     sizes = None

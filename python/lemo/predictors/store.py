@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lemo import storage
+from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
 from lemo.predictors.fingerprint import model_fingerprint
-from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights
+from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool
 from lemo.storage import content_digest, file_digest, replaced_name
 
 CONFIG_NAME = "lemo_config.json"
@@ -47,14 +48,14 @@ class PredictorSet:
     """The predictors of every layer of one model, with the layers' thresholds and budgets.
 
     layers: weights per layer; norm, pool, eps, normalize: as in ``lemo.ops.predict``; block_size: tokens per block;
-    thresholds: per layer, keep a block whose predicted score reaches it; keep: per layer, share of blocks as a budget;
+    thresholds: per layer, keep blocks with at least this predicted score; keep: per layer, share of blocks as a budget;
     context: tokens per document in training (thresholds of plain column sums grow with it); fingerprint: the model's;
     report: what calibration measured (JSON values).
     """
 
     layers: Sequence[LayerWeights]
-    norm: str
-    pool: str
+    norm: NormKind
+    pool: Pool
     eps: float
     normalize: bool
     thresholds: tuple[float, ...]
@@ -78,6 +79,12 @@ class PredictorSet:
     @property
     def num_parameters(self) -> int:
         return sum(layer.num_parameters for layer in self.layers)
+
+    @property
+    def calibrated_keep(self) -> float:
+        """The share of blocks that the calibration aimed to keep, to which thresholds and budgets belong."""
+        keep = self.report.get("keep")
+        return float(keep) if isinstance(keep, (int, float)) else sum(self.keep) / len(self.keep)
 
     def scores(self, layer: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Predicted informativeness float32 [nb] of layer ``layer`` from residual rows x [T, d] (the layer's input)."""
@@ -123,7 +130,7 @@ class PredictorSet:
         """Writes the folder completely or not at all.
 
         An existing folder is an error unless ``overwrite``; then it must be a calibration (or empty), and it stays as
-        it was until the new one is complete. Raises CalibrationError where it cannot be written.
+        it was until the new one is complete. Raises CalibrationError if it cannot be written.
         """
         target = Path(folder)
         check_target(target, overwrite)
@@ -142,7 +149,7 @@ class PredictorSet:
         }
         path = folder / WEIGHTS_NAME
         save_file(tensors, path, metadata={"format": "pt"})
-        config = {
+        config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "block_size": self.block_size,
             "context": self.context,
@@ -214,7 +221,7 @@ class PredictorSet:
 
 
 def calibration_digest(folder: str | os.PathLike[str]) -> str:
-    """Hex digest of the content of a calibration folder. Raises CalibrationError where it is not complete."""
+    """Hex digest of the content of a calibration folder. Raises CalibrationError if it is not complete."""
     folder = Path(folder)
     config = _read_config(folder)
     _read_weights(folder, config)
@@ -265,12 +272,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not _has_shapes(config["sizes"]) or not all(
         isinstance(v, number) for v in config["thresholds"] + config["keep"]
     ):
-        raise CalibrationError(f"{path}: sizes, thresholds or keep hold something else than numbers: calibrate again")
+        raise CalibrationError(f"{path}: sizes, thresholds or keep hold something other than numbers: calibrate again")
     return config
 
 
 def _check_digest(folder: Path, config: dict[str, Any]) -> None:
-    """After the checks that can say more. The first calibrations of format 1 have no digest."""
+    """After the checks with more specific messages. The first calibrations of format 1 have no digest."""
     if "digest" in config and config["digest"] != content_digest(config):
         path = folder / CONFIG_NAME
         raise CalibrationError(f"{path} is not what was written (its own digest differs): calibrate again")
@@ -312,7 +319,7 @@ def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         if fields.get(name) != value
     ]
     if not differences:
-        for part in ("embeddings_and_norms", "linear"):  # quantised linear weights have no fingerprint to compare
+        for part in ("embeddings_and_norms", "linear"):  # quantized linear weights have no fingerprint to compare
             if None not in (ours.get(part), theirs[part]) and ours[part] != theirs[part]:
                 differences.append(f"weights ({part.replace('_', ' ')}) differ")
     if differences:

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo import ops
+from lemo.engine.attend import Attention
 from lemo.engine.checks import check_modules
 from lemo.engine.families import NormWeights, find
+from lemo.engine.forward import forward
 from lemo.engine.layout import Blocks, Kept, select
-from lemo.engine.stack import Step, forward
+from lemo.engine.step import Autocast, Step
 
 # consume(layer, x [T, d], exact scores float32 [nb], blocks)
 Consumer = Callable[[int, Tensor, Tensor, Blocks], None]
@@ -31,6 +33,7 @@ class Teacher:
     def __init__(self, model: nn.Module, block_size: int, normalize: bool) -> None:
         self.model, self.block_size, self.normalize = model, block_size, normalize
         self.family, lm = find(model)
+        self.config = lm.config
         check_modules(self.family, lm)
         self.decoder = self.family.decoder(lm)
         self.layers = self.family.layers(self.decoder)
@@ -44,6 +47,7 @@ class Teacher:
     @torch.no_grad()
     def read(self, ids: Tensor, consume: Consumer) -> None:
         """One document: ids int64 [T]."""
+        self.family.check_length(self.config, ids.shape[0])
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
 
@@ -73,6 +77,7 @@ class Teacher:
         Predictors meet such a residual stream in training, where eliminated tokens carry what an earlier layer left in
         them; learned from dense activations alone they score those tokens by chance.
         """
+        self.family.check_length(self.config, ids.shape[0])
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
         disable = getattr(self.model, "disable_adapter", None)
@@ -91,16 +96,12 @@ class Teacher:
                 family=self.family,
                 layers=self.layers,
                 blocks=blocks,
-                tables=self.family.tables(self.decoder, x, blocks.positions),
+                attention=Attention(self.family, self.family.tables(self.decoder, x, blocks.positions)),
                 mode="skip",
                 recompute="full",
-                weighted=False,
-                deterministic=False,
                 random=False,
                 choose=choose,
-                observe=None,
-                borrowed=False,
-                autocast=(x.device.type, x.dtype, False),
+                autocast=Autocast(x.device.type, x.dtype, False),
             )
             forward(step, x.clone())
 
@@ -109,10 +110,11 @@ class Teacher:
         layer = self.layers[index]
         norm = self.family.norms(layer)[0]
         width = x.shape[-1:]
+        weight, bias = norm.operands
         if norm.kind == "rms":
-            h = F.rms_norm(x, width, norm.weight, norm.eps)
+            h = F.rms_norm(x, width, weight, norm.eps)
         else:
-            h = F.layer_norm(x, width, norm.weight, norm.bias, norm.eps)
+            h = F.layer_norm(x, width, weight, bias, norm.eps)
         tables = self.family.tables(self.decoder, x, blocks.positions)
         q, k, _ = self.family.queries_keys_values(layer, h, tables, None)
         if not x.is_cuda:

@@ -2,14 +2,14 @@
 
 Algorithm 1 starts from the mean score of the layer's blocks, T_l = mean(scores_l), and climbs the accuracy:
 T_l += eta * G_l with G_l = (acc(T_l + eps) - acc(T_l - eps)) / (2 eps). Accuracy never falls when more is kept, so as
-printed it lowers every threshold for ever. Here it climbs the Lagrangian of the problem "most accuracy at the wanted
+printed it lowers every threshold forever. Here it climbs the Lagrangian of the problem "most accuracy at the wanted
 share of kept blocks" instead,
 
     J_l(T) = acc_l(T) - price * kept_l(T),     price += rate * (mean over layers of kept_l - target),
 
 where acc_l(T) is the share of the layer's exact informativeness that its kept blocks hold (forced blocks apart) and
 kept_l(T) the share of blocks kept. Where it settles, a block at the threshold is worth the same in every layer: layers
-whose informativeness sits in few blocks end with fewer of them. What the ascent leaves of the distance to the target is
+with their informativeness in few blocks end with fewer of them. What the ascent leaves of the distance to the target is
 removed by one shift common to all layers, found by bisection. Thresholds move on the scale of ranks (the share of the
 layer's blocks that score less), which outliers cannot stretch; the result is in units of scores.
 """

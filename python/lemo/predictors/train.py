@@ -163,7 +163,7 @@ class Collector:
         self.replace = 0
 
     def read(self) -> bool:
-        """One more document; False where there is none left."""
+        """One more document; False if there is none left."""
         ids = next(self.source, None)
         if ids is None:
             return False
@@ -177,7 +177,7 @@ class Collector:
         def consume(layer: int, x: Tensor, exact: Tensor, blocks: Blocks) -> None:
             if layer == 0:
                 sizes = blocks.offsets[1:] - blocks.offsets[:-1]
-                # Random rows of every block, without repetition where the block is long enough.
+                # Random rows of every block, without repetition if the block is long enough.
                 order = torch.rand(
                     blocks.num_blocks, blocks.block_size, generator=self.generator, dtype=torch.float32
                 ).to(x.device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Kinds known to leave the base model's weights alone; before any other is loaded, the weights are copied.
+# Kinds known not to change the base model's weights; before any other is loaded, the weights are copied.
 _LEAVES_BASE_ALONE = {"IA3", "LN_TUNING", "TRAINABLE_TOKENS", "VERA"}
 _HARMLESS_LORA_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -30,7 +30,7 @@ def adapter_name(adapter: str) -> tuple[str, str]:
         return name, os.path.expanduser(folder)
     adapter = os.path.expanduser(adapter)
     path = Path(adapter).resolve()
-    # A run's adapter lies in RUN/adapter: the run's name says more.
+    # A run's adapter lies in RUN/adapter: the run's name is the more useful label.
     return (path.parent.name if path.name == "adapter" else path.name), adapter
 
 
@@ -39,7 +39,7 @@ def check_adapter(folder: str) -> None:
     if not (Path(folder) / "adapter_config.json").is_file():
         nested = Path(folder) / "adapter"
         hint = f"; did you mean {nested}?" if (nested / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{folder}: no adapter_config.json, so this is no PEFT adapter{hint}")
+        raise ValueError(f"{folder}: no adapter_config.json, so this is not a PEFT adapter{hint}")
     _read_config(folder)
 
 
@@ -74,7 +74,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-# ---- the base model, recorded and put back ---------------------------------------------------------------------------
+# ---- the base model, recorded and restored ---------------------------------------------------------------------------
 
 
 class _Record:
@@ -125,7 +125,7 @@ def _checksums(model: nn.Module) -> dict[str, int]:
 
 
 def _copies(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
-    """The weights in host memory, where loading an adapter of this kind may change them (PiSSA, OLoRA, ...)."""
+    """The weights in host memory, if loading an adapter of this kind may change them (PiSSA, OLoRA, ...)."""
     init = getattr(config, "init_lora_weights", None)
     if _kind(config) in _LEAVES_BASE_ALONE or (_kind(config) == "LORA" and init in _HARMLESS_LORA_INIT):
         return {}
@@ -136,7 +136,7 @@ def _copies(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
 def loaded_adapter(model: nn.Module, folder: str) -> Iterator[Any]:
     """The model with the adapter of `folder` alone in it, wrapped by PEFT; afterwards the model is as it was.
 
-    Raises ValueError for an adapter that does not fit the model, RuntimeError where the model could not be put back.
+    Raises ValueError for an adapter that does not fit the model, RuntimeError if the model could not be restored.
     """
     config = _read_config(folder)
     record, sums, copies = _Record(model), _checksums(model), _copies(model, config)
@@ -153,7 +153,7 @@ def loaded_adapter(model: nn.Module, folder: str) -> Iterator[Any]:
     if changed:
         raise RuntimeError(
             f"{folder}: loading this adapter of kind {_kind(config)} changed the base model ({changed[0]}) and that "
-            "could not be undone, so nothing can be measured after it; measure this adapter in a call of its own"
+            "could not be undone, so nothing can be measured after it; measure this adapter in a separate call"
         )
 
 

@@ -141,7 +141,7 @@ class Checkpoint:
 class Found:
     """Complete checkpoints, oldest first, and a line on everything that was not used.
 
-    stopping: those of the lines that say that going on would destroy something: checkpoints of another version of lemo,
+    stopping: the lines for which resuming would destroy something: checkpoints of another version of lemo,
     and things that are in the way of checkpoints to come.
     """
 
@@ -153,7 +153,7 @@ class Found:
 class Checkpoints:
     """The folders `checkpoint-STEP` of one run, of which the last `keep` stay.
 
-    required: files without which a folder is no checkpoint, whatever its manifest lists.
+    required: files without which a folder is not a checkpoint, whatever its manifest lists.
     """
 
     def __init__(self, root: Path | str, keep: int = 2, required: Sequence[str] = ()) -> None:
@@ -187,7 +187,7 @@ class Checkpoints:
         return sorted(int(n) for n in names if _STEP.fullmatch(n))
 
     def _others(self) -> Iterator[tuple[str, bool]]:
-        """(line, whether it is in the way) on everything called checkpoint-* that is no folder of `save`."""
+        """(line, whether it is in the way) on everything called checkpoint-* that `save` did not write."""
         for path in sorted(self.root.glob("checkpoint-*")):
             ours = _STEP.fullmatch(path.name.removeprefix("checkpoint-")) is not None
             if path.is_dir() and ours:
@@ -197,7 +197,7 @@ class Checkpoints:
             elif path.is_symlink() and not path.exists():
                 yield f"{path}: a symbolic link to {os.readlink(path)}, which does not exist", True
             else:
-                yield f"{path}: not a folder, though it has the name of one; move it elsewhere", True
+                yield f"{path}: not a folder, although named like one; move it elsewhere", True
 
     def find(self) -> Found:
         """Look at every folder; half-written and damaged ones are listed in `ignored`."""
@@ -211,7 +211,7 @@ class Checkpoints:
             try:
                 manifest = read_manifest(folder, self.required)
                 if manifest.get("step") != step:
-                    raise CheckpointError(f"{folder}: written at step {manifest.get('step')}, so it has another's name")
+                    raise CheckpointError(f"{folder}: written at step {manifest.get('step')}, so it was renamed")
             except CheckpointError as error:
                 (found.stopping if isinstance(error, ForeignFormat) else found.ignored).append(str(error))
                 continue

@@ -3,8 +3,8 @@
 Adapters are measured as they are served: on the dense model, nothing eliminated. Every document is cut into pieces of
 at most `context` tokens and each piece is scored by itself, so nothing is seen across a document boundary.
 
-Intervals: the mean negative log-likelihood per token is a ratio of sums over independent units (documents where a
-domain has enough of them, windows otherwise); its standard error is the usual linearised one and the quantile is
+Intervals: the mean negative log-likelihood per token is a ratio of sums over independent units (documents if a
+domain has enough of them, windows otherwise); its standard error is the usual linearized one and the quantile is
 Student's. Two adapters are compared on the differences of the same units, which removes the text's own spread.
 """
 
@@ -20,9 +20,11 @@ import torch
 
 from lemo.data import Documents, evaluation_pieces, evaluation_spans
 from lemo.data.windows import Span
+from lemo.engine.families import logit_softcap
 from lemo.training.adapters import adapter_name, check_adapter, loaded_adapter
+from lemo.training.processes import Processes
 
-# Fewer documents than this say too little about the spread between documents; windows are the units then.
+# Fewer documents than this are too few to estimate the variance between documents; windows are the units then.
 _MIN_DOCUMENTS_AS_UNITS = 10
 _TOKENS_PER_HEAD_CALL = 1024
 _PROBE_TOKENS = 16
@@ -147,7 +149,7 @@ def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     base = _base_of(model)
     logits = base.get_output_embeddings()(hidden).float()
-    cap = getattr(base.config, "final_logit_softcapping", None)
+    cap = logit_softcap(base.config)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -171,7 +173,7 @@ def _piece_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def check_scorable(documents: Documents, context: int, what: str, max_tokens: int | None = None) -> list[Span]:
-    """The parts that are scored. Raises ValueError where there are none."""
+    """The parts that are scored. Raises ValueError if there are none."""
     spans = evaluation_spans(documents, context, max_tokens)
     if not spans:
         raise ValueError(
@@ -189,11 +191,14 @@ def score(
     max_tokens: int | None = None,
     tokens_per_batch: int | None = None,
     tick: Callable[[int], None] = lambda n: None,
+    processes: Processes | None = None,
 ) -> Scores:
-    """Score every document densely, over its labels. The model's training mode is put back afterwards.
+    """Score every document densely, over its labels. The model's training mode is restored afterwards.
 
     tokens_per_batch: tokens of one forward pass (default: one context). tick: called with tokens done.
+    processes: among which the batches are divided; all get the whole result. Default: this one does everything.
     """
+    processes = processes or Processes()
     spans = check_scorable(documents, context, ", ".join(documents.names) or "the data", max_tokens)
     pieces = [(d, documents.document(d)[start:stop]) for d, start, stop in spans]
     masks = [None if (m := documents.labelled(d)) is None else m[start:stop] for d, start, stop in spans]
@@ -202,7 +207,8 @@ def score(
     was_training = model.training
     model.eval()
     try:
-        for rows in _batches(pieces, tokens_per_batch or context):
+        batches = list(_batches(pieces, tokens_per_batch or context))
+        for rows in batches[processes.rank :: processes.count]:
             lengths = torch.tensor([len(pieces[i][1]) for i in rows])
             ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
             labels = torch.full_like(ids, -100)
@@ -215,6 +221,7 @@ def score(
             tick(int(lengths.sum()))
     finally:
         model.train(was_training)
+    nll = processes.sum(nll)
     if not np.isfinite(nll).all():
         raise FloatingPointError(
             "the model's loss is not finite on this text; check the weights, the dtype and the context"
@@ -337,7 +344,7 @@ def compare(
 
     model: a transformers causal LM without adapters. Each adapter is loaded into it alone, with PEFT, and the model is
     bit for bit what it was afterwards.
-    Raises ValueError for a folder that is no adapter of this model.
+    Raises ValueError for a folder that is not an adapter of this model.
     """
     result = Comparison(context, level)
     labels = model_labels(adapters, include_base)
@@ -369,7 +376,7 @@ def compare(
 def _check_path(model: Any, label: str, documents: Documents, context: int) -> None:
     """Raises ValueError unless decoder and head, called as `score` does, give the logits of the model itself.
 
-    Where a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
+    If a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
     """
     pieces = evaluation_pieces(documents, min(context, _PROBE_TOKENS), _PROBE_TOKENS)
     if not pieces:
@@ -386,7 +393,7 @@ def _check_path(model: Any, label: str, documents: Documents, context: int) -> N
     limit = 16 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     if got.shape != expected.shape or not float((got - expected.float()).abs().max()) <= limit:
         if not expected.isfinite().all():
-            return  # `score` says what is wrong
+            return  # `score` reports what is wrong
         raise ValueError(
             f"{label}: its logits are not its decoder's output through its head (the model scales them, or the adapter "
             "acts elsewhere), so lemo evaluate would measure something else; use the model's own forward pass"
@@ -394,9 +401,11 @@ def _check_path(model: Any, label: str, documents: Documents, context: int) -> N
 
 
 def model_labels(adapters: Sequence[str], include_base: bool = True) -> list[str]:
-    """Names of what `compare` measures, in its order. Raises ValueError where two are the same."""
+    """Names of what `compare` measures, in its order. Raises ValueError if two are the same."""
     labels = [adapter_name(a)[0] for a in adapters]
     labels = ["base", *labels] if include_base or not adapters else labels
     if len(set(labels)) < len(labels):
-        raise ValueError(f"models need names of their own in the table, got {labels}; write NAME=FOLDER for an adapter")
+        raise ValueError(
+            f"every model needs a different name in the table, got {labels}; write NAME=FOLDER for an adapter"
+        )
     return labels

@@ -1,4 +1,4 @@
-"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, and a run folder that survives.
+"""Fine-tuning with token elimination: transformers' Trainer, a PEFT LoRA adapter, a run folder that survives crashes.
 
 A run folder holds
 
@@ -7,7 +7,7 @@ A run folder holds
   checkpoint-STEP/  the last few complete checkpoints (lemo.training.checkpoint), in transformers' own layout
   adapter/          the finished PEFT adapter; exists only when the run is complete
 
-Continuing a run gives bit for bit what an uninterrupted run would have given on the same machine: optimizer,
+Resuming a run gives, bit for bit, what an uninterrupted run would have given on the same machine: optimizer,
 scheduler, random states, the place in the data and the place in the schedule of phases all come from the checkpoint.
 """
 
@@ -26,11 +26,13 @@ from lemo.data import Documents, PackedWindows, split_held_out
 from lemo.engine.config import LemoConfig
 from lemo.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.training.evaluate import check_scorable
+from lemo.training.processes import Processes
 from lemo.training.run_folder import (
     ADAPTER,
     RUN_FILE,
     check_complete,
     check_identity,
+    check_same,
     continue_run,
     environment,
     is_complete,
@@ -72,7 +74,9 @@ def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     """The model wrapped by PEFT with a fresh LoRA adapter. Raises ValueError."""
     from peft import LoraConfig, get_peft_model
 
-    targets: Any = list(settings.lora_targets)
+    from lemo.engine.families import find
+
+    targets: Any = list(settings.lora_targets or find(model)[0].lora_targets)
     try:
         return get_peft_model(
             model,
@@ -89,7 +93,7 @@ def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
 
 
 def _identity(model: Any, documents: Documents, settings: FinetuneSettings, more: dict[str, Any]) -> dict[str, Any]:
-    """What the run is (see lemo.training.run_folder). Raises CalibrationError where the calibration cannot be read."""
+    """What the run is (see lemo.training.run_folder). Raises CalibrationError if the calibration cannot be read."""
     from lemo.predictors import model_fingerprint
     from lemo.predictors.store import calibration_digest
 
@@ -106,6 +110,7 @@ def _identity(model: Any, documents: Documents, settings: FinetuneSettings, more
     }
 
 
+# Many arguments, but four of them positional: what decides the result is in `settings`, the rest are options by name.
 def finetune(
     model: Any,
     documents: Documents,
@@ -128,52 +133,143 @@ def finetune(
     places "model", "tokenizer" and "data" may differ: what they hold is compared instead.
     save_every: steps between checkpoints, 0 = none.  log_every: steps per log line.
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
-    Raises ValueError for settings or data, CheckpointError for the run folder.
+    Started by torchrun or accelerate launch, each process trains on its own share of every step's windows (see
+    `FinetuneSettings.batch`), and the first alone writes, logs and reports.
+    Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed if another
+    process raised one of these.
     """
     out = Path(out).expanduser()  # as Trainer does with its own output folder
-    full_identity = _identity(model, documents, settings, identity or {})
-    checkpoints = run_checkpoints(out, keep_checkpoints)
-    held: Documents | None = None
-    if settings.held_out:
-        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
-        check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
-        full_identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
-    if resume:
-        check_identity(out, full_identity)  # another model would also be refused by its calibration, with less to say
-    length = settings.steps * settings.batch * settings.accumulate
-    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
-    set_seed(settings.seed)
-    wrapped = _with_adapter(model, settings)
+    processes = Processes.join(next(model.parameters()).device)
+    report = report if processes.first else _silent
+    checkpoints = run_checkpoints(out, keep_checkpoints, processes.count)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
-        # Everything that can be wrong with the settings shows before the run folder is made.
-        with _applied(wrapped, settings.lemo_config()) as controller:
-            lock.enter_context(locked(out))
-            if resume and is_complete(out):
-                check_complete(out, full_identity, checkpoints, report)
-                report(f"{out} is complete already: {settings.steps} steps")
+        with contextlib.ExitStack() as applied:
+            # Everything that can be wrong with the settings shows before the run folder is made.
+            more = {"processes": processes.count, **(identity or {})}
+            inputs = processes.together(
+                lambda: _inputs(model, documents, settings, more, out if resume else None, report)
+            )
+            check_same(processes, inputs.identity)
+            set_seed(settings.seed)
+            wrapped = processes.together(lambda: _with_adapter(model, settings))
+            controller = processes.together(lambda: applied.enter_context(_applied(wrapped, settings.lemo_config())))
+            opened = processes.on_first(lambda: _open(lock, out, inputs.identity, resume, checkpoints, report))
+            if opened.complete:
                 return FinetuneResult(out / ADAPTER, 0, settings.steps)
-            start = _begin(out, full_identity, resume, checkpoints, report)
-            log = RunLog(out / LOG_FILE)
-            if resume:
-                log.cut(start.step if start else 0, report)
-            _log_start(log, wrapped, documents, start)
-            run = RunInProgress(wrapped, settings, log, controller, held, windows, log_every, evaluate_every, progress)
-            _train(run, checkpoints, full_identity, save_every, start)
-            run.check_finite(settings.steps)
-            if not evaluate_every or settings.steps % evaluate_every:
-                run.evaluate(settings.steps)
-        write_folder(out / ADAPTER, lambda folder: wrapped.save_pretrained(str(folder)), manifest=False)
+            start = opened.start
+            _report_other_keep(controller, report)
+            processes.together(lambda: _check_visible(start))
+            log = RunLog(out / LOG_FILE, processes.first)
+            _log_start(log, wrapped, inputs.documents, start, processes.count)
+            data = (inputs.held, inputs.windows)
+            run = RunInProgress(
+                wrapped, settings, log, controller, *data, log_every, evaluate_every, progress, processes
+            )
+            _train(run, checkpoints, inputs.identity, save_every, start)
+        processes.on_first(lambda: write_folder(out / ADAPTER, wrapped.save_pretrained, manifest=False))
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
 
 
-def _log_start(log: RunLog, model: Any, documents: Documents, start: Checkpoint | None) -> None:
+def _silent(line: str) -> None:
+    """The report of every process but the first."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The run's identity, the documents to train on, those held out, and the windows of all steps and processes."""
+
+    identity: dict[str, Any]
+    documents: Documents
+    held: Documents | None
+    windows: PackedWindows
+
+
+def _inputs(
+    model: Any,
+    documents: Documents,
+    settings: FinetuneSettings,
+    more: dict[str, Any],
+    resumed: Path | None,
+    report: Callable[[str], None],
+) -> _Inputs:
+    """more: of the identity. resumed: the folder of a run that must have it. Raises ValueError or CheckpointError."""
+    identity = _identity(model, documents, settings, more)
+    held: Documents | None = None
+    if settings.held_out:
+        documents, held = split_held_out(documents, settings.held_out, settings.seed, report)
+        check_scorable(held, settings.context, "the held-out part")  # it is scored last: not after hours of training
+        identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
+    if resumed:
+        check_identity(resumed, identity)  # before the calibration refuses another model with a less specific message
+    length = settings.steps * settings.batch * settings.accumulate * identity["processes"]
+    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
+    return _Inputs(identity, documents, held, windows)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run folder that this run holds. complete: there is nothing left to do; start: where training resumes."""
+
+    complete: bool
+    start: Checkpoint | None
+
+
+def _open(
+    lock: contextlib.ExitStack,
+    out: Path,
+    identity: dict[str, Any],
+    resume: bool,
+    checkpoints: Checkpoints,
+    report: Callable[[str], None],
+) -> _Opened:
+    """Locks the run folder and prepares it. Raises CheckpointError."""
+    lock.enter_context(locked(out))
+    if resume and is_complete(out):
+        check_complete(out, identity, checkpoints, report)
+        report(f"{out} is complete already: {identity['settings']['steps']} steps")
+        return _Opened(True, None)
+    start = _begin(out, identity, resume, checkpoints, report)
+    if resume:
+        RunLog(out / LOG_FILE).cut(start.step if start else 0, report)
+    return _Opened(False, start)
+
+
+def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
+    """Reports phases that keep another share of the blocks than their predictors were calibrated for."""
+    config, predictors = controller.config, controller.predictors
+    if predictors is None:
+        return
+    calibrated, others = predictors.calibrated_keep, set()
+    for phase in config.phases:
+        policy, options = config.policy(phase)
+        predicted = policy in ("predictors", "sampled") and options.get("source", "predictors") == "predictors"
+        if phase.mode != "dense" and predicted and abs(phase.keep - calibrated) > 0.005:
+            others.add(phase.keep)
+    if others:
+        report(
+            f"WARNING: the calibration was made for --keep {calibrated:g}, the schedule keeps "
+            f"{' and '.join(f'{keep:g}' for keep in sorted(others))}: its scores still rank the blocks, but were "
+            "learned from layers that see another share of them; calibrate with the same --keep"
+        )
+
+
+def _check_visible(start: Checkpoint | None) -> None:
+    if start is not None and not start.folder.is_dir():
+        raise CheckpointError(
+            f"{start.folder} is not visible to every process; to resume on several machines, keep the run folder on a "
+            "file system that they share"
+        )
+
+
+def _log_start(log: RunLog, model: Any, documents: Documents, start: Checkpoint | None, processes: int) -> None:
     log.write(
         event="resume" if start else "start",
         step=start.step if start else 0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         tokens=documents.num_tokens,
         documents=len(documents),
+        processes=processes,
         pid=os.getpid(),
     )
 
@@ -210,6 +306,18 @@ def _train(
         run=run,
         identity=identity,
     )
+    if trainer.args.world_size != run.processes.count:
+        raise RuntimeError(
+            f"transformers sees {trainer.args.world_size} processes, lemo {run.processes.count}; start several with "
+            "torchrun or accelerate launch"
+        )
+    if run.processes.count > 1:
+        # For dropout; the adapter's first weights, equal in all processes, were drawn before.
+        set_seed((run.settings.seed + run.processes.rank) % (1 << 32))
     trainer.remove_callback(PrinterCallback)
     run.model.config.use_cache = False
     trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+    last = run.settings.steps
+    run.processes.together(lambda: run.check_finite(last))
+    if not run.evaluate_every or last % run.evaluate_every:
+        run.evaluate(last)

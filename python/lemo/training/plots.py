@@ -15,12 +15,12 @@ def steps_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _numbers(records: list[dict[str, Any]], name: str) -> np.ndarray:
-    """The field as floats; nan where it is null or was not logged."""
+    """The field as floats; nan if it is null or was not logged."""
     return np.array([math.nan if r.get(name) is None else r[name] for r in records], float)
 
 
 def _known(values: np.ndarray) -> np.ndarray:
-    """Without what is nan; one nan where nothing is left."""
+    """Without what is nan; one nan if nothing is left."""
     known = values[~np.isnan(values)]
     return known if len(known) else np.array([math.nan])
 
@@ -63,7 +63,7 @@ def _phase(record: dict[str, Any]) -> str:
 def plot_run(records: list[dict[str, Any]], path: Path, title: str = "") -> None:
     """Write a PNG: loss above, and below it a map of the kept ratio, layers by steps. Needs matplotlib.
 
-    Raises ImportError where matplotlib is missing and ValueError where no step has been logged.
+    Raises ImportError if matplotlib is missing and ValueError if no step has been logged.
     """
     try:
         import matplotlib

@@ -1,8 +1,9 @@
-"""What a run is: its identity in `run.json` and in every checkpoint, and whether it can be continued.
+"""What a run is: its identity in `run.json` and in every checkpoint, and whether it can be resumed.
 
-The identity is what decides the numbers: the settings, and fingerprints of model, data and calibration. WHERE model,
-data and calibration lie does not: a run may go on from other places with the same content. Nor do the versions of the
-libraries and the number of threads, except in the last bits: going on with others is allowed, but said and recorded.
+The identity is what decides the numbers: the settings, and fingerprints of model, data and calibration. The paths
+of model, data and calibration do not: a run may resume from other places with the same content. Nor do the versions of
+the libraries and the number of threads, except in the last bits: resuming with others is allowed, but reported and
+recorded.
 
 `run.json` carries a digest of itself, and checkpoints hold the identity under which they were written, so that a run is
 never continued under settings that were changed in the file.
@@ -28,6 +29,7 @@ from lemo.training.checkpoint import (
     compare_settings,
     write_text,
 )
+from lemo.training.processes import Processes
 from lemo.training.settings import FinetuneSettings
 
 RUN_FILE, ADAPTER = "run.json", "adapter"
@@ -37,16 +39,24 @@ _NEEDED = (
     "adapter_model.safetensors",
     "optimizer.pt",
     "scheduler.pt",
-    "rng_state.pth",
     "trainer_state.json",
 )
 
 Report = Callable[[str], None]
 
 
-def run_checkpoints(out: Path | str, keep: int = 2) -> Checkpoints:
-    """The checkpoints of a run folder; those that lack a part of the training state do not count."""
-    return Checkpoints(out, keep, _NEEDED)
+def run_checkpoints(out: Path | str, keep: int = 2, processes: int = 1) -> Checkpoints:
+    """The checkpoints of a run folder; those that lack a part of the training state do not count.
+
+    processes: of the run; every one has its own random state.
+    """
+    ranks = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return Checkpoints(out, keep, [*_NEEDED, *ranks])
+
+
+def processes_of(saved: dict[str, Any]) -> int:
+    """How many processes a run has, by its identity."""
+    return saved.get("processes", 1)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -70,7 +80,8 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         saved = json.loads(path.read_bytes())
     except OSError:
         raise CheckpointError(
-            f"{folder}: no readable {RUN_FILE}, so this is no run folder; start a run with lemo finetune --out {folder}"
+            f"{folder}: no readable {RUN_FILE}, so it is not a run folder; start a run with lemo finetune --out "
+            f"{folder}"
         ) from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON{_copy_of_settings(Path(folder))}") from None
@@ -78,11 +89,14 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: it has no settings{_copy_of_settings(Path(folder))}")
     if not isinstance(saved.get("inputs", {}), dict) or not isinstance(saved.get("events", []), list):
         raise CheckpointError(f"{path} is damaged: inputs or events are not what lemo writes")
+    processes = processes_of(saved)
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise CheckpointError(f"{path} is damaged: processes is {processes!r}, expected a number of at least 1")
     return saved
 
 
 def _copy_of_settings(folder: Path) -> str:
-    complete = run_checkpoints(folder).find().checkpoints
+    complete = Checkpoints(folder, required=_NEEDED).find().checkpoints
     if not complete:
         return "; start a new run in another folder"
     return f"; {complete[-1].folder}/lemo_manifest.json holds the same values under settings"
@@ -121,6 +135,7 @@ def _what_must_be_equal(identity: dict[str, Any]) -> dict[str, Any]:
 def _compare(saved: dict[str, Any], now: dict[str, Any], what: str, note: str = "") -> None:
     """Raise CheckpointError naming every field of the identity in which `now` differs from `saved`."""
     try:
+        saved = {"processes": 1, **saved}  # not recorded before runs could have several
         ours = _what_must_be_equal({k: v for k, v in saved.items() if k in now})
         compare_settings(ours, _what_must_be_equal(now), what)
     except CheckpointError as error:
@@ -159,7 +174,7 @@ def check_new(out: Path) -> None:
         raise CheckpointError(f"{out} is a file, expected a folder; choose another --out")
     others = sorted(p.name for p in out.iterdir() if p.name != ".lock" and not is_leftover(p)) if out.exists() else []
     if others:
-        raise CheckpointError(f"{out} is not empty (it holds {others[0]}) and is no run; choose another --out")
+        raise CheckpointError(f"{out} is not empty (it holds {others[0]}) and is not a run; choose another --out")
 
 
 def start_run(out: Path, identity: dict[str, Any]) -> None:
@@ -172,15 +187,31 @@ def start_run(out: Path, identity: dict[str, Any]) -> None:
     write_run(out, {**identity, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "events": []})
 
 
+def check_same(processes: Processes, identity: dict[str, Any]) -> None:
+    """Raises ValueError, in every process, unless all of them train the same model in the same way on the same data."""
+    mine = _what_must_be_equal(json.loads(json.dumps(identity)))
+    first = processes.gather(mine)[0]
+
+    def compare() -> None:
+        different = sorted(n for n in first.keys() | mine.keys() if first.get(n) != mine.get(n))
+        if different:
+            raise ValueError(
+                f"process {processes.rank} differs from process 0 in {', '.join(different)}; start every process with "
+                "the same command, model, data and calibration"
+            )
+
+    processes.together(compare)
+
+
 def check_identity(out: Path, identity: dict[str, Any]) -> None:
     """Raises CheckpointError unless the run folder holds a run of this identity. Reads `run.json` alone."""
     _compare(run_settings(out), json.loads(json.dumps(identity)), "the run")
 
 
 def continue_run(out: Path, identity: dict[str, Any], checkpoints: Checkpoints, report: Report) -> Checkpoint | None:
-    """The checkpoint to go on from, or None where there is none yet. Only while holding the folder's lock.
+    """The checkpoint to resume from, or None if there is none yet. Only while holding the folder's lock.
 
-    Raises CheckpointError where what was computed so far would not be what these settings compute. Places and versions
+    Raises CheckpointError if these settings would have computed something else so far. Places and versions
     that differ are reported and recorded in `run.json`.
     """
     now, found = json.loads(json.dumps(identity)), checkpoints.find()
@@ -218,7 +249,7 @@ def _checked(out: Path, now: dict[str, Any], found: Found, report: Report) -> tu
         note = f"{path} was changed after the run began"
         if last is None:
             raise CheckpointError(
-                f"{note}, and there is no checkpoint that says what it held: undo the change, or start a new run in "
+                f"{note}, and there is no checkpoint that records what it held: undo the change, or start a new run in "
                 "another folder"
             )
     check_identity(out, now)
@@ -237,8 +268,8 @@ def _record_changes(
         report(f"the same content at another place: {_as_text(places)}")
     if versions:
         report(
-            f"WARNING: the run continues under other circumstances: {_as_text(versions)}. What follows need not be bit "
-            "for bit what the run would have given without the change"
+            f"WARNING: the run resumes in another environment: {_as_text(versions)}. The results may "
+            "differ in the last bits from those of an unchanged environment"
         )
     if not places and not versions and saved.get("digest") == content_digest(saved):
         return

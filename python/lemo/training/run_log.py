@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines that survive a crash, and reading them whatever became of them."""
+"""The log of a run: JSON lines that survive a crash, and reading them even if damaged."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read_log(path: Path, report: Callable[[str], None] = lambda line: None) -> l
 
 
 def _json_values(value: Any, where: str, lost: list[str]) -> Any:
-    """The value with null in place of what JSON has no number for; `lost` says what stood there."""
+    """The value with null in place of numbers that JSON lacks; `lost` records what stood there."""
     if isinstance(value, float) and not math.isfinite(value):
         lost.append(f"{where} is {value}")
         return None
@@ -86,10 +86,10 @@ def _json_values(value: Any, where: str, lost: list[str]) -> Any:
 
 
 class RunLog:
-    """Appends JSON lines, each flushed at once."""
+    """Appends JSON lines, each flushed at once. active: whether this process writes the log; others discard it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, active: bool = True) -> None:
+        self.path, self.active = path, active
 
     def cut(self, step: int, report: Callable[[str], None] = lambda line: None) -> None:
         """Drop what was logged after `step`: those steps are about to be done again."""
@@ -97,6 +97,8 @@ class RunLog:
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
 
     def write(self, **record: Any) -> None:
+        if not self.active:
+            return
         lost: list[str] = []
         values = _json_values(record, "", lost)
         if lost:

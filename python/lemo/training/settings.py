@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, default_phases
+from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, RecomputeSetting, default_phases
+
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
     """Everything that decides what a run computes. Two runs with equal settings and data give the same adapter.
 
-    schedule: see `parse_schedule`.  batch x accumulate windows of `context` tokens make one step.
+    schedule: see `parse_schedule`.
+    batch: windows of `context` tokens per forward pass. In each process, batch x accumulate windows make one step.
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
-    lora_targets: module names (those the model lacks are skipped), or "all-linear". The adapter is always float32.
+    lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
+    the model's family. The adapter is always float32.
     """
 
     context: int = 4096
@@ -28,16 +32,16 @@ class FinetuneSettings:
     policy: str | None = None
     calibration: str | None = None
     block_size: int = 64
-    recompute: str = "full"
+    recompute: RecomputeSetting = "full"
     lr: float = 2e-4
-    lr_schedule: str = "constant"
+    lr_schedule: LearningRateSchedule = "constant"
     warmup: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
+    lora_targets: tuple[str, ...] | None = None
     held_out: float = 0.0
     seed: int = 1
 
@@ -58,7 +62,7 @@ class FinetuneSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed is {self.seed}, expected an integer from 0 to {(1 << 32) - 1}")
-        if not self.lora_targets:
+        if self.lora_targets is not None and not self.lora_targets:
             raise ValueError("lora_targets is empty, expected names of linear layers or all-linear")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1]")
@@ -66,7 +70,7 @@ class FinetuneSettings:
             raise ValueError(f"held_out is {self.held_out}, expected a fraction in [0, 1)")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, expected a fraction in [0, 1)")
-        if self.lr_schedule not in ("constant", "linear", "cosine"):
+        if self.lr_schedule not in get_args(LearningRateSchedule):
             raise ValueError(f"lr_schedule is {self.lr_schedule!r}, expected constant, linear or cosine")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute is {self.recompute!r}, expected one of {', '.join(RECOMPUTE)}")
@@ -86,7 +90,8 @@ class FinetuneSettings:
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        values["lora_targets"] = list(self.lora_targets)
+        if self.lora_targets is not None:
+            values["lora_targets"] = list(self.lora_targets)
         return values
 
     @staticmethod
@@ -95,7 +100,8 @@ class FinetuneSettings:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FinetuneSettings)})
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)} are not known to this version of lemo")
-        return FinetuneSettings(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
+        targets = values.get("lora_targets", ())
+        return FinetuneSettings(**{**values, "lora_targets": None if targets is None else tuple(targets)})
 
 
 # Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).

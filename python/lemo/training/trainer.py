@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lemo.data import IGNORE_INDEX, Documents, PackedWindows
 from lemo.training.checkpoint import Checkpoints
 from lemo.training.evaluate import score
+from lemo.training.processes import Processes
 from lemo.training.run_log import RunLog
 from lemo.training.settings import FinetuneSettings
 
@@ -53,6 +55,8 @@ class RunTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoints, self._run, self._identity = checkpoints, run, identity
+        self._random_states: list[tuple[str, bytes]] = []
+        self._writing = False
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         scheduler: Any = getattr(self, "lr_scheduler", None)
@@ -65,23 +69,44 @@ class RunTrainer(Trainer):
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    def store_flos(self) -> None:
+        if not self._writing:  # a sum over the processes, of which only the first is writing
+            super().store_flos()
+
+    def _random_state(self) -> tuple[str, bytes]:
+        """Name and content of the file that Trainer writes for this process's random state."""
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            (path,) = Path(folder).iterdir()
+            return path.name, path.read_bytes()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self._run.processes.count == 1:
+            super()._save_rng_state(output_dir)
+        for name, content in self._random_states:
+            (Path(output_dir) / name).write_bytes(content)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        root = self.args.output_dir
-        self._run.check_finite(self.state.global_step)
+        """The first process writes everything, the others' random states included, so that one rename publishes it."""
+        root, processes = self.args.output_dir, self._run.processes
+        processes.together(lambda: self._run.check_finite(self.state.global_step))
+        self.store_flos()
+        if processes.count > 1:
+            self._random_states = processes.gather(processes.together(self._random_state))
 
         def write(folder: Path) -> None:
             # Trainer names the folder itself, below its output folder: let it write there, then lift the files out.
-            self.args.output_dir = str(folder)
+            self.args.output_dir, self._writing = str(folder), True
             try:
                 super(RunTrainer, self)._save_checkpoint(*args, **kwargs)
             finally:
-                self.args.output_dir = root
+                self.args.output_dir, self._writing = root, False
             inner = folder / f"checkpoint-{self.state.global_step}"
             for path in list(inner.iterdir()):
                 path.rename(folder / path.name)
             inner.rmdir()
 
-        self._checkpoints.save(self.state.global_step, write, self._identity)
+        processes.on_first(lambda: self._checkpoints.save(self.state.global_step, write, self._identity))
 
 
 class Report(TrainerCallback):
@@ -102,7 +127,7 @@ class Report(TrainerCallback):
             unit=" steps",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=not self.run.progress,
+            disable=not (self.run.progress and self.run.processes.first),
         )
         peak_memory(self.run.device)
         self.started = self.last = time.perf_counter()
@@ -111,11 +136,19 @@ class Report(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
+        if self.run.processes.first:
+            self._write(loss, state.global_step, logs)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {state.global_step}; earlier checkpoints are intact. "
+                + self.run.advice(state.global_step)
+            )
+
+    def _write(self, loss: float, step: int, logs: dict[str, Any]) -> None:
         now = time.perf_counter()
-        settings = self.run.settings
-        tokens = settings.context * settings.batch * settings.accumulate * self.run.log_every
+        tokens = self.run.settings.context * self.run.windows_per_step * self.run.log_every
         self.run.log.write(
-            step=state.global_step,
+            step=step,
             loss=loss,
             lr=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
@@ -126,11 +159,6 @@ class Report(TrainerCallback):
         self.last = now
         self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / max(now - self.started, 1e-9):.0f} tok/s", refresh=False)
         self.started = now
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {state.global_step}; earlier checkpoints are intact. "
-                + self.run.advice(state.global_step)
-            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -147,6 +175,7 @@ class RunInProgress:
     """What the Trainer and its callback need to know of the run.
 
     held: documents that are scored and never trained on. log_every, evaluate_every: in steps; 0 = never.
+    processes: of which the first alone writes and shows progress.
     """
 
     model: Any
@@ -158,6 +187,12 @@ class RunInProgress:
     log_every: int
     evaluate_every: int
     progress: bool
+    processes: Processes
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows of one optimizer step, in all processes."""
+        return self.settings.batch * self.settings.accumulate * self.processes.count
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +209,7 @@ class RunInProgress:
 
     def advice(self, step: int) -> str:
         """What to look at after a step without a finite result."""
-        per_step = self.settings.batch * self.settings.accumulate
+        per_step = self.windows_per_step
         read = range(max(0, step - self.log_every) * per_step, min(step * per_step, len(self.windows)))
         empty = sum(bool((self.windows[i]["labels"] == IGNORE_INDEX).all()) for i in read)
         if empty:
@@ -200,7 +235,7 @@ class RunInProgress:
     def evaluate(self, step: int) -> None:
         if self.held is None:
             return
-        scores = score(self.model, self.held, self.settings.context)
+        scores = score(self.model, self.held, self.settings.context, processes=self.processes)
         p = scores.perplexity()
         interval = [p.low, p.high] if math.isfinite(p.high) else None
         self.log.write(event="held-out", step=step, perplexity=p.value, interval=interval)
@@ -229,6 +264,7 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,  # every trained parameter belongs to the graph of every pass
     )
     args._n_gpu = min(1, args.n_gpu)  # one process, one GPU: Trainer would replicate the model over all it sees
     return args

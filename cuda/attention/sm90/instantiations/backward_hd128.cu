@@ -2,9 +2,8 @@
 
 namespace lemo::cuda::attention::sm90 {
 template <>
-int64_t backward_workspace<128>(int64_t capacity, int64_t documents, int64_t heads, bool deterministic,
-                                int64_t list_capacity) {
-  return backward_layout<128>(capacity, documents, heads, deterministic, list_capacity).bytes;
+int64_t backward_workspace<128>(const Documents& documents, int64_t heads, bool deterministic, int64_t list_capacity) {
+  return backward_layout<128>(documents, heads, deterministic, list_capacity).bytes;
 }
 template <>
 void launch_backward<128>(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {

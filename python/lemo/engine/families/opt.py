@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo.engine.elementwise import ReLU
-from lemo.engine.families.base import Classes, Family, NormWeights, Tables, layer_norm, refuse
-from lemo.engine.linear import linear_group, ordinary, projection, unwrap
+from lemo.engine.families.base import Classes, Family, ModelShape, NormWeights, Tables, layer_norm, refuse
+from lemo.engine.linear import linear_group, ordinary, projection
 
-_MODELING = "transformers.models.opt.modeling_opt"
 _NORM: Classes = (("torch.nn.modules.normalization", "LayerNorm"),)
 
 
 class OPT(Family):
-    model_class = "OPTForCausalLM"
-    model_type = "opt"
-    modeling = _MODELING
-    functions = ("eager_attention_forward", "create_causal_mask")
-    outer_modules: Mapping[str, Classes] = {
-        "model": ((_MODELING, "OPTModel"),),
-        "model.decoder": ((_MODELING, "OPTDecoder"),),
-        "model.decoder.final_layer_norm": _NORM,
-    }
-    layer_modules: Mapping[str, Classes] = {
-        "": ((_MODELING, "OPTDecoderLayer"),),
-        "self_attn": ((_MODELING, "OPTAttention"),),
-        "self_attn_layer_norm": _NORM,
-        "final_layer_norm": _NORM,
-    }
+    name, model_type = "OPT", "opt"
+    liger = frozenset({"LigerLayerNorm"})
     layers_path = "model.decoder.layers"
+    projections: Mapping[str, str] = {
+        "q_proj": "q",
+        "k_proj": "k",
+        "v_proj": "v",
+        "out_proj": "o",
+        "fc1": "up",
+        "fc2": "down",
+    }
+
+    @cached_property
+    def outer_modules(self) -> Mapping[str, Classes]:
+        return {
+            "model": self.own("Model"),
+            "model.decoder": self.own("Decoder"),
+            "model.decoder.final_layer_norm": _NORM,
+        }
+
+    @cached_property
+    def layer_modules(self) -> Mapping[str, Classes]:
+        return {
+            "": self.own("DecoderLayer"),
+            "self_attn": self.own("Attention"),
+            "self_attn_layer_norm": _NORM,
+            "final_layer_norm": _NORM,
+        }
+
+    def shape(self, config: Any) -> ModelShape:
+        heads = config.num_attention_heads
+        return ModelShape(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=config.hidden_size // heads,
+            ffn=config.ffn_dim,
+            vocab=config.vocab_size,
+            gated=False,
+            tied=bool(config.tie_word_embeddings),
+            positions=config.max_position_embeddings + 2,
+            biases=("q", "k", "v", "o", "up", "down") if config.enable_bias else (),
+        )
 
     def check(self, lm: Any) -> None:
+        super().check(lm)
         config = lm.config
         if not config.do_layer_norm_before:
             refuse(
@@ -43,8 +72,6 @@ class OPT(Family):
             )
         if config.word_embed_proj_dim != config.hidden_size:
             refuse("OPT with projected embeddings (word_embed_proj_dim != hidden_size)", "use another size of OPT")
-        if config.attention_dropout:
-            refuse(f"attention dropout (attention_dropout={config.attention_dropout})", "set it to 0")
         if config.layerdrop:
             refuse(f"LayerDrop (layerdrop={config.layerdrop})", "set it to 0")
 
@@ -52,7 +79,7 @@ class OPT(Family):
         return lm.model.decoder
 
     def embed(self, decoder: Any, ids: Tensor | None, embeddings: Tensor | None, positions: Tensor) -> Tensor:
-        x = decoder.embed_tokens(ids[None])[0] if embeddings is None else embeddings  # type: ignore[index]
+        x = super().embed(decoder, ids, embeddings, positions)
         return x + decoder.embed_positions(None, 0, position_ids=positions[None])[0]
 
     def default_positions(self, mask: Tensor) -> Tensor:
@@ -64,17 +91,17 @@ class OPT(Family):
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
         return layer_norm(layer.self_attn_layer_norm), layer_norm(layer.final_layer_norm)
 
-    def norm_modules(self, layer: Any) -> tuple[nn.Module, nn.Module]:
-        return unwrap(layer.self_attn_layer_norm), unwrap(layer.final_layer_norm)
-
     def final_norm(self, decoder: Any) -> NormWeights | None:
         return None if decoder.final_layer_norm is None else layer_norm(decoder.final_layer_norm)
 
-    def attention_modules(self, layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    def outside_modules(self, decoder: Any) -> Sequence[nn.Module]:
+        return decoder.embed_tokens, decoder.embed_positions
+
+    def attention_modules(self, layer: Any) -> Sequence[nn.Module]:
         a = layer.self_attn
         return a.q_proj, a.k_proj, a.v_proj, a.out_proj
 
-    def mlp_modules(self, layer: Any) -> tuple[nn.Module, ...]:
+    def mlp_modules(self, layer: Any) -> Sequence[nn.Module]:
         return layer.fc1, layer.fc2, layer.activation_fn
 
     def queries_keys_values(
@@ -97,9 +124,6 @@ class OPT(Family):
     @staticmethod
     def _drop(layer: Any, y: Tensor) -> Tensor:
         return F.dropout(y, layer.dropout, training=True) if layer.dropout > 0 and layer.training else y
-
-    def scale(self, layer: Any) -> float:
-        return float(layer.self_attn.scaling)
 
     def dropout(self, lm: Any) -> float:
         return max(float(layer.dropout) for layer in self.decoder(lm).layers)

@@ -1,7 +1,7 @@
-"""The torch library `lemo`: one place that declares operators and binds them to a backend and to autograd.
+"""Operators of the torch library `lemo` and autograd.
 
-What autograd is told: tensors written in place count as changed (their version rises); outputs without a derivative
-never require one; and where only a first derivative exists, reaching for the second is an error, never zero.
+Tensors written in place count as changed (their version rises); outputs without a derivative never require one; and if
+only a first derivative exists, asking for the second is an error, never zero.
 """
 
 from __future__ import annotations
@@ -16,42 +16,28 @@ from torch.autograd import Function
 
 library = torch.library.Library("lemo", "DEF")
 
-# Kernels read strides as they are given, so a compiler must not choose others for them.
-_TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 
+def refuse_derivatives(name: str) -> None:
+    """Outputs of the operator require a gradient if an input does, and asking for it raises RuntimeError."""
+    mutated = [i for i, a in enumerate(_operator(name)._schema.arguments) if a.alias_info and a.alias_info.is_write]
 
-def define(schema: str, run: Callable, fake: Callable, *, derivative: str | None = None) -> None:
-    """Declares ``lemo::<schema>``: ``run`` serves CPU and CUDA tensors alike, ``fake`` only allocates the outputs.
+    def underivable(run: Callable[..., Any], *args: Any) -> Any:
+        outputs = _Underivable.apply(name, run, mutated, *args)
+        return outputs[len(mutated) :] if mutated else outputs  # the dispatcher counts what the schema returns
 
-    derivative: "none": outputs never require a gradient; "error": they do where an input does, and asking for it raises
-    RuntimeError; None: registered by the caller.
-    """
-    name = schema.split("(", 1)[0]
-    library.define(schema, tags=_TAGS)
-    library.impl(name, run, "CPU")
-    library.impl(name, run, "CUDA")
-    torch.library.register_fake(f"lemo::{name}", fake, lib=library)
-    if derivative == "none":
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    elif derivative == "error":
-        mutated = [i for i, a in enumerate(_operator(name)._schema.arguments) if a.alias_info and a.alias_info.is_write]
-
-        def underivable(run: Callable[..., Any], *args: Any) -> Any:
-            outputs = _Underivable.apply(name, run, mutated, *args)
-            return outputs[len(mutated) :] if mutated else outputs  # the dispatcher counts what the schema returns
-
-        bind_autograd(name, underivable)
+    bind_autograd(name, underivable)
 
 
 def written(tensor: Tensor) -> None:
-    """Says to autograd that a kernel changed the tensor in place, so that whoever saved it before is told."""
+    """Records that a kernel changed the tensor in place: autograd then refuses copies saved before."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
 
 def bind_autograd(name: str, differentiable: Callable[..., Any]) -> None:
     """differentiable(run, *args) serves calls in which an argument requires a gradient; run(*args) is the operator
-    itself below autograd. As `torch.library.register_autograd`, which refuses operators that write into an argument."""
+    itself below autograd. Like `torch.library.register_autograd`, which does not accept operators that write into an
+    argument."""
     operator, grad_mode, below = _operator(name), torch.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
     after = torch._C._after_autograd_keyset
 
@@ -68,19 +54,28 @@ def bind_autograd(name: str, differentiable: Callable[..., Any]) -> None:
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def launch(operator: Any, *args: Any) -> Any:
-    """operator(*args), past autograd where gradients are off: a kernel bound as above doubles the cost of a call."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+def launcher(operator: Any) -> Callable[..., Any]:
+    """The operator, past autograd if gradients are off: autograd kernels in Python double the cost of a call."""
+    grad_mode, compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+    below = torch._C._AutoDispatchBelowAutograd
+    direct = getattr(operator, "_op", operator)  # without a frame of Python around it
+
+    def launch(*args: Any, **keywords: Any) -> Any:
+        if compiling():
+            return operator(*args, **keywords)
+        if grad_mode():
+            return direct(*args, **keywords)
+        with below():
+            return direct(*args, **keywords)
+
+    return launch
 
 
 def _operator(name: str) -> Any:
     return getattr(torch.ops.lemo, name).default
 
 
-# --- where a second derivative is asked for ---------------------------------------------------------------------------
+# --- if a second derivative is asked for -----------------------------------------------------------------------------
 
 
 def _refuse(name: str) -> RuntimeError:
@@ -122,16 +117,16 @@ class _Refusal(Function):
 
 
 def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For the backward method of an autograd function: only first derivatives, and an error where more are needed.
+    """For the backward method of an autograd function: only first derivatives, and an error if more are needed.
 
-    torch's `once_differentiable` misses second derivatives where the incoming gradient is a constant, as that of a loss
-    is. What a gradient depends on besides: the saved tensors, and `ctx.depends`, set by functions that save nothing.
+    torch's `once_differentiable` misses second derivatives if the incoming gradient is a constant, as that of a loss
+    is. A gradient also depends on the saved tensors, and on `ctx.depends`, set by functions that save nothing.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def run(ctx: Any, *incoming: Any) -> Any:
-            # A compiled graph refuses by itself.
+            # A compiled graph refuses second derivatives anyway.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *incoming)
             given = [*incoming, *ctx.saved_tensors, *getattr(ctx, "depends", ())]
@@ -169,24 +164,3 @@ class _Link(Function):
 
 def link(*tensors: Tensor | None) -> Tensor:
     return _Link.apply(*tensors)
-
-
-def need(name: str, tensor: Tensor, dimensions: str) -> None:
-    """Raises ValueError unless the tensor has as many dimensions as ``dimensions`` ("T d") names: outputs are allocated
-    from them before the library checks sizes, types and strides."""
-    if tensor.dim() != len(dimensions.split()):
-        wanted = ", ".join(dimensions.split())
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
-
-
-def choice(name: str, value: str, known: dict[str, int]) -> int:
-    """The number of a named option. Raises ValueError for an unknown one."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    return known[value]
-
-
-NORMS = {"rms": 0, "layer": 1}
-POOLS = {"mean": 0, "max": 1}
-MODES = {"threshold": 0, "budget": 1, "sample": 2, "poisson": 3}
-REDUCTIONS = {"mean": 0, "sum": 1}

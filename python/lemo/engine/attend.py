@@ -1,0 +1,108 @@
+"""How a layer attends: the one place where the engine calls the attention operators.
+
+Layers hand over the norm's output and the rows they work on, and get the attention output of those rows back. What
+happens in between is decided here, so that chunks of queries, tile lists, or keys that come from other processes need
+no change in the layers: a subclass of `Attention` overrides `attend` and `attend_with_gradient`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lemo import ops
+from lemo.engine.families.base import Family, Tables
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """M packed rows of D documents on one side of attention, that of the queries or that of the keys.
+
+    cu_seqlens: int32 [D + 1], first row of every document, M at the end; max_seqlen: the longest document in rows, or
+    an upper bound of it; table_rows: int32 [M], rows of the rotary tables, None if they are all tokens in order.
+    weights: float32 [K], by which gradients of keys are multiplied, by block slot; slots: int32 [M], the slot of every
+    row. Both are None unless gradients are weighted.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    table_rows: Tensor | None = None
+    weights: Tensor | None = None
+    slots: Tensor | None = None
+
+
+class Attention:
+    """Causal attention within documents, for all layers of one step."""
+
+    def __init__(self, family: Family, tables: Tables, deterministic: bool = False) -> None:
+        self.family, self.tables, self.deterministic = family, tables, deterministic
+
+    # --- what layers call ---
+
+    def forward(self, layer: nn.Module, h: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
+        """Output [M, Hq, D] and log-sum-exp float32 [Hq, M] of the norm's output h [M, d]. Without a graph."""
+        q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
+        del h
+        return self.attend(q, k, v, rows, rows, self.family.scale(layer))
+
+    def differentiable(
+        self, layer: nn.Module, h: Tensor, rows: PackedRows, out: Tensor | None = None, lse: Tensor | None = None
+    ) -> Tensor:
+        """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
+        q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
+        return self.attend_with_gradient(q, k, v, rows, rows, self.family.scale(layer), out, lse)
+
+    def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
+        n = self.family.norms(layer)[0]
+        h, _ = ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)
+        return self.family.queries_keys_values(layer, h, self.tables, None)[:2]
+
+    # --- what decides how they are computed ---
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out [M, Hq, D], lse float32 [Hq, M]) of q [M, Hq, D] over k and v [Mk, Hk, D].
+
+        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end.
+        """
+        others = _key_rows(queries, keys)
+        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale, **others)
+
+    def attend_with_gradient(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        scale: float,
+        out: Tensor | None,
+        lse: Tensor | None,
+    ) -> Tensor:
+        """As `attend`, differentiable in q, k and v; given out and lse are not computed again."""
+        others = _key_rows(queries, keys)
+        if others:
+            others["row_slots_k"] = keys.slots
+        return ops.attention(
+            q,
+            k,
+            v,
+            queries.cu_seqlens,
+            queries.max_seqlen,
+            scale=scale,
+            key_weights=keys.weights,
+            row_slots=queries.slots,
+            out=out,
+            lse=lse,
+            deterministic=self.deterministic,
+            **others,
+        )
+
+
+def _key_rows(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
+    """What the operators need to know of keys that have separate rows; nothing if they have those of the queries."""
+    return {} if keys is queries else {"cu_seqlens_k": keys.cu_seqlens, "max_seqlen_k": keys.max_seqlen}

@@ -1,0 +1,92 @@
+"""What a step saves between its forward and its backward pass: kept lists, and a record of every layer.
+
+What a record holds is up to `LemoConfig.recompute`; `lemo.engine.memory.saved_bytes` is the exact formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lemo.engine.attend import PackedRows
+from lemo.engine.config import Part
+from lemo.engine.layout import Kept
+from lemo.engine.randomness import Generators
+from lemo.engine.segments import Segment
+
+
+def _own(x: Tensor) -> Tensor:
+    """x, or a copy of it if x is a window into a larger buffer that would be kept alive."""
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
+
+
+@dataclass(frozen=True, eq=False)
+class SavedList(PackedRows):
+    """A kept list as it is saved: what the backward pass reads of it, in tensors that own exactly their memory.
+
+    rows: int32 [M], token behind every packed row.
+    """
+
+    rows: Tensor = field(kw_only=True)
+
+    @property
+    def count(self) -> int:
+        return self.rows.shape[0]
+
+    @classmethod
+    def of(cls, kept: Kept, weighted: bool) -> SavedList:
+        if kept.is_everything:
+            # All layers of a step share it, so there is nothing to copy.
+            weights, slots = (kept.weights, kept.row_slots) if weighted else (None, None)
+            return cls(kept.cu_seqlens, kept.max_seqlen, None, weights, slots, rows=kept.rows)
+        rows = _own(kept.rows)
+        weights, slots = (_own(kept.weights), _own(kept.row_slots)) if weighted else (None, None)
+        return cls(_own(kept.cu_seqlens), kept.max_seqlen, rows, weights, slots, rows=rows)
+
+
+@dataclass(eq=False)
+class Record:
+    """What a layer, or its attention or MLP alone, keeps for its backward pass. M: the rows of its list.
+
+    x_kept [M, d]: input of the (first) norm; x_mlp [M, d]: input of the MLP's norm. out [M, Hq, D], lse [Hq, M]: of
+    attention. attention, mlp: local graphs. generators: states at the start of the layer if it may draw.
+    """
+
+    layer: int
+    part: Part
+    saved_list: SavedList
+    x_kept: Tensor
+    x_mlp: Tensor | None = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    attention: Segment | None = None
+    mlp: Segment | None = None
+    generators: Generators | None = None
+
+
+class Records:
+    """The records of one step. All go through `put` and `pop`: override these to keep saved rows elsewhere meanwhile.
+
+    Layers are put in ascending order and popped in descending order, a layer's own records last in, first out.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+
+    def put(self, record: Record) -> None:
+        """Called once a layer (or its attention or MLP, if their lists differ) is done."""
+        self._records.append(record)
+
+    def pop(self, layer: int) -> Record | None:
+        """Removes and returns the last record of this layer; None if it has no more."""
+        return self._records.pop() if self._records and self._records[-1].layer == layer else None
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
+    @property
+    def layers(self) -> set[int]:
+        """Layers that have a record."""
+        return {record.layer for record in self._records}

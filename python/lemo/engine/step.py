@@ -1,0 +1,105 @@
+"""One training forward pass and its backward pass: what all layers share, and the seams through which they reach it.
+
+- `Step.layer` surrounds all work on one layer, in either direction: the place to gather or prefetch its weights.
+- `Step.attention` is the only way to the attention operators (`lemo.engine.attend`).
+- `Step.records` holds what is saved in between (`lemo.engine.records`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lemo.engine.attend import Attention
+from lemo.engine.config import Mode, Recompute
+from lemo.engine.families.base import Family
+from lemo.engine.gradients import Handover
+from lemo.engine.layout import Blocks, Kept, KeptPair
+from lemo.engine.participation import Participation
+from lemo.engine.records import Records, SavedList
+from lemo.engine.row_statistics import RowStatistics
+
+# Rows the MLP works on at a time if its activations are not kept: bounds the largest transient of a step.
+MLP_ROWS = 8192
+
+
+class Autocast(NamedTuple):
+    """Autocast as the layers need it, whatever the caller of forward or backward has switched on."""
+
+    device: str
+    dtype: torch.dtype
+    enabled: bool
+
+    def __call__(self) -> torch.autocast:
+        # Without a cache: weights cast while gradients are off would have none when they are recomputed.
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@dataclass(eq=False)
+class Step:
+    """What the layers of one forward pass share, until its backward pass is done.
+
+    choose(i, x): kept lists of layer i for its input x [T, d], called once per layer. weighted: gradients are weighted
+    by 1/p. random: whether layers draw random numbers; None: they may. observe: gets (i, norms float32 [M], kept) if
+    the policy wants to know how much a layer added. borrowed: x belongs to someone else and is copied before it is
+    updated. general: some modules are called as they are; what their graphs reach is then checked.
+    """
+
+    family: Family
+    layers: Sequence[nn.Module]
+    blocks: Blocks
+    attention: Attention
+    mode: Mode
+    recompute: Recompute
+    choose: Callable[[int, Tensor], KeptPair]
+    autocast: Autocast
+    weighted: bool = False
+    random: bool | None = None
+    observe: Callable[[int, Tensor, Kept], None] | None = None
+    borrowed: bool = True
+    general: bool = True
+    records: Records = field(default_factory=Records)
+    statistics: RowStatistics = field(default_factory=RowStatistics)
+    handover: Handover = field(default_factory=Handover)
+    # The tokens that any layer kept.
+    participation: Participation = field(default_factory=Participation)
+    # Lists whose selection may have failed; only the device knows until the backward pass asks.
+    unchecked: list[Kept] = field(default_factory=list)
+    _last_saved: tuple[Kept, SavedList] | None = None
+
+    @contextmanager
+    def layer(self, i: int) -> Iterator[nn.Module]:
+        """Layer i, while it is worked on. Every layer is entered once in a forward pass, in order, also if it keeps
+        nothing; and once in the backward pass, in reverse order."""
+        yield self.layers[i]
+
+    def saved_list(self, kept: Kept) -> SavedList:
+        """`kept` as it is saved. Successive layers that share a list share its tensors."""
+        if self._last_saved is None or self._last_saved[0] is not kept:
+            self._last_saved = (kept, SavedList.of(kept, self.weighted))
+        return self._last_saved[1]
+
+    def forget_lists(self) -> None:
+        """Drops the last list once all layers have theirs."""
+        self._last_saved = None
+
+    def check_later(self, kept: Kept | None) -> None:
+        if kept is not None and kept.info is not None and not any(k is kept for k in self.unchecked):
+            self.unchecked.append(kept)
+
+    def raise_on_fault(self) -> None:
+        """Raises FloatingPointError if a selection of this step failed. Waits for the device if any is unchecked."""
+        for kept in self.unchecked:
+            kept.raise_on_fault()
+
+    def chunks(self, rows: int) -> Iterator[slice]:
+        """Slices of `rows` rows, for an MLP whose activations are not kept."""
+        # What is known to draw does so once for all rows, as without lemo. (Pieces replay in order, so any would do.)
+        size = rows if self.random else MLP_ROWS
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))

@@ -1,0 +1,142 @@
+"""One training forward pass: from a batch, and what the controller decided about it, to a `Step` of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.engine.attend import Attention
+from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.families.base import Family
+from lemo.engine.packing import Packed
+from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
+from lemo.engine.policies import Policy, StepContext
+from lemo.engine.step import Autocast, Step
+from lemo.integration.kept_lists import ChosenLists, required_blocks
+from lemo.integration.reference import Pass
+from lemo.integration.replay import under_checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A batch as the model was called with it.
+
+    ids: int64 [B, S], or None with embeddings [B, S, d]; labelled: bool [T], tokens that have a target; None: unknown.
+    """
+
+    packed: Packed
+    ids: Tensor | None
+    embeddings: Tensor | None
+    labelled: Tensor | None = None
+
+    @property
+    def batch(self) -> Tensor:
+        given = self.ids if self.embeddings is None else self.embeddings
+        assert given is not None
+        return given
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a pass is to do.
+
+    policy: None keeps everything, or repeats the lists of `earlier`; seed: of the policy's draws; random: whether
+    layers draw random numbers (None: they may); general: some modules are called as they are; remembered: gets
+    the lists, so that other passes can repeat them.
+    """
+
+    phase: Phase
+    policy: Policy | None
+    seed: int
+    recompute: Recompute
+    random: bool | None
+    general: bool
+    earlier: Pass | None = None
+    remembered: Pass | None = None
+
+
+def begin(
+    family: Family, model: Any, config: LemoConfig, layers: list[nn.Module], inputs: Inputs, plan: Plan
+) -> tuple[Tensor, Step, ChosenLists]:
+    """The residual stream [T, d] before the first layer, and the step that takes it through the layers."""
+    packed, phase = inputs.packed, plan.phase
+    decoder, embedding = family.decoder(model), model.get_input_embeddings()
+    with outputs_of(embedding) as embedded:
+        # Hooks on the embedding (NEFTune) see the batch as it is.
+        given = decoder.embed_tokens(inputs.ids) if inputs.embeddings is None else inputs.embeddings
+        x = family.embed(decoder, None, packed.take(given), packed.positions)
+    participation = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
+    embedded.clear()
+    x = x.to(_compute_dtype(x))
+    attention = Attention(family, family.tables(decoder, x.detach(), packed.positions), config.deterministic)
+    lists = ChosenLists(plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered)
+    if plan.policy is not None:
+        plan.policy.begin(
+            StepContext(
+                blocks=packed.blocks,
+                phase=phase,
+                seed=plan.seed,
+                always_first=config.always_first,
+                always_last=config.always_last,
+                queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
+                scale=lambda i: family.scale(layers[i]),
+                required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
+            )
+        )
+    step = Step(
+        family=family,
+        layers=layers,
+        blocks=packed.blocks,
+        attention=attention,
+        mode=phase.mode,
+        recompute=plan.recompute,
+        weighted=phase.weighted,
+        random=plan.random,
+        general=plan.general,
+        choose=lists.choose,
+        observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
+        borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
+        autocast=_autocast(x),
+        participation=participation,
+    )
+    return x, step, lists
+
+
+def recompute_of(model: nn.Module, config: LemoConfig, note: Callable[[str], None]) -> Recompute:
+    """What the layers save in this pass; `note` is called if that is not what the model's own setting asks for."""
+    # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
+    wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if config.recompute == "auto":
+        return "full" if wanted else "none"
+    if wanted:
+        note(
+            "gradient checkpointing is switched on in the model; lemo runs the layers itself, with "
+            f'recompute="{config.recompute}"'
+        )
+    return config.recompute
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    if not x.is_cuda:
+        if x.dtype != torch.float32:
+            raise ValueError(
+                f"lemo computes in float32 on the CPU; the model's embeddings are {x.dtype}: call model.float()"
+            )
+        return torch.float32
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"lemo computes in float16 or bfloat16 on CUDA; the model's embeddings are {dtype}: load the model "
+            "with dtype=torch.bfloat16 or train under torch.autocast"
+        )
+    return dtype
+
+
+def _autocast(x: Tensor) -> Autocast:
+    # On the CPU everything is fp32: autocast is switched off inside the stack, whatever it was.
+    enabled = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return Autocast(x.device.type, x.dtype if x.is_cuda else torch.bfloat16, enabled)
