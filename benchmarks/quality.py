@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ BASE = "not adapted"
 
 def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finite(loss: float) -> float:
+    """A loss to choose by: infinite if the run diverged."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def name_of(spec: Spec) -> str:
@@ -204,8 +210,7 @@ class Study:
         if run is None or "error" in run:
             return math.inf
         groups = stats.measured_groups(self.task.setting, self.task.adapt, run["losses"])
-        value = mean_loss(run, groups)
-        return value if math.isfinite(value) else math.inf
+        return finite(mean_loss(run, groups))
 
     def _best(self, way: Way, tried: list[tuple[int, float]], results: dict[str, Any]) -> tuple[int, float]:
         return min(tried, key=lambda s: self.sweep_loss(way, s, results))
@@ -273,8 +278,8 @@ def work(study: Study, deadline: float) -> None:
 
 def one(study: Study, spec: Spec, claim: Path, deadline: float) -> None:
     steps = sum(s.steps for s in spec.segments)
-    what = f"{spec.purpose} batch {spec.batch} rate {spec.rate:g} seed {spec.seed}, {steps} steps"
-    what += ": " + ", ".join(dict.fromkeys(s.phase["mode"] for s in spec.segments))
+    modes = ", ".join(dict.fromkeys(s.phase["mode"] for s in spec.segments)) or BASE
+    what = f"{spec.purpose}, {modes}, {steps} steps, batch {spec.batch}, rate {spec.rate:g}, seed {spec.seed}"
     try:
         result = train(study.task, spec, deadline)
         print(f"{what}: loss {mean_loss(result):.4f}, {result['wall_s']:.0f} s", flush=True)
@@ -282,9 +287,9 @@ def one(study: Study, spec: Spec, claim: Path, deadline: float) -> None:
         print(f"{what}: not finished in time; it starts again next time", flush=True)
         claim.unlink(missing_ok=True)
         return
-    except torch.OutOfMemoryError as error:
-        result = {"error": f"out of memory: {error}"[:300], "steps": steps}
-        print(f"{what}: out of memory", file=sys.stderr, flush=True)
+    except (RuntimeError, ValueError) as error:  # out of memory among them; the other runs continue
+        result = {"error": f"{what}: {type(error).__name__}: {error}"[:400], "steps": steps}
+        print(result["error"], file=sys.stderr, flush=True)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -357,7 +362,7 @@ def references(study: Study, way: Way, losses: dict[Way, dict[int, Any]], larges
         found["against_dense"] = dense[0]
     if rivals:
         found["against_best_rival"] = min(
-            rivals, key=lambda w: stats.absolute(task.setting, task.adapt, losses[w])["mean_loss"]
+            rivals, key=lambda w: finite(stats.absolute(task.setting, task.adapt, losses[w])["mean_loss"])
         )
     most = [w for w in study.ways if (w.row.name, w.sequences, w.cost_at) == ("dense", largest, way.cost_at)]
     if most and losses[most[0]]:
@@ -430,6 +435,7 @@ def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:
         },
         left_out=study.left_out,
         missing=missing,
+        failed=sorted(r["error"] for r in study.results().values() if "error" in r),
     )
     return path, rows
 
@@ -509,6 +515,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if arguments is None else arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # new names in transformers that old versions lack
     study = Study(args)
     if args.plan:
         print(plan(study))
@@ -538,8 +545,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(table(shown, ("row", "cost at", "sequences", "seeds", "loss", "gap %", "low %", "high %")))
     left = len(study.wanted(study.results()))
+    failed = [r["error"] for r in study.results().values() if "error" in r]
     print(f"{path}: {left} runs to come" + " at least: sweeps decide which" * bool(left and args.sweep))
-    return 0
+    if failed:
+        print(f"{len(failed)} runs failed, and are tried again next time: {failed[0]}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ DOMAINS = {
 ADAPTED = "headers"
 SMALLEST, LARGEST = 8_000, 300_000  # bytes of a file; longer ones are tables
 HELD_OUT_PERCENT = 15
-CHUNK = 1 << 20  # tokens decoded at a time
+PIECE = 1 << 17  # tokens of a file that are translated at a time
 
 
 def held_out(name: str) -> bool:
@@ -86,7 +86,10 @@ def write_recoded(tokenizer: Any, other: Any, out: Path, folder: Path, train_tok
     """The texts of other token files in this vocabulary."""
     for path in sorted(folder.glob("*.bin")):
         tokens = np.fromfile(path, dtype=np.uint16)
-        pieces = (tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK))
+        starts = list(range(0, len(tokens), PIECE))
+        if not path.name.startswith("dev_"):  # a part of the file has a part of all its kinds of text
+            random.Random(1).shuffle(starts)
+        pieces = (tokens[i : i + PIECE] for i in starts)
         texts = (other.decode(piece.tolist(), skip_special_tokens=True) for piece in pieces)
         made = encoded(tokenizer, texts, dev_tokens if path.name.startswith("dev_") else train_tokens)
         made.tofile(out / path.name)

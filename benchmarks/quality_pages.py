@@ -110,6 +110,7 @@ def tables() -> list[str]:
         lines += ["| " + " | ".join(line) + " |" for line in table]
         left_out = [f"Left out: {row}: {reason}." for row, reason in result["left_out"].items()]
         still = [f"Not finished: {text}." for text in result["missing"]]
+        still += [f"Failed: {text}." for text in result["failed"]]
         lines += ["", f"![Quality against cost](images/{name}.svg)", ""]
         made = (
             f"`benchmarks/results/{name}.json`: {', '.join(result['runs']['gpus'])}, {result['runs']['count']} runs, "

@@ -133,10 +133,12 @@ def absolute(setting: str, adapt: str, mine: Mapping[int, Losses]) -> dict[str, 
 
 
 def verdict(against: Mapping[str, float | None]) -> str:
-    """Of an interval of loss changes: "better", "worse", or "equal" if it holds 0; "one seed" without interval."""
+    """Of an interval of loss changes: better, worse, or equal if it holds 0; "one seed" and "diverged" have none."""
     low, high = against["low"], against["high"]
     if low is None or high is None:
         return "one seed"
+    if math.isnan(low) or math.isnan(high):
+        return "diverged"
     return "better" if high < 0 else "worse" if low > 0 else "equal"
 
 

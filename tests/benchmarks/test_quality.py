@@ -149,6 +149,7 @@ def test_questions_of_one_document_are_not_independent(q: Any) -> None:
 def test_one_seed_has_no_interval(q: Any) -> None:
     assert q.stats.interval([[np.array([0.1, 0.2])]], joint=False) == (pytest.approx(0.15), None)
     assert q.stats.verdict({"low": None, "high": None}) == "one seed"
+    assert q.stats.verdict({"low": math.nan, "high": math.nan}) == "diverged"
     assert [q.stats.verdict({"low": a, "high": b}) for a, b in ((-2, -1), (-1, 1), (1, 2))] == [
         "better",
         "equal",
@@ -171,15 +172,20 @@ def test_windows_for_sweeps_and_tables_do_not_overlap(q: Any) -> None:
         q.data.windows(tokens, 600, 8, True)
 
 
-def test_text_of_installed_packages(q: Any, tmp_path: Path) -> None:
+def test_text_of_installed_packages(q: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three domains, split by name; texts of another vocabulary are translated."""
     for domain, suffix in (("python", "py"), ("docs", "md"), ("headers", "h")):
         (tmp_path / "packages" / domain).mkdir(parents=True)
         for i in range(40):
             (tmp_path / "packages" / domain / f"{i}.{suffix}").write_text(f"{domain} {i} " * 1000)
-    tokenizer: Any = lambda text, add_special_tokens: {"input_ids": [ord(c) for c in text]}  # noqa: E731
-    wrapped = SimpleNamespace(eos_token_id=0)
-    wrapped = type("T", (), {"eos_token_id": 0, "__call__": lambda _, text, **k: tokenizer(text, **k)})()
+
+    class Characters:
+        eos_token_id = 0
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
+
+    wrapped = Characters()
     out = tmp_path / "out"
     out.mkdir()
     q.data.write_installed(wrapped, out, tmp_path / "packages", 40_000, 15_000)
@@ -193,6 +199,11 @@ def test_text_of_installed_packages(q: Any, tmp_path: Path) -> None:
     again.mkdir()
     q.data.write_recoded(wrapped, other, again, out, 10_000, 5_000)
     assert np.array_equal(np.fromfile(again / "dev_docs.bin", np.uint16), made["dev_docs"][:5000])
+    monkeypatch.setattr(q.data, "PIECE", 1000)
+    q.data.write_recoded(wrapped, other, again, out, 10_000, 5_000)
+    mixed = np.fromfile(again / "train_docs.bin", np.uint16)
+    assert len(mixed) == 10_000 and not np.array_equal(mixed[:1000], made["train_docs"][:1000])
+    assert mixed[:1000].tobytes() in made["train_docs"].tobytes()
 
 
 # ---- whole studies ---------------------------------------------------------------------------------------------------
@@ -292,6 +303,29 @@ def test_no_time_left(world: Any, q: Any, monkeypatch: pytest.MonkeyPatch, capsy
     assert "not finished in time" in capsys.readouterr().out
     assert not list((world.folder / "study" / "runs").iterdir())
     assert not list((world.folder / "study" / "claims").iterdir())
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    world: Any, q: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, the command ends with 1, and the next one tries it again."""
+    real = q.quality.train
+
+    def train(task: Any, spec: Any, deadline: float) -> Any:
+        if spec.seed == 2 and spec.segments and spec.segments[0].phase["mode"] == "skip":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(task, spec, deadline)
+
+    quick = (*SMALL[:-3], "--no-sweep", "--cost-at", 65536)
+    with monkeypatch.context() as patch:
+        patch.setattr(q.quality, "train", train)
+        with pytest.raises(AssertionError):  # the command's 1
+            world.command(*quick)
+    result = json.loads((world.folder / "quality.json").read_text())
+    assert "out of memory" in result["failed"][0] and "CUDA out of memory" in capsys.readouterr().err
+    assert [len(r["seeds"]) for r in result["rows"][1:]] == [2, 1] and len(result["missing"]) == 1
+    result = world.command(*quick)
+    assert result["failed"] == result["missing"] == []
 
 
 def test_extension_and_answers(world: Any, q: Any) -> None:
