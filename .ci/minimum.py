@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import venv
 from pathlib import Path
@@ -45,7 +44,8 @@ def main() -> int:
         venv.create(folder, with_pip=True)
     # Looked up after the environment's own packages: torch and the tools come from where this runs.
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    others = [path for path in sys.path if path.endswith("-packages")]  # it may share those of the system
+    (packages / "others.pth").write_text("\n".join(others) + "\n")
     wanted = lowest()
     print("lowest versions:", *wanted, flush=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
