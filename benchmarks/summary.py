@@ -222,6 +222,28 @@ def recall() -> list[str]:
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
 
+def tile_coverage() -> list[str]:
+    """A row per score; columns by density, lists of the whole layer and of key/value heads."""
+    name = "coverage-smollm2"
+    if (result := load(name)) is None:
+        return []
+    found = {(row["score"], row["heads"], row["density"]): row for row in result["mean"]}
+    densities = list(dict.fromkeys(row["density"] for row in result["mean"]))
+    kinds = [(density, heads) for density in densities for heads in ("shared", "grouped")]
+    rows = [
+        [score, *(f"{100 * found[score, heads, density]['covered']:.1f} %" for density, heads in kinds)]
+        for score in dict.fromkeys(row["score"] for row in result["rows"])
+    ]
+    header = ["score", *(f"{density:g} of the tiles, {heads}" for density, heads in kinds)]
+    settings = result["settings"]
+    title = (
+        f"**Attention mass that chosen key tiles hold** ({result['model']}, {settings['documents']} documents of "
+        f"{settings['context']:,} tokens, tiles of {settings['tile']} rows, mean over layers; one list for a layer's "
+        "heads, or one per key/value head)"
+    )
+    return [title, "", *markdown(header, rows), "", source(name, result), ""]
+
+
 def operations() -> list[str]:
     """Attention is left out: it has separate tables."""
     if (result := load("ops-h200")) is None:
@@ -371,6 +393,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *quality(),
         *quality_pages.tables(),
         *recall(),
+        *tile_coverage(),
         *equivalence(),
         *operations(),
         *attention("attention-h100"),
