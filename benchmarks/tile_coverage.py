@@ -13,7 +13,7 @@ Rows of the first {start} tiles are left out: a budget covers them anyway.
   python benchmarks/tile_coverage.py --model smollm2 --context 8192              # benchmarks/smollm2.py makes the model
   python benchmarks/tile_coverage.py --model smollm2 --context 2048 --documents 1 --out /tmp/coverage.json
 
-The text is source code and documentation of installed packages. One pass in float32 on the CPU, bfloat16 on a GPU.
+The text is source code of installed packages. One pass in float32 on the CPU, bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -259,6 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--context: expected a multiple of {TILE} above {FIRST_ROWS * TILE}, got {args.context}")
     if not all(0 < d <= 1 and math.isfinite(d) for d in args.density):
         parser.error(f"--density: expected shares in (0, 1], got {args.density}")
+    if not Path(args.model).is_dir():
+        parser.error(
+            f"--model: {args.model} is not a folder; python benchmarks/smollm2.py --out {args.model} makes one"
+        )
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

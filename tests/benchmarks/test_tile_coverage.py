@@ -72,7 +72,9 @@ def test_every_score_on_a_model(coverage: Any) -> None:
     assert best["grouped", 0.5] > best["shared", 0.5] - 1e-6 > best["shared", 0.25]
 
 
-@pytest.mark.parametrize(("option", "value"), [("--context", "1000"), ("--context", "256"), ("--density", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--context", "1000"), ("--context", "256"), ("--density", "0"), ("--model", "no/where")]
+)
 def test_settings_out_of_range(coverage: Any, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         coverage.main(["--model", "none", option, value])
