@@ -1,11 +1,5 @@
-import pytest
-import torch
+"""Every test starts with one thread."""
 
+from support.fixtures import one_thread
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

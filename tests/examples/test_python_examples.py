@@ -11,31 +11,15 @@ import torch
 from lemo.data import PackedWindows, load_documents, split_held_out
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.fixtures import one_thread, own_accelerate_state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODEL = EXAMPLES.parent / "demo" / "model"
 CONTEXT = 256
 SCRIPTS = ("trainer", "trl_chat", "own_loop")
+__all__ = ["one_thread", "own_accelerate_state"]  # fixtures of every test here
 CUDA = torch.cuda.is_available()  # the scripts then train there, in bfloat16
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model is so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def own_accelerate_state():
-    """Accelerate keeps precision and device of a process's first Accelerator; every test starts without one."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture

@@ -1,21 +1,5 @@
-import pytest
-import torch
+"""Every test starts with one thread and without the state that Accelerate keeps."""
 
+from support.fixtures import one_thread, own_accelerate_state
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def own_accelerate_state():
-    """Accelerate keeps precision and device of a process's first Accelerator; every test starts without one."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    yield
+__all__ = ["one_thread", "own_accelerate_state"]
