@@ -185,7 +185,7 @@ def test_full_tables(benchmarks: Any, results: Path, smoke: tuple[dict[str, Any]
     write_result(results, "step-h100", 524288, "2026-11-28T10:00:00+00:00", fits=False)
     text = "\n".join(benchmarks.summary.steps())
     assert "| 512K | full | transformers + PEFT + Liger |  | out of memory |" in text
-    assert "| 512K | full | lemo, `skip` 0.3 | update_norm | 2,000 ms |  | 20,480 MiB |  | " in text
+    assert "| 512K | full | lemo, `skip` 0.3 | update_norm | 2,000 ms |  |  | 20,480 MiB |  | " in text
     assert "| 320 | full | lemo, `skip` 0.5 | sampled shared |" in text
     assert f"Left out: {LIGER}: liger-kernel needs a GPU." in text
 
