@@ -146,9 +146,8 @@ __global__ void __launch_bounds__(kListThreads) fill_lists(const __grid_constant
   }
   if (tile.index % 32 != 0) return;
   int64_t column = tile.index + lane < tile.count ? params.transposed_offsets[slot + lane] : params.capacity;
-  walk_columns(params, tile, slot - tile.index, lane, [&](uint32_t bits, int m) {
-    append(params.transposed_tiles, params.capacity, column, bits, m);
-  });
+  walk_columns(params, tile, slot - tile.index, lane,
+               [&](uint32_t bits, int m) { append(params.transposed_tiles, params.capacity, column, bits, m); });
 }
 
 }  // namespace lemo::cuda::tiling

@@ -1,6 +1,6 @@
-// The products of tile_scores. A thread block owns kRows probe rows of one key head and a run of key tiles; the rows may
-// belong to several query tiles and documents. Per key tile and row, log2 of the sum of exp2 over the keys that the row
-// sees is all that leaves registers.
+// The products of tile_scores. A thread block owns kRows probe rows of one key head and a run of key tiles; the rows
+// may belong to several query tiles and documents. Per key tile and row, log2 of the sum of exp2 over the keys that the
+// row sees is all that leaves registers.
 #pragma once
 
 #include <algorithm>
@@ -54,8 +54,7 @@ __device__ __forceinline__ void find_probe_row(const ScoreParams& params, int ke
   const int probe = in_slot / params.group, head = key_head * params.group + in_slot % params.group;
   const int size = min(kTile, tile.length - tile.index * kTile);
   const int packed = tile.start + tile.index * kTile + (2 * probe + 1) * size / (2 * params.probes);
-  rows.source[threadIdx.x] =
-      storage_row(params.documents, packed) * params.q.row_stride + head * params.q.head_stride;
+  rows.source[threadIdx.x] = storage_row(params.documents, packed) * params.q.row_stride + head * params.q.head_stride;
   rows.target[threadIdx.x] =
       strip_slot * params.key_tiles * params.heads * params.probes + key_head * per_slot + in_slot;
   rows.limit[threadIdx.x] = packed;
@@ -100,9 +99,7 @@ class KeyTiles {
   }
 
   __device__ __forceinline__ bool valid() const { return slot_ < end_; }
-  __device__ __forceinline__ Tile tile() const {
-    return {start_, length_, index(), ceil_div(length_, kTile), kUncut};
-  }
+  __device__ __forceinline__ Tile tile() const { return {start_, length_, index(), ceil_div(length_, kTile), kUncut}; }
   __device__ __forceinline__ int index() const { return slot_ - base_; }
   __device__ __forceinline__ int start() const { return start_; }
   __device__ __forceinline__ void advance(const Documents& documents) {

@@ -45,8 +45,8 @@ struct SelectShared {
   uint64_t warp_sums[kSelectWarps];
   int warp_ties[2][kSelectWarps];
   // What find_bin leaves.
-  int bin, count;   // bin -1: all of them fit
-  int before;       // tiles and units in the bins above it
+  int bin, count;  // bin -1: all of them fit
+  int before;      // tiles and units in the bins above it
   uint64_t before_sum;
 };
 

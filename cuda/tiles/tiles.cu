@@ -24,8 +24,10 @@ Documents documents_of(const lemo_tensor& cu_seqlens, const lemo_tensor& rows, i
 }
 
 uint64_t layout(const lemo_tile_scores_args& args, void* base, ScoreParams& params) {
+  const int64_t capacity = present(args.rows) ? args.rows.shape[0] : args.q.shape[0];
+  params.documents = documents_of(args.cu_seqlens, args.rows, capacity);
   params.slots = static_cast<int32_t>(args.scores.shape[0]);
-  params.key_tiles = static_cast<int32_t>(std::min(ceil_div(args.max_seqlen, kTile), args.scores.shape[1]));
+  params.key_tiles = static_cast<int32_t>(ceil_div(std::min(args.max_seqlen, capacity), kTile));
   params.heads = static_cast<int32_t>(args.q.shape[1]);
   params.probes = args.probes;
   params.chunks = static_cast<int32_t>(ceil_div(params.key_tiles, tiling::kChunk));
@@ -34,11 +36,6 @@ uint64_t layout(const lemo_tile_scores_args& args, void* base, ScoreParams& para
   params.partial = arena.take<float>(rows * params.key_tiles);
   params.sums = arena.take<float>(rows * params.chunks);
   return arena.size();
-}
-
-void clear_rows(const char* operation, void* target, int64_t stride, int64_t width, int64_t rows, cudaStream_t stream) {
-  if (width <= 0 || rows <= 0) return;
-  check(cudaMemset2DAsync(target, stride * 4, 0, width * 4, rows, stream), operation);
 }
 
 }  // namespace
@@ -54,7 +51,6 @@ void tile_scores(const lemo_exec& exec, const lemo_tile_scores_args& args) {
   layout(args, exec.workspace, params);
   params.q = {args.q.data, args.q.stride[0], args.q.stride[1]};
   params.k = {args.k.data, args.k.stride[0], args.k.stride[1]};
-  params.documents = documents_of(args.cu_seqlens, args.rows, present(args.rows) ? args.rows.shape[0] : args.q.shape[0]);
   params.first_slot = args.first_slot;
   params.group = static_cast<int32_t>(args.q.shape[1] / args.k.shape[1]);
   // Not 0, which would turn the -infinity of a masked score into NaN.
@@ -62,19 +58,18 @@ void tile_scores(const lemo_exec& exec, const lemo_tile_scores_args& args) {
   params.scores = data<float>(args.scores);
   params.scores_stride = row_stride(args.scores);
   params.width = args.scores.shape[1];
+  if (params.slots <= 0 || params.width <= 0) return;
   const DeviceGuard guard(exec.device_index);
   const cudaStream_t stream = stream_of(exec);
-  const bool nothing = params.documents.count <= 0 || params.slots <= 0 || params.key_tiles <= 0;
-  with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
-    with_type(args.q.dtype, kName, [](auto) {});  // refuses a dtype before the first write
-    if (nothing) return clear_rows(kName, params.scores, params.scores_stride, params.width, params.slots, stream);
-    tiling::launch_partial<decltype(head_dim)::value>(params, args.q.dtype, stream);
-  });
-  if (nothing) return;
   const auto grid = [&](int64_t chunks) {
     return dim3(static_cast<unsigned>(params.slots), static_cast<unsigned>(chunks));
   };
-  launch(kName, tiling::sum_chunks, grid(params.chunks), tiling::kReduceThreads, 0, stream, params);
+  if (params.key_tiles > 0) {
+    with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
+      tiling::launch_partial<decltype(head_dim)::value>(params, args.q.dtype, stream);
+    });
+    launch(kName, tiling::sum_chunks, grid(params.chunks), tiling::kReduceThreads, 0, stream, params);
+  }
   launch(kName, tiling::mean_masses, grid(ceil_div(params.width, tiling::kChunk)), tiling::kReduceThreads, 0, stream,
          params);
 }
@@ -86,11 +81,10 @@ void select_tiles(const lemo_exec& exec, const lemo_select_tiles_args& args) {
   params.scores_stride = row_stride(args.scores);
   params.documents = documents_of(args.cu_seqlens, {}, 0);
   params.first_slot = args.first_slot;
-  params.most = static_cast<int32_t>(std::min<int64_t>(ceil_div(std::min<int64_t>(args.keys, INT64_MAX - kTile), kTile),
-                                                       INT32_MAX));
+  params.most = static_cast<int32_t>(std::min<int64_t>((args.keys - 1) / kTile + 1, INT32_MAX));
   params.density = args.density;
-  params.mass = args.mass < 1.0f ? static_cast<uint64_t>(std::ceil(static_cast<double>(args.mass) * 0x1p40))
-                                 : tiling::kNoLimit;
+  params.mass =
+      args.mass < 1.0f ? static_cast<uint64_t>(std::ceil(static_cast<double>(args.mass) * 0x1p40)) : tiling::kNoLimit;
   params.first = args.first;
   params.local = args.local;
   params.chosen = data<int32_t>(args.chosen);
@@ -100,14 +94,8 @@ void select_tiles(const lemo_exec& exec, const lemo_select_tiles_args& args) {
   const int64_t slots = args.scores.shape[0];
   if (slots <= 0) return;
   const DeviceGuard guard(exec.device_index);
-  const cudaStream_t stream = stream_of(exec);
-  if (params.documents.count <= 0) {
-    clear_rows(kName, params.chosen + params.first_slot * params.chosen_stride, params.chosen_stride, params.words,
-               slots, stream);
-    if (params.covered != nullptr) clear_rows(kName, params.covered, slots, slots, 1, stream);
-    return;
-  }
-  launch(kName, tiling::choose_tiles, dim3(static_cast<unsigned>(slots)), tiling::kSelectThreads, 0, stream, params);
+  launch(kName, tiling::choose_tiles, dim3(static_cast<unsigned>(slots)), tiling::kSelectThreads, 0, stream_of(exec),
+         params);
 }
 
 void list_tiles(const lemo_exec& exec, const lemo_list_tiles_args& args) {
@@ -117,22 +105,14 @@ void list_tiles(const lemo_exec& exec, const lemo_list_tiles_args& args) {
   params.chosen_stride = row_stride(args.chosen);
   params.words = static_cast<int32_t>(args.chosen.shape[1]);
   params.documents = documents_of(args.cu_seqlens, {}, 0);
-  // Without documents there are no tiles, whatever the number of slots.
-  params.slots = params.documents.count > 0 ? static_cast<int32_t>(args.chosen.shape[0]) : 0;
-  params.capacity = std::min<int64_t>(args.tiles.shape[0], INT32_MAX);
+  params.slots = static_cast<int32_t>(args.chosen.shape[0]);
+  params.capacity = args.tiles.shape[0];
   params.offsets = data<int32_t>(args.tile_offsets);
   params.tiles = data<int32_t>(args.tiles);
   params.transposed_offsets = data<int32_t>(args.transposed_offsets);
   params.transposed_tiles = data<int32_t>(args.transposed_tiles);
   const DeviceGuard guard(exec.device_index);
   const cudaStream_t stream = stream_of(exec);
-  if (params.slots <= 0) {
-    for (const lemo_tensor* out :
-         {&args.tile_offsets, &args.transposed_offsets, &args.tiles, &args.transposed_tiles}) {
-      clear_rows(kName, out->data, out->shape[0], out->shape[0], 1, stream);
-    }
-    return;
-  }
   const dim3 grid(static_cast<unsigned>(ceil_div(params.slots, tiling::kListThreads / 32)));
   launch(kName, tiling::count_tiles, grid, tiling::kListThreads, 0, stream, params);
   launch(kName, tiling::scan_counts, dim3(2), tiling::kScanThreads, 0, stream, params);
