@@ -1,4 +1,4 @@
-"""Predictors of block informativeness and of attention mass: the networks, their training on a frozen model, and their folder on disk."""
+"""Predictors of what attention looks at, blocks or key tiles: networks, training on a frozen model, folder on disk."""
 
 from lemo.predictors.calibration import CalibrationSettings, calibrate
 from lemo.predictors.fingerprint import model_fingerprint

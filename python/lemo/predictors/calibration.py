@@ -203,18 +203,12 @@ def _train(trainer: Trainer, collector: Collector, settings: CalibrationSettings
             more = collector.read()
         if step == 0:
             if not collector.train or not collector.held_out:
-                least = (
-                    f"{settings.shortest} tokens"
-                    if settings.target == "mass"
-                    else f"a block of {settings.block} tokens"
-                )
+                mass = settings.target == "mass"
+                least = f"{settings.shortest} tokens" if mass else f"a block of {settings.block} tokens"
+                more_text = "longer documents" if mass else "more text or a smaller block size"
                 raise ValueError(
                     f"batches: expected at least 2 documents longer than {least}, got {collector.count}; "
-                    + (
-                        "give longer documents"
-                        if settings.target == "mass"
-                        else "give more text or a smaller block size"
-                    )
+                    f"give {more_text}"
                 )
             trainer.start(collector.train)
             longest = max(s.rows[0].shape[0] for s in collector.train)
