@@ -355,6 +355,87 @@ void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purp
   check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacities.queries, true);
 }
 
+namespace {
+
+// A strip of `count` slots out of S.
+void check_strip(int64_t first_slot, int64_t count, int64_t slots) {
+  check_range("first_slot", first_slot >= 0, "at least 0", static_cast<double>(first_slot));
+  if (count <= slots && first_slot <= slots - count) return;
+  invalid("first_slot: expected first_slot + C <= S, got " + std::to_string(first_slot) + " + " +
+          std::to_string(count) + " with S = " + std::to_string(slots));
+}
+
+// A choice of tiles [S, B], and the documents whose tiles have the slots.
+void check_chosen(const Checker& check, const lemo_tensor& chosen, const lemo_tensor& cu_seqlens, Role role) {
+  check.typed("chosen", chosen, LEMO_I32, {{"S", kAny}, {"B", kAny}}, role);
+  check_list_fits("chosen", chosen);
+  check.typed("cu_seqlens", cu_seqlens, LEMO_I32, {{"D + 1", kAny}});
+  check_range("cu_seqlens", cu_seqlens.shape[0] >= 2, "at least one document, so 2 entries or more",
+              static_cast<double>(cu_seqlens.shape[0]));
+  check_list_fits("cu_seqlens", cu_seqlens);
+  const int64_t documents = cu_seqlens.shape[0] - 1;
+  if (chosen.shape[0] < documents) {
+    invalid("chosen: expected S >= D = " + std::to_string(documents) + " slots, got " + describe(chosen));
+  }
+  if (check.values()) check_tile_slots_values(cu_seqlens, chosen.shape[0]);
+}
+
+}  // namespace
+
+void validate(const lemo_exec& exec, const lemo_tile_scores_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("q", a.q, {{"R", kAny}, {"Hq", kAny}, {"D", kAny}});
+  check_rows_fit("q", a.q.shape[0]);
+  check_range("q", a.q.shape[2] >= 1, "a head dimension of at least 1", static_cast<double>(a.q.shape[2]));
+  check.like("k", a.k, "q", a.q, {{"R", a.q.shape[0]}, {"Hk", kAny}, {"D", a.q.shape[2]}});
+  check_heads(a.q.shape[1], a.k.shape[1]);
+  check_range("scale", std::isfinite(a.scale) && a.scale >= 0, "a finite number of at least 0", a.scale);
+  check_range("probes", a.probes >= 1 && a.probes <= LEMO_TILE_ROWS, "1 to LEMO_TILE_ROWS (128)", a.probes);
+  const int64_t capacity = check_packed_rows(check, "", a.q, a.cu_seqlens, {"D + 1", kAny}, a.rows, a.max_seqlen);
+  check.typed("scores", a.scores, LEMO_F32, {{"C", kAny}, {"W", kAny}}, Role::kOutput);
+  const int64_t tiles = a.max_seqlen / LEMO_TILE_ROWS + (a.max_seqlen % LEMO_TILE_ROWS != 0 ? 1 : 0);
+  if (a.scores.shape[1] < tiles) {
+    invalid("scores: expected W >= " + std::to_string(tiles) +
+            ", the tiles of max_seqlen = " + std::to_string(a.max_seqlen) + " rows, got " + describe(a.scores));
+  }
+  check_strip(a.first_slot, a.scores.shape[0], capacity / LEMO_TILE_ROWS + a.cu_seqlens.shape[0] - 1);
+}
+
+void validate(const lemo_exec& exec, const lemo_select_tiles_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.typed("scores", a.scores, LEMO_F32, {{"C", kAny}, {"W", kAny}});
+  check_chosen(check, a.chosen, a.cu_seqlens, Role::kOutput);
+  check_strip(a.first_slot, a.scores.shape[0], a.chosen.shape[0]);
+  const int64_t width = a.scores.shape[1], words = width / 32 + (width % 32 != 0 ? 1 : 0);
+  if (a.chosen.shape[1] < words) {
+    invalid("chosen: expected B >= " + std::to_string(words) + ", a bit for each of the W = " + std::to_string(width) +
+            " tiles, got " + describe(a.chosen));
+  }
+  check_range("keys", a.keys >= 1, "at least 1", static_cast<double>(a.keys));
+  check_range("density", a.density > 0 && a.density <= 1, "a fraction in (0, 1]", a.density);
+  check_range("mass", a.mass > 0, "a number above 0 (1 or more: no limit)", a.mass);
+  check_range("first", a.first >= 0, "at least 0", a.first);
+  check_range("local", a.local >= 0, "at least 0", a.local);
+  if (present(a.covered)) check.typed("covered", a.covered, LEMO_F32, {{"C", a.scores.shape[0]}}, Role::kOutput);
+  if (check.values()) {
+    check_tile_width_values("scores", a.cu_seqlens, a.first_slot, a.first_slot + a.scores.shape[0], width, "W");
+  }
+}
+
+void validate(const lemo_exec& exec, const lemo_list_tiles_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check_chosen(check, a.chosen, a.cu_seqlens, Role::kInput);
+  const Dim ends = {"S + 1", a.chosen.shape[0] + 1};
+  check.typed("tile_offsets", a.tile_offsets, LEMO_I32, {ends}, Role::kOutput);
+  check.typed("tiles", a.tiles, LEMO_I32, {{"L", kAny}}, Role::kOutput);
+  check_list_fits("tiles", a.tiles);
+  check.typed("transposed_offsets", a.transposed_offsets, LEMO_I32, {ends}, Role::kOutput);
+  check.typed("transposed_tiles", a.transposed_tiles, LEMO_I32, {{"L", a.tiles.shape[0]}}, Role::kOutput);
+  if (!check.values()) return;
+  check_tile_width_values("chosen", a.cu_seqlens, 0, a.chosen.shape[0], 32 * a.chosen.shape[1], "32 B");
+  check_chosen_values(a.chosen, a.cu_seqlens, a.tiles.shape[0]);
+}
+
 void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("hidden", a.hidden, {{"N", kAny}, {"d", kAny}});

@@ -28,6 +28,13 @@ void check_rows_ascend(const char* name, const lemo_tensor& rows, const lemo_ten
 int64_t check_cu_seqlens_values(const char* side, const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen);
 void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,
                              bool transposed);
+// Every tile of the documents has a slot.
+void check_tile_slots_values(const lemo_tensor& cu_seqlens, int64_t slots);
+// Query tiles with slots in [first, last) see at most `width` tiles; `letter`: the dimension of `name` that says so.
+void check_tile_width_values(const char* name, const lemo_tensor& cu_seqlens, int64_t first, int64_t last,
+                             int64_t width, const char* letter);
+// Bits stand for tiles below the own one, and there are at most `entries` of them.
+void check_chosen_values(const lemo_tensor& chosen, const lemo_tensor& cu_seqlens, int64_t entries);
 void check_targets_values(const lemo_tensor& targets, int64_t ignore_index, int64_t num_classes);
 
 }  // namespace lemo

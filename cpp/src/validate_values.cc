@@ -1,6 +1,8 @@
 // The values of index lists in host memory: a wrong index would read or write outside a tensor.
+#include <limits>
 #include <vector>
 
+#include "src/tile_slots.h"
 #include "src/validate.h"
 
 namespace lemo {
@@ -149,6 +151,45 @@ void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tile
                 list[i]);
       }
     }
+  }
+}
+
+void check_tile_slots_values(const lemo_tensor& cu_seqlens, int64_t slots) {
+  const int64_t any = std::numeric_limits<int32_t>::max();
+  check_cu_seqlens_values("", cu_seqlens, any, any);
+  int64_t needed = 0;
+  for_each_tile(cu_seqlens, [&](const TileSlot& tile) { needed = tile.slot + 1; });
+  if (needed > slots) {
+    invalid("chosen: expected S >= ", needed, ", slots for the tiles of cu_seqlens, got S = ", slots);
+  }
+}
+
+void check_tile_width_values(const char* name, const lemo_tensor& cu_seqlens, int64_t first, int64_t last,
+                             int64_t width, const char* letter) {
+  for_each_tile(cu_seqlens, [&](const TileSlot& tile) {
+    if (tile.slot < first || tile.slot >= last || tile.index < width) return;
+    invalid(name, ": expected ", letter, " >= ", tile.index + 1, " tiles, as many as document ", tile.document,
+            " has up to slot ", tile.slot, ", got ", letter, " = ", width);
+  });
+}
+
+void check_chosen_values(const lemo_tensor& chosen, const lemo_tensor& cu_seqlens, int64_t entries) {
+  std::vector<int64_t> own(static_cast<size_t>(chosen.shape[0]));  // slots without a tile see nothing
+  for_each_tile(cu_seqlens, [&](const TileSlot& tile) { own[static_cast<size_t>(tile.slot)] = tile.index; });
+  int64_t count = 0;
+  for (int64_t slot = 0; slot < chosen.shape[0]; ++slot) {
+    const int32_t* bits = ints(chosen) + slot * chosen.stride[0];
+    const int64_t end = own[static_cast<size_t>(slot)];
+    for_each_bit(bits, chosen.shape[1], [&](int64_t tile) {
+      ++count;
+      if (tile >= end) {
+        invalid("chosen: slot ", slot, ": expected bits below ", end, ", the number of tiles before its own, got bit ",
+                tile);
+      }
+    });
+  }
+  if (count > entries) {
+    invalid("tiles: expected L >= ", count, ", the number of bits set in chosen, got L = ", entries);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "lemo/rows.h"
 #include "lemo/scores.h"
 #include "lemo/select.h"
+#include "lemo/tiles.h"
 #include "lemo/types.h"
 
 #endif

@@ -29,6 +29,9 @@
   WITH_WORKSPACE(predict)                      \
   WITH_WORKSPACE(attention_forward)            \
   WITH_WORKSPACE(attention_backward)           \
+  WITH_WORKSPACE(tile_scores)                  \
+  PLAIN(select_tiles)                          \
+  PLAIN(list_tiles)                            \
   WITH_WORKSPACE(linear_cross_entropy)
 
 #define LEMO_FIELDS_gather(F) \
@@ -72,6 +75,18 @@
   F(value, scale) F(reserved, reserved) F(output, dq) F(output, dk) F(output, dv)                        \
   F(optional, tile_offsets) F(companion, tiles) F(optional, cu_seqlens_k) F(optional, rows_k)            \
   F(companion, row_slots_k) F(value, max_seqlen_k)
+
+#define LEMO_FIELDS_tile_scores(F)                                                                       \
+  F(input, q) F(input, k) F(input, cu_seqlens) F(optional, rows) F(value, max_seqlen)                    \
+  F(value, first_slot) F(value, scale) F(value, probes) F(output, scores)
+
+#define LEMO_FIELDS_select_tiles(F)                                                                      \
+  F(input, scores) F(input, cu_seqlens) F(value, first_slot) F(value, keys) F(value, density)            \
+  F(value, mass) F(value, first) F(value, local) F(output, chosen) F(optional_output, covered)
+
+#define LEMO_FIELDS_list_tiles(F)                                                                        \
+  F(input, chosen) F(input, cu_seqlens) F(output, tile_offsets) F(output, tiles)                         \
+  F(output, transposed_offsets) F(output, transposed_tiles)
 
 #define LEMO_FIELDS_linear_cross_entropy(F)                                                              \
   F(input, hidden) F(input, weight) F(optional, bias) F(optional, lora_a) F(companion, lora_b)           \

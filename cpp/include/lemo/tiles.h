@@ -7,8 +7,8 @@
  *   mass(m, n) = mean over heads h and probes i of sum over keys j <= i in tile n of exp(scale * q_i^h . k_j^h - lse_i^h)
  *   lse_i^h    = log of the sum over all j <= i of the document of exp(scale * q_i^h . k_j^h)
  *
- * so that the masses of a query tile add up to 1. Probe r of R in a tile of `size` rows is its row
- * (2 r + 1) size / (2 R), rounded down. With R = LEMO_TILE_ROWS the mass of a whole tile is exact.
+ * so that the masses of a query tile add up to 1. Probe r of P in a query tile of N rows is its row (2 r + 1) N / (2 P),
+ * rounded down; with N < P, rows are repeated. With P = LEMO_TILE_ROWS the mass of a whole tile is exact.
  *
  * No operation needs memory quadratic in the number of tiles except `chosen`, of one bit per pair: scores are made and
  * read for a strip of query tiles at a time. Nothing is synchronized. */
@@ -22,7 +22,8 @@
 extern "C" {
 #endif
 
-/** Attention mass of key tiles, for the query tiles with slots first_slot to first_slot + C - 1 of the S slots. */
+/** Attention mass of key tiles, for the query tiles with slots first_slot to first_slot + C - 1 of the S slots, where
+ * S = capacity / LEMO_TILE_ROWS + D. */
 typedef struct lemo_tile_scores_args {
   uint64_t struct_size;
   lemo_tensor q;          /**< float [R, Hq, D]; rows and heads may be strided */
@@ -30,7 +31,7 @@ typedef struct lemo_tile_scores_args {
   lemo_tensor cu_seqlens; /**< int32 [D + 1]: first packed row of every document, from 0, ascending, M at the end */
   lemo_tensor rows;       /**< optional: int32 [capacity], storage row of every packed row; not read from M on */
   int64_t max_seqlen;     /**< at least the packed rows of the longest document */
-  int64_t first_slot;     /**< at least 0 */
+  int64_t first_slot;     /**< at least 0; first_slot + C is at most S */
   float scale;            /**< finite, at least 0; usually 1 / sqrt(D) */
   int32_t probes;         /**< rows of a query tile that are looked at, 1 to LEMO_TILE_ROWS */
 
@@ -48,13 +49,13 @@ LEMO_API lemo_status lemo_tile_scores_workspace(const lemo_exec* exec, const lem
  *
  *   count >= min(ceil(keys / LEMO_TILE_ROWS), floor(density * (m + 1) + 0.5))     or     sum of scores >= mass
  *
- * where count and sum include the tiles that are always there. The sum is taken in units of 2^-40 of each score, cut to
- * [0, 1], so that it has no order and every backend stops at the same tile; mass >= 1 is no limit. Scores that are NaN
- * come last, as if they were -infinity. */
+ * where count and sum include the tiles that are always there, the query tile itself among them. The sum is that of
+ * each score cut to [0, 1] and rounded down to a multiple of 2^-40, so that its order does not matter and every backend
+ * stops at the same tile; with mass >= 1 it sets no limit. A score of NaN ranks as -infinity does and counts as 0. */
 typedef struct lemo_select_tiles_args {
   uint64_t struct_size;
-  lemo_tensor scores;     /**< float32 [C, W], higher is chosen first; entries above m are not read. Rows may be
-                               strided */
+  lemo_tensor scores;     /**< float32 [C, W], W at least the tiles of a document with a slot among these; higher is
+                               chosen first; entries above m are not read. Rows may be strided */
   lemo_tensor cu_seqlens; /**< int32 [D + 1] */
   int64_t first_slot;     /**< the slot of row 0 of `scores`; first_slot + C is at most S */
   int64_t keys;           /**< at least 1: key rows per query tile */
@@ -66,16 +67,18 @@ typedef struct lemo_select_tiles_args {
   lemo_tensor chosen;  /**< out: int32 [S, B], 32 B at least W. Of rows first_slot to first_slot + C - 1: bit n % 32 of
                             chosen[s, n / 32] is set if the query tile of slot s attends to tile n below its own; rows of
                             slots without a tile become 0. Other rows are not touched */
-  lemo_tensor covered; /**< optional out: float32 [C], sum of the scores of the chosen tiles and the query tile itself,
-                            each cut to [0, 1]; 0 in slots without a tile */
+  lemo_tensor covered; /**< optional out: float32 [C], the sum above when the choice is complete; 0 in slots without a
+                            tile */
 } lemo_select_tiles_args;
 LEMO_API lemo_status lemo_select_tiles(const lemo_exec* exec, const lemo_select_tiles_args* args);
 
 /** Turns the choice into lists, as the forward pass of attention reads them and, transposed, as the backward pass does.
- * Lists that exceed the L entries are cut: L must be at least the number of bits that are set. */
+ *
+ * L must be at least the number of bits that are set, and the rows of slots without a tile must be 0. On CUDA, where
+ * neither is checked, nothing is written outside of the outputs: lists end at entry L. */
 typedef struct lemo_list_tiles_args {
   uint64_t struct_size;
-  lemo_tensor chosen;     /**< int32 [S, B], see lemo_select_tiles_args */
+  lemo_tensor chosen;     /**< int32 [S, B], see lemo_select_tiles_args; 32 B at least the tiles of every document */
   lemo_tensor cu_seqlens; /**< int32 [D + 1] */
 
   lemo_tensor tile_offsets;       /**< out: int32 [S + 1] */

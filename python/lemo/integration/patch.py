@@ -35,7 +35,6 @@ from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
 from lemo.integration.controller import Controller
 from lemo.integration.entries import attach, controller_of, detach
-from lemo.integration.trainers import skips_tokens
 from lemo.integration.training_pass import Inputs
 
 if TYPE_CHECKING:  # loaded only if a run has a calibration
@@ -130,7 +129,7 @@ def _causal_lm_forward(
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
     if named.get("labels") is None or not ordinary:
         # Only the layers run through lemo then.
-        if skips_tokens(controller.phase):
+        if controller.phase.skips:
             controller.note(_LOSS_OF_OTHERS)
         return original(*args, **kwargs)
     inputs = _inputs(controller, named)

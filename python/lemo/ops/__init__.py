@@ -8,6 +8,7 @@ from lemo.ops.attention import attention, attention_backward, attention_forward,
 from lemo.ops.blocks import SelectInfo, block_scores, predict, select_blocks
 from lemo.ops.loss import linear_cross_entropy, linear_cross_entropy_loss
 from lemo.ops.rows import gather, gather_norm, gather_norm_backward, gather_norm_backward_, norm, scatter_add_
+from lemo.ops.tiles import list_tiles, select_tiles_, tile_scores
 
 __all__ = [
     "SelectInfo",
@@ -21,9 +22,12 @@ __all__ = [
     "gather_norm_backward_",
     "linear_cross_entropy",
     "linear_cross_entropy_loss",
+    "list_tiles",
     "norm",
     "predict",
     "scatter_add_",
     "select_blocks",
+    "select_tiles_",
+    "tile_scores",
     "transpose_tile_lists",
 ]

@@ -19,11 +19,15 @@ library = torch.library.Library("lemo", "DEF")
 
 def refuse_derivatives(name: str) -> None:
     """Outputs of the operator require a gradient if an input does, and asking for it raises RuntimeError."""
-    mutated = [i for i, a in enumerate(_operator(name)._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    schema = _operator(name)._schema
+    mutated = [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
+    single = len(schema.returns) == 1
 
     def underivable(run: Callable[..., Any], *args: Any) -> Any:
         outputs = _Underivable.apply(name, run, mutated, *args)
-        return outputs[len(mutated) :] if mutated else outputs  # the dispatcher counts what the schema returns
+        if not mutated:
+            return outputs
+        return outputs[-1] if single else outputs[len(mutated) :]  # the dispatcher counts what the schema returns
 
     bind_autograd(name, underivable)
 
@@ -96,7 +100,8 @@ class _Underivable(Function):
         if not mutated:
             return outputs
         ctx.mark_dirty(*(args[i] for i in mutated))
-        return *(args[i] for i in mutated), *outputs
+        returned = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return *(args[i] for i in mutated), *returned
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
