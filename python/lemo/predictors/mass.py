@@ -38,7 +38,7 @@ from lemo.predictors.train import Sample, Trainer, groups
 
 DENSITIES = (0.125, 0.25, 0.5)  # of the report
 _QUERY_TILES = 256  # of a document, at most
-_START_LOGIT = 0.3  # root mean square of the products at the start: close to what the distance alone says
+_START_LOGIT = 0.1  # root mean square of the products at the start: close to what the distance alone says
 _TABLE_STEP = 1.0  # of a distance table, in the units of its logits, relative to the learning rate
 _SKIPPED = 8  # query tiles at a document's beginning that a budget covers anyway: not in the report
 
@@ -67,6 +67,7 @@ class MassTrainer(Trainer):
         self.tables: list[nn.Parameter] = []
 
     def start(self, samples: list[Sample]) -> None:
+        """Products that hardly matter, and the distance table that explains the masses best without them."""
         blocks = self.blocks(samples)
         knots = distance_knots(max(s.exact[0].shape[1] for s in samples))
         for i, network in enumerate(self.networks):
@@ -76,6 +77,7 @@ class MassTrainer(Trainer):
             for side in "qk":
                 getattr(network, f"w{side}3").data.mul_((_START_LOGIT / size).sqrt())
             table = nn.Parameter(torch.zeros(knots, device=blocks.device))
+            fit_table(table, [s.exact[i] for s in samples])
             self.tables.append(table)
             places = {"params": [table], "base": _TABLE_STEP, "lr": 0.0}
             self.optimizers.append(torch.optim.Adam([*groups(network), places], betas=(0.9, 0.99)))
@@ -95,6 +97,24 @@ class MassTrainer(Trainer):
     def distances(self) -> Tensor:
         """float32 [layers, P] on the CPU."""
         return torch.stack([t.detach().float().cpu() for t in self.tables])
+
+
+def fit_table(table: nn.Parameter, masses: Sequence[Tensor]) -> None:
+    """The distance table with the least ``mass_loss`` over documents of masses [Q, N] where it is the only logit."""
+    cases = [(mass, numbers(query_strips(mass.shape[1], _QUERY_TILES), mass.device)) for mass in masses]
+    optimizer = torch.optim.LBFGS([table], max_iter=30, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        # A weak pull to 0 holds entries that no document reaches.
+        loss = 1e-4 * table.square().mean()
+        for mass, m in cases:
+            loss = loss + mass_loss(distance_logits(table, m, mass.shape[1]), mass, m) / len(cases)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
 
 
 def mass_loss(logits: Tensor, mass: Tensor, m: Tensor) -> Tensor:

@@ -31,10 +31,7 @@ WEIGHTS_NAME = "predictors.safetensors"
 FORMAT_VERSION = 2  # version 1 had no target: "importance"
 _READABLE = (1, 2)
 Target = Literal["importance", "mass"]
-_USES = {
-    "importance": 'policies that choose blocks (modes "skip" and "backward")',
-    "mass": 'the choice of key tiles (mode "sparse")',
-}
+_USES = {"importance": "the choice of blocks", "mass": "the choice of key tiles"}
 
 
 class CalibrationError(RuntimeError):
@@ -128,13 +125,14 @@ class PredictorSet:
         _, queries, keys = self._predict(layer, x, blocks)
         return TileStrips(queries, keys, self.distances[layer], blocks)
 
-    def require(self, target: Target, folder: str | os.PathLike[str] | None = None) -> None:
-        """Raises CalibrationError unless the predictors were calibrated for this target."""
+    def require(self, target: Target, folder: str | os.PathLike[str] | None = None, where: str | None = None) -> None:
+        """Raises CalibrationError unless the predictors were calibrated for this target. where: what needs it."""
         if self.target != target:
             which = "the calibration" if folder is None else os.fspath(folder)
             raise CalibrationError(
-                f'{which} was made with --target {self.target}, for {_USES[self.target]}; expected "{target}", for '
-                f"{_USES[target]}: run `lemo calibrate --target {target}`"
+                f"{which} was made for {_USES[self.target]} (--target {self.target}), but "
+                f"{where or _USES[target]} needs --target {target}: run `lemo calibrate --target {target}`, or choose a "
+                "policy that needs no calibration"
             )
 
     def _predict(self, layer: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lemo import ops
 from lemo.engine.layout import Blocks
+from lemo.engine.tiles import FIRST_TILES, TILE
 
-TILE = 128  # rows, LEMO_TILE_ROWS: a constant of the kernels
 ALL_ROWS = TILE  # as many probes as rows: the exact mass
 STRIP = 16  # query tiles at a time
-FORCED = 3  # tiles that a query tile attends to whatever their scores: itself, the first, the one before
+LOCAL = 1  # tiles before a query tile that count as chosen, as by default in mode `sparse`
+FORCED = 1 + FIRST_TILES + LOCAL  # tiles that a query tile attends to whatever their scores
 
 
 def query_strips(tiles: int, at_most: int) -> list[tuple[int, int]]:
@@ -43,22 +45,10 @@ def tile_mass(q: Tensor, k: Tensor, scale: float, probes: int, strips: Sequence[
 
     q [T, Hq, D], k [T, Hk, D]; probes: rows looked at per query tile, 128 for the exact mass.
     """
-    length = q.shape[0]
-    tiles = -(-length // TILE)
-    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1).permute(1, 2, 0).float()  # [Hq, D, T]
-    out = q.new_zeros(sum(count for _, count in strips), tiles, dtype=torch.float32)
-    place = 0
-    for first, count in strips:
-        for m in range(first, first + count):
-            size = min(TILE, length - m * TILE)
-            rows = m * TILE + (2 * torch.arange(probes, device=q.device) + 1) * size // (2 * probes)
-            end = min((m + 1) * TILE, length)
-            logits = torch.matmul(q[rows].permute(1, 0, 2).float() * scale, keys[:, :, :end])
-            logits.masked_fill_(torch.arange(end, device=q.device) > rows[:, None], -torch.inf)
-            p = logits.softmax(-1).mean((0, 1))
-            out[place, : m + 1] = torch.nn.functional.pad(p, (0, (m + 1) * TILE - end)).view(m + 1, TILE).sum(1)
-            place += 1
-    return out
+    tokens = q.shape[0]
+    ends = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+    where = (ends, None, tokens, scale, probes)
+    return torch.cat([ops.tile_scores(q, k, *where, first, count, -(-tokens // TILE)) for first, count in strips])
 
 
 def pooled_mass(q: Tensor, k: Tensor, scale: float, m: Tensor) -> Tensor:
@@ -83,7 +73,7 @@ def _later(m: Tensor, tiles: int) -> Tensor:
 def free_tiles(m: Tensor, tiles: int) -> Tensor:
     """bool [Q, N]: key tiles that have to compete, neither the query tile itself, the first nor the one before."""
     n = torch.arange(tiles, device=m.device)
-    return (n > 0) & (n < m[:, None] - 1)
+    return (n >= FIRST_TILES) & (n < m[:, None] - LOCAL)
 
 
 def choose(scores: Tensor, m: Tensor, density: float) -> Tensor:
