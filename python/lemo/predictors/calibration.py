@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.layout import Blocks
+from lemo.engine.tiles import TILE
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.mass import MassTeacher, MassTrainer, evaluate_coverage
 from lemo.predictors.network import ALIGNMENT, Pool, PredictorNetwork
@@ -29,7 +30,7 @@ from lemo.predictors.report import Tally, compare
 from lemo.predictors.store import PredictorSet, Target
 from lemo.predictors.teacher import Teacher, documents
 from lemo.predictors.thresholds import search_thresholds
-from lemo.predictors.tiles import FORCED, TILE
+from lemo.predictors.tiles import FORCED
 from lemo.predictors.train import Collector, Trainer
 
 _STEP_ROWS = 8192

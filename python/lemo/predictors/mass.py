@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.layout import Blocks
+from lemo.engine.tiles import TILE
 from lemo.predictors.network import PredictorNetwork
 from lemo.predictors.store import PredictorSet
 from lemo.predictors.teacher import Teacher
 from lemo.predictors.tiles import (
     ALL_ROWS,
-    TILE,
     choose,
     distance_knots,
     distance_logits,

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from lemo import storage
 from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
+from lemo.engine.tiles import TILE
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool
-from lemo.predictors.tiles import TILE, TileStrips
+from lemo.predictors.tiles import TileStrips
 from lemo.storage import content_digest, file_digest, replaced_name
 
 CONFIG_NAME = "lemo_config.json"
@@ -130,9 +131,8 @@ class PredictorSet:
         if self.target != target:
             which = "the calibration" if folder is None else os.fspath(folder)
             raise CalibrationError(
-                f"{which} was made for {_USES[self.target]} (--target {self.target}), but "
-                f"{where or _USES[target]} needs --target {target}: run `lemo calibrate --target {target}`, or choose a "
-                "policy that needs no calibration"
+                f"{which} was made for {_USES[self.target]} (--target {self.target}), but {where or _USES[target]} needs "
+                f"--target {target}: run `lemo calibrate --target {target}`, or choose a policy that needs no calibration"
             )
 
     def _predict(self, layer: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
