@@ -131,8 +131,8 @@ class PredictorSet:
         if self.target != target:
             which = "the calibration" if folder is None else os.fspath(folder)
             raise CalibrationError(
-                f"{which} was made for {_USES[self.target]} (--target {self.target}), but {where or _USES[target]} needs "
-                f"--target {target}: run `lemo calibrate --target {target}`, or choose a policy that needs no calibration"
+                f"{which} was made for {_USES[self.target]} (--target {self.target}), but {where or _USES[target]} "
+                f"needs --target {target}: run `lemo calibrate --target {target}`, or choose another policy"
             )
 
     def _predict(self, layer: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
