@@ -21,7 +21,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -58,8 +57,8 @@ class LayerRows:
 class TileScorer(Protocol):
     """Calibrated scores of tiles, as `lemo.predictors.PredictorSet` has them."""
 
-    def tile_scores(self, layer: int, x: Tensor, blocks: Blocks, first_slot: int, slots: int, width: int) -> Tensor:
-        """float32 [slots, width] for a layer with input x [M, d] in tiles `blocks`."""
+    def tile_scores(self, layer: int, x: Tensor, blocks: Blocks) -> Scorer:
+        """For a layer with input x [M, d] in tiles `blocks`. The networks run once, not once per strip."""
         ...
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> TileScorer: ...
@@ -141,7 +140,7 @@ class PredictedTiles(TilePolicy):
         place = (layer.x.device, layer.x.dtype)
         if self._placed != place:
             self.predictors, self._placed = self.predictors.to(device=place[0], dtype=place[1]), place
-        return partial(self.predictors.tile_scores, layer.layer, layer.x, self._tiles(layer.rows))
+        return self.predictors.tile_scores(layer.layer, layer.x, self._tiles(layer.rows))
 
     def _tiles(self, rows: PackedRows) -> Blocks:
         """Tiles as blocks. Waits for the device if documents were shortened by a kept list."""
