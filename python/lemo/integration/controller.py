@@ -192,8 +192,8 @@ class Controller:
     def report(self) -> dict[str, Any]:
         """The last forward pass in plain values, for logs.
 
-        loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. In mode "sparse":
-        limits, those of the phase; by layer and read from the device, density, the share of the pairs of tiles that
+        loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. Of mode
+        "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of tiles that
         causality allows, and covered, the share of attention that these hold, as the tile policy estimates it (None: it
         does not).
         """
