@@ -302,7 +302,7 @@ def test_predictors_of_the_other_target_are_refused(calibrated):
         dataclasses.replace(calibrated, block_size=64)
 
 
-def test_mode_sparse_chooses_by_the_folder(tmp_path, long_model, long_texts, calibrated):
+def test_mode_sparse_chooses_by_the_folder(tmp_path, monkeypatch, long_model, long_texts, calibrated):
     calibrated.save(tmp_path / "tiles")
     dataclasses.replace(calibrated, target="importance", distances=None).save(tmp_path / "blocks")
     model = copy.deepcopy(long_model)
@@ -318,7 +318,11 @@ def test_mode_sparse_chooses_by_the_folder(tmp_path, long_model, long_texts, cal
     controller.total_steps = 1
     model.train()
     ids = long_texts[16][None]
+    made, from_lengths = [], Blocks.from_lengths
+    monkeypatch.setattr(Blocks, "from_lengths", lambda *a, **k: made.append(a[1]) or from_lengths(*a, **k))
     model(input_ids=ids, labels=ids).loss.backward()
+    assert made.count(TILE) == 1  # reading lengths waits for a GPU: once, not in every layer
+    assert controller.report()["density"] == pytest.approx([0.5] * LAYERS, abs=0.15)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.layers.parameters())
 
 

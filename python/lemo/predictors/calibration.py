@@ -210,6 +210,7 @@ def _train(trainer: Trainer, collector: Collector, settings: CalibrationSettings
         due = min(documents_in_all, max(_START_DOCUMENTS, math.ceil(2 * documents_in_all * (step + 1) / steps)))
         while more and collector.count < due:
             more = collector.read()
+            bar(0, math.nan, collector.count)
         if step == 0:
             if not collector.train or not collector.held_out:
                 mass = settings.target == "mass"
@@ -286,19 +287,24 @@ def _finish(predictors: PredictorSet, teacher: Teacher, held_out: list[Tensor], 
 
 
 def _progress(show: bool, steps: int, what: str = "calibrate", unit: str = "step") -> Any:
-    """A function (advance, loss) that draws progress; loss None closes it, NaN is not shown."""
+    """A function (advance, loss, documents) that draws progress; loss None closes it, NaN is not shown."""
     if not show:
-        return lambda advance, loss: None
+        return lambda advance, loss, documents=None: None
     from tqdm import tqdm
 
     bar = tqdm(total=steps, desc=what, unit=unit, file=sys.stderr)
 
-    def update(advance: int, loss: float | None) -> None:
+    shown: dict[str, Any] = {}
+
+    def update(advance: int, loss: float | None, documents: int | None = None) -> None:
         if loss is None:
             bar.close()
             return
         if not math.isnan(loss):
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            shown["loss"] = f"{loss:.3f}"
+        if documents is not None:
+            shown["documents read"] = documents
+        bar.set_postfix(shown, refresh=documents is not None)
         bar.update(advance)
 
     return update
