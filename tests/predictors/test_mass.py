@@ -242,6 +242,24 @@ def test_networks_run_once_for_all_strips(calibrated, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_strips_on_a_gpu_are_those_of_the_cpu_and_wait_for_nothing():
+    g = torch.Generator().manual_seed(7)
+    lengths = [3 * TILE + 5, 1, 2 * TILE, 7 * TILE - 1]
+    blocks = Blocks.from_lengths(lengths, TILE)
+    vectors = [torch.randn(blocks.num_blocks, 8, generator=g) for _ in "qk"]
+    table = torch.randn(6, generator=g)
+    expected = TileStrips(*vectors, table, blocks)(0, 14, 9)
+    on_gpu = TileStrips(*(v.cuda() for v in vectors), table.cuda(), Blocks.from_lengths(lengths, TILE, "cuda"))
+    on_gpu(0, 1, 9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = torch.cat([on_gpu(first, 7, 9) for first in (0, 7)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-2)
+
+
 def test_strips_refuse_what_does_not_fit(calibrated):
     x, blocks = torch.randn(6 * TILE, HIDDEN), Blocks.from_lengths([6 * TILE], TILE)
     with pytest.raises(ValueError, match="blocks of 64"):
