@@ -30,9 +30,8 @@ def query_strips(tiles: int, at_most: int) -> list[tuple[int, int]]:
     if tiles <= at_most:
         return [(first, min(STRIP, tiles - first)) for first in range(0, tiles, STRIP)]
     count = max(1, at_most // STRIP)
-    last = tiles - STRIP
-    firsts = {last * (i + 1) // count for i in range(count)}  # a document's first tiles see little to choose from
-    return [(first, STRIP) for first in sorted(firsts)]
+    between = tiles - count * STRIP  # left out before the strips: a document's first tiles see little to choose from
+    return [(between * (i + 1) // count + i * STRIP, STRIP) for i in range(count)]
 
 
 def numbers(strips: Sequence[tuple[int, int]], device: torch.device | None = None) -> Tensor:
