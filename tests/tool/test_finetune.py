@@ -84,11 +84,11 @@ def test_sparse_phases(new_model, text_folder: Path, tmp_path: Path, capsys) -> 
     model = new_model(tmp_path / "model", positions=1024)
     schedule = "sparse:0.4@0.5,sparse:keys=256:keep=0.8:random@0.25,dense@0.25"
     options = ("--schedule", schedule, "--context", "640", "--batch", "1", "--steps", "4", "--save-every", "1")
-    options += ("--keep-checkpoints", "4")
+    kept = ("--keep-checkpoints", "4")
     out, data = tmp_path / "run", tmp_path / "text"
     data.mkdir()
     (data / "long.txt").write_text(2 * "".join(p.read_text() for p in sorted(text_folder.glob("*.txt"))))
-    assert finetune(model, data, out, *options) == 0
+    assert finetune(model, data, out, *options, *kept) == 0
     steps = [r for r in records(out) if "loss" in r]
     assert [r["phase"]["mode"] for r in steps] == ["sparse", "sparse", "sparse", "dense"]
     assert steps[0]["phase"]["density"] == 0.4 and steps[2]["phase"]["keys"] == 256
