@@ -98,8 +98,8 @@ struct DqOrder {
 void launch_backward_plan(const BackwardKernelParams& params, cudaStream_t stream);
 void launch_backward_ranks(const BackwardKernelParams& params, cudaStream_t stream);
 
-// Units that are parts. A part is at least as long as a multiprocessor's share of all work: of the tiles of all key
-// heads, no more than kPlannedMultiprocessors are cut off, and fewer than twice as many are parts.
+// At most so many units are parts. It is enough for parts as long as a multiprocessor's share of all work: of the tiles
+// of all key heads, fewer than kPlannedMultiprocessors are then cut off, and fewer than twice as many are parts.
 __host__ __device__ constexpr int64_t part_units(int64_t key_heads) { return 2 * kPlannedMultiprocessors / key_heads; }
 
 struct BackwardLayout {
@@ -117,8 +117,8 @@ inline BackwardLayout backward_layout(const BackwardSizes& sizes) {
   layout.slots = query_slots<kBackwardKeys>(documents, static_cast<int>(kQueries));
   if (sizes.listed) {
     layout.key_slots = tile_slots(documents, kBackwardKeys);  // lists go with keys that are the queries' rows
-    layout.max_units = layout.key_slots + kPlannedMultiprocessors / sizes.key_heads;
     layout.part_units = part_units(sizes.key_heads);
+    layout.max_units = layout.key_slots + layout.part_units;
   }
   int64_t bytes = 0;
   const auto take = [&](int64_t size) {
