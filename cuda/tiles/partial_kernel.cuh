@@ -16,15 +16,26 @@ using namespace cuda::sm80;  // common/sm80
 constexpr int kThreads = 128;
 constexpr int kRows = kThreads;  // probe rows of a thread block; each thread looks up one of them
 constexpr int kWarpRows = 32;
-constexpr int kKeys = kTile / 2;  // keys of a step: half a key tile
-constexpr int kRun = 8;           // key tiles of a thread block
+constexpr int kKeys = kTile / 2;  // keys of a stage of the pipeline
+constexpr int kPart = kKeys / 2;  // keys whose scores are in registers
+#ifndef KRUN
+#define KRUN 8
+#endif
+constexpr int kRun = KRUN;  // key tiles of a thread block
 constexpr int kNoRow = -1;
 
 struct ProbeRows {
   int64_t source[kRows];  // elements from the first of q; kNoRow: the row does not exist
   int64_t target[kRows];  // elements from the first of `partial`, for key tile 0
-  int limit[kRows];       // the last packed row that is seen; kNoRow: none
-  int start[kRows];       // first packed row of the document
+  int limit[kRows];       // the last packed row that is seen
+  int start[kRows];       // first packed row of the document; kNoRow: of none
+};
+
+struct KeyTiles {
+  int count;
+  int start[kRun];  // of the document: its first packed row
+  int length[kRun];
+  int index[kRun];
 };
 
 template <int kHeadDim>
@@ -32,7 +43,8 @@ struct SharedLayout {
   static constexpr int kPitch = kHeadDim + kPadding;
   static constexpr int kStage = kKeys * kPitch * 2;  // bytes
   static constexpr int kRowsAt = 2 * kStage;         // the probe rows of q pass through both stages before the keys
-  static constexpr int kBytes = kRowsAt + static_cast<int>(sizeof(ProbeRows));
+  static constexpr int kKeysAt = kRowsAt + static_cast<int>(sizeof(ProbeRows));
+  static constexpr int kBytes = kKeysAt + static_cast<int>(sizeof(KeyTiles));
   static_assert(kRows * kPitch * 2 == 2 * kStage);
 };
 
@@ -46,7 +58,8 @@ __device__ __forceinline__ void find_probe_row(const ScoreParams& params, int ke
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x;
   const int64_t strip_slot = row / per_slot;
   rows.source[threadIdx.x] = rows.target[threadIdx.x] = kNoRow;
-  rows.limit[threadIdx.x] = rows.start[threadIdx.x] = kNoRow;
+  rows.limit[threadIdx.x] = INT32_MAX;
+  rows.start[threadIdx.x] = kNoRow;
   if (strip_slot >= params.slots) return;
   const Tile tile = locate_tile(params.documents, kTile, static_cast<int>(params.first_slot + strip_slot));
   if (tile.index >= tile.count) return;
@@ -79,120 +92,44 @@ __device__ __forceinline__ void load_probe_rows(const TensorView& q, const Probe
   copy_async_commit();
 }
 
-// Walks the slots of key tiles, from the first tile of the document of the thread block's first probe row to the last
-// probe row's own tile.
-class KeyTiles {
- public:
-  // The run of this thread block.
-  __device__ __forceinline__ explicit KeyTiles(const ScoreParams& params) {
-    const Documents& documents = params.documents;
-    const int64_t per_slot = probe_rows_per_slot(params), first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-    const int64_t last_row = min(first_row + kRows, params.slots * per_slot) - 1;
-    first_query_ = static_cast<int>(params.first_slot + first_row / per_slot);
-    const int last_query = static_cast<int>(params.first_slot + last_row / per_slot);
-    const int first = base(documents, locate_document(documents, kTile, 1, first_query_));
-    slot_ = first + static_cast<int>(blockIdx.y) * kRun;
-    end_ = min(slot_ + kRun, last_query + 1);
-    if (slot_ >= end_) return;
-    enter(documents, locate_document(documents, kTile, 1, slot_));
-    settle(documents);
+// By one warp: the key tiles of this thread block's run. All runs together begin at the first tile of the document of
+// the thread block's first probe row and end at the last probe row's own tile. Slots without a tile are left out, as
+// are tiles of documents that end before the first query tile.
+__device__ __forceinline__ void find_key_tiles(const ScoreParams& params, KeyTiles& keys) {
+  const Documents& documents = params.documents;
+  const int64_t per_slot = probe_rows_per_slot(params), first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t last_row = min(first_row + kRows, params.slots * per_slot) - 1;
+  const int first_query = static_cast<int>(params.first_slot + first_row / per_slot);
+  const int last_query = static_cast<int>(params.first_slot + last_row / per_slot);
+  const int first = first_query - locate_tile(documents, kTile, first_query).index;
+  const int lane = threadIdx.x, slot = first + static_cast<int>(blockIdx.y) * kRun + lane;
+  const Tile tile = locate_tile(documents, kTile, min(slot, last_query));
+  const bool needed =
+      lane < kRun && slot <= last_query && tile.index < tile.count && slot - tile.index + tile.count > first_query;
+  const unsigned all = __ballot_sync(0xffffffffu, needed);
+  if (needed) {
+    const int at = __popc(all & ((1u << lane) - 1u));
+    keys.start[at] = tile.start;
+    keys.length[at] = tile.length;
+    keys.index[at] = tile.index;
   }
+  if (lane == 0) keys.count = __popc(all);
+}
 
-  __device__ __forceinline__ bool valid() const { return slot_ < end_; }
-  __device__ __forceinline__ Tile tile() const { return {start_, length_, index(), ceil_div(length_, kTile), kUncut}; }
-  __device__ __forceinline__ int index() const { return slot_ - base_; }
-  __device__ __forceinline__ int start() const { return start_; }
-  __device__ __forceinline__ void advance(const Documents& documents) {
-    ++slot_;
-    settle(documents);
-  }
-
- private:
-  static __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
-  static __device__ __forceinline__ int base(const Documents& documents, int document) {
-    return documents.cu_seqlens[document] / kTile + document;
-  }
-  __device__ __forceinline__ void enter(const Documents& documents, int document) {
-    document_ = document;
-    start_ = documents.cu_seqlens[document];
-    length_ = documents.cu_seqlens[document + 1] - start_;
-    base_ = start_ / kTile + document;
-  }
-  // Skips slots without a tile, and tiles of documents that end before the first query tile.
-  __device__ __forceinline__ void settle(const Documents& documents) {
-    for (; slot_ < end_; ++slot_) {
-      while (document_ + 1 < documents.count && base(documents, document_ + 1) <= slot_) {
-        enter(documents, document_ + 1);
-      }
-      const int count = ceil_div(length_, kTile);
-      if (index() < count && base_ + count > first_query_) return;
-    }
-  }
-
-  int slot_, end_, first_query_;
-  int document_, start_, length_, base_;
-};
-
-// Rows of a lane in C layout: tile i, upper or lower half. Sums of a key tile's exp2, relative to 2^(scale * top).
+// Rows of a lane in C layout: tile i, upper or lower half. Sums of exp2 over a key tile, relative to 2^base. The base
+// follows a row's maximum only when that is kSlack above it, since a sum has room for more than one.
 struct RowSums {
-  float top[2][2], sum[2][2];
+  float base[2][2], sum[2][2];
 };
-
-// The exponent that a row's sum is relative to. A row that sees nothing has the sum 0.
-__device__ __forceinline__ float exponent_of(float top, float scale_log2) {
-  return top == -INFINITY ? 0.0f : top * scale_log2;
-}
-__device__ __forceinline__ float rescale(float sum, float top_before, float top, float scale_log2) {
-  return top_before == top ? sum : sum * exp2_fast((top_before - top) * scale_log2);
-}
+constexpr float kSlack = 8.0f;
+constexpr float kNoBase = -1e30f;  // of a row that has seen nothing; finite, so that a difference from it is a number
 
 template <int kColumns>
-__device__ __forceinline__ void add_scores(RowSums& rows, const float (&s)[2][kColumns][4], float scale_log2) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = rows.top[i][half];
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        top = max_nan(top, max_nan(s[i][n][2 * half], s[i][n][2 * half + 1]));
-      }
-      const float exponent = exponent_of(top, scale_log2);
-      float sum = rescale(rows.sum[i][half], rows.top[i][half], top, scale_log2);
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        sum += exp2_fast(fmaf(s[i][n][2 * half], scale_log2, -exponent));
-        sum += exp2_fast(fmaf(s[i][n][2 * half + 1], scale_log2, -exponent));
-      }
-      rows.top[i][half] = top;
-      rows.sum[i][half] = sum;
-    }
-  }
-}
-
-// log2 of the sums over the four lanes that share a row. Lane t of the four gets row t: tile t / 2, half t % 2.
-__device__ __forceinline__ float finish_rows(const RowSums& rows, float scale_log2) {
-  float result = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = rows.top[i][half];
-      top = max_nan(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = max_nan(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float exponent = exponent_of(top, scale_log2);
-      float sum = rescale(rows.sum[i][half], rows.top[i][half], top, scale_log2);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (static_cast<int>(threadIdx.x % 4) == 2 * i + half) result = exponent + log2f(sum);
-    }
-  }
-  return result;
-}
+using Scores = float[2][kColumns][4];
 
 // Keys behind each row's limit become -infinity. `first` is the packed row of the lane's first column.
 template <int kColumns>
-__device__ __forceinline__ void mask_scores(float (&s)[2][kColumns][4], const int* limits, int first) {
+__device__ __forceinline__ void mask_scores(Scores<kColumns>& s, const int* limits, int first) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -209,25 +146,105 @@ __device__ __forceinline__ void mask_scores(float (&s)[2][kColumns][4], const in
   }
 }
 
+// Raises the bases that the scores are far above.
+template <int kColumns>
+__device__ __forceinline__ void raise_bases(RowSums& rows, const Scores<kColumns>& s, float scale_log2) {
+  float top[2][2];
+  bool raise = false;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float score = s[i][0][2 * half];
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        if (n > 0) score = fmaxf(score, s[i][n][2 * half]);
+        score = fmaxf(score, s[i][n][2 * half + 1]);
+      }
+      top[i][half] = score * scale_log2;
+      raise |= top[i][half] - rows.base[i][half] > kSlack;
+    }
+  }
+  if (!raise) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (top[i][half] - rows.base[i][half] > kSlack) {
+        rows.sum[i][half] *= exp2_fast(rows.base[i][half] - top[i][half]);
+        rows.base[i][half] = top[i][half];
+      }
+    }
+  }
+}
+
+// Adds part `part` of `parts` of the lane's scores, all of which have a base within reach.
+template <int kColumns>
+__device__ __forceinline__ void add_scores(RowSums& rows, const Scores<kColumns>& s, float scale_log2, int part,
+                                           int parts) {
+  constexpr int kScores = 2 * kColumns * 4;
+#pragma unroll
+  for (int score = 0; score < kScores; ++score) {
+    if (score * parts / kScores != part) continue;
+    const int i = score % 2, half = score / 2 % 2, c = score / 4 % 2, n = score / 8;
+    rows.sum[i][half] += exp2_fast(fmaf(s[i][n][2 * half + c], scale_log2, -rows.base[i][half]));
+  }
+}
+
+// log2 of the sums over the four lanes that share a row. Lane t of the four gets row t: tile t / 2, half t % 2.
+__device__ __forceinline__ float finish_rows(const RowSums& rows) {
+  float result = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float base = rows.base[i][half];
+      base = fmaxf(base, __shfl_xor_sync(0xffffffffu, base, 1));
+      base = fmaxf(base, __shfl_xor_sync(0xffffffffu, base, 2));
+      float sum = rows.sum[i][half] * exp2_fast(rows.base[i][half] - base);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (static_cast<int>(thread_index() % 4) == 2 * i + half) result = base + log2f(sum);
+    }
+  }
+  return result;
+}
+
+// The row whose sum finish_rows gives to this lane.
+__device__ __forceinline__ int own_row() {
+  const int thread = thread_index();
+  return thread / 32 * kWarpRows + thread % 4 / 2 * 16 + thread % 2 * 8 + thread % 32 / 4;
+}
+
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 3) partial_kernel(const __grid_constant__ ScoreParams params) {
   using Layout = SharedLayout<kHeadDim>;
   using Loader = TileLoader<T, kKeys, kHeadDim, kThreads>;
-  constexpr int kPitch = Layout::kPitch, kDepth = kHeadDim / 16, kColumns = kKeys / 8;
-  KeyTiles keys(params);
-  if (!keys.valid()) return;
-
+  constexpr int kPitch = Layout::kPitch, kDepth = kHeadDim / 16, kColumns = kPart / 8;
   extern __shared__ __align__(16) unsigned char shared[];
   ProbeRows& rows = *reinterpret_cast<ProbeRows*>(shared + Layout::kRowsAt);
+  KeyTiles& keys = *reinterpret_cast<KeyTiles*>(shared + Layout::kKeysAt);
+  if (threadIdx.x < 32) find_key_tiles(params, keys);
+  __syncthreads();
+  const int count = keys.count;
+  if (count == 0) return;
+
   const uint32_t stages = shared_address(shared);
   const int key_head = static_cast<int>(blockIdx.z), lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * kWarpRows;
+  Loader loader;
+  // The rows of half a key tile; they are fetched one stage before the keys.
+  const auto find_rows = [&](int n, int half) {
+    const Tile tile = {keys.start[n], keys.length[n], 0, 0, kUncut};
+    loader.find_rows(params.documents, tile, keys.index[n] * kTile + half * kKeys);
+  };
+  find_rows(0, 0);
   find_probe_row(params, key_head, rows);
   __syncthreads();
   load_probe_rows<T, kHeadDim>(params.q, rows, stages);
   copy_async_wait<0>();
   __syncthreads();
   uint32_t a[2][kDepth][4];
-  const LaneOffset by_row = lane_offset_rows_first(lane), by_column = lane_offset_columns_first(lane);
+  const LaneOffset by_row = lane_offset_rows_first(lane);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -237,66 +254,78 @@ __global__ void __launch_bounds__(kThreads, 3) partial_kernel(const __grid_const
   }
   __syncthreads();
 
-  const T* source = head_pointer<T>(params.k, key_head);
-  const uint32_t key_lane = stages + (by_column.row * kPitch + by_column.column) * 2;
-  // The lane's row of the results (finish_rows).
-  const int own = first_row + lane % 4 / 2 * 16 + lane % 2 * 8 + lane / 4;
-  const int own_limit = rows.limit[own], own_start = rows.start[own];
-  const int least_limit = __reduce_min_sync(0xffffffffu, own_limit == kNoRow ? INT32_MAX : own_limit);
-
-  Loader loader;
-  loader.find_rows(params.documents, keys.tile(), keys.index() * kTile);
-  loader.load(stages, source, params.k.row_stride);
+  const auto load_keys = [&](uint32_t target) {
+    loader.load(target, head_pointer<T>(params.k, static_cast<int>(blockIdx.z)), params.k.row_stride);
+  };
+  load_keys(stages);
   copy_async_commit();
-  loader.find_rows(params.documents, keys.tile(), keys.index() * kTile + kKeys);
+  find_rows(0, 1);
 #pragma unroll 1
-  while (keys.valid()) {
-    const int start = keys.start(), index = keys.index(), first = start + index * kTile;
-    const bool seen = own_limit >= first && own_start == start;
-    const bool any_seen = __any_sync(0xffffffffu, seen), whole = least_limit >= first + kTile - 1;
+  for (int key_tile = 0; key_tile < keys.count; ++key_tile) {
+    bool any_seen, whole;  // whether a row of the warp sees keys of the tile; whether every row sees all of them
+    {
+      const int first = keys.start[key_tile] + keys.index[key_tile] * kTile, limit = rows.limit[own_row()];
+      any_seen = __any_sync(0xffffffffu, limit >= first && rows.start[own_row()] == keys.start[key_tile]);
+      whole = __all_sync(0xffffffffu, limit >= first + kTile - 1);
+    }
     RowSums sums;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) sums.top[i][half] = -INFINITY, sums.sum[i][half] = 0.0f;
+      for (int half = 0; half < 2; ++half) sums.base[i][half] = kNoBase, sums.sum[i][half] = 0.0f;
     }
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      copy_async_wait<0>();
-      __syncthreads();  // this step's keys have arrived; the other stage is free
-      if (step == 0) {
-        loader.load(stages + Layout::kStage, source, params.k.row_stride);
-        keys.advance(params.documents);
-        if (keys.valid()) loader.find_rows(params.documents, keys.tile(), keys.index() * kTile);
-      } else if (keys.valid()) {
-        loader.load(stages, source, params.k.row_stride);
-        loader.find_rows(params.documents, keys.tile(), keys.index() * kTile + kKeys);
+    // The products of a part are issued between the exponentials of the part before it.
+    Scores<kColumns> s[2];
+    const auto close = [&](int part) {
+      if (!whole) {
+        const int first = keys.start[key_tile] + keys.index[key_tile] * kTile + part * kPart;
+        mask_scores<kColumns>(s[part % 2], rows.limit + thread_index() / 32 * kWarpRows + thread_index() % 32 / 4,
+                              first + thread_index() % 4 * 2);
       }
-      copy_async_commit();
+      raise_bases<kColumns>(sums, s[part % 2], params.scale_log2);
+    };
+#pragma unroll
+    for (int part = 0; part < kTile / kPart; ++part) {
+      if (part * kPart % kKeys == 0) {
+        copy_async_wait<0>();
+        __syncthreads();  // this half tile has arrived; the other stage is free
+        if (part == 0) {
+          load_keys(stages + Layout::kStage);
+          if (key_tile + 1 < keys.count) find_rows(key_tile + 1, 0);
+        } else if (key_tile + 1 < keys.count) {
+          load_keys(stages);
+          find_rows(key_tile + 1, 1);
+        }
+        copy_async_commit();
+      }
       if (!any_seen) continue;
-
-      float s[2][kColumns][4];
-      clear(s[0]);
-      clear(s[1]);
+      if (part > 0) close(part - 1);
+      const LaneOffset by_column = lane_offset_columns_first(thread_index() % 32);
+      const uint32_t part_keys = stages + ((part * kPart + by_column.row) * kPitch + by_column.column) * 2;
+      clear(s[part % 2][0]);
+      clear(s[part % 2][1]);
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
         for (int n = 0; n < kColumns / 2; ++n) {
           uint32_t b[4];
-          load_matrices(b, key_lane + step * Layout::kStage + (n * 16 * kPitch + k * 16) * 2);
+          load_matrices(b, part_keys + (n * 16 * kPitch + k * 16) * 2);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            multiply<T>(s[i][2 * n], a[i][k], b[0], b[1]);
-            multiply<T>(s[i][2 * n + 1], a[i][k], b[2], b[3]);
+            multiply<T>(s[part % 2][i][2 * n], a[i][k], b[0], b[1]);
+            multiply<T>(s[part % 2][i][2 * n + 1], a[i][k], b[2], b[3]);
           }
         }
+        if (part > 0) add_scores<kColumns>(sums, s[(part + 1) % 2], params.scale_log2, k, kDepth);
       }
-      if (!whole) mask_scores(s, rows.limit + first_row + lane / 4, first + step * kKeys + lane % 4 * 2);
-      add_scores(sums, s, params.scale_log2);
     }
     if (!any_seen) continue;
-    const float result = finish_rows(sums, params.scale_log2);
-    if (seen) {
+    constexpr int kLast = kTile / kPart - 1;
+    close(kLast);
+    add_scores<kColumns>(sums, s[kLast % 2], params.scale_log2, 0, 1);
+    const float result = finish_rows(sums);
+    const int own = own_row(), index = keys.index[key_tile];
+    if (rows.start[own] == keys.start[key_tile] && rows.limit[own] >= rows.start[own] + index * kTile) {
       params.partial[rows.target[own] + static_cast<int64_t>(index) * params.heads * params.probes] = result;
     }
   }

@@ -382,7 +382,7 @@ LAYOUTS = [
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 SETTINGS = [
-    (lambda w: lemo.Phase("sparse"), ("Phase.mode", "skip, backward, dense")),
+    (lambda w: lemo.Phase("thin"), ("Phase.mode", "skip, backward, sparse, dense")),
     (lambda w: lemo.Phase(keep=1.5), ("Phase.keep", "1.5")),
     (lambda w: lemo.Phase("dense", keep=0.5), ("Phase.keep", "dense")),
     (lambda w: lemo.Phase(share=0), ("Phase.share",)),
