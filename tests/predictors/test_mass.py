@@ -175,9 +175,9 @@ def test_distance_table():
     table = torch.tensor([5.0, 4.0, 2.0, 1.0, 10.0])  # distances 0, 1, 3, 7; the first tile
     logits = distance_logits(table, torch.tensor([0, 9]), 10)
     assert logits[0, 0] == 15.0
-    # Between knots linear in log2(distance + 1): distances 9 to 0, the last knot being at 7.
-    log = torch.log2(torch.tensor([7.0, 6.0, 5.0, 3.0])).tolist()
-    expected = [11.0, 1.0, 1.0, *(4.0 - x for x in log[:3]), 2.0, 6.0 - 2.0 * log[3], 4.0, 5.0]
+    # Linear in log2(distance + 1) between knots and beyond the last one: distances 9 to 0, the last knot being at 7.
+    log = torch.log2(torch.tensor([10.0, 9.0, 7.0, 6.0, 5.0, 3.0])).tolist()
+    expected = [14.0 - log[0], 4.0 - log[1], 1.0, *(4.0 - x for x in log[2:5]), 2.0, 6.0 - 2.0 * log[5], 4.0, 5.0]
     assert logits[1].tolist() == pytest.approx(expected, abs=1e-6)
     assert distance_knots(16) == 6 and distance_knots(2) == 3
 
