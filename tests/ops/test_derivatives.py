@@ -75,6 +75,12 @@ def test_rope(draw, rows) -> None:
     linear_in_all(lambda x: ops.rotary(x, angle.cos(), angle.sin(), rows), (x,))
 
 
+def test_rotary_tables_have_no_derivative(draw) -> None:
+    x, angle = draw.normal(4, 2, 6), draw.normal(4, 6).requires_grad_()
+    with pytest.raises(RuntimeError, match="no derivative in cos and sin"):
+        ops.rotary(x, angle.cos(), angle.detach().sin()).sum().backward()
+
+
 @pytest.mark.parametrize("storage", ["packed", "rows"])
 @pytest.mark.parametrize("with_output", [False, True])
 def test_the_gradient_of_lse(storage, with_output) -> None:
