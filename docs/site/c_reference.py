@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # In the order of the steps of a layer; other headers follow.
-HEADERS = ("types.h", "scores.h", "predict.h", "select.h", "rows.h", "attention.h", "tiles.h", "loss.h")
+_NAMES = ("types", "scores", "predict", "select", "rows", "elementwise", "attention", "tiles", "loss")
+HEADERS = tuple(f"{name}.h" for name in _NAMES)
 
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _TYPEDEF = re.compile(r"typedef\s+(struct|enum)\s+(\w+)\s*\{(.*?)\}\s*\w+\s*;", re.DOTALL)

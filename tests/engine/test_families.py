@@ -11,7 +11,7 @@ from lemo.engine.families import FAMILIES as KNOWN
 from lemo.engine.families import UnsupportedModelError
 from lemo.engine.families.llama import Llama
 from lemo.engine.memory import layer_shape
-from support.models import ATTENTION, FAMILIES, LINEARS, assert_close, base, batch, gradients, tuned
+from support.models import ATTENTION, FAMILIES, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 from transformers import Gemma2Config, GemmaConfig, MistralConfig, Qwen2Config
 
@@ -131,3 +131,19 @@ def test_windows_are_refused_before_a_run():
     ):
         lemo.apply(base("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1))
     assert lemo.estimate(Qwen2Config(sliding_window=128), lemo.LemoConfig(), 4096)["peak"] > 0  # which it does not use
+
+
+@pytest.mark.parametrize("targets", [ATTENTION["llama"], LINEARS["llama"]], ids=["attention", "all"])
+def test_recomputation_makes_the_swiglu_product_only_for_an_adapter_that_reads_it(targets, monkeypatch):
+    calls, swiglu = [], lemo.ops.swiglu
+    monkeypatch.setattr(lemo.ops, "swiglu", lambda *args: calls.append(args) or swiglu(*args))
+    counts, found = {}, {}
+    for recompute in ("none", "full"):
+        model = lora(base("llama"), targets).train()
+        lemo.apply(model, settings(recompute=recompute))
+        _, found[recompute] = gradients(model, batch("right"))
+        counts[recompute] = len(calls)
+        calls.clear()
+    assert_close(found["full"], found["none"])
+    layers = model.config.num_hidden_layers
+    assert counts == {"none": layers, "full": layers if targets is ATTENTION["llama"] else 2 * layers}

@@ -139,6 +139,38 @@ inline void fill(Random& random, Memory& m, lemo_gather_norm_backward_args& a) {
   if (random.once_in(2)) a.dbias = m.floats({d});
 }
 
+inline void fill(Random& random, Memory& m, lemo_rotary_args& a) {
+  const int64_t count = random.in(0, 40), d = 2 * random.in(0, 20), heads = random.in(0, 5);
+  const bool identity = random.once_in(3);
+  const int64_t positions = identity ? count : random.in(1, 50);
+  a.x = m.floats({count, heads, d});
+  a.cos = m.floats({positions, d});
+  a.sin = m.floats({positions, d});
+  if (!identity) {
+    std::vector<int32_t> rows;
+    for (int64_t i = 0; i < count; ++i) rows.push_back(static_cast<int32_t>(random.in(-1, positions - 1)));
+    a.rows = m.ints(rows);
+  }
+  a.inverse = static_cast<int32_t>(random.in(0, 1));
+  a.out = random.once_in(4) ? a.x : m.floats({count, heads, d});
+}
+
+inline void fill(Random& random, Memory& m, lemo_swiglu_args& a) {
+  const int64_t count = random.in(0, 40), f = random.in(0, random.once_in(3) ? 600 : 40);
+  a.gate = m.floats({count, f});
+  a.up = m.floats({count, f});
+  a.out = random.once_in(4) ? random.one_of({a.gate, a.up}) : m.floats({count, f});
+}
+
+inline void fill(Random& random, Memory& m, lemo_swiglu_backward_args& a) {
+  const int64_t count = random.in(0, 40), f = random.in(0, random.once_in(3) ? 600 : 40);
+  a.dout = m.floats({count, f});
+  a.gate = m.floats({count, f});
+  a.up = m.floats({count, f});
+  a.dgate = random.once_in(4) ? random.one_of({a.dout, a.gate, a.up}) : m.floats({count, f});
+  a.dup = m.floats({count, f});
+}
+
 inline void fill(Random& random, Memory& m, lemo_select_args& a) {
   const Packing p(random, 8, 6);
   const int64_t n = p.num_blocks();

@@ -25,7 +25,7 @@ def driver() -> Path:
 
 
 def test_random_calls_of_the_c_interface(driver: Path) -> None:
-    done = subprocess.run([driver, "1", "2000"], capture_output=True, text=True)
+    done = subprocess.run([driver, "2001", "2000"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     # Every operation was accepted, refused, and short of memory.
     lines = [line for line in done.stdout.splitlines() if "invalid argument" in line]

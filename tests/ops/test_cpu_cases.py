@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from lemo import _native, ops
@@ -9,6 +11,7 @@ from lemo.engine.layout import Kept, select
 from support import oracle
 from support.cases import CASES, DIMS, PACKINGS, SELECT, Attention, name_of
 from support.compare import check_single
+from support.elementwise_cases import Rotary, SwiGLU
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -151,3 +154,39 @@ def test_loss_gradient_may_overwrite_its_input() -> None:
     arguments |= {"dhidden": hidden, "dweight": None, "dbias": None, "dlora_a": None, "dlora_b": None}
     _native.call("linear_cross_entropy", hidden.device, arguments)
     assert torch.equal(loss, apart[0]) and torch.equal(hidden, apart[2])
+
+
+def outputs_may_be_inputs(device: str, dtype: torch.dtype) -> None:
+    """The promises of lemo/elementwise.h."""
+    rotary = Rotary(37, 5, 64).inputs(device, dtype)
+    apart = ops.rotary(rotary["x"], rotary["cos"], rotary["sin"])
+    arguments = rotary | {"rows": None, "inverse": 0, "out": rotary["x"]}
+    _native.call("rotary", apart.device, arguments)
+    assert torch.equal(rotary["x"], apart)
+
+    inner = SwiGLU(33, 520).inputs(device, dtype)
+    out = ops.swiglu(inner["gate"], inner["up"])
+    gradients = ops.swiglu_backward(inner["dout"], inner["gate"], inner["up"])
+    for name in ("gate", "up"):
+        t = {n: inner[n].clone() for n in ("gate", "up")}
+        _native.call("swiglu", out.device, t | {"out": t[name]})
+        assert torch.equal(t[name], out)
+    for dgate, dup in itertools.permutations(("dout", "gate", "up"), 2):
+        t = {n: inner[n].clone() for n in ("dout", "gate", "up")}
+        _native.call("swiglu_backward", out.device, t | {"dgate": t[dgate], "dup": t[dup]})
+        assert torch.equal(t[dgate], gradients[0]) and torch.equal(t[dup], gradients[1])
+
+
+def test_outputs_may_be_inputs() -> None:
+    outputs_may_be_inputs("cpu", torch.float32)
+
+
+def test_swiglu_of_any_gate() -> None:
+    """Exponentials neither overflow nor vanish into a wrong number."""
+    gate = torch.tensor([[0.0, -0.0, 1e30, -1e30, 3e38, -3e38, 88.5, -88.5, 1e-40, float("inf"), float("nan")]])
+    one = torch.ones_like(gate)
+    expected = torch.nn.functional.silu(gate.double())
+    torch.testing.assert_close(ops.swiglu(gate, one).double(), expected, equal_nan=True, rtol=1e-6, atol=1e-36)
+    dgate, dup = ops.swiglu_backward(one, gate, one)
+    torch.testing.assert_close(dup.double(), expected, equal_nan=True, rtol=1e-6, atol=1e-36)
+    torch.testing.assert_close(dgate[0, :9], torch.tensor([0.5, 0.5, 1, 0, 1, 0, 1, 0, 0.5]))

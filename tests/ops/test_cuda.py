@@ -8,7 +8,7 @@ import pytest
 import torch
 from lemo import _native, ops
 from lemo.engine.layout import Blocks, select
-from ops.test_cpu_cases import check_select
+from ops.test_cpu_cases import check_select, outputs_may_be_inputs
 from ops.test_tiles import check_select_tiles
 from support import oracle
 from support.cases import ATTENTION, CASES, PACKINGS, SELECT, Loss, Norm, Select, name_of
@@ -33,6 +33,11 @@ def test_the_library_has_cuda_kernels() -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ATTENTION], ids=name_of)
 def test_against_the_oracle(case, dtype) -> None:
     check_half(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_outputs_may_be_inputs(dtype) -> None:
+    outputs_may_be_inputs("cuda", dtype)
 
 
 @pytest.mark.parametrize("case", SELECT, ids=name_of)
@@ -128,6 +133,10 @@ def test_wrong_dtypes_and_devices_are_named() -> None:
         ops.gather(x.half(), rows.cpu())
     with pytest.raises(ValueError, match=r"x: .*16 bytes"):
         ops.gather(torch.ones(8, 20, device="cuda", dtype=torch.float16)[:, 1:17], rows)
+    with pytest.raises(ValueError, match=r"gate: .*multiples of 16 bytes"):
+        ops.swiglu(*torch.ones(2, 8, 20, device="cuda", dtype=torch.float16))
+    with pytest.raises(NotImplementedError, match=r"gate: expected f to be a multiple of 8 on CUDA, got 20"):
+        ops.swiglu(*torch.ones(2, 8, 24, device="cuda", dtype=torch.float16)[..., :20])
 
 
 def test_a_bad_target_makes_the_loss_nan() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lemo import ops
-from lemo.engine.elementwise import ReLU
+from lemo.engine.elementwise import ReLU, UnreadSwiGLU
 from lemo.engine.layout import Blocks
 from support.cases import Attention, Draw
 from support.compare import error
@@ -75,6 +75,12 @@ def test_rope(draw, rows) -> None:
     linear_in_all(lambda x: ops.rotary(x, angle.cos(), angle.sin(), rows), (x,))
 
 
+def test_rotary_tables_have_no_derivative(draw) -> None:
+    x, angle = draw.normal(4, 2, 6), draw.normal(4, 6).requires_grad_()
+    with pytest.raises(RuntimeError, match="no derivative in cos and sin"):
+        ops.rotary(x, angle.cos(), angle.detach().sin()).sum().backward()
+
+
 @pytest.mark.parametrize("storage", ["packed", "rows"])
 @pytest.mark.parametrize("with_output", [False, True])
 def test_the_gradient_of_lse(storage, with_output) -> None:
@@ -127,6 +133,7 @@ def second_orders(draw: Draw) -> dict:
         "lse": (lambda q: ops.attention_forward(q, q + 1, q, cu, None, 12, 0.3)[1], (q,)),
         "loss": (lambda h, w: ops.linear_cross_entropy_loss(h, w, targets), (x, draw.normal(11, 16))),
         "SwiGLU": (ops.swiglu, (gate, up)),
+        "UnreadSwiGLU": (lambda gate, up: UnreadSwiGLU.apply(gate, up) * 1.0, (gate, up)),
         "ReLU": (lambda x: ReLU.apply(x * 1.0).square(), (gate,)),
         "attention_backward": (
             lambda dout, q: ops.attention_backward(dout, q, q, q, q, torch.ones(2, 12), cu, None, None, None, 12, 0.3)[

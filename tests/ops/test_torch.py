@@ -10,6 +10,7 @@ from lemo import ops
 from lemo.engine.layout import Blocks, Kept
 from support import cases
 from support.cases import PACKINGS, name_of
+from support.elementwise_cases import Rotary, SwiGLU
 from support.tile_cases import SelectTiles, TileScores
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,8 @@ SOME = [
     cases.Rows("keep_none", 24),
     cases.Norm("documents", 24, "layer", residual=True, bias=True, extra=True),
     cases.Norm("ragged", 24, rows=False),
+    Rotary(9, 3, 16, "fused", named=True),
+    SwiGLU(5, 24, "fused"),
     cases.Attention("documents", 4, 2, 16, "strided"),
     cases.Attention("documents", 2, 1, 16, "rows", given=True),
     cases.Attention("more_queries", 2, 1, 16),
@@ -80,9 +83,9 @@ def test_opcheck_select() -> None:
         torch.library.opcheck(func, args)
 
 
-@pytest.mark.parametrize("op", ["gather", "gather_norm", "attention_forward"])
+@pytest.mark.parametrize("op", ["gather", "gather_norm", "swiglu", "attention_forward"])
 def test_opcheck_with_gradients(op) -> None:
-    table: dict[str, Any] = {"gather": SOME[0], "gather_norm": SOME[2]}
+    table: dict[str, Any] = {"gather": SOME[0], "gather_norm": SOME[2], "swiglu": SwiGLU(5, 24)}
     case = (table | {"attention_forward": cases.Attention("documents", 2, 1, 16)})[op]
     for func, args in calls_of(lambda: case.run(case.inputs("cpu", torch.float32))):
         if func._schema.name == f"lemo::{op}":
@@ -90,12 +93,19 @@ def test_opcheck_with_gradients(op) -> None:
             torch.library.opcheck(func, tuple(args))
 
 
+def test_opcheck_rotary_with_a_gradient() -> None:
+    for func, (x, *tables) in calls_of(lambda: (case := Rotary(9, 3, 16)).run(case.inputs("cpu", torch.float32))):
+        torch.library.opcheck(func, (x.requires_grad_(), *tables))
+
+
 def layer(x: torch.Tensor, w: torch.Tensor, kept: Kept, targets: torch.Tensor) -> torch.Tensor:
     """One small layer and a loss from every differentiable operation."""
     h = ops.norm(x, w[0], None, "rms", 1e-5, rows=kept.rows)
     q, k, v = ((h @ (w + i)).view(-1, 2, 8) for i in range(3))
+    angle = torch.arange(x.shape[0])[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03]).repeat(2)
+    q, k = (ops.rotary(t, angle.cos(), angle.sin(), kept.rows) for t in (q, k))
     out = ops.attention(q, k, v, kept.cu_seqlens, kept.max_seqlen)
-    y = ops.gather(x, kept.rows, kept.weights, kept.row_slots) + out.flatten(1)
+    y = ops.gather(x, kept.rows, kept.weights, kept.row_slots) + ops.swiglu(out.flatten(1), h @ w)
     return ops.linear_cross_entropy_loss(y, w, targets)
 
 

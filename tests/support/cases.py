@@ -16,6 +16,7 @@ import torch
 from lemo import ops
 from support import oracle
 from support.draws import Draw, grads, leaf
+from support.elementwise_cases import ROTARY, SWIGLU
 from support.packings import ATTENTION_PACKINGS, PACKINGS, SPLIT_PACKINGS, Packing
 from support.tile_cases import TILE_SCORES
 from torch import Tensor
@@ -525,7 +526,7 @@ LOSS = [
     Loss(33, 32, 64, ignored="all", reduction="sum"),
     Loss(64, 48, 100, ignore_index=0, dweight=True),
 ]
-CASES = [*ROWS, *NORMS, *ATTENTION, *SCORES, *PREDICT, *LOSS, *TILE_SCORES]
+CASES = [*ROWS, *NORMS, *ROTARY, *SWIGLU, *ATTENTION, *SCORES, *PREDICT, *LOSS, *TILE_SCORES]
 
 
 def name_of(case: object) -> str:

@@ -80,6 +80,24 @@ def gather_norm(
     return y if bias is None else y + up(bias), s
 
 
+# --- elementwise ----------------------------------------------------------------------------------------------------
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None) -> Tensor:
+    """The pairs (j, j + D / 2) as complex numbers, turned; zeros for padding."""
+    half = x.shape[-1] // 2
+    if rows is not None:
+        named = (rows >= 0)[:, None]
+        cos, sin = (table[rows.clamp(min=0).long()] * named for table in (cos, sin))
+    c, s = up(cos)[:, None, :half], up(sin)[:, None, :half]
+    a, b = up(x)[..., :half], up(x)[..., half:]
+    return torch.cat((c * a - s * b, c * b + s * a), dim=-1)
+
+
+def swiglu(gate: Tensor, up_: Tensor) -> Tensor:
+    return up(gate) * torch.sigmoid(up(gate)) * up(up_)
+
+
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,12 @@ def base(op: str) -> dict[str, Any]:
         return names | {"ds_extra": draw.normal(M, 16), "norm": "rms", "eps": 1e-5}
     if op == "gather_norm_backward_":
         return {"dx": draw.normal(T, 16), "rows": rows} | base("gather_norm_backward")
+    if op == "rotary":
+        angle = draw.normal(T, 8).repeat(1, 2)
+        return {"x": draw.normal(M, 4, 16), "cos": angle.cos(), "sin": angle.sin(), "rows": rows}
+    if op in ("swiglu", "swiglu_backward"):
+        names = {"gate": draw.normal(M, 24), "up": draw.normal(M, 24)}
+        return names if op == "swiglu" else {"dout": draw.normal(M, 24)} | names
     if op in ("attention_forward", "attention_backward"):
         case = Attention("documents", 4, 2, 16, "rows", given=True)
         t = case.inputs("cpu", torch.float32)

@@ -23,7 +23,7 @@ typedef struct lemo_rotary_args {
   uint64_t struct_size;
   lemo_tensor x;    /**< float [M, H, D], D even; rows and heads may be strided */
   lemo_tensor cos;  /**< float or float32 [T, D]; the second half of a row repeats the first and is not read */
-  lemo_tensor sin;  /**< [T, D] in the dtype of `cos` */
+  lemo_tensor sin;  /**< float or float32 [T, D], as `cos` */
   lemo_tensor rows; /**< optional: int32 [M], rows of `cos` and `sin`; -1 is padding, whose rows of `out` become 0.
                          Rows may repeat. Absent: the identity, M = T */
   int32_t inverse;  /**< 0, or 1: rotate by the negative angles */

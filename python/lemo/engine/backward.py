@@ -70,7 +70,7 @@ def _mlp_again(step: Step, layer: nn.Module, record: Record, a: Tensor, g: Tenso
         _, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
         del h2
         dh2 = grads.through(mlp, g[c], params, step.statistics.gradient(record.layer, record.saved_list, c))
-        branch[c] = _norm_backward(dh2, x_mlp, n2, None if weighted else g[c], grads)
+        _norm_backward_into(branch[c], None, dh2, x_mlp, n2, None if weighted else g[c], False, grads)
     return branch
 
 
@@ -128,7 +128,7 @@ def _norm_backward(dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, 
 
 def _norm_backward_into(
     dx: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     dy: Tensor,
     s: Tensor,
     n: NormWeights,
@@ -136,7 +136,7 @@ def _norm_backward_into(
     accumulate: bool,
     grads: ParameterGradients,
 ) -> None:
-    """As `_norm_backward`, added to the rows of dx, or (not `accumulate`) in place of them."""
+    """As `_norm_backward`, added to the rows of dx (None: to all), or (not `accumulate`) in place of them."""
     dw, db = ops.gather_norm_backward_(
         dx, rows, dy, s, n.operands[0], extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
     )

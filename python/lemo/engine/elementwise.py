@@ -1,4 +1,4 @@
-"""The elementwise part of a layer that has no operator in lemo.ops; it saves only what its gradient needs."""
+"""Elementwise functions of a layer other than those of lemo.ops; each saves only what its gradient needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lemo import ops
 from lemo.ops._autograd import first_order
+
+
+class UnreadSwiGLU(Function):
+    """`ops.swiglu` for recomputation if nothing reads its values: zeros without separate memory, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate.new_zeros(1, 1).expand_as(gate)
+
+    @staticmethod
+    @first_order("SwiGLU")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
 
 
 class ReLU(Function):

@@ -157,6 +157,13 @@ def projection(module: Any, *, trainable: bool = False) -> Projection | None:
     return replace(base, a=a.weight, b=b.weight, scale=float(module.scaling[name])) if plain else None
 
 
+def reads_input(module: Any) -> bool:
+    """Whether `linear_group` without an output still reads the values of its input: for an adapter's gradient, or since
+    it calls the module."""
+    spec = projection(module)
+    return spec is None or spec.a is not None
+
+
 def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
     """x @ y accumulated and returned in fp32, without fp32 copies of the factors if the backend can."""
     if x.dtype == torch.float32:

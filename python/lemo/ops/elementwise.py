@@ -41,13 +41,13 @@ def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 def _rotary_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     # The tables belong to the step and the rows to the layer's kept list: not saved, so that they count for no layer.
-    _, *ctx.tables, ctx.inverse = inputs
+    _, ctx.cos, ctx.sin, ctx.rows, ctx.inverse = inputs
 
 
 def _rotary_grad(ctx, grad):
     if any(ctx.needs_input_grad[1:3]):
         raise RuntimeError("lemo: rotary has no derivative in cos and sin: expected tables that require no gradient")
-    return rotary(grad.contiguous(), *ctx.tables, not ctx.inverse), None, None, None, None
+    return rotary(grad.contiguous(), ctx.cos, ctx.sin, ctx.rows, not ctx.inverse), None, None, None, None
 
 
 def _swiglu_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lemo import ops
+from lemo.engine.elementwise import UnreadSwiGLU
 from lemo.engine.families.base import Classes, Family, ModelShape, NormWeights, Tables, rms_norm
-from lemo.engine.linear import linear_group, ordinary, unwrap
+from lemo.engine.linear import linear_group, ordinary, reads_input, unwrap
 
 _SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 
@@ -103,5 +104,10 @@ def swiglu(mlp: Any, h: Tensor, want_output: bool = True) -> Tensor:
     gate, up = linear_group((mlp.gate_proj, mlp.up_proj), h)
     act: Any = getattr(mlp, "act_fn", None)
     silu = act is None or ordinary(act, *_SILU)
-    inner = ops.swiglu(gate, up) if silu else act(gate) * up
+    if not silu:
+        inner = act(gate) * up
+    elif want_output or reads_input(mlp.down_proj):
+        inner = ops.swiglu(gate, up)
+    else:
+        inner = UnreadSwiGLU.apply(gate, up)
     return linear_group((mlp.down_proj,), inner, want_output)[0]

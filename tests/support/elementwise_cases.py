@@ -1,0 +1,99 @@
+"""Cases of rotary positions and SwiGLU, a part of the table in cases.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from lemo import ops
+from support import oracle
+from support.draws import Draw, grads, leaf
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Forward, and back as the gradient goes.
+
+    storage: "packed" rows, "fused" (heads among others of one projection) or "heads" (one head after another). named:
+    rows of the tables by number, some twice, some padding (whose rows of x hold NaN); else T = M.
+    """
+
+    m: int
+    heads: int
+    dim: int
+    storage: str = "packed"
+    named: bool = False
+    tables: str = "same"  # "same" (dtype of x) | "float32"
+
+    def inputs(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        draw, positions = Draw(device, dtype, 10), 2 * self.m + 3 if self.named else self.m
+        if self.storage == "heads":
+            x = draw.normal(self.heads, self.m, self.dim).transpose(0, 1)
+        else:
+            more = 3 if self.storage == "fused" else 0
+            x = draw.normal(self.m, self.heads + more, self.dim)[:, : self.heads]
+        angle = draw.uniform(positions, self.dim // 2, high=7.0).repeat(1, 2)
+        small = torch.float32 if self.tables == "float32" else dtype
+        tensors = {"x": x, "cos": angle.cos().to(small), "sin": angle.sin().to(small)}
+        if self.named:
+            rows = draw.integers(positions, self.m).int()
+            rows[2::5] = -1
+            x[rows < 0] = float("nan")
+            tensors["rows"] = rows
+        return tensors
+
+    def run(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        tables = (t["cos"], t["sin"], t.get("rows"))
+        return {"out": ops.rotary(t["x"], *tables), "back": ops.rotary(t["x"], *tables, inverse=True)}
+
+    def expect(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        tables = (t["cos"], t["sin"], t.get("rows"))
+        x = leaf(t["x"].nan_to_num())
+        out = oracle.rotary(x, *tables)
+        (back,) = grads([out], [t["x"].nan_to_num()], x)
+        return {"out": out.detach(), "back": back}
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """storage: "packed" rows, or "fused": gate and up are halves of one projection."""
+
+    m: int
+    f: int
+    storage: str = "packed"
+    scale: float = 2.0
+
+    def inputs(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        draw = Draw(device, dtype, 11)
+        both = draw.normal(self.m, 2 * self.f, scale=self.scale)
+        gate, up = both.split(self.f, dim=1)
+        if self.storage == "packed":
+            gate, up = gate.contiguous(), up.contiguous()
+        return {"gate": gate, "up": up, "dout": draw.normal(self.m, self.f)}
+
+    def run(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        dgate, dup = ops.swiglu_backward(t["dout"], t["gate"], t["up"])
+        return {"out": ops.swiglu(t["gate"], t["up"]), "dgate": dgate, "dup": dup}
+
+    def expect(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        gate, up = leaf(t["gate"]), leaf(t["up"])
+        out = oracle.swiglu(gate, up)
+        dgate, dup = grads([out], [t["dout"]], gate, up)
+        return {"out": out.detach(), "dgate": dgate, "dup": dup}
+
+
+ROTARY = [
+    *(Rotary(37, heads, 64, s, named=s != "packed") for heads in (1, 3, 8) for s in ("packed", "fused", "heads")),
+    *(Rotary(50, 5, dim, "fused", tables=t) for dim in (16, 80, 96, 128, 256) for t in ("same", "float32")),
+    *(Rotary(20, 4, dim, named=True, tables=t) for dim in (8, 24, 72) for t in ("same", "float32")),  # no vectors
+    Rotary(1, 32, 128),
+    Rotary(0, 2, 64, named=True),
+    Rotary(3, 0, 64),
+]
+SWIGLU = [
+    *(SwiGLU(m, f, s) for m, f in ((33, 8), (5, 264), (3, 1024), (2, 4104)) for s in ("packed", "fused")),
+    SwiGLU(1, 64),
+    SwiGLU(0, 64),
+    SwiGLU(40, 256, scale=30.0),  # exponentials of all sizes
+]
