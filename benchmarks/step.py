@@ -8,6 +8,7 @@ nothing eliminated has the peer's loss and gradients.
   python benchmarks/step.py                                     # 64K and 16K tokens: minutes on an H100 or H200
   python benchmarks/step.py --context 8192 --recompute none     # nothing recomputed
   python benchmarks/step.py --only dense skip-0.5               # some of the rows; the peer always runs
+  python benchmarks/step.py --context 262144 --peer none --steps 1     # lemo alone: its dense step takes minutes here
   python benchmarks/step.py --model tiny --context 512          # a smoke run, also without a GPU (no memory figures)
 
 Rows:
@@ -16,8 +17,10 @@ Rows:
 step_ms is the median of the timed steps, by CUDA events, step_ms_min and step_ms_max their spread; peak_mib the largest
 amount of memory that PyTorch had allocated during one of them, weights included, and before_mib what it had before.
 time_ratio is the peer's time over ours (above 1: lemo is faster), memory_ratio our peak over the peer's (below 1: lemo
-needs less). kept is the share of blocks that a layer kept, on average. The loss is the last step's; in mode "skip" it
-is over the tokens that took part. Results: benchmarks/results/step-GPU.json, written after every row.
+needs less), dense_ratio the time of lemo's own dense step over ours. kept is the share of blocks that a layer kept, on
+average, computed that of the pairs of tiles in its attention. The loss is the last step's; in mode "skip" it
+is over the tokens that took part. From 128K tokens on, the step that warms up is of a short document. Results:
+benchmarks/results/step-GPU.json, written after every row.
 """
 
 from __future__ import annotations
@@ -38,7 +41,11 @@ import torch
 from common import add_output, header, table, write_results
 from llama import LIGER, PLAIN, SHAPES, Base, make_base, make_model, missing_liger, ours, peer, release
 
-COLUMNS = ("row", "context", "kept", "step_ms", "time_ratio", "peak_mib", "memory_ratio", "loss", "error")
+COLUMNS = (
+    "row", "context", "kept", "computed", "step_ms", "time_ratio", "dense_ratio", "peak_mib", "memory_ratio", "loss",
+    "error",
+)  # fmt: skip
+WARM_WHOLE, WARM_TOKENS = 131072, 4096  # documents from the first on warm up with the second
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Row:
 
     policy: None is the default without a calibration. calibrated: with predictors, as `lemo calibrate` makes them (they
     are not trained here: what they choose changes, what they cost does not), and the default policy that goes with
-    them. density: share of the attention's tiles that are computed, for modes that choose tiles.
+    them. keys, density: limits of mode "sparse". shared: one draw for all layers.
     """
 
     mode: str
@@ -56,10 +63,15 @@ class Row:
     weighted: bool = False
     calibrated: bool = False
     density: float | None = None
+    keys: int | None = None
+    shared: bool = False
 
     def describe(self) -> str:
         if self.mode == "dense":
             return "lemo, nothing eliminated"
+        if self.mode == "sparse":
+            limit = f"{self.keys} keys a query" if self.keys else f"{self.density:g} of the pairs of tiles"
+            return f"mode sparse, {limit}" + (f", {self.keep:g} of the tokens kept" if self.keep < 1 else "")
         chosen = "the default policy with a calibration" if self.calibrated else f"policy {self.policy or 'default'}"
         return f"mode {self.mode}, {self.keep:g} of the tokens kept, {'weighted, ' * self.weighted}{chosen}"
 
@@ -71,14 +83,29 @@ ROWS = {
     "skip-0.5-calibrated": Row("skip", 0.5, calibrated=True),
     "skip-0.3-calibrated": Row("skip", 0.3, calibrated=True),
     "backward-0.5": Row("backward", 0.5, "random", weighted=True),
+    "sparse-8k-keys": Row("sparse", keys=8192),
+    "sparse-0.25": Row("sparse", density=0.25),
+    "sparse-0.125": Row("sparse", density=0.125),
+    "skip-0.3-sparse-8k-keys": Row("sparse", 0.3, "random", keys=8192, shared=True),
 }
+# Measured if they are asked for: the study of quality needs their costs.
+MORE = ("sparse-0.25", "sparse-0.125")
 
 
 def settings(row: Row, recompute: str, calibration: Path) -> Any:
     import lemo
 
     keep = None if row.mode == "dense" else row.keep
-    phase = lemo.Phase(row.mode, keep=keep, policy=row.policy, weighted=row.weighted)
+    options = {"shared": True} if row.shared else {}
+    phase = lemo.Phase(
+        row.mode,
+        keep=keep,
+        policy=row.policy,
+        policy_options=options,
+        weighted=row.weighted,
+        density=row.density,
+        keys=row.keys,
+    )
     return lemo.LemoConfig(phases=[phase], recompute=recompute, calibration=calibration if row.calibrated else None)
 
 
@@ -128,14 +155,13 @@ def timed(step: Any, cuda: bool) -> float:
 
 def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, steps: int) -> dict[str, Any]:
     """One step to warm up, then the timed ones. Without enough memory, what is known then and the reason."""
-    ids = document(base, tokens)
     figures: dict[str, Any] = {}
     try:
         with contestant as (model, controller):
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
             loss = torch.zeros(())
 
-            def step() -> None:
+            def step(ids: torch.Tensor) -> None:
                 nonlocal loss
                 loss = model(input_ids=ids, labels=ids).loss
                 loss.backward()
@@ -143,12 +169,13 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
                 optimizer.zero_grad(set_to_none=True)
                 loss = loss.detach()
 
-            step()
+            ids = document(base, tokens)
+            step(ids if tokens < WARM_WHOLE else document(base, WARM_TOKENS))
             if base.cuda:
                 torch.cuda.synchronize()
                 figures["before_mib"] = torch.cuda.memory_allocated() >> 20
                 torch.cuda.reset_peak_memory_stats()
-            times = [timed(step, base.cuda) for _ in range(steps)]
+            times = [timed(lambda: step(ids), base.cuda) for _ in range(steps)]
             figures |= {
                 "step_ms": round(statistics.median(times), 1),
                 "step_ms_min": round(min(times), 1),
@@ -158,6 +185,8 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
             }
             if controller is not None:
                 figures["kept"] = round(statistics.mean(controller.kept_ratios), 4)
+                computed = controller.report()["density"]
+                figures["computed"] = round(statistics.mean(computed), 4) if computed else None
             if base.cuda:
                 figures["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     except torch.OutOfMemoryError:
@@ -199,8 +228,27 @@ def check(base: Base, peer_name: str, recompute: str, tokens: int) -> dict[str, 
     return found
 
 
-def compare(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A row with the peer's figures and the ratios to them."""
+def identity_of(name: str, row: Row, config: Any) -> dict[str, Any]:
+    phase = config.phases[0]
+    policy, options = config.policy(phase)
+    return {
+        "row": name,
+        "method": "lemo",
+        "mode": row.mode,
+        "keep": row.keep,
+        "density": row.density,
+        "keys": row.keys,
+        "policy": policy + " shared" * bool(options.get("shared")) if phase.chooses_blocks else None,
+        "weighted": row.weighted,
+    }
+
+
+def compare(row: dict[str, Any], other: dict[str, Any] | None, dense: dict[str, Any] | None) -> dict[str, Any]:
+    """A row with the peer's figures and the ratios to them and to lemo's dense step, as far as they were measured."""
+    if dense is not None and "step_ms" in dense and "step_ms" in row:
+        row = row | {"dense_ratio": round(dense["step_ms"] / row["step_ms"], 3)}
+    if other is None:
+        return row
     row = row | {"peer": other["method"]}
     for name in ("step_ms", "peak_mib"):
         if name in other:
@@ -215,8 +263,10 @@ def compare(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def choose_peer(wanted: str | None) -> tuple[str, list[dict[str, str]]]:
+def choose_peer(wanted: str | None) -> tuple[str | None, list[dict[str, str]]]:
     """The peer, and what was left out with the reason. Never silently a weaker one on a GPU."""
+    if wanted == "none":
+        return None, [{"row": "peer", "reason": "--peer none"}]
     reason = missing_liger()
     if wanted == "plain" or (wanted is None and not torch.cuda.is_available()):
         return PLAIN, [{"row": LIGER, "reason": reason or "--peer plain"}]
@@ -245,7 +295,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a smoke run")
     parser.add_argument("--steps", type=int, help="timed steps per row (default: 3 from 64K tokens, up to 9 below)")
     parser.add_argument(
-        "--peer", choices=["liger", "plain"], help="plain: without Liger (default: liger on a GPU, plain without one)"
+        "--peer",
+        choices=["liger", "plain", "none"],
+        help="plain: without Liger; none: lemo alone (default: liger on a GPU, plain without one)",
     )
     add_output(parser, "step")
     args = parser.parse_args(arguments)
@@ -268,9 +320,11 @@ def main() -> int:
     start = time.perf_counter()
     base = make_base(args.model, args.layers)
     print(f"{base.name}: weights made in {time.perf_counter() - start:.0f} s", flush=True)
-    checked = check(base, peer_name, args.recompute, min(2048, *args.context))
-    release(base)
-    print(f"nothing eliminated: loss within {checked['loss_error']:.1e}, gradient {checked['gradient_error']:.1e}")
+    checked = None
+    if peer_name is not None:
+        checked = check(base, peer_name, args.recompute, min(2048, *args.context))
+        release(base)
+        print(f"nothing eliminated: loss within {checked['loss_error']:.1e}, gradient {checked['gradient_error']:.1e}")
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any]) -> dict[str, Any]:
@@ -281,7 +335,7 @@ def main() -> int:
         return row
 
     print("  ".join(COLUMNS), flush=True)
-    chosen = {name: row for name, row in ROWS.items() if args.only is None or name in args.only}
+    chosen = {name: row for name, row in ROWS.items() if name in (args.only or set(ROWS) - set(MORE))}
     calibrated = any(row.calibrated for row in chosen.values())
     with tempfile.TemporaryDirectory() if calibrated else nullcontext("") as scratch:
         calibration = untrained_calibration(base, Path(scratch) / "calibration") if calibrated else Path()
@@ -289,17 +343,18 @@ def main() -> int:
         for tokens in args.context:
             steps = args.steps or max(3, min(9, 3 * 65536 // tokens))
             same = {"context": tokens, "recompute": args.recompute, "model": base.name}
-            identity = {"row": "peer", "method": peer_name, "mode": "dense", "keep": 1.0, "density": None}
-            found = measure(base, peer(base, peer_name, args.recompute), tokens, steps)
-            reference = identity | {"policy": None, "weighted": False} | same | found
-            reference = add(compare(reference, reference))
+            reference, dense = None, None
+            if peer_name is not None:
+                identity = {"row": "peer", "method": peer_name, "mode": "dense", "keep": 1.0, "density": None}
+                found = measure(base, peer(base, peer_name, args.recompute), tokens, steps)
+                reference = identity | {"policy": None, "weighted": False} | same | found
+                reference = add(compare(reference, reference, None))
             for name, row in chosen.items():
                 config = settings(row, args.recompute, calibration)
-                policy, options = config.policy(config.phases[0])
-                identity = {"row": name, "method": "lemo", "mode": row.mode, "keep": row.keep, "density": row.density}
-                identity["policy"] = None if row.mode == "dense" else policy + " shared" * bool(options.get("shared"))
                 found = measure(base, ours(base, config), tokens, steps)
-                add(compare(identity | {"weighted": row.weighted} | same | found, reference))
+                found = identity_of(name, row, config) | same | found
+                dense = found if row.mode == "dense" else dense
+                add(compare(found, reference, dense))
     print(table(rows, COLUMNS))
     print(write_results(args.out, rows, **made, check=checked, left_out=left_out))
     return int(any("error" in row for row in rows if row["row"] != "peer"))

@@ -55,7 +55,7 @@ class Headline:
     source: str
 
 
-SHOWN = ("peer", "dense", "skip-0.5", "skip-0.3", "backward-0.5")
+SHOWN = ("peer", "dense", "sparse-8k-keys", "skip-0.5", "skip-0.3", "backward-0.5")
 
 
 def label(row: dict[str, Any]) -> str:
@@ -64,6 +64,9 @@ def label(row: dict[str, Any]) -> str:
         return row["method"]
     if row["mode"] == "dense":
         return "lemo, nothing eliminated"
+    if row["mode"] == "sparse":
+        limit = f"{in_thousands(row['keys'])} keys" if row["keys"] else f"{row['density']:g}"
+        return f"lemo, `sparse` {limit}" + (f", keep {row['keep']:g}" if row["keep"] < 1 else "")
     return f"lemo, `{row['mode']}` {row['keep']:g}" + " weighted" * row.get("weighted", False)
 
 
@@ -84,7 +87,7 @@ def headline() -> Headline | None:
             row["row"]: row
             for row in result["rows"]
             if (row["context"], row["recompute"], row["model"]) == (65536, "full", "llama3-8b")
-            and "Liger" in row["peer"]
+            and "Liger" in row.get("peer", "")
             and {"time_ratio", "memory_ratio"} <= row.keys()
         }
         if {"peer", "dense"} <= rows.keys():
@@ -120,6 +123,7 @@ def steps() -> list[str]:
                 row["policy"] or "",
                 "out of memory" if "error" in row else f"{row['step_ms']:,.0f} ms",
                 f"{row['time_ratio']:.2f} x" if "time_ratio" in row else "",
+                f"{row['dense_ratio']:.2f} x" if "dense_ratio" in row else "",
                 f"{row['peak_mib']:,} MiB" if "peak_mib" in row else "",
                 f"{row['memory_ratio']:.2f} x" if "memory_ratio" in row else "",
                 f"{row['peak_mib'] - row['before_mib']:,} MiB" if {"peak_mib", "before_mib"} <= row.keys() else "",
@@ -134,18 +138,21 @@ def steps() -> list[str]:
             "policy",
             "step",
             "peer's time / ours",
+            "dense lemo's / ours",
             "peak",
             "ours / peer's",
             "peak - weights",
         ]
         lines += [f"**One LoRA step, {models}, {result['gpu']}** (forward, backward, AdamW; in one process)", ""]
         checked = result["check"]
-        what = (
-            f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} and "
-            f"{checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
-        )
+        what = ""
+        if checked is not None:
+            what = (
+                f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} "
+                f"and {checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
+            )
         left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
-        lines += [*markdown(header, rows), "", " ".join([what, *left_out, source(name, result)]), ""]
+        lines += [*markdown(header, rows), "", " ".join(filter(None, [what, *left_out, source(name, result)])), ""]
     return lines
 
 

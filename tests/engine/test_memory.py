@@ -4,9 +4,11 @@ import lemo
 import lemo.engine.stack
 import pytest
 import torch
+from lemo.engine.attend import TileChoice, Tiles
 from lemo.engine.forward import forward
 from lemo.engine.memory import layer_shape, saved_bytes
 from lemo.engine.records import Record, SavedList
+from lemo.engine.tiles import lists_of
 from support.models import ATTENTION, FAMILIES, LINEARS, base, lora
 
 BLOCK, CONTEXT, LAYERS = 8, 128, 3
@@ -19,13 +21,13 @@ def tensors_of(value, seen):
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from tensors_of(v, seen)
-    elif isinstance(value, (Record, SavedList)) and id(value) not in seen:
+    elif isinstance(value, (Record, SavedList, TileChoice, Tiles)) and id(value) not in seen:
         seen.add(id(value))
         for v in vars(value).values():
             yield from tensors_of(v, seen)
 
 
-def count(model, settings, monkeypatch):
+def count(model, settings, monkeypatch, context=CONTEXT):
     """Bytes of unique storages that the layers hold after a forward pass: graphs' saved tensors and the records'.
 
     Storages that died in the forward pass are not saved; parameters and what belongs to the step are not the layers'.
@@ -46,7 +48,7 @@ def count(model, settings, monkeypatch):
     shared = list(model.parameters())
     monkeypatch.setattr(lemo.engine.stack, "forward", spy)
     controller = lemo.apply(model, settings)
-    ids = torch.randint(3, 80, (2, CONTEXT // 2))
+    ids = torch.randint(3, 80, (2, context // 2))
     model(input_ids=ids, labels=ids)
     everything = all(r == 1.0 for r in controller.kept_ratios)
     held = [*packs, *tensors_of(records, set())]
@@ -87,6 +89,23 @@ def test_backward(weighted, keep, monkeypatch):
         for m in rows
     ]
     assert got == sum(expected)
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_sparse(recompute, keep, monkeypatch):
+    model = lora(base("llama", layers=LAYERS, max_position_embeddings=1024), ATTENTION["llama"]).train()
+    phase = lemo.Phase("sparse", keys=256, keep=keep, policy="random")
+    settings = lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[phase])
+    got, rows, everything = count(model, settings, monkeypatch, context=2048)
+    assert rows == [keep * 2048] * LAYERS
+    shape = layer_shape(model.config, element=4, lora_rank=4, lora_targets=ATTENTION["llama"])
+    tiles = lists_of((rows[0] // 2,) * 2, phase)
+    expected = saved_bytes(shape, rows[0], recompute=recompute, documents=2, everything=everything, tiles=tiles)
+    # Documents of unknown lengths have room for the longest list everywhere.
+    assert 0 <= got - LAYERS * expected < LAYERS * 2 * 4 * tiles[0] * 2
+    estimate = lemo.estimate(model, settings, 1024, batch=2, element=4, lora_rank=4)["phases"][0]
+    assert estimate["saved"] == LAYERS * expected
 
 
 def test_a_weighted_phase_is_estimated_with_room_for_its_draw():

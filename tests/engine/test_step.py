@@ -71,12 +71,12 @@ class PlainAttention(Attention):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         return torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~seen, -torch.inf)
 
-    def attend(self, q, k, v, queries, keys, scale):
+    def attend(self, q, k, v, queries, keys, scale, tiles=None):
         s = self.scores(q, k, queries, keys, scale)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
         return torch.einsum("hij,jhd->ihd", s.softmax(-1), v), s.logsumexp(-1)
 
-    def attend_with_gradient(self, q, k, v, queries, keys, scale, out, lse):
+    def attend_with_gradient(self, q, k, v, queries, keys, scale, tiles, out, lse):
         if out is None:
             out, lse = self.attend(q.detach(), k.detach(), v.detach(), queries, keys, scale)
         s, v = self.scores(q, k, queries, keys, scale), v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -108,7 +108,7 @@ class Chunks(Attention):
                 own, seen = slice(start + first, start + last), slice(start, start + last)
                 yield own, seen, one_sided(rows, document, first, last), one_sided(rows, document, 0, last)
 
-    def attend(self, q, k, v, queries, keys, scale):
+    def attend(self, q, k, v, queries, keys, scale, tiles=None):
         if queries is not keys:  # a chunk
             return super().attend(q, k, v, queries, keys, scale)
         parts = [
@@ -117,11 +117,11 @@ class Chunks(Attention):
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
-    def attend_with_gradient(self, q, k, v, queries, keys, scale, out, lse):
+    def attend_with_gradient(self, q, k, v, queries, keys, scale, tiles, out, lse):
         parts = []
         for own, seen, chunk, so_far in self.chunks(queries):
             saved = (None, None) if out is None else (out[own], lse[:, own])
-            given = (q[own], k[seen], v[seen], chunk, so_far, scale)
+            given = (q[own], k[seen], v[seen], chunk, so_far, scale, tiles)
             parts.append(super().attend_with_gradient(*given, *saved))
         return torch.cat(parts)
 

@@ -382,7 +382,7 @@ LAYOUTS = [
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 SETTINGS = [
-    (lambda w: lemo.Phase("sparse"), ("Phase.mode", "skip, backward, dense")),
+    (lambda w: lemo.Phase("thin"), ("Phase.mode", "skip, backward, sparse, dense")),
     (lambda w: lemo.Phase(keep=1.5), ("Phase.keep", "1.5")),
     (lambda w: lemo.Phase("dense", keep=0.5), ("Phase.keep", "dense")),
     (lambda w: lemo.Phase(share=0), ("Phase.share",)),
@@ -459,7 +459,7 @@ DAMAGE = [
     ("flipped", flip, "digest"),
     ("no JSON", lambda f: (f / "lemo_config.json").write_text("{"), "cannot be read"),
     ("a list", lambda f: (f / "lemo_config.json").write_text("[]"), "version None"),
-    ("other version", lambda f: change_config(f, format_version=99), "version 99, this lemo reads version 1"),
+    ("other version", lambda f: change_config(f, format_version=99), "version 99, this lemo reads versions 1 to 2"),
     ("no block size", lambda f: change_config(f, block_size=None), "block_size is missing"),
     ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
     ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),

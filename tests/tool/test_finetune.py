@@ -287,15 +287,31 @@ def test_schedules() -> None:
     ]
     (shared,) = parse_schedule("skip:0.5:sampled:shared")
     assert (shared.policy, shared.policy_options) == ("sampled", {"shared": True})
+    tiled, both = parse_schedule(
+        "sparse:0.125:local=2@0.7,sparse:keys=8192:keep=0.3:random:shared", keep=0.5, policy="exact"
+    )
+    assert (tiled.density, tiled.keys, tiled.local, tiled.keep, tiled.policy) == (0.125, None, 2, 1.0, None)
+    assert (both.density, both.keys, both.keep, both.policy) == (None, 8192, 0.3, "random")
     assert [p.mode for p in parse_schedule("default")] == ["skip", "dense"]
     assert [p.mode for p in parse_schedule("low-memory")] == ["skip", "backward"]
-    for text in ("skipp", "skip@x", "skip:2", "skip:telepathy", "dense:0.5", "skip@,dense"):
+    for text in (
+        "skipp",
+        "skip@x",
+        "skip:2",
+        "skip:telepathy",
+        "dense:0.5",
+        "skip@,dense",
+        "sparse:foo=1",
+        "sparse:keys=all",
+    ):
         with pytest.raises(ValueError, match="phase"):
             parse_schedule(text)
     for text, what in (
-        ("skip:.5:.7", "kept fraction"),
+        ("skip:.5:.7", "keep"),
+        ("skip:.5:keep=.5", "keep"),
         ("skip:random:exact", "policy"),
-        ("skip:shared:shared", "'shared'"),
+        ("skip:shared:shared", "policy_options"),
+        ("sparse:.5:density=.7", "density"),
     ):
         with pytest.raises(ValueError, match=f"{what} is given 2 times"):
             parse_schedule(text)

@@ -40,13 +40,16 @@ examples:
       resume an interrupted run; its settings are in run/run.json. If model, data or calibration were moved:
       --resume --model NEW (--data NEW, --calibration NEW), accepted if their contents are the same
 
-schedules (--schedule): a preset, or phases MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]
+schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:weighted][:NAME=VALUE][@SHARE]
   default      skip most of the steps, then dense: the best result for the time spent
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
   backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model
   dense        nothing eliminated
   for instance --schedule skip:0.3@0.7,skip:0.6@0.2,dense@0.1 or skip:0.5:sampled:shared@0.8,dense@0.2
+  mode sparse keeps every token and leaves out pairs of query and key tiles, most of the cost at long contexts:
+  sparse:0.25 attends to a quarter of the earlier keys, sparse:keys=8192 to so many, sparse:mass=0.9 to as many as hold
+  that share of attention; sparse:keys=8192:keep=0.3 leaves tokens out as well
 policies (--policy, for skip phases): predictors (the paper's: needs --calibration), update_norm (the default without a
   calibration), sampled, random, exact (slow: for comparison). In a schedule, :shared after sampled or random makes one
   draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration

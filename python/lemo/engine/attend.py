@@ -7,6 +7,7 @@ no change in the layers: a subclass of `Attention` overrides `attend` and `atten
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,39 @@ class PackedRows:
     slots: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The key tiles that each query tile attends to (`lemo.engine.tiles`), as both passes read them.
+
+    offsets int32 [S + 1], tiles int32 [L]: the key tiles of every query tile; transposed_offsets, transposed_tiles, of
+    the same shapes: the query tiles of every key tile.
+    """
+
+    offsets: Tensor
+    tiles: Tensor
+    transposed_offsets: Tensor
+    transposed_tiles: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.offsets, self.tiles, self.transposed_offsets, self.transposed_tiles
+
+
+class TileChoice:
+    """The tiles of one layer's attention: chosen once from its queries and keys, and the same ones whenever it runs
+    again."""
+
+    def __init__(self, choose: Callable[[Tensor, Tensor], Tiles | None]) -> None:
+        self._choose: Callable[[Tensor, Tensor], Tiles | None] | None = choose
+        self._tiles: Tiles | None = None
+
+    def of(self, q: Tensor, k: Tensor) -> Tiles | None:
+        """For q [M, Hq, D] and k [M, Hk, D]; None: every query sees all earlier keys."""
+        if self._choose is not None:
+            self._tiles, self._choose = self._choose(q.detach(), k.detach()), None
+        return self._tiles
+
+
 class Attention:
     """Causal attention within documents, for all layers of one step."""
 
@@ -41,18 +75,31 @@ class Attention:
 
     # --- what layers call ---
 
-    def forward(self, layer: nn.Module, h: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor]:
-        """Output [M, Hq, D] and log-sum-exp float32 [Hq, M] of the norm's output h [M, d]. Without a graph."""
+    def forward(
+        self, layer: nn.Module, h: Tensor, rows: PackedRows, choice: TileChoice | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output [M, Hq, D] and log-sum-exp float32 [Hq, M] of the norm's output h [M, d]. Without a graph.
+
+        choice: of the tiles that are attended to; None: all of them.
+        """
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         del h
-        return self.attend(q, k, v, rows, rows, self.family.scale(layer))
+        tiles = None if choice is None else choice.of(q, k)
+        return self.attend(q, k, v, rows, rows, self.family.scale(layer), tiles)
 
     def differentiable(
-        self, layer: nn.Module, h: Tensor, rows: PackedRows, out: Tensor | None = None, lse: Tensor | None = None
+        self,
+        layer: nn.Module,
+        h: Tensor,
+        rows: PackedRows,
+        choice: TileChoice | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor:
         """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
-        return self.attend_with_gradient(q, k, v, rows, rows, self.family.scale(layer), out, lse)
+        tiles = None if choice is None else choice.of(q, k)
+        return self.attend_with_gradient(q, k, v, rows, rows, self.family.scale(layer), tiles, out, lse)
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
@@ -63,14 +110,23 @@ class Attention:
     # --- what decides how they are computed ---
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        scale: float,
+        tiles: Tiles | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(out [M, Hq, D], lse float32 [Hq, M]) of q [M, Hq, D] over k and v [Mk, Hk, D].
 
-        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end.
+        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. tiles: only
+        if the keys are those of the queries.
         """
         others = _key_rows(queries, keys)
-        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale, **others)
+        lists = (None, None) if tiles is None else (tiles.offsets, tiles.tiles)
+        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale, *lists, **others)
 
     def attend_with_gradient(
         self,
@@ -80,6 +136,7 @@ class Attention:
         queries: PackedRows,
         keys: PackedRows,
         scale: float,
+        tiles: Tiles | None,
         out: Tensor | None,
         lse: Tensor | None,
     ) -> Tensor:
@@ -99,6 +156,7 @@ class Attention:
             out=out,
             lse=lse,
             deterministic=self.deterministic,
+            tile_lists=None if tiles is None else tiles.tensors,
             **others,
         )
 

@@ -111,7 +111,7 @@ def _attention_again(
     want_output = want_output or bool(step.random)
 
     def attend(leaf: Tensor) -> Tensor:
-        out = step.attention.differentiable(layer, leaf, record.saved_list, record.out, record.lse)
+        out = step.attention.differentiable(layer, leaf, record.saved_list, record.tiles, record.out, record.lse)
         return step.family.attention_output(layer, out.flatten(1), want_output)
 
     return trace(attend, h)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 # How a phase eliminates; how blocks are chosen; by share or by score.
-Mode = Literal["skip", "backward", "dense"]
+Mode = Literal["skip", "backward", "sparse", "dense"]
 PolicyName = Literal["predictors", "update_norm", "random", "sampled", "exact"]
 Select = Literal["budget", "threshold"]
+# How the key tiles of mode "sparse" are chosen.
+TilePolicyName = Literal["probe", "recent", "predictors"]
 # What a layer saves; "auto" is decided at every step.
 Recompute = Literal["none", "attention", "full"]
 RecomputeSetting = Literal["auto", "none", "attention", "full"]
@@ -22,6 +24,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 RECOMPUTE: tuple[RecomputeSetting, ...] = get_args(RecomputeSetting)
 SELECT: tuple[Select, ...] = get_args(Select)
+TILE_POLICIES: tuple[TilePolicyName, ...] = get_args(TilePolicyName)
 
 
 def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -44,6 +47,16 @@ def _layer_indices(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+
+
+def _share(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be a number above 0, and at most 1; got {value!r}")
+
+
 def _fraction(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a number from 0 (nothing kept) to 1 (everything kept); got {value!r}")
@@ -54,8 +67,10 @@ class Phase:
     """A run of training steps that share one elimination strategy.
 
     mode: "skip" leaves tokens out of layers forward and backward (paper section 4); "backward" computes the forward
-        pass exactly and sends gradients through kept tokens only; "dense" keeps everything.
-    keep: fraction of every document's blocks that a layer keeps. Default 0.5 (1 in "dense").
+        pass exactly and sends gradients through kept tokens only; "sparse" keeps all tokens and leaves out pairs of
+        query and key tiles in attention, forward and backward; "dense" keeps everything.
+    keep: fraction of every document's blocks that a layer keeps. Default 0.5 (1 in "sparse" and "dense"). With less
+        than 1, "sparse" also leaves tokens out as "skip" does, and pairs of tiles among the others.
     share: share of the steps, relative to the other phases' shares.
     policy: how blocks are chosen (see `lemo.engine.policies`). Default in "skip": if the run has calibrated predictors,
         "sampled" with their scores, one draw for all layers ("predictors" with `select` "threshold" or `mlp_keep`);
@@ -68,6 +83,15 @@ class Phase:
         threshold ("predictors" only; `keep` is then ignored).
     mlp_keep: fraction that the MLP keeps, as a separate list from the same scores ("skip" only). Default: the list of
         attention.
+    density, keys, mass: limits of what a tile of 128 queries attends to in mode "sparse": a share of the keys before
+        it; a number of keys, in tokens; as many tiles as hold a share of its attention (as `tile_policy` estimates it).
+        Whichever is reached first holds. Default: density 0.25 if none is given.
+    local: tiles directly before a query tile that it always attends to, as it does to itself and to the document's
+        first tile, whatever the limits.
+    tile_policy: how the other tiles are chosen ("sparse" only): "probe", by the exact attention of a few rows of the
+        query tile; "recent", the nearest ones; "predictors", by networks calibrated for it (`lemo calibrate --target
+        mass`). See `lemo.engine.tiles`.
+    tile_options: keyword arguments of the tile policy.
     """
 
     mode: Mode = "skip"
@@ -78,11 +102,17 @@ class Phase:
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     select: Select = "budget"
     mlp_keep: float | None = None
+    density: float | None = None
+    keys: int | None = None
+    mass: float | None = None
+    local: int = 1
+    tile_policy: TilePolicyName = "probe"
+    tile_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _choice("Phase.mode", self.mode, MODES)
         if self.keep is None:
-            object.__setattr__(self, "keep", 1.0 if self.mode == "dense" else 0.5)
+            object.__setattr__(self, "keep", 1.0 if self.mode in ("sparse", "dense") else 0.5)
         _fraction("Phase.keep", self.keep)
         if self.mode == "dense" and self.keep != 1.0:
             raise ValueError(f'Phase.keep must be 1 (or left out) if mode is "dense"; got {self.keep}')
@@ -106,6 +136,7 @@ class Phase:
             _fraction("Phase.mlp_keep", self.mlp_keep)
             if self.mode != "skip":
                 raise ValueError(f'Phase.mlp_keep needs mode "skip"; got mode {self.mode!r}')
+        self._check_tiles()
         if self.weighted and (self.mode != "backward" or self.policy not in (None, "random", "sampled")):
             raise ValueError(
                 'Phase.weighted needs mode "backward" and policy "random" or "sampled" (weights are inverse '
@@ -120,10 +151,58 @@ class Phase:
                 "`shared`, or `weighted`"
             )
 
+    def _check_tiles(self) -> None:
+        """The settings of mode "sparse"."""
+        _choice("Phase.tile_policy", self.tile_policy, TILE_POLICIES)
+        _integer("Phase.local", self.local, 0)
+        if not isinstance(self.tile_options, Mapping):
+            raise ValueError(f"Phase.tile_options must be a dictionary of options; got {self.tile_options!r}")
+        if self.mode != "sparse":
+            defaults = {f.name: f.default for f in dataclasses.fields(self)} | {"tile_options": {}}
+            for name in ("density", "keys", "mass", "local", "tile_policy", "tile_options"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f'Phase.{name} needs mode "sparse", which takes `keep` as well to leave tokens out; got mode '
+                        f"{self.mode!r}"
+                    )
+            return
+        if self.density is None and self.keys is None and self.mass is None:
+            object.__setattr__(self, "density", 0.25)
+        if self.density is not None:
+            _share("Phase.density", self.density)
+        if self.keys is not None:
+            _integer("Phase.keys", self.keys, 1)
+        if self.mass is not None:
+            _share("Phase.mass", self.mass)
+            if self.tile_policy == "recent":
+                raise ValueError(
+                    'Phase.mass needs a tile_policy that estimates attention ("probe", "predictors"); "recent" knows '
+                    "only which tiles are near: limit it by density or keys"
+                )
+        if self.keep == 0.0:
+            raise ValueError('Phase.keep must be above 0 in mode "sparse": without tokens there are no pairs')
+
+    @property
+    def skips(self) -> bool:
+        """Whether the forward pass leaves tokens out of layers."""
+        everything = self.select == "budget" and self.keep == 1.0 and self.mlp_keep in (None, 1.0)
+        return self.mode in ("skip", "sparse") and not everything
+
+    @property
+    def chooses_blocks(self) -> bool:
+        """Whether a policy chooses blocks."""
+        return self.mode in ("skip", "backward") or self.skips
+
+    @property
+    def exact(self) -> bool:
+        """Whether the forward pass is that of the whole model."""
+        return self.mode != "sparse" and not self.skips
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = dataclasses.asdict(self)
         values["policy_options"] = dict(self.policy_options)
+        values["tile_options"] = dict(self.tile_options)
         return values
 
 
@@ -205,6 +284,11 @@ class LemoConfig:
                 raise ValueError(
                     'policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate`; got None'
                 )
+            if phase.tile_policy == "predictors" and self.calibration is None:
+                raise ValueError(
+                    'tile_policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate '
+                    "--target mass`; got None"
+                )
 
     def policy(self, phase: Phase) -> tuple[PolicyName, Mapping[str, Any]]:
         """The policy of a phase and its options, defaults resolved."""
@@ -212,7 +296,7 @@ class LemoConfig:
             return phase.policy, phase.policy_options
         if phase.mode == "backward":
             return "random", phase.policy_options
-        if self.calibration is None or phase.mode != "skip":
+        if self.calibration is None or phase.mode not in ("skip", "sparse"):
             return "update_norm", phase.policy_options
         if phase.select == "threshold" or phase.mlp_keep is not None:
             return "predictors", phase.policy_options

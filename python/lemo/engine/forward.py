@@ -108,15 +108,17 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor) -> Tensor:
     """What attention adds to the kept rows, [M, d], of the norm's output h [M, d]; fills the record's graph, or its
     output and log-sum-exp."""
     saved = record.saved_list
+    choice = None if step.tiles is None else step.tiles(record.layer, record.x_kept, saved)
     if step.recompute == "none":
         a, record.attention = trace(
             lambda leaf: step.family.attention_output(
-                layer, step.attention.differentiable(layer, leaf, saved).flatten(1)
+                layer, step.attention.differentiable(layer, leaf, saved, choice).flatten(1)
             ),
             h,
         )
         return a
-    out, lse = step.attention.forward(layer, h, saved)
+    out, lse = step.attention.forward(layer, h, saved, choice)
+    record.tiles = choice
     if step.recompute == "attention":
         record.out, record.lse = out, lse
     return step.family.attention_output(layer, out.flatten(1))

@@ -13,6 +13,7 @@ from lemo.engine import families
 from lemo.engine.config import LemoConfig, Phase
 from lemo.engine.families.base import ModelShape
 from lemo.engine.step import MLP_ROWS
+from lemo.engine.tiles import STRIP_BYTES, lists_of
 from lemo.engine.wrappers import base_model
 
 # Workspace of the segmented loss.
@@ -83,11 +84,13 @@ def saved_bytes(
     documents: int = 1,
     weighted: bool = False,
     everything: bool = False,
+    tiles: tuple[int, int] | None = None,
 ) -> int:
     """Bytes that one layer saves between its forward and backward pass, exactly (no dropout; plain LoRA).
 
     rows M and blocks K: what the layer keeps; documents D of the batch; everything: all blocks are kept (the lists are
-    then the step's, not the layer's). With e bytes per element and r the ranks of the adapters in question:
+    then the step's, not the layer's); tiles: slots S and entries L of the lists of tiles, in mode "sparse". With e
+    bytes per element and r the ranks of the adapters in question:
 
         "full"       e M d
         "attention"  e M (d + Hq D) + 4 Hq M
@@ -95,11 +98,14 @@ def saved_bytes(
                      + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
                      + e M f   if gated and down has one       + e M (sum of all r)
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
+        tiles        8 (S + 1 + L)     [half of it with "none"]
 
     Mode "backward" saves what "attention" saves. Nothing depends on eliminated tokens.
     """
     s, m = shape, rows
     lists = 0 if everything else 4 * m + 4 * (documents + 1) + (4 * m + 4 * blocks if weighted else 0)
+    if tiles is not None:
+        lists += (4 if recompute == "none" else 8) * (tiles[0] + 1 + tiles[1])
     output = s.element * m * s.heads * s.head_dim + 4 * s.heads * m
     if mode == "backward" or recompute == "attention":
         return s.element * m * s.hidden + output + lists
@@ -180,8 +186,9 @@ def estimate(
     model: a transformers configuration, whose weights then count `element` bytes each, or the model itself, whose
     weights count as they are stored (far less if they are quantized); batch documents of `context` tokens each;
     element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
-    except in weighted phases, where the number of kept blocks varies and three standard deviations are added; `working`
-    is an estimate. Raises UnsupportedModelError for a model that lemo does not know, or whose attention has a window
+    except in weighted phases, where the number of kept blocks varies and three standard deviations are added, and with
+    `Phase.mass`, where the lists of tiles are counted as long as the other limits let them become; `working` is an
+    estimate. Raises UnsupportedModelError for a model that lemo does not know, or whose attention has a window
     shorter than the context.
     """
     if context < 1 or batch < 1:
@@ -208,10 +215,13 @@ def estimate(
             documents=batch,
             weighted=phase.weighted,
         )
-        total = eliminating * saved(rows, everything=rows == tokens)
+        tiles = lists_of((rows // batch,) * batch, phase) if phase.mode == "sparse" else None
+        total = eliminating * saved(rows, everything=rows == tokens, tiles=tiles)
         total += (layers - eliminating) * saved(tokens, everything=True)
         largest = rows if eliminating == layers else tokens
         working = _working(shape, tokens, largest, phase.mode, recompute, quantized)
+        if tiles is not None:
+            working += STRIP_BYTES
         if config.return_logits:  # they and their gradient, and both in fp32 for the loss
             working += 2 * (element + 4) * tokens * shape.vocab
         phases.append(_row(phase, weights, total, working))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lemo.engine.attend import PackedRows
+from lemo.engine.attend import PackedRows, TileChoice
 from lemo.engine.config import Part
 from lemo.engine.layout import Kept
 from lemo.engine.randomness import Generators
@@ -64,6 +64,7 @@ class Record:
     attention: Segment | None = None
     mlp: Segment | None = None
     generators: Generators | None = None
+    tiles: TileChoice | None = None
 
 
 class Records:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lemo.engine.attend import Attention
+from lemo.engine.attend import Attention, TileChoice
 from lemo.engine.config import Mode, Recompute
 from lemo.engine.families.base import Family
 from lemo.engine.gradients import Handover
@@ -47,7 +47,8 @@ class Step:
     choose(i, x): kept lists of layer i for its input x [T, d], called once per layer. weighted: gradients are weighted
     by 1/p. random: whether layers draw random numbers; None: they may. observe: gets (i, norms float32 [M], kept) if
     the policy wants to know how much a layer added. borrowed: x belongs to someone else and is copied before it is
-    updated. general: some modules are called as they are; what their graphs reach is then checked.
+    updated. general: some modules are called as they are; what their graphs reach is then checked. tiles(i, x, rows):
+    the choice of attention's tiles in layer i for its input x [M, d] and those rows; None: every tile in every layer.
     """
 
     family: Family
@@ -61,6 +62,7 @@ class Step:
     weighted: bool = False
     random: bool | None = None
     observe: Callable[[int, Tensor, Kept], None] | None = None
+    tiles: Callable[[int, Tensor, SavedList], TileChoice] | None = None
     borrowed: bool = True
     general: bool = True
     records: Records = field(default_factory=Records)

@@ -19,6 +19,7 @@ from lemo.engine.families.base import Family
 from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
 from lemo.engine.step import Step
+from lemo.engine.tiles import TileChooser, TilePolicy, make_tile_policy
 from lemo.engine.wrappers import base_model
 from lemo.integration import training_pass, trl_head
 from lemo.integration.callback import LemoCallback
@@ -27,7 +28,7 @@ from lemo.integration.entries import controller_of
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
 from lemo.integration.schedule import Schedule
-from lemo.integration.trainers import refuse_comparisons, running_trainer, skips_tokens
+from lemo.integration.trainers import refuse_comparisons, running_trainer
 from lemo.integration.training_pass import Inputs, Plan
 
 if TYPE_CHECKING:  # loaded only if a run has a calibration
@@ -62,7 +63,8 @@ class Controller:
         self._tokens = self._blocks = 0
         self._loss_tokens: Tensor | None = None
         self._last_phase: int | None = None
-        self._policies = self._make_policies()
+        self._policies, self._tile_policies = self._make_policies(), self._make_tile_policies()
+        self._tiles: TileChooser | None = None
         self._draws = Draws()
         self._passes = Passes()
         self.referring = False
@@ -71,16 +73,24 @@ class Controller:
 
     def _make_policies(self) -> list[Policy | None]:
         return [
-            None if p.mode == "dense" else make_policy(*self.config.policy(p), self.predictors)
+            make_policy(*self.config.policy(p), self.predictors) if p.chooses_blocks else None
+            for p in self.schedule.phases
+        ]
+
+    def _make_tile_policies(self) -> list[TilePolicy | None]:
+        return [
+            make_tile_policy(p.tile_policy, p.tile_options, self.predictors) if p.mode == "sparse" else None
             for p in self.schedule.phases
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """The controller of a copy of the model: at the same step, with policies that remember no batch."""
         twin = memo[id(self)] = object.__new__(type(self))
-        plain = {name: value for name, value in self.__dict__.items() if name != "_policies"}
+        anew = ("_policies", "_tile_policies", "_tiles")
+        plain = {name: value for name, value in self.__dict__.items() if name not in anew}
         twin.__dict__.update(copy.deepcopy(plain, memo))
-        twin._policies = twin._make_policies()
+        twin._policies, twin._tile_policies = twin._make_policies(), twin._make_tile_policies()
+        twin._tiles = None
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -157,7 +167,7 @@ class Controller:
         there is nothing to repeat, and transformers runs.
         """
         before = self.referring
-        self.referring = skips_tokens(self.phase)
+        self.referring = not self.phase.exact
         try:
             with torch.no_grad():
                 yield
@@ -182,21 +192,26 @@ class Controller:
     def report(self) -> dict[str, Any]:
         """The last forward pass in plain values, for logs.
 
-        loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it.
+        loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. In mode
+        "sparse", by layer and read from the device: density, the share of the pairs of tiles that causality allows;
+        covered, the share of attention that these hold, as the tile policy estimates it (None: it does not).
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
+        density, covered = ([], []) if self._tiles is None else self._tiles.report()
         return {
             "step": self.step_index,
             "phase": index,
             "mode": None if phase is None else phase.mode,
             "keep": None if phase is None else phase.keep,
-            "policy": None if phase is None or phase.mode == "dense" else self.config.policy(phase)[0],
+            "policy": None if phase is None or not phase.chooses_blocks else self.config.policy(phase)[0],
             "tokens": self._tokens,
             "blocks": self._blocks,
             "loss_tokens": None if self._loss_tokens is None else int(self._loss_tokens),
             "kept": list(self.kept_ratios),
             "mlp_kept": list(self.mlp_kept_ratios),
+            "density": density,
+            "covered": covered,
         }
 
     def count_loss_tokens(self, count: Tensor) -> None:
@@ -249,10 +264,11 @@ class Controller:
         self._warn_of_empty_phases()
         random = check_randomness(self.family, self.model, loose, self.schedule.phases[index:])
         phase = self.schedule.phases[index]
-        remember = skips_tokens(phase) and not again
+        remember = not phase.exact and not again
         plan = Plan(
             phase=phase,
             policy=self._policies[index] if earlier is None else None,
+            tile_policy=self._tile_policies[index],
             seed=self._seed(draw),
             recompute="full" if earlier is not None else self._recompute(),
             random=random,
@@ -260,11 +276,11 @@ class Controller:
             earlier=earlier,
             remembered=self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None,
         )
-        x, step, lists = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
+        x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
         if not again:  # a recomputation may end half-way, and has nothing new to report
             self.micro_batch += 1
             self.kept_ratios, self.mlp_kept_ratios = lists.kept_ratios, lists.mlp_kept_ratios
-            self._loss_tokens = None
+            self._loss_tokens, self._tiles = None, tiles
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
         return stack.run(step, x, params), step
@@ -282,7 +298,7 @@ class Controller:
         draw = Draw(self.step_index, self.micro_batch)
         if self.referring:
             return draw, True, self._passes.find(inputs.batch, inputs.packed.blocks)
-        return *self._draws.next(draw, not skips_tokens(self.phase)), None
+        return *self._draws.next(draw, self.phase.exact), None
 
     def _seed(self, draw: Draw) -> int:
         """Of a pass's random choices. Every process draws for its own data; phases are the same in all."""

@@ -64,8 +64,8 @@ class ChosenLists:
 
 
 def required_blocks(keep_labelled: bool | None, phase: Phase, blocks: Blocks, labelled: Tensor | None) -> Tensor | None:
-    """Blocks that mode "skip" has to keep for their labels, bool [nb], or None. labelled: bool [T], or unknown."""
-    if phase.mode != "skip" or labelled is None or keep_labelled is False:
+    """Blocks that a skipping phase has to keep for their labels, bool [nb], or None. labelled: bool [T], or unknown."""
+    if not phase.skips or labelled is None or keep_labelled is False:
         return None
     count = int(labelled.sum())
     if count == 0 or (keep_labelled is None and 2 * count >= blocks.num_tokens):

@@ -35,7 +35,6 @@ from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
 from lemo.integration.controller import Controller
 from lemo.integration.entries import attach, controller_of, detach
-from lemo.integration.trainers import skips_tokens
 from lemo.integration.training_pass import Inputs
 
 if TYPE_CHECKING:  # loaded only if a run has a calibration
@@ -130,7 +129,7 @@ def _causal_lm_forward(
     ordinary = isinstance(keep, int) and keep == 0 and getattr(module, "_loss_function", None) is None
     if named.get("labels") is None or not ordinary:
         # Only the layers run through lemo then.
-        if skips_tokens(controller.phase):
+        if controller.phase.skips:
             controller.note(_LOSS_OF_OTHERS)
         return original(*args, **kwargs)
     inputs = _inputs(controller, named)
@@ -170,7 +169,15 @@ def _predictors(inner: nn.Module, config: LemoConfig) -> PredictorSet | None:
     from lemo.predictors.store import PredictorSet
 
     predictors = PredictorSet.load(config.calibration, model=inner)
-    if predictors.block_size != config.block_size:
+    for phase in config.phases or ():
+        policy, options = config.policy(phase)
+        if phase.chooses_blocks and (
+            policy == "predictors" or (policy == "sampled" and options.get("source", "predictors") == "predictors")
+        ):
+            predictors.require("importance", config.calibration, f"policy {policy!r} in mode {phase.mode!r}")
+        if phase.mode == "sparse" and phase.tile_policy == "predictors":
+            predictors.require("mass", config.calibration, 'tile_policy "predictors" in mode "sparse"')
+    if predictors.target == "importance" and predictors.block_size != config.block_size:
         raise ValueError(
             f"LemoConfig.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
             f"{predictors.block_size} tokens: use that size or calibrate again"

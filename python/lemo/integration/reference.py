@@ -1,8 +1,9 @@
 """Passes that are compared with a training pass see the tokens that it saw.
 
 A preference loss compares the log-probabilities of a training pass with those of a reference (the same model without
-its adapters, say). In mode "skip" the two only agree if both leave the same tokens out of the same layers. So the lists
-of a step's passes are remembered, and `Controller.reference_pass` runs others over the same batch with them.
+its adapters, say). In modes "skip" and "sparse" the two only agree if both leave the same tokens and pairs of tiles out
+of the same layers. So the lists of a step's passes are remembered, and `Controller.reference_pass` runs others over the
+same batch with them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lemo.engine.attend import Tiles
 from lemo.engine.layout import Blocks, Kept, KeptPair, select
 
 _REMEMBERED = 8  # passes of one step
@@ -20,11 +22,13 @@ _REMEMBERED = 8  # passes of one step
 
 @dataclass(eq=False)
 class Pass:
-    """Kept blocks, int32 [K], of every layer's attention and MLP in one training pass; None: nothing kept."""
+    """Kept blocks, int32 [K], of every layer's attention and MLP in one training pass; None: nothing kept. tiles: of
+    the layers that attended to a part of the tiles."""
 
     batch: Tensor
     lengths: tuple[int, ...]
     lists: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
+    tiles: dict[int, Tiles] = field(default_factory=dict)
 
     def add(self, kept: KeptPair) -> None:
         attention, mlp = (None if k is None else k.blocks for k in kept)

@@ -51,31 +51,27 @@ def go_first(callback: Any) -> None:
             return
 
 
-def skips_tokens(phase: Phase) -> bool:
-    """Whether the forward pass of a phase leaves tokens out."""
-    everything = phase.select == "budget" and phase.keep == 1.0 and phase.mlp_keep in (None, 1.0)
-    return phase.mode == "skip" and not everything
-
-
 def _trl_class(kind: type) -> str | None:
     """The TRL class that `kind` is, or derives from most closely."""
     return next((c.__qualname__ for c in kind.__mro__ if c.__module__.split(".")[0] == "trl"), None)
 
 
 def refuse_comparisons(phases: Iterable[Phase], trainer: Any = None, arguments: Any = None) -> None:
-    """Raises ValueError if a TRL trainer other than SFTTrainer would run a phase that skips tokens.
+    """Raises ValueError if a TRL trainer other than SFTTrainer would run a phase whose forward pass is not exact.
 
     Such trainers compare log-probabilities of the training pass with those of another one (a reference model, the
-    policy that sampled, the other answer of a pair), which sees every token.
+    policy that sampled, the other answer of a pair), which sees every token and attends to all of them.
     """
     names = [_trl_class(type(given)) for given in (trainer, arguments) if given is not None]
     compares = next(
         (name for name in names if name and name not in ("SFTTrainer", "SFTConfig") and not name.startswith("_")), None
     )
-    if compares is None or not any(skips_tokens(phase) for phase in phases):
+    inexact = next((phase.mode for phase in phases if not phase.exact), None)
+    if compares is None or inexact is None:
         return
+    left_out = "tokens" if inexact == "skip" else "a part of attention"
     raise ValueError(
-        f'{compares}: mode "skip" is not available. The training pass would leave tokens out, but what its '
+        f'{compares}: mode "{inexact}" is not available. The training pass would leave {left_out} out, but what its '
         "log-probabilities are compared with (a reference model, an earlier policy, generated tokens) comes from the "
         "whole model: losses and rewards would be wrong from the first step. Use phases with an exact forward, of mode "
         '"backward" or "dense": LemoConfig(phases=[Phase("backward", keep=0.5)])'

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.engine.attend import Attention
+from lemo.engine.attend import Attention, TileChoice
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.families.base import Family
 from lemo.engine.packing import Packed
 from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from lemo.engine.policies import Policy, StepContext
+from lemo.engine.records import SavedList
 from lemo.engine.step import Autocast, Step
+from lemo.engine.tiles import LayerRows, TileChooser, TilePolicy
 from lemo.integration.kept_lists import ChosenLists, required_blocks
 from lemo.integration.reference import Pass
 from lemo.integration.replay import under_checkpoint
@@ -44,13 +46,14 @@ class Inputs:
 class Plan:
     """What a pass is to do.
 
-    policy: None keeps everything, or repeats the lists of `earlier`; seed: of the policy's draws; random: whether
-    layers draw random numbers (None: they may); general: some modules are called as they are; remembered: gets
-    the lists, so that other passes can repeat them.
+    policy: None keeps everything, or repeats the lists of `earlier`; tile_policy: None attends to all tiles; seed: of
+    the policy's draws; random: whether layers draw random numbers (None: they may); general: some modules are called
+    as they are; remembered: gets the lists, so that other passes can repeat them.
     """
 
     phase: Phase
     policy: Policy | None
+    tile_policy: TilePolicy | None
     seed: int
     recompute: Recompute
     random: bool | None
@@ -61,15 +64,16 @@ class Plan:
 
 def begin(
     family: Family, model: Any, config: LemoConfig, layers: list[nn.Module], inputs: Inputs, plan: Plan
-) -> tuple[Tensor, Step, ChosenLists]:
-    """The residual stream [T, d] before the first layer, and the step that takes it through the layers."""
+) -> tuple[Tensor, Step, ChosenLists, TileChooser | None]:
+    """The residual stream [T, d] before the first layer, the step that takes it through the layers, and what chooses
+    for it."""
     packed, phase = inputs.packed, plan.phase
     decoder, embedding = family.decoder(model), model.get_input_embeddings()
     with outputs_of(embedding) as embedded:
         # Hooks on the embedding (NEFTune) see the batch as it is.
         given = decoder.embed_tokens(inputs.ids) if inputs.embeddings is None else inputs.embeddings
         x = family.embed(decoder, None, packed.take(given), packed.positions)
-    participation = Participation(phase.mode != "skip" or trains_before_layers(x, embedded))
+    participation = Participation(not phase.skips or trains_before_layers(x, embedded))
     embedded.clear()
     x = x.to(_compute_dtype(x))
     attention = Attention(family, family.tables(decoder, x.detach(), packed.positions), config.deterministic)
@@ -87,6 +91,7 @@ def begin(
                 required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
             )
         )
+    tiles = _tile_chooser(config, plan, len(layers))
     step = Step(
         family=family,
         layers=layers,
@@ -98,12 +103,36 @@ def begin(
         random=plan.random,
         general=plan.general,
         choose=lists.choose,
+        tiles=None if tiles is None else _tiles_of_layers(tiles, family, layers),
         observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
         borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
         autocast=_autocast(x),
         participation=participation,
     )
-    return x, step, lists
+    return x, step, lists, tiles
+
+
+def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChooser | None:
+    if plan.tile_policy is None:
+        return None
+    layers = None if config.layers is None else frozenset(config.layers)
+    return TileChooser(
+        plan.tile_policy,
+        plan.phase,
+        num_layers,
+        layers,
+        earlier=None if plan.earlier is None else plan.earlier.tiles,
+        remembered=None if plan.remembered is None else plan.remembered.tiles,
+    )
+
+
+def _tiles_of_layers(
+    chooser: TileChooser, family: Family, layers: list[nn.Module]
+) -> Callable[[int, Tensor, SavedList], TileChoice]:
+    def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
+        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, family.scale(layers[i]))))
+
+    return tiles
 
 
 def recompute_of(model: nn.Module, config: LemoConfig, note: Callable[[str], None]) -> Recompute:

@@ -144,8 +144,12 @@ def attention(
     rows_k: Tensor | None = None,
     row_slots_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
+    tile_lists: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
+
+    tile_lists: offsets and key tiles of every query tile (``attention_forward``), then offsets and query tiles of every
+    key tile, as ``list_tiles`` makes them.
 
     With ``out`` and ``lse`` of an earlier forward pass over more keys, that output is returned without computing it,
     and gradients are those of ``attention_backward`` with the given key weights (mode `backward`).
@@ -156,8 +160,12 @@ def attention(
     _need_longest(cu_seqlens_k, max_seqlen_k)
     if out is None:
         keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": max_seqlen_k}
-        out, lse = attention_forward(q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale, **keys)
-    lists = (cu_seqlens, rows, key_weights, row_slots, cu_seqlens_k, rows_k, row_slots_k)
+        forward: Any = (None, None) if tile_lists is None else tile_lists[:2]
+        out, lse = attention_forward(
+            q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale, *forward, **keys
+        )
+    transposed: Any = (None, None) if tile_lists is None else tile_lists[2:]
+    lists = (cu_seqlens, rows, key_weights, row_slots, *transposed, cu_seqlens_k, rows_k, row_slots_k)
     return _Attention.apply(q, k, v, out, lse, *lists, max_seqlen, scale, deterministic, max_seqlen_k)
 
 
@@ -172,8 +180,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        *tensors, cu_seqlens_k, rows_k, row_slots_k = ctx.saved_tensors
-        inputs: Any = (*tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic)
+        *tensors, tile_offsets, tiles, cu_seqlens_k, rows_k, row_slots_k = ctx.saved_tensors
+        inputs: Any = (*tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic, tile_offsets, tiles)
         keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
         grads = attention_backward(dout.contiguous(), *inputs, row_slots_k=row_slots_k, **keys)
         return *grads, *(None for _ in ctx.needs_input_grad[3:])

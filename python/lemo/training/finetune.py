@@ -244,7 +244,7 @@ def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
     for phase in config.phases:
         policy, options = config.policy(phase)
         predicted = policy in ("predictors", "sampled") and options.get("source", "predictors") == "predictors"
-        if phase.mode != "dense" and predicted and abs(phase.keep - calibrated) > 0.005:
+        if phase.chooses_blocks and predicted and abs(phase.keep - calibrated) > 0.005:
             others.add(phase.keep)
     if others:
         report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -115,25 +116,53 @@ _PRESETS = {
 }
 
 
-def _kind_of_option(option: str) -> str:
-    if option in ("weighted", "shared"):
-        return f"'{option}'"
-    return "the kept fraction" if option[:1].isdigit() or option[:1] == "." else "the policy"
+# Settings of a phase that a schedule gives as NAME=VALUE, and what their values are.
+_NAMED: dict[str, Callable[[str], Any]] = {
+    "keep": float,
+    "density": float,
+    "keys": int,
+    "mass": float,
+    "local": int,
+    "policy": str,
+    "tile_policy": str,
+}
+
+
+def _setting(option: str, mode: str) -> tuple[str, Any]:
+    """The setting of a phase that an option gives, and its value. A bare number is the mode's main one."""
+    name, named, value = option.partition("=")
+    if named:
+        if name not in _NAMED:
+            raise ValueError(f"no setting is called {name!r}; there are {', '.join(_NAMED)}")
+        try:
+            return name, _NAMED[name](value)
+        except ValueError:
+            raise ValueError(f"{name} is {value!r}, expected a number") from None
+    if option == "weighted":
+        return "weighted", True
+    if option == "shared":
+        return "policy_options", {"shared": True}
+    if option[:1].isdigit() or option[:1] == ".":
+        return "density" if mode == "sparse" else "keep", float(option)
+    return "policy", option
 
 
 def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> list[Phase]:
-    """Phases from a preset's name or from `MODE[:KEEP][:POLICY][:shared][:weighted][@SHARE]`, separated by commas.
+    """Phases from a preset's name or from `MODE[:NUMBER][:POLICY][:shared][:weighted][:NAME=VALUE][@SHARE]`, separated
+    by commas.
 
-    SHARE is the phase's share of the steps, relative to the others' (default 1). KEEP defaults to `keep`, POLICY to
-    `policy` in `skip` phases; `backward` phases select at random unless they name a policy, because there any
-    preference biases the gradient. `shared`: one draw for all layers of a step (random, sampled). Raises ValueError.
+    SHARE is the phase's share of the steps, relative to the others' (default 1). NUMBER is the kept fraction, in
+    `sparse` the density; NAME one of keep, density, keys, mass, local, policy, tile_policy (see `lemo.Phase`). The kept
+    fraction defaults to `keep` (`sparse` keeps all tokens), POLICY to `policy` in phases that skip; `backward` phases
+    select at random unless they name a policy, because there any preference biases the gradient. `shared`: one draw for
+    all layers of a step (random, sampled). Raises ValueError.
     """
     phases = []
     for part in _PRESETS.get(text, text).split(","):
         description, at, share = part.strip().partition("@")
         mode, *options = description.split(":")
-        values: dict[str, Any] = {"policy": policy if mode == "skip" else None}
-        if mode != "dense":
+        values: dict[str, Any] = {"policy": policy} if mode == "skip" else {}
+        if mode in ("skip", "backward"):
             values["keep"] = keep
         where = f"schedule {text!r}, phase {part.strip()!r}"
         if mode not in MODES:
@@ -141,21 +170,16 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
                 f"{where}: {mode!r} is neither a preset ({', '.join(_PRESETS)}) nor a mode ({', '.join(MODES)})"
             )
         try:
-            kinds = [_kind_of_option(option) for option in options]
-            if len(set(kinds)) < len(kinds):
-                twice = next(k for k in kinds if kinds.count(k) > 1)
-                raise ValueError(f"{twice} is given {kinds.count(twice)} times")
+            settings = [_setting(option, mode) for option in options]
+            names = [name for name, _ in settings]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{twice} is given {names.count(twice)} times")
             if at and not share:
                 raise ValueError("no share after @")
-            for option in options:
-                if option == "weighted":
-                    values["weighted"] = True
-                elif option == "shared":
-                    values["policy_options"] = {"shared": True}
-                elif _kind_of_option(option) == "the kept fraction":
-                    values["keep"] = float(option)
-                else:
-                    values["policy"] = option
+            values |= settings
+            if mode == "sparse" and policy is not None and values.get("keep", 1.0) != 1.0:
+                values.setdefault("policy", policy)
             phases.append(Phase(mode=mode, share=float(share or 1), **values))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
