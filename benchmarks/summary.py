@@ -10,6 +10,7 @@ figure between markers is typed by hand, and a test fails if a page and the resu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -229,26 +230,38 @@ def recall() -> list[str]:
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
 
-def tile_coverage() -> list[str]:
-    """A row per score; columns by density, lists of the whole layer and of key/value heads."""
-    name = "coverage-smollm2"
+def tile_coverage(name: str) -> list[str]:
+    """A row per score; columns by density, lists of the whole layer and of key/value heads, and the worst layer."""
     if (result := load(name)) is None:
         return []
     found = {(row["score"], row["heads"], row["density"]): row for row in result["mean"]}
     densities = list(dict.fromkeys(row["density"] for row in result["mean"]))
-    kinds = [(density, heads) for density in densities for heads in ("shared", "grouped")]
+
+    def cells(score: str, density: float) -> list[str]:
+        shared, grouped = (found[score, heads, density] for heads in ("shared", "grouped"))
+        values = shared["covered"], grouped["covered"], shared["worst_layer"]
+        return [f"{100 * value:.1f} %" for value in values]
+
     rows = [
-        [score, *(f"{100 * found[score, heads, density]['covered']:.1f} %" for density, heads in kinds)]
+        [score, *itertools.chain(*(cells(score, density) for density in densities))]
         for score in dict.fromkeys(row["score"] for row in result["rows"])
     ]
-    header = ["score", *(f"{density:g} of the tiles, {heads}" for density, heads in kinds)]
+    kinds = ("shared", "grouped", "worst layer, shared")
+    header = ["score", *(f"{density:g} of the tiles, {kind}" for density in densities for kind in kinds)]
     settings = result["settings"]
     title = (
         f"**Attention mass that chosen key tiles hold** ({result['model']}, {settings['documents']} documents of "
         f"{settings['context']:,} tokens, tiles of {settings['tile']} rows, mean over layers; one list for a layer's "
         "heads, or one per key/value head)"
     )
-    return [title, "", *markdown(header, rows), "", source(name, result), ""]
+    notes = source(name, result)
+    if (calibration := settings.get("calibration")) is not None:
+        notes = (
+            f"Predictors: {calibration['documents']} other documents of {calibration['context']:,} tokens, "
+            f"{calibration['steps']} steps, {calibration['parameters'] / 1e6:.1f} million parameters; one list for a "
+            f"layer's heads in both columns. {notes}"
+        )
+    return [title, "", *markdown(header, rows), "", notes, ""]
 
 
 def operations() -> list[str]:
@@ -400,7 +413,8 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *quality(),
         *quality_pages.tables(),
         *recall(),
-        *tile_coverage(),
+        *tile_coverage("coverage-smollm2"),
+        *tile_coverage("coverage-lm46"),
         *equivalence(),
         *operations(),
         *attention("attention-h100"),

@@ -45,17 +45,21 @@ struct BackwardParams {
   int32_t key_heads;
   int32_t group;
   float scale;
-  float* delta;     // workspace [heads, capacity]: dout . out
-  float* dq_float;  // workspace [capacity, heads, head_dim], or null: a separate kernel computes dq
+  float* delta;     // sm_80, workspace [heads, capacity]: dout . out
+  float* dq_float;  // sm_80, workspace [capacity, heads, head_dim], or null: a separate kernel computes dq
+  TileLists lists;  // transposed: the query tiles of each key tile
 
-  // For the sm_90a kernels, which need neither delta nor dq_float.
-  TileLists lists;        // transposed: the query tiles of each key tile
+  // For the sm_90a kernels.
   int64_t list_capacity;  // entries that lists.tiles has room for
   int64_t storage_rows;   // extent of dout, q and out
   int64_t key_storage_rows;
   int32_t head_dim;
   bool deterministic;
   void* workspace;  // sm90::backward_workspace bytes
+
+  // For the sm_80 kernel that computes dq, workspace: the lists transposed again, the key tiles of each query tile.
+  int32_t* query_list_offsets;  // [slots + 1]
+  int32_t* query_list_tiles;    // [list_capacity]
 };
 
 // The square that rows are aligned to (aligned_rows.cuh) wherever tiles divide it.
@@ -88,8 +92,16 @@ template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+struct BackwardSizes {
+  Documents documents;
+  int64_t heads;
+  int64_t key_heads;
+  bool deterministic;
+  bool listed;            // whether there are tile lists
+  int64_t list_capacity;  // BackwardParams
+};
 template <int kHeadDim>
-int64_t backward_workspace(const Documents& documents, int64_t heads, bool deterministic, int64_t list_capacity);
+int64_t backward_workspace(const BackwardSizes& sizes);
 }  // namespace sm90
 
 }  // namespace lemo::cuda::attention

@@ -72,7 +72,9 @@ def add(subparsers: Any) -> None:
         help="rows of a query tile whose attention is learned from, for --target mass (default: 8; 128: exact)",
     )
     group.add_argument("--steps", type=int, default=300, help="training steps of the predictors")
-    group.add_argument("--rank", type=int, default=64, help="hidden units of the networks before pruning")
+    group.add_argument(
+        "--rank", type=int, help="hidden units of the networks before pruning (default: 64; for --target mass 16)"
+    )
     group.add_argument(
         "--normalize", action="store_true", help="divide a block's score by the number of blocks that can see it"
     )

@@ -135,6 +135,7 @@ class PredictedTiles(TilePolicy):
             )
         self.predictors: TileScorer = predictors
         self._placed: tuple[torch.device, torch.dtype] | None = None
+        self._cut: tuple[Tensor, Blocks] | None = None
 
     def scorer(self, layer: LayerRows) -> Scorer:
         place = (layer.x.device, layer.x.dtype)
@@ -143,9 +144,12 @@ class PredictedTiles(TilePolicy):
         return self.predictors.tile_scores(layer.layer, layer.x, self._tiles(layer.rows))
 
     def _tiles(self, rows: PackedRows) -> Blocks:
-        """Tiles as blocks. Waits for the device if documents were shortened by a kept list."""
-        ends = rows.cu_seqlens.tolist()
-        return Blocks.from_lengths((b - a for a, b in itertools.pairwise(ends)), TILE, rows.cu_seqlens.device)
+        """Tiles as blocks. Waits for the device once per list of rows, which layers without a kept list share."""
+        if self._cut is None or self._cut[0] is not rows.cu_seqlens:
+            ends = rows.cu_seqlens.tolist()
+            lengths = (b - a for a, b in itertools.pairwise(ends))
+            self._cut = rows.cu_seqlens, Blocks.from_lengths(lengths, TILE, rows.cu_seqlens.device)
+        return self._cut[1]
 
 
 _CLASSES: dict[str, type[TilePolicy]] = {c.name: c for c in (Probe, Recent, PredictedTiles)}

@@ -48,7 +48,8 @@ class CalibrationSettings:
     keep: share of blocks that thresholds and budgets aim to keep, on average over layers. Not used with "mass".
     steps: optimizer steps.
     context: documents are cut to it, in tokens. Default: not cut.
-    rank, features: sizes of the networks before pruning.
+    rank, features: sizes of the networks before pruning. Default: 64 and 32; with target "mass" 16 and 8, because
+        larger ones learn a few dozen documents by heart.
     pool: "mean" or "max" over a block's tokens. Default: "max", with target "mass" "mean".
     normalize: learn the exact scores divided by the number of query blocks. Not with "mass".
     learning_rate: of Adam, in root mean squares of each matrix at the start.
@@ -66,8 +67,8 @@ class CalibrationSettings:
     keep: float = 0.5
     steps: int = 300
     context: int | None = None
-    rank: int = 64
-    features: int = 32
+    rank: int | None = None
+    features: int | None = None
     pool: Pool | None = None
     normalize: bool = False
     learning_rate: float = 2e-2
@@ -83,6 +84,12 @@ class CalibrationSettings:
     def block(self) -> int:
         """Tokens per block."""
         return self.block_size or (TILE if self.target == "mass" else 64)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Rank and features."""
+        rank, features = (16, 8) if self.target == "mass" else (64, 32)
+        return self.rank or rank, self.features or features
 
     @property
     def tokens(self) -> int:
@@ -104,7 +111,7 @@ class CalibrationSettings:
                 raise ValueError('normalize: expected False with target "mass", whose scores are shares already')
         if not 1 <= self.probes <= TILE:
             raise ValueError(f"probes: expected 1 to {TILE} rows of a query tile, got {self.probes}")
-        for name in ("block_size", "steps", "batch_size"):
+        for name in ("block_size", "steps", "batch_size", "rank", "features"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -170,10 +177,11 @@ def calibrate(
         _finish(predictors, teacher, collector.held_out, settings.keep)
         predictors.report["exact_normalize"] = settings.normalize
     training = {"steps": settings.steps, "documents": collector.count, "seed": settings.seed}
+    rank, features = settings.sizes
     predictors.report |= {
         "parameters": {"before_pruning": before, "after_pruning": [layer.num_parameters for layer in layers]},
         "loss": {"first": losses[0], "last": sum(losses[-10:]) / len(losses[-10:])},
-        "training": training | {"rank": settings.rank, "features": settings.features},
+        "training": training | {"rank": rank, "features": features},
     }
     return predictors
 
@@ -181,7 +189,7 @@ def calibrate(
 def _networks(teacher: Teacher, settings: CalibrationSettings) -> list[PredictorNetwork]:
     width, norm = int(teacher.decoder.config.hidden_size), teacher.norm
     generator = torch.Generator().manual_seed(settings.seed)
-    sizes = (width, settings.rank, settings.features)
+    sizes = (width, *settings.sizes)
     pool: Pool = settings.pool or ("mean" if settings.target == "mass" else "max")
     return [
         PredictorNetwork(*sizes, norm=norm.kind, pool=pool, eps=norm.eps, generator=generator) for _ in teacher.layers
@@ -202,6 +210,7 @@ def _train(trainer: Trainer, collector: Collector, settings: CalibrationSettings
         due = min(documents_in_all, max(_START_DOCUMENTS, math.ceil(2 * documents_in_all * (step + 1) / steps)))
         while more and collector.count < due:
             more = collector.read()
+            bar(0, math.nan, collector.count)
         if step == 0:
             if not collector.train or not collector.held_out:
                 mass = settings.target == "mass"
@@ -278,19 +287,24 @@ def _finish(predictors: PredictorSet, teacher: Teacher, held_out: list[Tensor], 
 
 
 def _progress(show: bool, steps: int, what: str = "calibrate", unit: str = "step") -> Any:
-    """A function (advance, loss) that draws progress; loss None closes it, NaN is not shown."""
+    """A function (advance, loss, documents) that draws progress; loss None closes it, NaN is not shown."""
     if not show:
-        return lambda advance, loss: None
+        return lambda advance, loss, documents=None: None
     from tqdm import tqdm
 
     bar = tqdm(total=steps, desc=what, unit=unit, file=sys.stderr)
 
-    def update(advance: int, loss: float | None) -> None:
+    shown: dict[str, Any] = {}
+
+    def update(advance: int, loss: float | None, documents: int | None = None) -> None:
         if loss is None:
             bar.close()
             return
         if not math.isnan(loss):
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            shown["loss"] = f"{loss:.3f}"
+        if documents is not None:
+            shown["documents read"] = documents
+        bar.set_postfix(shown, refresh=documents is not None)
         bar.update(advance)
 
     return update

@@ -39,6 +39,7 @@ from lemo.predictors.train import Sample, Trainer, groups
 DENSITIES = (0.125, 0.25, 0.5)  # of the report
 _QUERY_TILES = 256  # of a document, at most
 _START_LOGIT = 0.1  # root mean square of the products at the start: close to what the distance alone says
+_TABLE_DOCUMENTS = 8  # that the distance tables start from
 _TABLE_STEP = 1.0  # of a distance table, in the units of its logits, relative to the learning rate
 _SKIPPED = 8  # query tiles at a document's beginning that a budget covers anyway: not in the report
 
@@ -77,7 +78,7 @@ class MassTrainer(Trainer):
             for side in "qk":
                 getattr(network, f"w{side}3").data.mul_((_START_LOGIT / size).sqrt())
             table = nn.Parameter(torch.zeros(knots, device=blocks.device))
-            fit_table(table, [s.exact[i] for s in samples])
+            fit_table(table, [s.exact[i] for s in samples[:_TABLE_DOCUMENTS]])
             self.tables.append(table)
             places = {"params": [table], "base": _TABLE_STEP, "lr": 0.0}
             self.optimizers.append(torch.optim.Adam([*groups(network), places], betas=(0.9, 0.99)))

@@ -30,9 +30,8 @@ def query_strips(tiles: int, at_most: int) -> list[tuple[int, int]]:
     if tiles <= at_most:
         return [(first, min(STRIP, tiles - first)) for first in range(0, tiles, STRIP)]
     count = max(1, at_most // STRIP)
-    last = tiles - STRIP
-    firsts = {last * (i + 1) // count for i in range(count)}  # a document's first tiles see little to choose from
-    return [(first, STRIP) for first in sorted(firsts)]
+    between = tiles - count * STRIP  # left out before the strips: a document's first tiles see little to choose from
+    return [(between * (i + 1) // count + i * STRIP, STRIP) for i in range(count)]
 
 
 def numbers(strips: Sequence[tuple[int, int]], device: torch.device | None = None) -> Tensor:
@@ -103,12 +102,12 @@ def distance_logits(table: Tensor, m: Tensor, tiles: int) -> Tensor:
     """float32 [Q, N]: what the place of a key tile adds to its logit.
 
     table: float32 [P]. The last entry belongs to the document's first tile, where attention sinks lie. The others are
-    knots at distances 2^i - 1 (0, 1, 3, 7, ...) of a piecewise linear function of log2(distance + 1); beyond the last
-    knot it is constant, as in documents longer than those of the calibration.
+    knots at distances 2^i - 1 (0, 1, 3, 7, ...) of a piecewise linear function of log2(distance + 1), whose last piece
+    also serves documents longer than those of the calibration: attention then falls as a power of the distance.
     """
     n = torch.arange(tiles, device=m.device)
-    far = torch.log2((m[:, None] - n).clamp(min=0).float() + 1).clamp(max=table.shape[0] - 2)
-    low = far.floor().long().clamp(max=max(table.shape[0] - 3, 0))
+    far = torch.log2((m[:, None] - n).clamp(min=0).float() + 1)
+    low = far.floor().long().clamp(max=table.shape[0] - 3)
     share = far - low
     return table[low] * (1 - share) + table[low + 1] * share + table[-1] * (n == 0)
 
