@@ -113,8 +113,8 @@ __device__ __forceinline__ void find_key_tiles(const ScoreParams& params, KeyTil
   if (lane == 0) keys.count = __popc(all);
 }
 
-// Of a lane's rows in C layout (tile i, upper or lower half): sums of exp2 over a key tile, relative to 2^base. The base
-// follows a row's maximum only when that is more than kSlack above it: a float has room for larger terms than 1.
+// Of a lane's rows in C layout (tile i, upper or lower half): sums of exp2 over a key tile, relative to 2^base. The
+// base follows a row's maximum only when that is more than kSlack above it: a float has room for larger terms than 1.
 struct RowSums {
   float base[2][2], sum[2][2];
 };
