@@ -113,8 +113,8 @@ __device__ __forceinline__ void find_key_tiles(const ScoreParams& params, KeyTil
   if (lane == 0) keys.count = __popc(all);
 }
 
-// Rows of a lane in C layout: tile i, upper or lower half. Sums of exp2 over a key tile, relative to 2^base. The base
-// follows a row's maximum only when that is kSlack above it, since a sum has room for more than one.
+// Of a lane's rows in C layout (tile i, upper or lower half): sums of exp2 over a key tile, relative to 2^base. The
+// base follows a row's maximum only when that is more than kSlack above it: a float has room for larger terms than 1.
 struct RowSums {
   float base[2][2], sum[2][2];
 };
@@ -173,7 +173,7 @@ __device__ __forceinline__ void raise_bases(RowSums& rows, const Scores& s, floa
   }
 }
 
-// All scores have a base within reach.
+// After raise_bases: no term exceeds 2^kSlack.
 __device__ __forceinline__ void add_scores(RowSums& rows, const Scores& s, float scale_log2) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -253,6 +253,8 @@ __device__ __forceinline__ void multiply_part(Scores& s, const uint32_t (&a)[2][
   }
 }
 
+// Tensor cores wait for exponentials and the other way round, and the assembler does not interleave the two within a
+// warp; what hides either is the number of warps, hence the register budget of four thread blocks.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 4) partial_kernel(const __grid_constant__ ScoreParams params) {
   using Layout = SharedLayout<kHeadDim>;
@@ -263,8 +265,7 @@ __global__ void __launch_bounds__(kThreads, 4) partial_kernel(const __grid_const
   KeyTiles& keys = *reinterpret_cast<KeyTiles*>(shared + Layout::kKeysAt);
   if (threadIdx.x < 32) find_key_tiles(params, keys);
   __syncthreads();
-  const int count = keys.count;
-  if (count == 0) return;
+  if (keys.count == 0) return;
 
   const uint32_t stages = shared_address(shared);
   const int key_head = static_cast<int>(blockIdx.z);
