@@ -81,7 +81,7 @@ def parse(text: str) -> tuple[Stage, ...]:
             elif name == "weighted":
                 phase[name] = True
             else:
-                phase[name] = value if name == "policy" else float(value)
+                phase[name] = value if name == "policy" else int(value) if name == "keys" else float(value)
         if options:
             phase["policy_options"] = options
         stages.append(Stage(float(words[0][:-1]) / 100, phase, **more))
@@ -121,6 +121,9 @@ ROWS = (
     Row("sparse 0.125", "100% sparse density=0.125"),
     Row("sparse 0.25, then exact", "70% sparse density=0.25; 30% dense"),
     Row("sparse 0.25 + skip 0.5, then exact", "70% sparse density=0.25 keep=0.5 policy=random shared; 30% dense"),
+    Row("skip 0.3, then sparse 0.125", "50% skip keep=0.3 policy=random shared; 50% sparse density=0.125"),
+    Row("windows 1/4, then sparse 0.125", "50% dense window=1/4; 50% sparse density=0.125"),
+    Row("sparse 0.125, every eighth exact", "100% sparse density=0.125 every=8"),
 )
 
 

@@ -10,6 +10,7 @@ figure between markers is typed by hand, and a test fails if a page and the resu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Headline:
     source: str
 
 
-SHOWN = ("peer", "dense", "skip-0.5", "skip-0.3", "backward-0.5")
+SHOWN = ("peer", "dense", "sparse-8k-keys", "skip-0.5", "skip-0.3", "backward-0.5")
 
 
 def label(row: dict[str, Any]) -> str:
@@ -64,6 +65,9 @@ def label(row: dict[str, Any]) -> str:
         return row["method"]
     if row["mode"] == "dense":
         return "lemo, nothing eliminated"
+    if row["mode"] == "sparse":
+        limit = f"{in_thousands(row['keys'])} keys" if row["keys"] else f"{row['density']:g}"
+        return f"lemo, `sparse` {limit}" + (f", keep {row['keep']:g}" if row["keep"] < 1 else "")
     return f"lemo, `{row['mode']}` {row['keep']:g}" + " weighted" * row.get("weighted", False)
 
 
@@ -84,7 +88,7 @@ def headline() -> Headline | None:
             row["row"]: row
             for row in result["rows"]
             if (row["context"], row["recompute"], row["model"]) == (65536, "full", "llama3-8b")
-            and "Liger" in row["peer"]
+            and "Liger" in row.get("peer", "")
             and {"time_ratio", "memory_ratio"} <= row.keys()
         }
         if {"peer", "dense"} <= rows.keys():
@@ -120,6 +124,7 @@ def steps() -> list[str]:
                 row["policy"] or "",
                 "out of memory" if "error" in row else f"{row['step_ms']:,.0f} ms",
                 f"{row['time_ratio']:.2f} x" if "time_ratio" in row else "",
+                f"{row['dense_ratio']:.2f} x" if "dense_ratio" in row else "",
                 f"{row['peak_mib']:,} MiB" if "peak_mib" in row else "",
                 f"{row['memory_ratio']:.2f} x" if "memory_ratio" in row else "",
                 f"{row['peak_mib'] - row['before_mib']:,} MiB" if {"peak_mib", "before_mib"} <= row.keys() else "",
@@ -134,18 +139,21 @@ def steps() -> list[str]:
             "policy",
             "step",
             "peer's time / ours",
+            "dense lemo's / ours",
             "peak",
             "ours / peer's",
             "peak - weights",
         ]
         lines += [f"**One LoRA step, {models}, {result['gpu']}** (forward, backward, AdamW; in one process)", ""]
         checked = result["check"]
-        what = (
-            f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} and "
-            f"{checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
-        )
+        what = ""
+        if checked is not None:
+            what = (
+                f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} "
+                f"and {checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
+            )
         left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
-        lines += [*markdown(header, rows), "", " ".join([what, *left_out, source(name, result)]), ""]
+        lines += [*markdown(header, rows), "", " ".join(filter(None, [what, *left_out, source(name, result)])), ""]
     return lines
 
 
@@ -222,26 +230,38 @@ def recall() -> list[str]:
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
 
-def tile_coverage() -> list[str]:
-    """A row per score; columns by density, lists of the whole layer and of key/value heads."""
-    name = "coverage-smollm2"
+def tile_coverage(name: str) -> list[str]:
+    """A row per score; columns by density, lists of the whole layer and of key/value heads, and the worst layer."""
     if (result := load(name)) is None:
         return []
     found = {(row["score"], row["heads"], row["density"]): row for row in result["mean"]}
     densities = list(dict.fromkeys(row["density"] for row in result["mean"]))
-    kinds = [(density, heads) for density in densities for heads in ("shared", "grouped")]
+
+    def cells(score: str, density: float) -> list[str]:
+        shared, grouped = (found[score, heads, density] for heads in ("shared", "grouped"))
+        values = shared["covered"], grouped["covered"], shared["worst_layer"]
+        return [f"{100 * value:.1f} %" for value in values]
+
     rows = [
-        [score, *(f"{100 * found[score, heads, density]['covered']:.1f} %" for density, heads in kinds)]
+        [score, *itertools.chain(*(cells(score, density) for density in densities))]
         for score in dict.fromkeys(row["score"] for row in result["rows"])
     ]
-    header = ["score", *(f"{density:g} of the tiles, {heads}" for density, heads in kinds)]
+    kinds = ("shared", "grouped", "worst layer, shared")
+    header = ["score", *(f"{density:g} of the tiles, {kind}" for density in densities for kind in kinds)]
     settings = result["settings"]
     title = (
         f"**Attention mass that chosen key tiles hold** ({result['model']}, {settings['documents']} documents of "
         f"{settings['context']:,} tokens, tiles of {settings['tile']} rows, mean over layers; one list for a layer's "
         "heads, or one per key/value head)"
     )
-    return [title, "", *markdown(header, rows), "", source(name, result), ""]
+    notes = source(name, result)
+    if (calibration := settings.get("calibration")) is not None:
+        notes = (
+            f"Predictors: {calibration['documents']} other documents of {calibration['context']:,} tokens, "
+            f"{calibration['steps']} steps, {calibration['parameters'] / 1e6:.1f} million parameters; one list for a "
+            f"layer's heads in both columns. {notes}"
+        )
+    return [title, "", *markdown(header, rows), "", notes, ""]
 
 
 def operations() -> list[str]:
@@ -393,7 +413,8 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *quality(),
         *quality_pages.tables(),
         *recall(),
-        *tile_coverage(),
+        *tile_coverage("coverage-smollm2"),
+        *tile_coverage("coverage-lm46"),
         *equivalence(),
         *operations(),
         *attention("attention-h100"),

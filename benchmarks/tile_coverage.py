@@ -12,8 +12,10 @@ Rows of the first {start} tiles are left out: a budget covers them anyway.
 
   python benchmarks/tile_coverage.py --model smollm2 --context 8192              # benchmarks/smollm2.py makes the model
   python benchmarks/tile_coverage.py --model smollm2 --context 2048 --documents 1 --out /tmp/coverage.json
+  python benchmarks/tile_coverage.py --model smollm2 --calibration tiles         # lemo calibrate --target mass
 
-The text is source code of installed packages. One pass in float32 on the CPU, bfloat16 on a GPU.
+The text is source code of transformers, and of torch if that is too little: calibrate on other files. One pass in
+float32 on the CPU, bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from typing import Any
 
 import torch
 from common import add_output, table, write_results
+from lemo import ops
+from lemo.engine.layout import Blocks
+from lemo.predictors import PredictorSet
 from torch import Tensor
 
 TILE = 128
 FIRST_ROWS = 8  # query tiles left out at the beginning of a document
-PROBES = 4  # query rows of a tile that the score "probe" looks at
 LOWEST = -1e30
 
 Score = Callable[["Layer"], Tensor]
@@ -45,7 +49,8 @@ class Layer:
     """Queries and keys of one layer, rotary positions applied, and the exact mass of its tiles.
 
     q [Hq, N, D], k [Hk, N, D]; mass float32 [Hq, tiles, tiles], mean over the rows of a query tile of the softmax that
-    a key tile holds; before: the mass of the layer before, or None in the first.
+    a key tile holds; before: the mass of the layer before, or None in the first; predicted: float32 [tiles, tiles] of
+    a calibration, if there is one.
     """
 
     q: Tensor
@@ -53,6 +58,7 @@ class Layer:
     scale: float
     mass: Tensor
     before: Tensor | None
+    predicted: Tensor | None = None
 
     @property
     def tiles(self) -> int:
@@ -74,14 +80,25 @@ def exact(layer: Layer) -> Tensor:
     return layer.mass
 
 
-def probe(layer: Layer) -> Tensor:
-    """exact softmax of 4 rows of each query tile, evenly spaced (3 % of the products of dense attention)"""
-    rows = torch.arange(TILE // (2 * PROBES), TILE, TILE // PROBES, device=layer.q.device)
-    q = layer.tiled(layer.q)[:, :, rows]
-    place = torch.arange(layer.tiles, device=layer.q.device)[:, None] * TILE + rows
-    return torch.stack(
-        [_mass(q[:, m], place[m], layer.k, layer.group, layer.scale, layer.tiles) for m in range(layer.tiles)], dim=1
-    )
+def probe_1(layer: Layer) -> Tensor:
+    """exact softmax of 1 row of each query tile, its middle (1/128 of the products of dense attention)"""
+    return mass_of(layer.q, layer.k, layer.scale, 1)
+
+
+def probe_2(layer: Layer) -> Tensor:
+    """exact softmax of 2 rows of each query tile, evenly spaced (1/64 of the products)"""
+    return mass_of(layer.q, layer.k, layer.scale, 2)
+
+
+def probe_4(layer: Layer) -> Tensor:
+    """exact softmax of 4 rows of each query tile, evenly spaced (1/32 of the products)"""
+    return mass_of(layer.q, layer.k, layer.scale, 4)
+
+
+def predictors(layer: Layer) -> Tensor:
+    """small networks on the layer's input, one list for all heads (with --calibration)"""
+    assert layer.predicted is not None
+    return layer.predicted.expand(layer.q.shape[0], -1, -1)
 
 
 def pooled(layer: Layer) -> Tensor:
@@ -118,7 +135,10 @@ def by_chance(layer: Layer) -> Tensor:
 
 SCORES: dict[str, Score] = {
     "exact": exact,
-    "probe": probe,
+    "probe 4": probe_4,
+    "probe 2": probe_2,
+    "probe 1": probe_1,
+    "predictors": predictors,
     "pooled": pooled,
     "bounds": bounds,
     "layer before": layer_before,
@@ -133,19 +153,16 @@ def _over_tiles(logits: Tensor) -> Tensor:
     return logits.masked_fill(later, LOWEST).softmax(-1)
 
 
-def _mass(q: Tensor, place: Tensor, k: Tensor, group: int, scale: float, tiles: int) -> Tensor:
-    """[Hq, tiles]: the mean over rows q [Hq, R, D], at positions place [R], of their softmax by key tile."""
-    logits = torch.einsum("hrd,hnd->hrn", q, k.repeat_interleave(group, 0)).float() * scale
-    later = torch.arange(k.shape[1], device=k.device) > place[:, None]
-    return logits.masked_fill(later, LOWEST).softmax(-1).unflatten(-1, (tiles, TILE)).sum(-1).mean(1)
-
-
-def mass_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Exact mass float32 [Hq, tiles, tiles] of q [Hq, N, D] and k [Hk, N, D], one query tile at a time."""
-    tiles, group = q.shape[1] // TILE, q.shape[0] // k.shape[0]
-    rows = torch.arange(TILE, device=q.device)
-    strips = [_mass(q[:, m * TILE : (m + 1) * TILE], m * TILE + rows, k, group, scale, tiles) for m in range(tiles)]
-    return torch.stack(strips, dim=1)
+def mass_of(q: Tensor, k: Tensor, scale: float, probes: int = TILE) -> Tensor:
+    """Mass float32 [Hq, tiles, tiles] of q [Hq, N, D] and k [Hk, N, D], head by head; exact with 128 probes."""
+    n, group = q.shape[1], q.shape[0] // k.shape[0]
+    ends, tiles = torch.tensor([0, n], dtype=torch.int32, device=q.device), n // TILE
+    return torch.stack(
+        [
+            ops.tile_scores(q[h, :, None], k[h // group, :, None], ends, None, n, scale, probes, 0, tiles, tiles)
+            for h in range(q.shape[0])
+        ]
+    )
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
@@ -177,10 +194,12 @@ def covered(layer: Layer, scores: Tensor, density: float, heads: str) -> float:
 
 @dataclass
 class Reader:
-    """Attention of a transformers model that judges every layer it computes."""
+    """Attention of a transformers model that judges every layer it computes. predictors: calibrated for mass."""
 
     densities: Sequence[float]
     names: Sequence[str]
+    predictors: PredictorSet | None = None
+    predicted: Tensor | None = None
     before: Tensor | None = None
     found: dict[tuple[int, str, str, float], list[float]] = field(default_factory=dict)
 
@@ -188,7 +207,8 @@ class Reader:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         """What transformers calls in place of its attention: query [1, Hq, N, D], key and value [1, Hk, N, D]."""
-        layer = Layer(query[0], key[0], scaling, mass_of(query[0], key[0], scaling), self.before)
+        mass = mass_of(query[0], key[0], scaling)
+        layer = Layer(query[0], key[0], scaling, mass, self.before, self.predicted)
         for name in self.names:
             scores = SCORES[name](layer)
             for heads in ("shared", "grouped"):
@@ -201,14 +221,28 @@ class Reader:
         )
         return out.transpose(1, 2).contiguous(), None
 
+    def predict(self, index: int, x: Tensor) -> None:
+        """Predicted masses of a layer, from its input x [1, N, d]."""
+        assert self.predictors is not None
+        blocks = Blocks.from_lengths([x.shape[1]], TILE, x.device)
+        self.predicted = self.predictors.tile_scores(index, x[0], blocks)(0, blocks.num_blocks, blocks.num_blocks)
+
     def read(self, model: Any, ids: Tensor) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register("covered_mass", self.attention)
         model.set_attn_implementation("covered_mass")
         self.before = None
-        with torch.no_grad():
-            model.model(ids[None], use_cache=False)
+        hooks = []
+        if self.predictors is not None:
+            for i, module in enumerate(model.model.layers):
+                hooks.append(module.register_forward_pre_hook(lambda _, args, i=i: self.predict(i, args[0])))
+        try:
+            with torch.no_grad():
+                model.model(ids[None], use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def texts(tokenizer: Any, context: int, count: int) -> Iterator[Tensor]:
@@ -244,6 +278,17 @@ def summary(found: dict[tuple[int, str, str, float], list[float]]) -> tuple[list
     return rows, sorted(means, key=lambda r: (r["density"], r["heads"], -r["covered"]))
 
 
+def by_layer(rows: Sequence[dict[str, Any]], density: float) -> str:
+    """Covered mass with shared lists as text: a row per layer, a column per score."""
+    shown = [row for row in rows if row["heads"] == "shared" and row["density"] == density]
+    layers: dict[int, dict[str, Any]] = {}
+    for row in shown:
+        layers.setdefault(row["layer"], {"layer": row["layer"]})[row["score"]] = row["covered"]
+    return f"by layer at density {density:g}, shared lists\n" + table(
+        [layers[i] for i in sorted(layers)], ("layer", *dict.fromkeys(row["score"] for row in shown))
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     scores = "\n".join(f"  {name:<13} {score.__doc__}" for name, score in SCORES.items())
     description = (__doc__ or "").format(scores=scores, start=FIRST_ROWS)
@@ -252,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=8192, help="tokens per document (default: 8192)")
     parser.add_argument("--documents", type=int, default=4, help="documents to read (default: 4)")
     parser.add_argument("--density", type=float, nargs="+", default=[0.125, 0.25, 0.5], help="shares of the tiles")
-    parser.add_argument("--score", nargs="+", choices=list(SCORES), default=list(SCORES), help="default: all of them")
+    parser.add_argument("--score", nargs="+", choices=list(SCORES), help="default: all that there are")
+    parser.add_argument("--calibration", help="folder of lemo calibrate --target mass: adds the score predictors")
     add_output(parser, "coverage-smollm2")
     args = parser.parse_args(arguments)
     if args.context % TILE or args.context <= FIRST_ROWS * TILE:
@@ -263,6 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"--model: {args.model} is not a folder; python benchmarks/smollm2.py --out {args.model} makes one"
         )
+    names = args.score or [name for name in SCORES if name != "predictors" or args.calibration]
+    if "predictors" in names and not args.calibration:
+        parser.error("--score predictors needs --calibration, a folder of lemo calibrate --target mass")
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -270,12 +319,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dtype = torch.bfloat16 if cuda else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval().to("cuda" if cuda else "cpu")
-    reader = Reader(args.density, args.score)
+    calibrated = None
+    if args.calibration:
+        calibrated = PredictorSet.load(args.calibration, model=model, device=model.device, dtype=dtype)
+        calibrated.require("mass", args.calibration, "this benchmark")
+    reader = Reader(args.density, names, calibrated)
     for ids in tqdm(texts(tokenizer, args.context, args.documents), total=args.documents, unit=" documents"):
         reader.read(model, ids.to(model.device))
     rows, means = summary(reader.found)
     print(table(means, ("density", "heads", "score", "covered", "worst_layer")))
-    settings = {"context": args.context, "documents": args.documents, "tile": TILE}
+    for density in args.density:
+        print("\n" + by_layer(rows, density))
+    settings: dict[str, Any] = {"context": args.context, "documents": args.documents, "tile": TILE}
+    if calibrated is not None:
+        training = calibrated.report.get("training", {})
+        settings["calibration"] = training | {"context": calibrated.context, "parameters": calibrated.num_parameters}
     print(write_results(args.out, rows, model=Path(args.model).name, settings=settings, mean=means))
     return 0
 

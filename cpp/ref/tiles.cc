@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "ref/ops.h"
@@ -87,34 +88,34 @@ void select_tiles(const lemo_exec& exec, const lemo_select_tiles_args& a) {
   });
 }
 
+// Everything is made in separate memory first: an output may share memory with an input.
 void list_tiles(const lemo_exec&, const lemo_list_tiles_args& a) {
   const int64_t slots = a.chosen.shape[0], words = a.chosen.shape[1];
-  std::vector<TileSlot> tiles;
-  std::vector<int32_t> lengths(static_cast<size_t>(2 * slots));  // of the lists, then of the transposed ones
-  int32_t* transposed_lengths = lengths.data() + slots;
+  std::vector<int32_t> ends(static_cast<size_t>(slots + 1)), transposed_ends(ends);
   for_each_tile(a.cu_seqlens, [&](const TileSlot& tile) {
-    tiles.push_back(tile);
     for_each_bit(int_row(a.chosen, tile.slot), words, [&](int64_t n) {
-      ++lengths[static_cast<size_t>(tile.slot)];
-      ++transposed_lengths[tile.slot - tile.index + n];
+      ++ends[static_cast<size_t>(tile.slot + 1)];
+      ++transposed_ends[static_cast<size_t>(tile.slot - tile.index + n + 1)];
     });
   });
-  int32_t *ends = ints(a.tile_offsets), *transposed_ends = ints(a.transposed_offsets);
-  ends[0] = transposed_ends[0] = 0;
-  for (int64_t s = 0; s < slots; ++s) {
-    ends[s + 1] = ends[s] + lengths[static_cast<size_t>(s)];
-    transposed_ends[s + 1] = transposed_ends[s] + transposed_lengths[s];
-  }
-  int32_t next = 0;
-  std::copy_n(transposed_ends, slots, transposed_lengths);  // where the next entry of each list goes
-  for (const TileSlot& tile : tiles) {
+  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  std::partial_sum(transposed_ends.begin(), transposed_ends.end(), transposed_ends.begin());
+  std::vector<int32_t> tiles, transposed(static_cast<size_t>(ends.back())), next(transposed_ends);
+  tiles.reserve(transposed.size());
+  for_each_tile(a.cu_seqlens, [&](const TileSlot& tile) {
     for_each_bit(int_row(a.chosen, tile.slot), words, [&](int64_t n) {
-      ints(a.tiles)[next++] = static_cast<int32_t>(n);
-      ints(a.transposed_tiles)[transposed_lengths[tile.slot - tile.index + n]++] = static_cast<int32_t>(tile.index);
+      tiles.push_back(static_cast<int32_t>(n));
+      int32_t& place = next[static_cast<size_t>(tile.slot - tile.index + n)];
+      transposed[static_cast<size_t>(place++)] = static_cast<int32_t>(tile.index);
     });
-  }
-  std::fill(ints(a.tiles) + next, ints(a.tiles) + a.tiles.shape[0], 0);
-  std::fill(ints(a.transposed_tiles) + next, ints(a.transposed_tiles) + a.tiles.shape[0], 0);
+  });
+  const auto write = [](const std::vector<int32_t>& values, const lemo_tensor& out) {
+    std::fill(std::copy(values.begin(), values.end(), ints(out)), ints(out) + out.shape[0], 0);
+  };
+  write(ends, a.tile_offsets);
+  write(tiles, a.tiles);
+  write(transposed_ends, a.transposed_offsets);
+  write(transposed, a.transposed_tiles);
 }
 
 }  // namespace lemo::ref

@@ -52,13 +52,9 @@ bool use_sm90(const lemo_exec& exec) {
 #endif
 }
 
-TileLists lists_of(const char* operation, const lemo_exec& exec, const lemo_tensor& offsets, const lemo_tensor& tiles) {
-  if (present(offsets) && !use_sm90(exec)) {
-    throw Error(LEMO_UNSUPPORTED, std::string(operation) +
-                                      ": tile_offsets: tile lists need a device of compute capability 9.0 and a build "
-                                      "for it; leave out the lists");
-  }
-  return {data<const int32_t>(offsets), data<const int32_t>(tiles)};
+template <class Args>
+TileLists lists_of(const Args& args) {
+  return {data<const int32_t>(args.tile_offsets), data<const int32_t>(args.tiles)};
 }
 
 int64_t list_capacity(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
@@ -66,6 +62,8 @@ int64_t list_capacity(const lemo_tensor& tiles) { return present(tiles) ? tiles.
 struct BackwardWorkspace {
   float* delta;
   float* dq_float;
+  int32_t* query_list_offsets;
+  int32_t* query_list_tiles;
   uint64_t bytes;
 };
 
@@ -92,7 +90,12 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
   Arena arena(base);
   BackwardWorkspace workspace{};
   workspace.delta = arena.take<float>(Size(heads) * capacity);
-  if (!exec.deterministic) workspace.dq_float = arena.take<float>(Size(capacity) * heads * args.q.shape[2]);
+  if (!exec.deterministic) {
+    workspace.dq_float = arena.take<float>(Size(capacity) * heads * args.q.shape[2]);
+  } else if (present(args.tile_offsets)) {
+    workspace.query_list_offsets = arena.take<int32_t>(Size(args.tile_offsets.shape[0]));
+    workspace.query_list_tiles = arena.take<int32_t>(Size(list_capacity(args.tiles)));
+  }
   workspace.bytes = arena.size();
   return workspace;
 }
@@ -118,7 +121,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   params.key_storage_rows = args.k.shape[0];
   params.scale = args.scale;
   params.counter = static_cast<int*>(exec.workspace);
-  params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
+  params.lists = lists_of(args);
   DeviceGuard guard(exec.device_index);
   if (params.documents.aligned) {
     const attention::BlankRows blank = {params.documents, params.key_documents, false,      {params.out, {}},
@@ -171,7 +174,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.head_dim = static_cast<int32_t>(args.q.shape[2]);
   params.deterministic = exec.deterministic != 0;
   params.workspace = exec.workspace;
-  params.lists = lists_of(kName, exec, args.tile_offsets, args.tiles);
+  params.lists = lists_of(args);
   params.list_capacity = list_capacity(args.tiles);
   DeviceGuard guard(exec.device_index);
   if (params.documents.aligned) {
@@ -187,6 +190,8 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
   params.delta = workspace.delta;
   params.dq_float = workspace.dq_float;
+  params.query_list_offsets = workspace.query_list_offsets;
+  params.query_list_tiles = workspace.query_list_tiles;
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90

@@ -45,17 +45,21 @@ struct BackwardParams {
   int32_t key_heads;
   int32_t group;
   float scale;
-  float* delta;     // workspace [heads, capacity]: dout . out
-  float* dq_float;  // workspace [capacity, heads, head_dim], or null: a separate kernel computes dq
+  float* delta;     // sm_80, workspace [heads, capacity]: dout . out
+  float* dq_float;  // sm_80, workspace [capacity, heads, head_dim], or null: a separate kernel computes dq
+  TileLists lists;  // transposed: the query tiles of each key tile
 
-  // For the sm_90a kernels, which need neither delta nor dq_float.
-  TileLists lists;        // transposed: the query tiles of each key tile
+  // For the sm_90a kernels.
   int64_t list_capacity;  // entries that lists.tiles has room for
   int64_t storage_rows;   // extent of dout, q and out
   int64_t key_storage_rows;
   int32_t head_dim;
   bool deterministic;
   void* workspace;  // sm90::backward_workspace bytes
+
+  // For the sm_80 kernel that computes dq, workspace: the lists transposed again, the key tiles of each query tile.
+  int32_t* query_list_offsets;  // [slots + 1]
+  int32_t* query_list_tiles;    // [list_capacity]
 };
 
 // The square that rows are aligned to (aligned_rows.cuh) wherever tiles divide it.

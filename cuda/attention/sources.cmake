@@ -3,6 +3,7 @@
 set(LEMO_ATTENTION_TUNED_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/attention.cu
     ${CMAKE_CURRENT_LIST_DIR}/blank_rows.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm80/query_lists.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd64.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/forward_hd128.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm80/instantiations/backward_hd64.cu

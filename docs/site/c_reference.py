@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # In the order of the steps of a layer; other headers follow.
-HEADERS = ("types.h", "scores.h", "predict.h", "select.h", "rows.h", "attention.h", "loss.h")
+HEADERS = ("types.h", "scores.h", "predict.h", "select.h", "rows.h", "attention.h", "tiles.h", "loss.h")
 
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _TYPEDEF = re.compile(r"typedef\s+(struct|enum)\s+(\w+)\s*\{(.*?)\}\s*\w+\s*;", re.DOTALL)

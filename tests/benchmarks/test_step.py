@@ -45,7 +45,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_row_is_measured_against_the_peer(smoke: tuple[dict[str, Any], str], benchmarks: Any) -> None:
     result, printed = smoke
     rows = {row["row"]: row for row in result["rows"]}
-    assert list(rows) == ["peer", *benchmarks.step.ROWS]
+    assert list(rows) == ["peer", *(name for name in benchmarks.step.ROWS if name not in benchmarks.step.MORE)]
     peer = rows["peer"]
     for name, row in rows.items():
         assert (row["context"], row["recompute"], row["model"], row["steps"]) == (320, "full", "tiny, 2 layers", 2)
@@ -59,6 +59,12 @@ def test_every_row_is_measured_against_the_peer(smoke: tuple[dict[str, Any], str
     assert kept["skip-0.3"] == kept["skip-0.3-calibrated"] == 0.4 and 0 < kept["backward-0.5"] < 1
     policies = {name: row["policy"] for name, row in rows.items()}
     assert policies["skip-0.5"] == "update_norm" and policies["skip-0.5-calibrated"] == "sampled shared"
+    # Everything is within 8K keys: the step is the dense one.
+    assert rows["sparse-8k-keys"]["computed"] == 1.0 and rows["sparse-8k-keys"]["loss"] == rows["dense"]["loss"]
+    assert kept["skip-0.3-sparse-8k-keys"] == kept["skip-0.3"]
+    for name, row in rows.items():
+        if name != "peer":
+            assert row["dense_ratio"] == pytest.approx(rows["dense"]["step_ms"] / row["step_ms"], abs=1e-3)
     assert rows["dense"]["loss"] == pytest.approx(peer["loss"], abs=1e-3)
     assert rows["skip-0.5"]["loss"] != rows["dense"]["loss"]
 
@@ -101,7 +107,7 @@ def test_a_row_that_does_not_fit(benchmarks: Any) -> None:
     base = SimpleNamespace(cuda=False, device=torch.device("cpu"), config=SimpleNamespace(vocab_size=10))
     found = benchmarks.step.measure(base, full(), 64, 1)
     assert found == {"error": "out of memory"}
-    row = benchmarks.step.compare({"step_ms": 2.0, "peak_mib": 3}, {"method": LIGER, **found})
+    row = benchmarks.step.compare({"step_ms": 2.0, "peak_mib": 3}, {"method": LIGER, **found}, None)
     assert row == {"step_ms": 2.0, "peak_mib": 3, "peer": LIGER}
 
 
@@ -179,7 +185,7 @@ def test_full_tables(benchmarks: Any, results: Path, smoke: tuple[dict[str, Any]
     write_result(results, "step-h100", 524288, "2026-11-28T10:00:00+00:00", fits=False)
     text = "\n".join(benchmarks.summary.steps())
     assert "| 512K | full | transformers + PEFT + Liger |  | out of memory |" in text
-    assert "| 512K | full | lemo, `skip` 0.3 | update_norm | 2,000 ms |  | 20,480 MiB |  | " in text
+    assert "| 512K | full | lemo, `skip` 0.3 | update_norm | 2,000 ms |  |  | 20,480 MiB |  | " in text
     assert "| 320 | full | lemo, `skip` 0.5 | sampled shared |" in text
     assert f"Left out: {LIGER}: liger-kernel needs a GPU." in text
 
@@ -191,3 +197,16 @@ def test_markers_are_needed(benchmarks: Any, tmp_path: Path) -> None:
     assert text == "a\n<!-- headline: benchmarks/summary.py -->\nnew\n<!-- end of headline -->\nb\n"
     with pytest.raises(SystemExit, match=r"README\.md: expected one line <!-- measured"):
         benchmarks.summary.rewritten(page, "measured", [])
+
+
+def test_without_a_peer(tmp_path: Path) -> None:
+    out = tmp_path / "step-cpu.json"
+    rows = ("dense", "sparse-0.25")
+    common = ("--model", "tiny", "--layers", 1, "--context", 700, "--steps", 1, "--peer", "none")
+    done = step(*common, "--only", *rows, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["check"] is None and result["left_out"] == [{"row": "peer", "reason": "--peer none"}]
+    assert [row["row"] for row in result["rows"]] == list(rows)
+    assert all("time_ratio" not in row and row["dense_ratio"] > 0 for row in result["rows"])
+    assert 0.5 < result["rows"][1]["computed"] < 1 and result["rows"][1]["density"] == 0.25

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lemo.predictors import calibrate
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSITIES = (0.25, 0.5, 1.0)
@@ -59,7 +60,8 @@ def test_every_score_on_a_model(coverage: Any) -> None:
     ids = torch.randint(97, (896,))
     with torch.no_grad():
         expected = model(ids[None]).logits
-    reader = coverage.Reader(DENSITIES, list(coverage.SCORES))
+    predictors = calibrate(model, [ids, ids.flip(0)], target="mass", steps=2, rank=8, features=8, progress=False)
+    reader = coverage.Reader(DENSITIES, list(coverage.SCORES), predictors)
     reader.read(model, ids)
     with torch.no_grad():  # the model computes what it did before
         torch.testing.assert_close(model(ids[None]).logits, expected, rtol=1e-4, atol=1e-4)
@@ -69,6 +71,10 @@ def test_every_score_on_a_model(coverage: Any) -> None:
     for row in means:
         assert 0 < row["worst_layer"] <= row["covered"] <= best[row["heads"], row["density"]] + 1e-6
         assert row["density"] < 1 or row["covered"] == pytest.approx(1, abs=1e-5)
+    shared = {r["score"]: r["covered"] for r in means if r["heads"] == "shared" and r["density"] == 0.5}
+    assert shared["probe 4"] > shared["random"]
+    lines = coverage.by_layer(rows, 0.5).splitlines()
+    assert len(lines) == 2 + 2 and "predictors" in lines[1] and "probe 1" in lines[1]
     assert best["grouped", 0.5] > best["shared", 0.5] - 1e-6 > best["shared", 0.25]
 
 

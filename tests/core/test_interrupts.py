@@ -50,6 +50,12 @@ def loss() -> None:
     ops.linear_cross_entropy_loss(hidden, weight, torch.zeros(8192, dtype=torch.int64))
 
 
+def tile_scores() -> None:
+    q, slots = torch.zeros(ROWS, 4, 16), ROWS // 128 + 1
+    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
+    ops.tile_scores(q, q, cu_seqlens, None, ROWS, 0.25, 128, 0, slots, slots)
+
+
 class Interrupted(Exception):
     pass
 
@@ -74,7 +80,7 @@ def third_signal_raises() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("operation", [forward, backward, scores, predict, loss])
+@pytest.mark.parametrize("operation", [forward, backward, scores, predict, loss, tile_scores])
 def test_signals_are_handled_during_an_operation(operation: Callable[[], None], threads: int) -> None:
     q = torch.randn(300, 2, 16)
     cu_seqlens = torch.tensor([0, 300], dtype=torch.int32)

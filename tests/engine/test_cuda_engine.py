@@ -9,14 +9,16 @@ from support.models import ATTENTION, FAMILIES, base, gradients, lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-BLOCK, LENGTHS = 64, (200, 312)
+BLOCK, LENGTHS, LONG = 64, (200, 312), (700, 130, 513)  # LONG: of several tiles
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2}
 
 
 def model(family):
     """Weights that are exact in bf16, and small enough for its rounding to stay small."""
-    extra = {"word_embed_proj_dim": 128} if family == "opt" else {"num_key_value_heads": 1}
-    extra |= {"head_dim": 128} if family == "mistral" else {}  # one that the kernels have
+    extra: dict = (
+        {"word_embed_proj_dim": 128, "max_position_embeddings": 1024} if family == "opt" else {"num_key_value_heads": 1}
+    )
+    extra |= {"head_dim": 128, "sliding_window": None} if family == "mistral" else {}  # one that the kernels have
     m = lora(base(family, **SHAPE, **extra), ATTENTION[family]).train()
     for name, p in m.named_parameters():
         scale = 0.2 if p.dim() == 2 else 1.0
@@ -24,9 +26,8 @@ def model(family):
     return m
 
 
-def batch(family, labelled=1.0):
+def batch(labelled=1.0, lengths=LENGTHS):
     torch.manual_seed(4)
-    lengths = (40, 80) if family == "opt" else LENGTHS  # its positions are 128
     ids = torch.randint(3, 89, (1, sum(lengths)))
     labels = ids.clone()
     if labelled < 1.0:
@@ -43,7 +44,13 @@ PHASES = {
     "backward-random": {"mode": "backward", "policy": "random"},
     "backward-weighted": {"mode": "backward", "policy": "random", "weighted": True},
     "backward-weighted-sampled": {"mode": "backward", "weighted": True, "policy": "sampled"},
+    "sparse-recent": {"mode": "sparse", "density": 0.4, "tile_policy": "recent"},
+    "sparse-probe": {"mode": "sparse", "density": 0.4},
+    "sparse-mass": {"mode": "sparse", "mass": 0.7},
+    "sparse-skip": {"mode": "sparse", "keys": 256, "tile_policy": "recent", "keep": 0.8, "policy": "random"},
 }
+# Scores of activations may differ in the last bits, and with them what is chosen.
+BY_ACTIVATIONS = ("skip-update-norm", "backward-weighted-sampled", "sparse-probe", "sparse-mass")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,11 +58,10 @@ PHASES = {
 @pytest.mark.parametrize("labelled", [1.0, 0.2])
 @pytest.mark.parametrize("phase", PHASES)
 def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase):
-    block = 16 if family == "opt" else BLOCK
     settings = lemo.LemoConfig(
-        block_size=block, recompute=recompute, phases=[lemo.Phase(**PHASES[phase])], seed=5, always_first=1
+        block_size=BLOCK, recompute=recompute, phases=[lemo.Phase(**PHASES[phase])], seed=5, always_first=1
     )
-    inputs = batch(family, labelled)
+    inputs = batch(labelled, LONG if phase.startswith("sparse") else LENGTHS)
     found = {}
     plain = model(family)
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
@@ -68,11 +74,16 @@ def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase):
         loss, grads = gradients(m, {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()})
         found[device] = loss.float().cpu(), {n: g.float().cpu() for n, g in grads.items()}, controller.report()
     (loss, grads, report), (other, theirs, their_report) = found["cpu"], found["cuda"]
-    if phase != "skip-update-norm" and "sampled" not in phase:  # scores of activations may differ in the last bits
+    if phase not in BY_ACTIVATIONS:
         assert report["kept"] == their_report["kept"] and report["loss_tokens"] == their_report["loss_tokens"]
+    if phase.startswith("sparse"):
+        assert all(d < 1 for d in report["density"])
+        torch.testing.assert_close(report["density"], their_report["density"], rtol=0, atol=0.1)
+    if phase in ("sparse-probe", "sparse-mass"):
+        torch.testing.assert_close(report["covered"], their_report["covered"], rtol=0, atol=0.05)
     torch.testing.assert_close(other, loss, rtol=2e-2, atol=0)
     assert set(grads) == set(theirs)
-    if phase in ("skip-update-norm", "backward-weighted-sampled"):
+    if phase in BY_ACTIVATIONS:
         assert all(g.isfinite().all() for g in theirs.values())
         return
     total = torch.cat([g.flatten() for g in grads.values()])
@@ -84,7 +95,7 @@ def test_no_label_gives_zero_gradients_on_a_gpu():
     m = model("llama")
     m.get_base_model().to(device="cuda", dtype=torch.bfloat16)
     lemo.apply(m, lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase("skip", policy="random")]))
-    inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch("llama").items()}
+    inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch().items()}
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     loss, grads = gradients(m, {**inputs, "num_items_in_batch": torch.tensor(0, device="cuda")})
     assert float(loss) == 0.0 and all(g.count_nonzero() == 0 for g in grads.values())
@@ -103,6 +114,6 @@ def test_random_numbers_are_replayed_on_a_gpu():
         m.to(device="cuda", dtype=torch.bfloat16)
         lemo.apply(m, lemo.LemoConfig(phases=[lemo.Phase("dense")], recompute=recompute))
         torch.manual_seed(3)
-        inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch("llama").items()}
+        inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch().items()}
         found.append(torch.cat([g.float().flatten() for g in gradients(m, inputs)[1].values()]))
     assert (found[0] - found[1]).norm() / found[0].norm() < 3e-2

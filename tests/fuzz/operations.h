@@ -322,6 +322,79 @@ inline void fill(Random& random, Memory& m, lemo_attention_backward_args& a) {
   a.max_seqlen_k = t.longest_k;
 }
 
+inline void fill(Random& random, Memory& m, lemo_tile_scores_args& a) {
+  Packing p(random, 4, random.once_in(3) ? 200 : 20);
+  const bool packed = random.once_in(3);
+  const int64_t key_heads = random.in(1, 2), d = random.in(1, 24), count = static_cast<int64_t>(p.rows.size());
+  if (!packed) p.pad(random);
+  const int64_t storage = packed ? count + random.in(0, 3) : p.tokens();
+  const int64_t capacity = packed ? storage : static_cast<int64_t>(p.rows.size());
+  const int64_t slots = capacity / LEMO_TILE_ROWS + static_cast<int64_t>(p.cu_seqlens.size()) - 1;
+  a.q = m.floats({storage, key_heads * random.in(1, 2), d});
+  a.k = m.floats({storage, key_heads, d});
+  a.cu_seqlens = m.ints(p.cu_seqlens);
+  if (!packed) a.rows = m.ints(p.rows);
+  a.max_seqlen = p.longest;
+  a.first_slot = random.in(0, slots);
+  a.scale = 0.1f;
+  a.probes = static_cast<int32_t>(random.once_in(4) ? LEMO_TILE_ROWS : random.in(1, 4));
+  a.scores = m.floats(
+      {random.in(0, slots - a.first_slot), (p.longest + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS + random.in(0, 2)});
+}
+
+// Documents of a few tiles, and slots for these.
+struct Tiles {
+  std::vector<int32_t> cu_seqlens{0};
+  int64_t longest = 0, slots = 0;  // tiles of the longest document
+
+  explicit Tiles(Random& random) {
+    for (int64_t d = random.in(1, 4); d > 0; --d) {
+      const int64_t length = random.once_in(4) ? 0 : random.in(1, random.once_in(3) ? 6000 : 600);
+      cu_seqlens.push_back(cu_seqlens.back() + static_cast<int32_t>(length));
+      longest = std::max(longest, (length + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS);
+    }
+    slots = cu_seqlens.back() / LEMO_TILE_ROWS + static_cast<int64_t>(cu_seqlens.size()) - 1 + random.in(0, 2);
+  }
+};
+
+inline void fill(Random& random, Memory& m, lemo_select_tiles_args& a) {
+  const Tiles t(random);
+  a.first_slot = random.in(0, t.slots);
+  const int64_t count = random.in(0, t.slots - a.first_slot), width = t.longest + random.in(0, 3);
+  a.scores = m.floats({count, width});
+  a.cu_seqlens = m.ints(t.cu_seqlens);
+  a.keys = random.in(1, 3000);
+  a.density = static_cast<float>(random.in(1, 10)) / 10.0f;
+  a.mass = static_cast<float>(random.in(1, 20)) / 10.0f;
+  a.first = static_cast<int32_t>(random.in(0, 2));
+  a.local = static_cast<int32_t>(random.in(0, 2));
+  a.chosen = m.tensor(LEMO_I32, {t.slots, (width + 31) / 32 + random.in(0, 1)});
+  if (random.once_in(2)) a.covered = m.tensor(LEMO_F32, {count});
+}
+
+inline void fill(Random& random, Memory& m, lemo_list_tiles_args& a) {
+  const Tiles t(random);
+  a.cu_seqlens = m.ints(t.cu_seqlens);
+  a.chosen = m.tensor(LEMO_I32, {t.slots, (t.longest + 31) / 32});
+  auto* words = static_cast<uint32_t*>(a.chosen.data);
+  const auto row = [&](int64_t slot) { return words + slot * a.chosen.stride[0]; };
+  for (int64_t s = 0; s < t.slots; ++s) std::fill_n(row(s), a.chosen.shape[1], 0u);
+  int64_t count = 0;
+  for (size_t d = 0; d + 1 < t.cu_seqlens.size(); ++d) {
+    const int64_t begin = t.cu_seqlens[d], first = begin / LEMO_TILE_ROWS + static_cast<int64_t>(d);
+    for (int64_t tile = 0; begin + tile * LEMO_TILE_ROWS < t.cu_seqlens[d + 1]; ++tile) {
+      for (int64_t n = 0; n < tile; ++n) {
+        if (random.once_in(2)) row(first + tile)[n / 32] |= 1u << (n % 32), ++count;
+      }
+    }
+  }
+  const int64_t entries = count + random.in(0, 5);
+  a.tile_offsets = m.tensor(LEMO_I32, {t.slots + 1});
+  a.tiles = m.tensor(LEMO_I32, {entries});
+  a.transposed_offsets = m.tensor(LEMO_I32, {t.slots + 1});
+  a.transposed_tiles = m.tensor(LEMO_I32, {entries});
+}
+
 inline void fill(Random& random, Memory& m, lemo_linear_cross_entropy_args& a) {
   const int64_t n = random.in(0, 30), d = random.in(0, 40), v = random.in(1, 150), r = random.in(0, 5);
   std::vector<int64_t> targets;

@@ -13,16 +13,19 @@ PHASES = {
     "skip, by norms": lemo.Phase("skip", keep=0.5, policy="update_norm"),
     "backward": lemo.Phase("backward", keep=0.5, policy="random"),
     "dense": lemo.Phase("dense"),
+    "sparse": lemo.Phase("sparse", density=0.5),
+    "sparse, skip": lemo.Phase("sparse", density=0.5, keep=0.8, policy="random"),
 }
+TOKENS = 700  # of a document in which mode "sparse" has something to leave out
 
 
 def apply(model, phase="skip", **options):
     return lemo.apply(model, lemo.LemoConfig(block_size=8, phases=[PHASES[phase]], **options))
 
 
-def batches(count):
+def batches(count, tokens=48):
     torch.manual_seed(3)
-    return [torch.randint(3, VOCAB, (2, 48)) for _ in range(count)]
+    return [torch.randint(3, VOCAB, (2, tokens)) for _ in range(count)]
 
 
 def collect(model, run):
@@ -44,7 +47,7 @@ def checkpointed(model, ids, **options):
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("recompute", ["auto", "none", "attention", "full"])
 def test_gradients_are_those_without_a_checkpoint(phase, recompute):
-    model, (ids,) = tuned("llama"), batches(1)
+    model, (ids,) = tuned("llama"), batches(1, TOKENS if "sparse" in phase else 48)
     controller = apply(model, phase, recompute=recompute)
     expected = collect(model, lambda: loss(model, ids).backward())
     report = controller.report()
@@ -53,6 +56,7 @@ def test_gradients_are_those_without_a_checkpoint(phase, recompute):
     assert_close(got, expected)
     assert controller.micro_batch == 1
     assert controller.report() == report
+    assert "sparse" not in phase or all(density < 1 for density in report["density"])
 
 
 def together(model, ids):
@@ -134,14 +138,14 @@ def test_a_call_in_backward_that_repeats_nothing_is_refused():
         value.backward()
 
 
-@pytest.mark.parametrize("phase", ["skip", "dense"])
+@pytest.mark.parametrize("phase", ["skip", "sparse", "dense"])
 def test_a_reentrant_checkpoint(phase):
-    model, (ids,) = tuned("llama"), batches(1)
+    model, (ids,) = tuned("llama"), batches(1, TOKENS)
     expected = collect(model, lambda: loss(model, ids).backward())
     apply(model, phase)
     scale = torch.ones((), requires_grad=True)
     value = checkpoint(lambda s: loss(model, ids) * s.exp() / torch.e, scale, use_reentrant=True)
-    refused = pytest.raises(RuntimeError, match="use_reentrant=False") if phase == "skip" else contextlib.nullcontext()
+    refused = pytest.raises(RuntimeError, match="use_reentrant=False") if phase != "dense" else contextlib.nullcontext()
     with refused:
         assert_close(collect(model, value.backward), expected)
 

@@ -29,7 +29,7 @@ def listed() -> list:
         *(Attention("ragged_64", 4, 1, dim, "rows") for dim in DIMS),
         *(Attention("gap_64", 4, 2, dim, "rows", given=True) for dim in (64, 128)),
         *(Attention("ragged_128", 2, 2, dim) for dim in (64, 128)),
-        *(Attention("gap_128", 2, 1, dim, lists=True) for dim in (64, 128)),
+        *(Attention("gap_128", 2, 1, dim, lists=True) for dim in DIMS),
         Attention("gap_128", 2, 2, 64, lists=True),
         Attention("gap_128", 2, 1, 128, "rows", given=True, lists=True),
         Attention("keep_none", given=True),

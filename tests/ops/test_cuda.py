@@ -9,9 +9,11 @@ import torch
 from lemo import _native, ops
 from lemo.engine.layout import Blocks, select
 from ops.test_cpu_cases import check_select
+from ops.test_tiles import check_select_tiles
 from support import oracle
 from support.cases import ATTENTION, CASES, PACKINGS, SELECT, Loss, Norm, Select, name_of
 from support.compare import check_half
+from support.tile_cases import SELECT_TILES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 HALVES = [torch.bfloat16, torch.float16]
@@ -36,6 +38,11 @@ def test_against_the_oracle(case, dtype) -> None:
 @pytest.mark.parametrize("case", SELECT, ids=name_of)
 def test_select(case) -> None:
     check_select(case, "cuda")
+
+
+@pytest.mark.parametrize("case", SELECT_TILES, ids=name_of)
+def test_select_and_list_tiles(case) -> None:
+    check_select_tiles(case, "cuda")
 
 
 @pytest.mark.parametrize(

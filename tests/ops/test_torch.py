@@ -10,6 +10,7 @@ from lemo import ops
 from lemo.engine.layout import Blocks, Kept
 from support import cases
 from support.cases import PACKINGS, name_of
+from support.tile_cases import SelectTiles, TileScores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SOME = [
@@ -25,6 +26,9 @@ SOME = [
     cases.Predict("documents", 24),
     cases.Loss(20, 16, 40, bias=True, rank=4, dweight=True, segment=8),
     cases.Loss(20, 16, 40, softcap=4.0),
+    TileScores("documents", 4, 2, 16, storage="strided"),
+    TileScores("kept", 2, 1, 16, storage="rows"),
+    SelectTiles((300, 0, 700), 512, 0.9, 0.8, 1, 1, strip=4),
 ]
 
 

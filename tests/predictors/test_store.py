@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from lemo import storage
 from lemo.engine.layout import Blocks
 from lemo.predictors import CalibrationError, PredictorNetwork, PredictorSet, model_fingerprint
+from lemo.predictors.store import calibration_digest
 from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 
@@ -49,6 +51,28 @@ def test_round_trip(tmp_path, model, predictors):
     for i in range(LAYERS):
         assert torch.equal(loaded.scores(i, x, blocks), predictors.scores(i, x, blocks))
     assert PredictorSet.load(tmp_path / "a" / "calibration", dtype=torch.bfloat16).layers[0].wq1.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_folders_of_format_1_load_as_importance(tmp_path, predictors, with_digest):
+    """They had no target, and the first ones no digest."""
+    predictors.save(tmp_path / "c")
+    path = tmp_path / "c" / "lemo_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("target") == "importance" and config["format_version"] == 2
+    config["format_version"] = 1
+    config["digest"] = storage.content_digest(config)
+    if not with_digest:
+        del config["digest"]
+    path.write_text(json.dumps(config))
+    loaded = PredictorSet.load(tmp_path / "c")
+    assert loaded.target == "importance" and loaded.thresholds == predictors.thresholds
+    assert calibration_digest(tmp_path / "c")
+    config["keep"] = [0.4, 0.7]
+    path.write_text(json.dumps(config))
+    if with_digest:
+        with pytest.raises(CalibrationError, match="digest"):
+            PredictorSet.load(tmp_path / "c")
 
 
 def test_scores_refuse_another_block_size(predictors):

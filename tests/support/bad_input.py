@@ -53,7 +53,9 @@ def wrong(
     others: dict[str, Any] | None = None,
 ) -> Bad:
     """An operation with valid arguments of which one is changed; others: changed likewise, or to the value given."""
-    silent = argument in ("block_offsets", "norm") or (argument == "weight" and "bias" in words)
+    silent = argument in ("block_offsets", "norm", "slots", "width", "capacity") or (
+        argument == "weight" and "bias" in words
+    )
     named = (*words, "expect") if silent else (*words, argument, "expect")
     name = f"{op}-{argument}-{'-'.join(words)}".replace(" ", "_")
     return Bad(name, lambda w: w.operate(op, argument, change, others or {}), named, error)
@@ -120,6 +122,7 @@ OPERATIONS = [
             ("block_scores", "q"),
             ("predict", "x"),
             ("linear_cross_entropy", "hidden"),
+            ("tile_scores", "q"),
         )
     ),
     wrong("gather", "x", to(torch.float64), ("expected a dtype of float32", "got float64")),
@@ -256,6 +259,54 @@ OPERATIONS = [
         NotImplementedError,
         {"cu_seqlens_k": torch.tensor([0, 192, 512], dtype=torch.int32), "max_seqlen_k": 320},
     ),
+    # the choice of tiles: documents of 300, 0 and 500 rows, so 9 slots and 4 tiles at most
+    wrong("tile_scores", "k", to(torch.float16), ("float32", "got float16")),
+    wrong("tile_scores", "k", lambda x: x[:, [0, 1, 0]], ("divides", "4", "3")),
+    wrong("tile_scores", "k", lambda x: x[:-1], ("R=800", "got float32 [799, 2, 16]")),
+    wrong("tile_scores", "q", columns, ("last dimension contiguous",)),
+    wrong("tile_scores", "cu_seqlens", to(torch.int64), ("int32", "got int64")),
+    wrong("tile_scores", "cu_seqlens", put(0, 1), ("begin with 0", "got 1")),
+    wrong("tile_scores", "cu_seqlens", put(-1, 801), ("at most 800", "got 801"), others={"max_seqlen": 501}),
+    wrong("tile_scores", "rows", put(3, 800), ("800", "position 3")),
+    wrong("tile_scores", "rows", swapped, ("ascending", "position 1")),
+    wrong("tile_scores", "max_seqlen", value(499), ("longest document, 500 rows", "got 499")),
+    wrong("tile_scores", "max_seqlen", value(513), ("scores", "W >= 5", "got float32 [4, 4]")),
+    wrong("tile_scores", "scale", value(-0.5), ("at least 0", "got -0.5")),
+    wrong("tile_scores", "scale", value(INF), ("finite",)),
+    wrong("tile_scores", "probes", value(0), ("1 to LEMO_TILE_ROWS", "got 0")),
+    wrong("tile_scores", "probes", value(129), ("1 to LEMO_TILE_ROWS", "got 129")),
+    wrong("tile_scores", "first_slot", value(-1), ("at least 0", "got -1")),
+    wrong("tile_scores", "first_slot", value(6), ("first_slot + C <= S", "got 6 + 4 with S = 9")),
+    wrong("tile_scores", "first_slot", value(2**63 - 1), ("first_slot + C <= S",)),
+    wrong("tile_scores", "slots", value(10), ("first_slot", "got 2 + 10 with S = 9")),
+    wrong("tile_scores", "width", value(3), ("scores", "W >= 4", "got float32 [4, 3]")),
+    wrong("select_tiles_", "scores", to(torch.float16), ("float32", "got float16")),
+    wrong("select_tiles_", "scores", lambda x: x[0], ("expected shape [C, W]", "got [40]")),
+    wrong("select_tiles_", "scores", lambda x: x[:, :3], ("W >= 4", "document 2", "got W = 3")),
+    wrong("select_tiles_", "chosen", to(torch.int64), ("int32", "got int64")),
+    wrong("select_tiles_", "chosen", lambda x: x[:, :1], ("B >= 2", "W = 40", "got int32 [9, 1]")),
+    wrong("select_tiles_", "chosen", expanded, ("overlapping",)),
+    wrong("select_tiles_", "chosen", lambda x: x[:7], ("S >= 8", "got S = 7"), others={"first_slot": 0}),
+    wrong("select_tiles_", "chosen", lambda x: x[:2], ("S >= D = 3", "got int32 [2, 2]")),
+    wrong("select_tiles_", "cu_seqlens", put(1, 900), ("ascending", "got 300 after 900")),
+    wrong("select_tiles_", "cu_seqlens", lambda x: x[:1], ("at least one document", "got 1")),
+    wrong("select_tiles_", "first_slot", value(-1), ("at least 0", "got -1")),
+    wrong("select_tiles_", "first_slot", value(4), ("got 4 + 6 with S = 9",)),
+    wrong("select_tiles_", "keys", value(0), ("at least 1", "got 0")),
+    wrong("select_tiles_", "density", value(0.0), ("(0, 1]", "got 0")),
+    wrong("select_tiles_", "density", value(1.5), ("(0, 1]", "got 1.5")),
+    wrong("select_tiles_", "density", value(NAN), ("(0, 1]", "got nan")),
+    wrong("select_tiles_", "mass", value(0.0), ("above 0", "got 0")),
+    wrong("select_tiles_", "mass", value(NAN), ("above 0", "got nan")),
+    wrong("select_tiles_", "first", value(-1), ("at least 0", "got -1")),
+    wrong("select_tiles_", "local", value(-2), ("at least 0", "got -2")),
+    wrong("list_tiles", "chosen", to(torch.int64), ("int32", "got int64")),
+    wrong("list_tiles", "chosen", lambda x: x[0], ("expected shape [S, B]", "got [2]")),
+    wrong("list_tiles", "chosen", lambda x: x[:, :0], ("32 B >= 1", "got 32 B = 0")),
+    wrong("list_tiles", "chosen", lambda x: x[:7], ("S >= 8", "got S = 7")),
+    wrong("list_tiles", "chosen", lambda x: x + 4, ("slot 0", "below 0", "got bit 2")),
+    wrong("list_tiles", "cu_seqlens", put(-1, 200), ("ascending", "got 200 after 300")),
+    wrong("list_tiles", "capacity", value(8), ("tiles", "L >= 9", "got L = 8")),
     # numbers
     *(
         wrong("select_blocks", "scores", put(3, number), ("3", "finite"), FloatingPointError, {"mode": mode})
@@ -331,7 +382,7 @@ LAYOUTS = [
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 SETTINGS = [
-    (lambda w: lemo.Phase("sparse"), ("Phase.mode", "skip, backward, dense")),
+    (lambda w: lemo.Phase("thin"), ("Phase.mode", "skip, backward, sparse, dense")),
     (lambda w: lemo.Phase(keep=1.5), ("Phase.keep", "1.5")),
     (lambda w: lemo.Phase("dense", keep=0.5), ("Phase.keep", "dense")),
     (lambda w: lemo.Phase(share=0), ("Phase.share",)),
@@ -408,7 +459,7 @@ DAMAGE = [
     ("flipped", flip, "digest"),
     ("no JSON", lambda f: (f / "lemo_config.json").write_text("{"), "cannot be read"),
     ("a list", lambda f: (f / "lemo_config.json").write_text("[]"), "version None"),
-    ("other version", lambda f: change_config(f, format_version=99), "version 99, this lemo reads version 1"),
+    ("other version", lambda f: change_config(f, format_version=99), "version 99, this lemo reads versions 1 to 2"),
     ("no block size", lambda f: change_config(f, block_size=None), "block_size is missing"),
     ("strange pool", lambda f: change_config(f, pool="sum"), "'sum'"),
     ("layers differ", lambda f: change_config(f, keep=[0.5]), "number of layers"),

@@ -17,6 +17,7 @@ from lemo import ops
 from support import oracle
 from support.draws import Draw, grads, leaf
 from support.packings import ATTENTION_PACKINGS, PACKINGS, SPLIT_PACKINGS, Packing
+from support.tile_cases import TILE_SCORES
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
@@ -524,7 +525,7 @@ LOSS = [
     Loss(33, 32, 64, ignored="all", reduction="sum"),
     Loss(64, 48, 100, ignore_index=0, dweight=True),
 ]
-CASES = [*ROWS, *NORMS, *ATTENTION, *SCORES, *PREDICT, *LOSS]
+CASES = [*ROWS, *NORMS, *ATTENTION, *SCORES, *PREDICT, *LOSS, *TILE_SCORES]
 
 
 def name_of(case: object) -> str:

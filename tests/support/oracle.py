@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -300,6 +301,64 @@ def attention_backward(
     dk = scale * torch.einsum("hij,ihd->jhd", w * ds, q)
     dv = torch.einsum("hij,ihd->jhd", w * p, dout)
     return dq, dk.unflatten(1, (hk, group)).sum(2), dv.unflatten(1, (hk, group)).sum(2)
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------
+
+
+def tiles_of(cu_seqlens: list[int]) -> list[tuple[int, int, int, int]]:
+    """(slot, tile within its document, first packed row, packed row behind the last) of every tile."""
+    return [
+        (a // TILE + d + i, i, a + i * TILE, min(a + (i + 1) * TILE, b))
+        for d, (a, b) in enumerate(itertools.pairwise(cu_seqlens))
+        for i in range(math.ceil((b - a) / TILE))
+    ]
+
+
+def tile_scores(
+    q: Tensor, k: Tensor, cu_seqlens: list[int], scale: float, probes: int, slots: int, width: int
+) -> Tensor:
+    """[slots, width], of packed rows."""
+    s = torch.einsum("ihd,jhd->hij", up(q), up(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)) * scale
+    p = torch.softmax(s.masked_fill(~visible(cu_seqlens, q.device), -math.inf), -1).mean(0)
+    tiles = tiles_of(cu_seqlens)
+    scores = torch.zeros(slots, width, dtype=p.dtype, device=p.device)
+    for slot, tile, first, last in tiles:
+        rows = [first + (2 * r + 1) * (last - first) // (2 * probes) for r in range(probes)]
+        mass = p[rows].mean(0)
+        for other, n, start, end in tiles:
+            if other - n == slot - tile:  # of the same document
+                scores[slot, n] = mass[start:end].sum()
+    return scores
+
+
+def select_tiles(
+    scores: Tensor, cu_seqlens: list[int], keys: int, density: float, mass: float, first: int, local: int
+) -> tuple[TileLists, list[float]]:
+    """(lists, covered), both by slot, from scores of all slots."""
+    density, mass = (torch.tensor(x, dtype=torch.float32).item() for x in (density, mass))
+    lists: TileLists = [[] for _ in range(scores.shape[0])]
+    covered = [0.0] * scores.shape[0]
+    for slot, m, _, _ in tiles_of(cu_seqlens):
+        values = [-math.inf if math.isnan(x) else x for x in scores[slot, : m + 1].tolist()]
+        units = [math.floor(min(max(x, 0.0), 1.0) * 2**40) for x in values]
+        limit = min(math.ceil(keys / TILE), math.floor(density * (m + 1) + 0.5))
+        chosen = [n for n in range(m + 1) if n == m or n < first or m - n <= local]
+        for n in sorted({*range(m)} - {*chosen}, key=lambda n: (-values[n], -n)):
+            if len(chosen) >= limit or (mass < 1 and Fraction(sum(units[c] for c in chosen), 2**40) >= Fraction(mass)):
+                break
+            chosen.append(n)
+        lists[slot] = sorted(set(chosen) - {m})
+        covered[slot] = sum(units[c] for c in chosen) / 2**40
+    return lists, covered
+
+
+def transpose_lists(lists: TileLists, cu_seqlens: list[int]) -> TileLists:
+    transposed: TileLists = [[] for _ in lists]
+    for slot, m, _, _ in tiles_of(cu_seqlens):
+        for n in lists[slot]:
+            transposed[slot - m + n].append(m)
+    return transposed
 
 
 # --- loss -----------------------------------------------------------------------------------------------------------

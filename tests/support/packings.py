@@ -87,3 +87,11 @@ SPLIT_PACKINGS = {
     "kept_of_both": (Packing((330, 64, 1, 200), 64, "gap"), Packing((700, 300, 5, 400), 128, "some")),
     "equal_after_all": (Packing((150, 33), 64, "all"), Packing((150, 33), 64, "all")),
 }
+# Documents of several tiles of 128 packed rows, whole ones and others; "kept" leaves out rows, and a whole document.
+TILE_PACKINGS = {
+    "documents": Packing((700, 0, 1, 130, 300), 64, "all"),
+    "kept": Packing((900, 330, 40, 800), 64, "gap"),
+    "aligned": Packing((256, 384), 128, "all"),
+    "one_row": Packing((1,), 64, "all"),
+    "none": Packing((200, 100), 64, "none"),
+}

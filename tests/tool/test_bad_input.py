@@ -70,11 +70,28 @@ def base(op: str) -> dict[str, Any]:
     if op == "predict":
         shapes = {"wq1": (8, 16), "wq2": (8, 8), "wq3": (8, 8), "wk1": (16, 16), "wk2": (8, 16), "wk3": (8, 8)}
         return {"x": draw.normal(T, 16)} | {n: draw.normal(*s) for n, s in shapes.items()} | layout()
+    if op in ("tile_scores", "select_tiles_", "list_tiles"):
+        return tiles(op)
     assert op == "linear_cross_entropy"
     names = {"hidden": draw.normal(20, 16), "weight": draw.normal(30, 16), "bias": draw.normal(30)}
     names |= {"lora_a": draw.normal(4, 16), "lora_b": draw.normal(30, 4), "lora_scale": 0.5}
     wants = dict.fromkeys(("want_dhidden", "want_dweight", "want_dbias", "want_dlora"), True)
     return names | {"targets": draw.integers(30, 20)} | wants
+
+
+def tiles(op: str) -> dict[str, Any]:
+    """Slots 0 to 2 have the tiles of the first document, 4 to 7 those of the third."""
+    draw, cu_seqlens = Draw("cpu", torch.float32), torch.tensor([0, 300, 300, 800], dtype=torch.int32)
+    chosen = torch.zeros(9, 2, dtype=torch.int32)
+    if op == "tile_scores":
+        heads = {"q": draw.normal(800, 4, 16), "k": draw.normal(800, 2, 16), "cu_seqlens": cu_seqlens}
+        strip = {"first_slot": 2, "slots": 4, "width": 4}
+        return heads | {"rows": torch.arange(800).int(), "max_seqlen": 500, "scale": 0.25, "probes": 2} | strip
+    if op == "select_tiles_":
+        rule = {"keys": 256, "density": 0.5, "mass": 0.9, "first": 1, "local": 1}
+        return {"chosen": chosen, "scores": draw.uniform(6, 40), "cu_seqlens": cu_seqlens, "first_slot": 2} | rule
+    chosen[[1, 2, 5, 6, 7], 0] = torch.tensor([1, 3, 1, 3, 7], dtype=torch.int32)  # everything: 9 bits
+    return {"chosen": chosen, "cu_seqlens": cu_seqlens, "capacity": 9}
 
 
 # --- the world --------------------------------------------------------------------------------------------------------

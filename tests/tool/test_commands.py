@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lemo.cli import build_parser, main
 from lemo.training.adapters import adapter_name
+from support.texts import make_text
 
 COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
 
@@ -66,6 +68,66 @@ def test_calibrate_then_finetune_evaluate_report_info(
     assert "complete" in capsys.readouterr().out
     assert main(["info", str(run / "adapter"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["peft_type"] == "LORA"
+
+
+def test_calibrate_for_attention_mass(
+    new_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = new_model(tmp_path / "model", positions=768)
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(4):
+        (text / f"{i}.txt").write_text(make_text(i, 1500))
+    common = ["--model", str(model), "--data", str(text), "--context", "768", "--target", "mass", "--quiet"]
+    out = tmp_path / "tiles"
+    assert main(["calibrate", *common, "--steps", "3", "--documents", "4", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "covered mass at density 0.125" in shown and "predictors" in shown and "probe 2" in shown
+    assert sorted(p.name for p in out.iterdir()) == ["lemo_config.json", "predictors.safetensors"]
+    saved = json.loads((out / "lemo_config.json").read_text())
+    assert saved["target"] == "mass" and saved["block_size"] == 128 and saved["report"]["training"]["steps"] == 3
+    assert set(saved["report"]["mean"]) >= {"exact", "predictors", "probe 2", "probe 4", "pooled", "recent", "random"}
+    assert main(["info", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "target: mass" in shown and "covered mass at density 0.5" in shown
+    # What it is not for, before any step.
+    run = [
+        "finetune",
+        *common[:6],
+        "--quiet",
+        "--steps",
+        "1",
+        "--calibration",
+        str(out),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([*run, "--block-size", "64", "--schedule", "skip:0.5:predictors"]) != 0
+    assert "--target mass" in (shown := capsys.readouterr().err) and "--target importance" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--target", "mass", "--keep", "0.5"], "--keep"),
+        (["--target", "mass", "--normalize"], "--normalize"),
+        (["--target", "mass", "--block-size", "64"], "--block-size 64"),
+        (["--target", "mass", "--context", "512"], "--context 512"),
+        (["--target", "mass", "--probes", "0"], "--probes 0"),
+        (["--probes", "4"], "--target mass"),
+        (["--documents", "1"], "--documents 1"),
+        (["--keep", "0"], "--keep 0"),
+        (["--context", "100"], "--context 100"),
+        (["--block-size", "0"], "--context 4096"),
+        (["--steps", "0"], "--steps 0"),
+    ],
+)
+def test_calibrate_refuses_before_it_loads_anything(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", "--model", "/nowhere", "--data", "/nowhere", "--out", str(tmp_path / "c")]
+    assert main([*command, *options]) != 0
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--out", "--model", "--tokenizer", "--calibration"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import signal
 import textwrap
 from pathlib import Path
@@ -75,6 +76,36 @@ def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_pat
         losses = [r["loss"] for r in records(tmp_path / name) if "loss" in r]
         assert sum(losses[-5:]) / 5 < losses[0] - 0.2
     assert not list((tmp_path / "skip").glob("checkpoint-*"))
+
+
+def test_sparse_phases(new_model, text_folder: Path, tmp_path: Path, capsys) -> None:
+    """Lists of tiles in a whole run: logged, reported, drawn, and resumed exactly."""
+    pytest.importorskip("matplotlib")
+    model = new_model(tmp_path / "model", positions=1024)
+    schedule = "sparse:0.4@0.5,sparse:keys=256:keep=0.8:random@0.25,dense@0.25"
+    options = ("--schedule", schedule, "--context", "640", "--batch", "1", "--steps", "4", "--save-every", "1")
+    kept = ("--keep-checkpoints", "4")
+    out, data = tmp_path / "run", tmp_path / "text"
+    data.mkdir()
+    (data / "long.txt").write_text(2 * "".join(p.read_text() for p in sorted(text_folder.glob("*.txt"))))
+    assert finetune(model, data, out, *options, *kept) == 0
+    steps = [r for r in records(out) if "loss" in r]
+    assert [r["phase"]["mode"] for r in steps] == ["sparse", "sparse", "sparse", "dense"]
+    assert steps[0]["phase"]["density"] == 0.4 and steps[2]["phase"]["keys"] == 256
+    for r in steps[:3]:
+        assert all(0 < d < 1 for d in r["density"]) and all(0 < c < 1 for c in r["covered"])
+    assert "density" not in steps[3] and steps[2]["kept"] == [0.8, 0.8]
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "sparse 1.0 density 0.4" in printed and "sparse 0.8 random keys 256" in printed
+    assert (out / "report.png").stat().st_size > 1000
+    for number in (3, 4):  # resumed within the second phase
+        shutil.rmtree(out / f"checkpoint-{number}")
+    shutil.move(out / "adapter", tmp_path / "adapter")
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
+    whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
 
 
 def test_a_run_folder_below_the_home_folder(

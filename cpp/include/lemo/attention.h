@@ -30,7 +30,7 @@
  * what was seen. Tile lists and separate rows of keys exclude each other (LEMO_UNSUPPORTED).
  *
  * In the shapes below, capacity is the length of `rows`, or R without it, and at least M; capacity_k likewise for keys.
- * Further limits on CUDA (LEMO_UNSUPPORTED): `scale` is at least 0, and tile lists need compute capability 9.0. */
+ * A further limit on CUDA (LEMO_UNSUPPORTED): `scale` is at least 0. */
 #ifndef LEMO_ATTENTION_H
 #define LEMO_ATTENTION_H
 

@@ -4,11 +4,12 @@
  *
  * A query tile's softmax is looked at in a few of its rows ("probes"), all keys before them included:
  *
- *   mass(m, n) = mean over heads h and probes i of sum over keys j <= i in tile n of exp(scale * q_i^h . k_j^h - lse_i^h)
- *   lse_i^h    = log of the sum over all j <= i of the document of exp(scale * q_i^h . k_j^h)
+ *   mass(m, n) = mean over heads h and probes i of sum_j exp(scale * q_i^h . k_j^h - lse_i^h), j <= i in tile n
+ *   lse_i^h    = log sum_j exp(scale * q_i^h . k_j^h), all j <= i of the document
  *
- * so that the masses of a query tile add up to 1. Probe r of P in a query tile of N rows is its row (2 r + 1) N / (2 P),
- * rounded down; with N < P, rows are repeated. With P = LEMO_TILE_ROWS the mass of a whole tile is exact.
+ * so that the masses of a query tile add up to 1. Probe r of P in a query tile of N rows is its row
+ * (2 r + 1) N / (2 P), rounded down; with N < P, rows are repeated. With P = LEMO_TILE_ROWS the mass of a whole tile is
+ * exact.
  *
  * No operation needs memory quadratic in the number of tiles except `chosen`, of one bit per pair: scores are made and
  * read for a strip of query tiles at a time. Nothing is synchronized. */
@@ -82,9 +83,9 @@ typedef struct lemo_list_tiles_args {
   lemo_tensor cu_seqlens; /**< int32 [D + 1] */
 
   lemo_tensor tile_offsets;       /**< out: int32 [S + 1] */
-  lemo_tensor tiles;              /**< out: int32 [L], key tiles of every query tile, ascending; 0 behind the last list */
+  lemo_tensor tiles;              /**< out: int32 [L], key tiles of every query tile, ascending, then 0 */
   lemo_tensor transposed_offsets; /**< out: int32 [S + 1] */
-  lemo_tensor transposed_tiles;   /**< out: int32 [L], query tiles of every key tile, ascending; 0 behind the last list */
+  lemo_tensor transposed_tiles;   /**< out: int32 [L], query tiles of every key tile, ascending, then 0 */
 } lemo_list_tiles_args;
 LEMO_API lemo_status lemo_list_tiles(const lemo_exec* exec, const lemo_list_tiles_args* args);
 

@@ -4,6 +4,7 @@
 #include "attention/sm80/backward_rows.cuh"
 #include "attention/sm80/key_gradient.cuh"
 #include "attention/sm80/query_gradient.cuh"
+#include "attention/sm80/query_lists.h"
 
 namespace lemo::cuda::attention::sm80 {
 
@@ -15,8 +16,10 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
 
   using KeyConfig = KeyGradientConfig<kHeadDim>;
   const int64_t key_slots = tile_slots(params.key_documents, KeyConfig::kKeys);
-  const bool split = documents.aligned;
-  const auto key_kernel = split ? key_gradient_kernel<T, kHeadDim, true> : key_gradient_kernel<T, kHeadDim, false>;
+  const bool split = documents.aligned, listed = params.lists.offsets != nullptr;
+  const auto key_kernel = split    ? key_gradient_kernel<T, kHeadDim, true, false>
+                          : listed ? key_gradient_kernel<T, kHeadDim, false, true>
+                                   : key_gradient_kernel<T, kHeadDim, false, false>;
   launch("attention_backward", key_kernel, static_cast<unsigned>(key_slots * params.key_heads), KeyConfig::kWarps * 32,
          KeyGradientLayout<kHeadDim>::kBytes, stream, params);
 
@@ -25,7 +28,14 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
   } else {
     using QueryConfig = QueryGradientConfig<kHeadDim>;
     const int64_t slots = query_slots<kAlignedRows>(documents, QueryConfig::kQueries);
-    const auto kernel = split ? query_gradient_kernel<T, kHeadDim, true> : query_gradient_kernel<T, kHeadDim, false>;
+    if (listed) {
+      launch_query_lists({documents, params.lists, static_cast<int>(tile_slots(documents, LEMO_TILE_ROWS)),
+                          params.query_list_offsets, params.query_list_tiles},
+                         stream);
+    }
+    const auto kernel = split    ? query_gradient_kernel<T, kHeadDim, true, false>
+                        : listed ? query_gradient_kernel<T, kHeadDim, false, true>
+                                 : query_gradient_kernel<T, kHeadDim, false, false>;
     launch("attention_backward", kernel, static_cast<unsigned>(slots * params.heads), QueryConfig::kWarps * 32,
            QueryGradientLayout<kHeadDim>::kBytes, stream, params);
   }

@@ -13,12 +13,13 @@ struct ForwardConfig {
   static constexpr bool kQueriesInRegisters = kHeadDim <= 64;
 };
 
-// How many steps of the q.k product are unrolled when queries come from shared memory: all of them on sm_90; on sm_80
-// the compiler would then hoist so many loads that head_dim 128 spills.
+// How many steps of the q.k product are unrolled when queries come from shared memory: all of them on sm_90; on sm_80,
+// and with tile lists, the compiler would then hoist so many loads that head_dim 128 spills.
+template <bool kListed>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kScoreUnroll = 4;
 #else
-constexpr int kScoreUnroll = 16;
+constexpr int kScoreUnroll = kListed ? 4 : 16;
 #endif
 
 }  // namespace lemo::cuda::attention::sm80

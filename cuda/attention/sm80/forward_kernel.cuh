@@ -4,6 +4,7 @@
 #include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm80/forward_config.h"
+#include "attention/sm80/listed_rows.cuh"
 #include "attention/sm80/online_softmax.cuh"
 #include "common/launch.h"
 #include "common/sm80/mma_tile.cuh"
@@ -12,8 +13,9 @@ namespace lemo::cuda::attention::sm80 {
 
 using namespace cuda::sm80;  // common/sm80
 
-// kSplit: keys have separate rows. Without it, registers are not spent on them.
-template <typename T, int kHeadDim, bool kSplit>
+// kSplit: keys have separate rows. kListed: there are tile lists, and rows within the loop are the numbers of
+// ListedKeys. Without them, registers are not spent on either.
+template <typename T, int kHeadDim, bool kSplit, bool kListed>
 __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     forward_kernel(const __grid_constant__ ForwardParams params) {
   using Config = ForwardConfig<kHeadDim>;
@@ -23,6 +25,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   constexpr int kWarpRows = kRowTiles * 16;
   // A warp skips key tiles beyond its rows; no row is then fully masked in the tiles it visits.
   static_assert(kKeys % kWarpRows == 0);
+  static_assert(!kListed || (!kSplit && kQueries == LEMO_TILE_ROWS));
   using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, kSplit>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
   constexpr int kPitch = KeyLoader::kPitch;
@@ -31,16 +34,28 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
                                                                  static_cast<int>(blockIdx.x / params.heads));
   const Tile& tile = located.tile;
   if (tile.index >= tile.count) return;
-  const Tile key_rows = {located.document.key_start, tile.length, 0, 0, kUncut};
-  __shared__ Tile stored;  // for the end: the loop has no registers to spare
-  if (kSplit && threadIdx.x == 0) stored = tile;
-  const Tile& query_rows = choose<kSplit>(stored, tile);
+  const Tile own_keys = {located.document.key_start, tile.length, 0, 0, kUncut};
+  __shared__ Tile stored;  // the loop has no registers to spare for it
+  constexpr bool kStored = kSplit || kListed;
+  if (kStored && threadIdx.x == 0) stored = tile;
+  const Tile& query_rows = choose<kStored>(stored, tile);
+  const Tile& key_rows = choose<kListed>(stored, own_keys);  // with lists, they are the same rows
   // The tiles with the most keys start first.
   const int query_start = (tile.count - 1 - tile.index) * kQueries;
   const int head = blockIdx.x % params.heads;
   const int key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_start = query_start + warp * kWarpRows;
+  __shared__ ListedKeys listed;
+  if constexpr (kListed) {
+    if (threadIdx.x == 0) {
+      const int index = tile.count - 1 - tile.index;
+      const int slot = static_cast<int>(blockIdx.x / params.heads) - tile.index + index;
+      listed = ListedKeys(params.lists, slot, tile, index);
+    }
+    __syncthreads();
+  }
+  const int first_query = kListed ? listed.own : query_start;
+  const int warp_start = first_query + warp * kWarpRows;
 
   extern __shared__ __align__(16) unsigned char shared[];
   const uint32_t queries = shared_address(shared);
@@ -52,14 +67,18 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   const uint32_t value_lane = values + (by_row.row * kPitch + by_row.column) * 2;
 
   const int last_tile = -located.document.ahead / kKeys;
-  int key_tile = (min(query_start + kQueries, tile.length) + kKeys - 1) / kKeys - 1;
+  const int key_end = kListed ? listed.end : min(query_start + kQueries, tile.length);
+  int key_tile = (key_end + kKeys - 1) / kKeys - 1;
   {
     QueryLoader loader;
     loader.find_rows(params.documents, tile, query_start);
     loader.load(queries, head_pointer<T>(params.q, head), params.q.row_stride);
   }
   KeyLoader loader;
-  loader.find_rows(params.key_documents, key_rows, key_tile * kKeys);
+  const auto find_keys = [&](int number) {
+    loader.find_rows(params.key_documents, key_rows, kListed ? listed.row(number) : number);
+  };
+  find_keys(key_tile * kKeys);
   loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
   copy_async_commit();
 
@@ -90,12 +109,14 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     __syncthreads();  // the keys have arrived, and the previous values are no longer in use
     loader.load(values, head_pointer<T>(params.v, key_head), params.v.row_stride);
     copy_async_commit();
+    if (kListed && key_tile > last_tile)
+      find_keys(key_start - kKeys);  // later, with scores, registers would not suffice
 
     float s[kRowTiles][kKeys / 8][4];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) clear(s[i]);
     if (active) {
-#pragma unroll(Config::kQueriesInRegisters ? kHeadDim : kScoreUnroll)
+#pragma unroll(Config::kQueriesInRegisters ? kHeadDim : kScoreUnroll<kListed>)
       for (int k = 0; k < kHeadDim / 16; ++k) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
@@ -139,7 +160,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     copy_async_wait<0>();
     __syncthreads();  // the values have arrived, and these keys are no longer in use
     if (key_tile > last_tile) {
-      loader.find_rows(params.key_documents, key_rows, key_start - kKeys);
+      if (!kListed) find_keys(key_start - kKeys);
       loader.load(keys, head_pointer<T>(params.k, key_head), params.k.row_stride);
       copy_async_commit();
     }
@@ -167,7 +188,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
     float inverse[2], lse[2];
-    const int row = warp_start + i * 16 + lane / 4;
+    const int row = warp_start + i * 16 + lane / 4 + (kListed ? listed.own_shift : 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.finish(2 * i + half, params.scale, inverse[half], lse[half]);
@@ -185,7 +206,9 @@ void run_forward(const ForwardParams& params, cudaStream_t stream) {
   constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
   // Heads fastest: all heads' heaviest tiles start first, which evens out the end of the launch.
   const int64_t slots = query_slots<kAlignedRows>(params.documents, Config::kQueries);
-  const auto kernel = params.documents.aligned ? forward_kernel<T, kHeadDim, true> : forward_kernel<T, kHeadDim, false>;
+  const auto kernel = params.documents.aligned          ? forward_kernel<T, kHeadDim, true, false>
+                      : params.lists.offsets != nullptr ? forward_kernel<T, kHeadDim, false, true>
+                                                        : forward_kernel<T, kHeadDim, false, false>;
   launch("attention_forward", kernel, static_cast<unsigned>(slots * params.heads), Config::kWarps * 32, kBytes, stream,
          params);
 }

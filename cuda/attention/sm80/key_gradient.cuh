@@ -6,6 +6,7 @@
 #include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm80/backward_config.h"
+#include "attention/sm80/listed_rows.cuh"
 #include "attention/sm80/online_softmax.cuh"
 #include "common/launch.h"
 #include "common/sm80/mma_tile.cuh"
@@ -38,7 +39,7 @@ struct KeyGradientLayout {
   static constexpr int kBytes = kScores + Config::kKeys * kScorePitch * 2;
 };
 
-template <typename T, int kHeadDim, bool kSplit>
+template <typename T, int kHeadDim, bool kSplit, bool kListed>
 __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     key_gradient_kernel(const __grid_constant__ BackwardParams params) {
   using Config = KeyGradientConfig<kHeadDim>;
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kKeys == Config::kWarps * 16 && Config::kDqRowWarps * Config::kDqColumnWarps == Config::kWarps);
   static_assert(2 * kQueries <= kThreads);
+  static_assert(!(kSplit && kListed) && (!kListed || LEMO_TILE_ROWS % kKeys == 0));
   using QueryLoader = TileLoader<T, kQueries, kHeadDim, kThreads, kSplit>;
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
 
@@ -84,7 +86,18 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   const uint32_t value_lane = key_lane + Layout::kValues;
 
   const int first_query = max(key_start, 0) / kQueries * kQueries;
-  int next_query = first_query, next_head = key_head * params.group;
+  ListedQueries<kQueries> listed{};
+  if constexpr (kListed) {
+    // A tile of the lists may be two of this kernel.
+    const int first_slot = params.key_documents.cu_seqlens[document] / LEMO_TILE_ROWS + document;
+    listed = ListedQueries<kQueries>(params.lists, first_slot + key_start / LEMO_TILE_ROWS);
+  }
+  const auto query_after = [&](int row, int& entry) {
+    if constexpr (kListed) return listed.after(row, entry);
+    return row + kQueries;
+  };
+  const int first_entry = listed.begin;
+  int next_query = first_query, next_entry = first_entry, next_head = key_head * params.group;
   QueryLoader loader;
   const auto load_next = [&](int stage) {
     const uint32_t target = base + Layout::kStages + stage * Layout::kStage;
@@ -104,9 +117,10 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
       copy_async_4(row_target + kQueries * 4, params.delta + next_head * params.documents.capacity + packed_row, valid);
     }
     copy_async_commit();
-    next_query += kQueries;
+    next_query = query_after(next_query, next_entry);
     if (next_query >= length) {
       next_query = first_query;
+      next_entry = first_entry;
       ++next_head;
     }
     loader.find_rows(params.documents, query_rows(), next_query);
@@ -133,7 +147,8 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
 #pragma unroll 1
   for (int head = key_head * params.group; head < end_head; ++head) {
 #pragma unroll 1
-    for (int query_start = first_query; query_start < length; query_start += kQueries) {
+    for (int query_start = first_query, entry = first_entry; query_start < length;
+         query_start = query_after(query_start, entry)) {
       copy_async_wait<0>();
       __syncthreads();  // this stage has arrived; the other one and the scores are no longer in use
       if (next_head < end_head) load_next(stage ^ 1);

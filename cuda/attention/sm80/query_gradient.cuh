@@ -5,6 +5,7 @@
 #include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm80/backward_config.h"
+#include "attention/sm80/listed_rows.cuh"
 #include "attention/sm80/online_softmax.cuh"
 #include "common/launch.h"
 #include "common/sm80/mma_tile.cuh"
@@ -24,7 +25,8 @@ struct QueryGradientLayout {
   static constexpr int kBytes = kStages + 2 * kStage;
 };
 
-template <typename T, int kHeadDim, bool kSplit>
+// kListed: there are tile lists, and rows within the loop are the numbers of ListedKeys.
+template <typename T, int kHeadDim, bool kSplit, bool kListed>
 __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     query_gradient_kernel(const __grid_constant__ BackwardParams params) {
   using Config = QueryGradientConfig<kHeadDim>;
@@ -32,6 +34,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kThreads = Config::kWarps * 32;
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kQueries == Config::kWarps * 16);
+  static_assert(!kListed || (!kSplit && kQueries == LEMO_TILE_ROWS));
 
   const QueryTile located = locate_queries<kAlignedRows, kSplit>(params.documents, params.key_documents, kQueries,
                                                                  static_cast<int>(blockIdx.x / params.heads));
@@ -39,13 +42,23 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   const FromFirstKey rows = count_from_first_key(located);
   const Tile& tile = rows.queries;
   // The loop has no registers to spare: with more than 128, head_dim 64 would lose its second block per multiprocessor.
+  constexpr bool kStored = kSplit || kListed;
   __shared__ FromFirstKey stored;
-  if constexpr (kSplit) {
-    if (threadIdx.x == 0) stored = rows;
+  __shared__ ListedKeys listed;
+  if constexpr (kStored) {
+    if (threadIdx.x == 0) {
+      stored = rows;
+      if constexpr (kListed) {
+        const int index = tile.count - 1 - tile.index;
+        const int slot = static_cast<int>(blockIdx.x / params.heads) - tile.index + index;
+        listed = ListedKeys({params.query_list_offsets, params.query_list_tiles}, slot, tile, index);
+      }
+    }
     __syncthreads();
   }
-  const Tile &query_rows = choose<kSplit>(stored, rows).queries, &key_rows = choose<kSplit>(stored, rows).keys;
-  const int query_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
+  const Tile &query_rows = choose<kStored>(stored, rows).queries, &key_rows = choose<kStored>(stored, rows).keys;
+  const int tile_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
+  const int query_start = kListed ? listed.own : tile_start;
   const int head = blockIdx.x % params.heads, key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -58,7 +71,8 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   const uint32_t dout_lane = query_lane + Layout::kQueryBytes;
 
   TileLoader<T, kKeys, kHeadDim, kThreads> loader;
-  const auto load_keys = [&](int key_start, int stage) {
+  const auto load_keys = [&](int number, int stage) {
+    const int key_start = kListed ? listed.row(number) : number;
     const uint32_t offset = Layout::kStages + stage * Layout::kStage;
     loader.find_rows(params.key_documents, key_rows, key_start);
     loader.load(base + offset, head_pointer<T>(params.k, key_head), params.k.row_stride);
@@ -75,11 +89,12 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
 
   {
     TileLoader<T, kQueries, kHeadDim, kThreads, kSplit> query_loader;
-    query_loader.find_rows(params.documents, tile, query_start);
+    query_loader.find_rows(params.documents, tile, tile_start);
     query_loader.load(base, head_pointer<T>(params.q, head), params.q.row_stride);
     query_loader.load(base + Layout::kQueryBytes, head_pointer<T>(params.dout, head), params.dout.row_stride);
   }
-  const int key_end = min(query_start + kQueries, tile.length);
+  const int own_end = min(tile_start + kQueries, tile.length);
+  const int& key_end = choose<kListed>(listed.end, own_end);
   load_keys(0, 0);
 
   // This thread's queries: `query` and query + 8.
@@ -88,8 +103,9 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   int slots[2] = {0, 0};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (query + half * 8 >= tile.length || query + half * 8 < tile.first) continue;
-    const int packed_row = tile.start + query + half * 8;
+    const int row = query + half * 8 + (kListed ? listed.own_shift : 0);
+    if (row >= tile.length || row < tile.first) continue;
+    const int packed_row = tile.start + row;
     lse_log2[half] = params.lse[head * params.lse_stride + packed_row] * kLog2E;
     delta[half] = params.delta[head * params.documents.capacity + packed_row];
     if (params.key_weights != nullptr) slots[half] = params.row_slots[packed_row];
@@ -146,8 +162,8 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     }
     multiply_fragments<T, kHeadDim, kKeys, kPitch>(dq, ds, keys + by_row_bytes);
   }
-  store_rows<T>(params.documents, query_rows, params.dq, kSplit ? static_cast<int>(blockIdx.x % params.heads) : head,
-                query, dq, params.scale, params.scale);
+  store_rows<T>(params.documents, query_rows, params.dq, kStored ? static_cast<int>(blockIdx.x % params.heads) : head,
+                query + (kListed ? listed.own_shift : 0), dq, params.scale, params.scale);
 }
 
 }  // namespace lemo::cuda::attention::sm80

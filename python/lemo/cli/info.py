@@ -7,14 +7,17 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lemo.cli.common import Formatter, add_common, path_name
+
+if TYPE_CHECKING:
+    from lemo.predictors import PredictorSet
 
 _EPILOG = """\
 examples:
   lemo info                     versions, backends, GPUs
-  lemo info calibration         what a calibration holds: recall, thresholds, parameters
+  lemo info calibration         what a calibration holds: recall and thresholds, or covered mass; parameters
   lemo info run                 a run's settings, progress and checkpoints
 """
 
@@ -123,6 +126,7 @@ def calibration(folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = {
         "calibration": str(folder),
         "model": predictors.fingerprint.get("config", {}),
+        "target": predictors.target,
         "block size": predictors.block_size,
         "context": predictors.context,
         "parameters": predictors.num_parameters,
@@ -130,6 +134,8 @@ def calibration(folder: Path) -> dict[str, Any]:
     }
     report = dict(predictors.report)
     layers = report.pop("layers", None)
+    if predictors.target == "mass":
+        return values | _coverage(predictors, report, layers)
     values["report"] = report
     values["layers"] = [
         {
@@ -142,6 +148,19 @@ def calibration(folder: Path) -> dict[str, Any]:
         for i in range(predictors.num_layers)
     ]
     return values
+
+
+def _coverage(predictors: PredictorSet, report: dict[str, Any], layers: Any) -> dict[str, Any]:
+    """What a calibration for mass measured: a table per density, a column per score."""
+    mean, densities = report.pop("mean", {}), report.pop("densities", [])
+    tables: dict[str, Any] = {}
+    rows = [*layers, mean] if isinstance(layers, list) else []
+    for d, density in enumerate(densities):
+        tables[f"covered mass at density {density:g}"] = [
+            {"layer": i if i < len(rows) - 1 else "mean"} | {name: values[d] for name, values in row.items()}
+            for i, row in enumerate(rows)
+        ]
+    return {"report": report, **tables}
 
 
 def run_folder(folder: Path) -> dict[str, Any]:

@@ -194,6 +194,12 @@ class Phase:
         return self.mode in ("skip", "backward") or self.skips
 
     @property
+    def limits(self) -> dict[str, float]:
+        """What limits the tiles that a query tile attends to in mode "sparse"."""
+        given = {"density": self.density, "keys": self.keys, "mass": self.mass}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
     def exact(self) -> bool:
         """Whether the forward pass is that of the whole model."""
         return self.mode != "sparse" and not self.skips

@@ -21,7 +21,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -58,8 +57,8 @@ class LayerRows:
 class TileScorer(Protocol):
     """Calibrated scores of tiles, as `lemo.predictors.PredictorSet` has them."""
 
-    def tile_scores(self, layer: int, x: Tensor, blocks: Blocks, first_slot: int, slots: int, width: int) -> Tensor:
-        """float32 [slots, width] for a layer with input x [M, d] in tiles `blocks`."""
+    def tile_scores(self, layer: int, x: Tensor, blocks: Blocks) -> Scorer:
+        """For a layer with input x [M, d] in tiles `blocks`. The networks run once, not once per strip."""
         ...
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> TileScorer: ...
@@ -136,17 +135,21 @@ class PredictedTiles(TilePolicy):
             )
         self.predictors: TileScorer = predictors
         self._placed: tuple[torch.device, torch.dtype] | None = None
+        self._cut: tuple[Tensor, Blocks] | None = None
 
     def scorer(self, layer: LayerRows) -> Scorer:
         place = (layer.x.device, layer.x.dtype)
         if self._placed != place:
             self.predictors, self._placed = self.predictors.to(device=place[0], dtype=place[1]), place
-        return partial(self.predictors.tile_scores, layer.layer, layer.x, self._tiles(layer.rows))
+        return self.predictors.tile_scores(layer.layer, layer.x, self._tiles(layer.rows))
 
     def _tiles(self, rows: PackedRows) -> Blocks:
-        """Tiles as blocks. Waits for the device if documents were shortened by a kept list."""
-        ends = rows.cu_seqlens.tolist()
-        return Blocks.from_lengths((b - a for a, b in itertools.pairwise(ends)), TILE, rows.cu_seqlens.device)
+        """Tiles as blocks. Waits for the device once per list of rows, which layers without a kept list share."""
+        if self._cut is None or self._cut[0] is not rows.cu_seqlens:
+            ends = rows.cu_seqlens.tolist()
+            lengths = (b - a for a, b in itertools.pairwise(ends))
+            self._cut = rows.cu_seqlens, Blocks.from_lengths(lengths, TILE, rows.cu_seqlens.device)
+        return self._cut[1]
 
 
 _CLASSES: dict[str, type[TilePolicy]] = {c.name: c for c in (Probe, Recent, PredictedTiles)}
@@ -272,7 +275,8 @@ class TileChooser:
         chosen = torch.empty(slots, -(-width // 32), dtype=torch.int32, device=device)
         limits = (phase.keys or 2**62, phase.density or 1.0, phase.mass or 1.0, FIRST_TILES, phase.local)
         scorer = self.policy.scorer(layer)
-        strip = max(1, STRIP_BYTES // (width * self.policy.row_bytes(layer)))
+        strips = -(-slots * width * self.policy.row_bytes(layer) // STRIP_BYTES)
+        strip = -(-slots // min(strips, slots))  # all of about one size: a short one costs as many launches
         covered = [
             ops.select_tiles_(chosen, scorer(first, min(strip, slots - first), width), rows.cu_seqlens, first, *limits)
             for first in range(0, slots, strip)

@@ -35,8 +35,8 @@ class Driven(Protocol):
 class LemoCallback(_TrainerCallback):
     """Moves a controller along with a transformers Trainer, also after a resume, and adds to its logs.
 
-    Adds lemo_phase (number of the phase) and lemo_kept (mean over layers of the kept fraction) to what the Trainer logs
-    and its reporters write.
+    Adds lemo_phase (number of the phase), lemo_kept (mean over layers of the kept fraction) and, in mode "sparse",
+    lemo_density (that of the pairs of tiles) to what the Trainer logs and its reporters write.
     """
 
     def __init__(self, controller: Driven) -> None:
@@ -63,8 +63,10 @@ class LemoCallback(_TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.controller.kept_ratios and self.controller.applied:
-            ratios = self.controller.kept_ratios
-            ours = {"lemo_phase": self.controller.report()["phase"], "lemo_kept": sum(ratios) / len(ratios)}
+            ratios, report = self.controller.kept_ratios, self.controller.report()
+            ours = {"lemo_phase": report["phase"], "lemo_kept": sum(ratios) / len(ratios)}
+            if densities := report["density"]:
+                ours["lemo_density"] = sum(densities) / len(densities)
             logs.update(ours)  # what later callbacks print and report
             if state.log_history:
                 state.log_history[-1].update(ours)  # the Trainer stored its own copy before

@@ -192,9 +192,10 @@ class Controller:
     def report(self) -> dict[str, Any]:
         """The last forward pass in plain values, for logs.
 
-        loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. In mode
-        "sparse", by layer and read from the device: density, the share of the pairs of tiles that causality allows;
-        covered, the share of attention that these hold, as the tile policy estimates it (None: it does not).
+        loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. Of mode
+        "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of
+        tiles that causality allows, and covered, the share of attention that these hold, as the tile policy estimates
+        it (None: it does not).
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
@@ -205,6 +206,7 @@ class Controller:
             "mode": None if phase is None else phase.mode,
             "keep": None if phase is None else phase.keep,
             "policy": None if phase is None or not phase.chooses_blocks else self.config.policy(phase)[0],
+            "limits": {} if phase is None else phase.limits,
             "tokens": self._tokens,
             "blocks": self._blocks,
             "loss_tokens": None if self._loss_tokens is None else int(self._loss_tokens),

@@ -169,7 +169,15 @@ def _predictors(inner: nn.Module, config: LemoConfig) -> PredictorSet | None:
     from lemo.predictors.store import PredictorSet
 
     predictors = PredictorSet.load(config.calibration, model=inner)
-    if predictors.block_size != config.block_size:
+    for phase in config.phases or ():
+        policy, options = config.policy(phase)
+        if phase.chooses_blocks and (
+            policy == "predictors" or (policy == "sampled" and options.get("source", "predictors") == "predictors")
+        ):
+            predictors.require("importance", config.calibration, f"policy {policy!r} in mode {phase.mode!r}")
+        if phase.mode == "sparse" and phase.tile_policy == "predictors":
+            predictors.require("mass", config.calibration, 'tile_policy "predictors" in mode "sparse"')
+    if predictors.target == "importance" and predictors.block_size != config.block_size:
         raise ValueError(
             f"LemoConfig.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
             f"{predictors.block_size} tokens: use that size or calibrate again"

@@ -105,7 +105,12 @@ class _Underivable(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise _refuse(ctx.name)
+        if "backward" in ctx.name:  # it computes a first derivative
+            raise _refuse(ctx.name)
+        raise RuntimeError(
+            f"lemo: {ctx.name} has no derivative, but a backward pass goes through its output: expected inputs that "
+            "require no gradient. Detach them, or call it under torch.no_grad()"
+        )
 
 
 class _Refusal(Function):

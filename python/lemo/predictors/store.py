@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,18 @@ from torch import Tensor, nn
 from lemo import storage
 from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
+from lemo.engine.tiles import TILE
 from lemo.predictors.fingerprint import model_fingerprint
 from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool
+from lemo.predictors.tiles import TileStrips
 from lemo.storage import content_digest, file_digest, replaced_name
 
 CONFIG_NAME = "lemo_config.json"
 WEIGHTS_NAME = "predictors.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 had no target: "importance"
+_READABLE = (1, 2)
+Target = Literal["importance", "mass"]
+_USES = {"importance": "the choice of blocks", "mass": "the choice of key tiles"}
 
 
 class CalibrationError(RuntimeError):
@@ -51,6 +56,8 @@ class PredictorSet:
     thresholds: per layer, keep blocks with at least this predicted score; keep: per layer, share of blocks as a budget;
     context: tokens per document in training (thresholds of plain column sums grow with it); fingerprint: the model's;
     report: what calibration measured (JSON values).
+    target: what they predict, the "importance" of blocks or the attention "mass" of key tiles, whose blocks have 128
+    tokens; distances: with "mass", float32 [layers, P], see ``lemo.predictors.tiles.distance_logits``.
     """
 
     layers: Sequence[LayerWeights]
@@ -64,10 +71,18 @@ class PredictorSet:
     context: int
     fingerprint: dict[str, Any]
     report: dict[str, Any] = field(default_factory=dict)
+    target: Target = "importance"
+    distances: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.layers, self.thresholds, self.keep = tuple(self.layers), tuple(self.thresholds), tuple(self.keep)
         n = len(self.layers)
+        if self.target == "mass":
+            if self.block_size != TILE:
+                raise ValueError(f'block_size: target "mass" is about tiles of {TILE} tokens, got {self.block_size}')
+            shape = None if self.distances is None else tuple(self.distances.shape)
+            if shape is None or len(shape) != 2 or shape[0] != n or shape[1] < 3:
+                raise ValueError(f"distances: expected a row of at least 3 numbers for each of {n} layers, got {shape}")
         for name in ("thresholds", "keep"):
             if len(getattr(self, name)) != n:
                 raise ValueError(f"{name}: expected one value for each of {n} layers, got {len(getattr(self, name))}")
@@ -88,13 +103,42 @@ class PredictorSet:
 
     def scores(self, layer: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Predicted informativeness float32 [nb] of layer ``layer`` from residual rows x [T, d] (the layer's input)."""
-        from lemo import ops
-
+        self.require("importance")
         if blocks.block_size != self.block_size:
             raise ValueError(
                 f"blocks: the predictors were calibrated for blocks of {self.block_size} tokens, got "
                 f"{blocks.block_size}; calibrate again with that block size"
             )
+        return self._predict(layer, x, blocks)[0]
+
+    def tile_scores(self, layer: int, x: Tensor, blocks: Blocks) -> TileStrips:
+        """Predicted attention mass of layer ``layer`` from residual rows x [T, d] (the layer's input), a strip of query
+        tiles at a time: ``strip(first_slot, slots, width)`` gives float32 [slots, width].
+
+        blocks: of 128 tokens. The networks run once, in this call.
+        """
+        self.require("mass")
+        if blocks.block_size != TILE:
+            raise ValueError(f"blocks: expected tiles of {TILE} tokens, got blocks of {blocks.block_size}")
+        if x.shape[0] != blocks.num_tokens:
+            raise ValueError(f"x: expected the {blocks.num_tokens} rows of the blocks, got {x.shape[0]}")
+        assert self.distances is not None
+        _, queries, keys = self._predict(layer, x, blocks)
+        return TileStrips(queries, keys, self.distances[layer], blocks)
+
+    def require(self, target: Target, folder: str | os.PathLike[str] | None = None, where: str | None = None) -> None:
+        """Raises CalibrationError unless the predictors were calibrated for this target. where: what needs it."""
+        if self.target != target:
+            which = "the calibration" if folder is None else os.fspath(folder)
+            raise CalibrationError(
+                f"{which} was made for {_USES[self.target]} (--target {self.target}), but {where or _USES[target]} "
+                f"needs --target {target}: run `lemo calibrate --target {target}`, or choose another policy"
+            )
+
+    def _predict(self, layer: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [nb], queries and keys [nb, c], float32."""
+        from lemo import ops
+
         weights = self.layers[layer]
         with torch.no_grad():
             return ops.predict(
@@ -112,13 +156,13 @@ class PredictorSet:
                 self.pool,
                 self.eps,
                 self.normalize,
-            )[0]
+            )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PredictorSet:
         """The same predictors on another device or in another type (float32 on CPU, float16 or bfloat16 on CUDA)."""
-        return PredictorSet(
-            **{**self.__dict__, "layers": tuple(layer.to(device=device, dtype=dtype) for layer in self.layers)}
-        )
+        layers = tuple(layer.to(device=device, dtype=dtype) for layer in self.layers)
+        distances = None if self.distances is None else self.distances.to(device=device)
+        return PredictorSet(**{**self.__dict__, "layers": layers, "distances": distances})
 
     def check_model(self, model: nn.Module) -> None:
         """Raises CalibrationError, naming what differs, unless the predictors were calibrated for this model."""
@@ -151,6 +195,7 @@ class PredictorSet:
         save_file(tensors, path, metadata={"format": "pt"})
         config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
+            "target": self.target,
             "block_size": self.block_size,
             "context": self.context,
             "norm": self.norm,
@@ -164,6 +209,8 @@ class PredictorSet:
             "model": self.fingerprint,
             "report": self.report,
         }
+        if self.distances is not None:
+            config["distances"] = self.distances.float().cpu().tolist()
         config["digest"] = content_digest(config)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
 
@@ -214,6 +261,8 @@ class PredictorSet:
             context=config["context"],
             fingerprint=config["model"],
             report=config.get("report", {}),
+            target=config["target"],
+            distances=torch.tensor(config["distances"]) if config["target"] == "mass" else None,
         )
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -243,9 +292,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} cannot be read ({error}): calibrate again") from None
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise CalibrationError(
-            f"{path}: written in format version {version}, this lemo reads version {FORMAT_VERSION}: "
+            f"{path}: written in format version {version}, this lemo reads versions {_READABLE[0]} to {_READABLE[-1]}: "
             "calibrate again or use the lemo that wrote it"
         )
     number, whole, per_layer = (int, float), int, list
@@ -273,12 +322,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
         isinstance(v, number) for v in config["thresholds"] + config["keep"]
     ):
         raise CalibrationError(f"{path}: sizes, thresholds or keep hold something other than numbers: calibrate again")
+    _check_calibrated_for(path, config)
     return config
+
+
+def _check_calibrated_for(path: Path, config: dict[str, Any]) -> None:
+    """The target and what belongs to it. Version 1 has no target, which may therefore be set here."""
+    target = "importance" if config["format_version"] == 1 else config.get("target")
+    if target not in _USES:
+        raise CalibrationError(f"{path}: unknown target {target!r}, expected {' or '.join(_USES)}: calibrate again")
+    config["target"] = target
+    if target == "importance":
+        return
+    rows = config.get("distances")
+    if config["block_size"] != TILE:
+        raise CalibrationError(f"{path}: target mass with tiles of {config['block_size']}, expected {TILE}")
+    if not (
+        isinstance(rows, list)
+        and len(rows) == len(config["sizes"])
+        and all(isinstance(row, list) and len(row) == len(rows[0]) >= 3 for row in rows)
+        and all(isinstance(v, (int, float)) for row in rows for v in row)
+    ):
+        raise CalibrationError(f"{path}: distances is missing or of the wrong kind: calibrate again")
 
 
 def _check_digest(folder: Path, config: dict[str, Any]) -> None:
     """After the checks with more specific messages. The first calibrations of format 1 have no digest."""
-    if "digest" in config and config["digest"] != content_digest(config):
+    written = {k: v for k, v in config.items() if k != "target" or config["format_version"] != 1}
+    if "digest" in config and config["digest"] != content_digest(written):
         path = folder / CONFIG_NAME
         raise CalibrationError(f"{path} is not what was written (its own digest differs): calibrate again")
 

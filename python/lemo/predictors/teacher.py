@@ -21,6 +21,8 @@ from lemo.engine.step import Autocast, Step
 
 # consume(layer, x [T, d], exact scores float32 [nb], blocks)
 Consumer = Callable[[int, Tensor, Tensor, Blocks], None]
+# visit(layer, x [T, d], blocks)
+Visitor = Callable[[int, Tensor, Blocks], None]
 
 
 class Teacher:
@@ -44,17 +46,20 @@ class Teacher:
         """The norm before the first layer's attention: kind and eps decide how predictors read the residual stream."""
         return self.family.norms(self.layers[0])[0]
 
-    @torch.no_grad()
     def read(self, ids: Tensor, consume: Consumer) -> None:
         """One document: ids int64 [T]."""
+        self.visit(ids, lambda i, x, blocks: consume(i, x, self.exact(i, x, blocks), blocks))
+
+    @torch.no_grad()
+    def visit(self, ids: Tensor, visitor: Visitor) -> None:
+        """One document, without exact scores."""
         self.family.check_length(self.config, ids.shape[0])
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
 
         def hook(index: int) -> Callable[..., None]:
             def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = (args[0] if args else kwargs["hidden_states"])[0]
-                consume(index, x, self.exact(index, x, blocks), blocks)
+                visitor(index, (args[0] if args else kwargs["hidden_states"])[0], blocks)
 
             return before
 
@@ -107,6 +112,12 @@ class Teacher:
 
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Exact informativeness float32 [nb] of layer ``index`` for its input x [T, d]."""
+        q, k, scale = self.queries_keys(index, x, blocks)
+        where = (blocks.offsets, blocks.documents, self.block_size)
+        return ops.block_scores(q, k, *where, scale, self.normalize, False)[0]
+
+    def queries_keys(self, index: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, float]:
+        """q [T, Hq, D] and k [T, Hk, D] of layer ``index`` for its input, positions applied, and their scale."""
         layer = self.layers[index]
         norm = self.family.norms(layer)[0]
         width = x.shape[-1:]
@@ -121,10 +132,7 @@ class Teacher:
             q, k = q.float(), k.float()
         elif q.dtype == torch.float32:  # the kernels on CUDA take 16 bits
             q, k = q.bfloat16(), k.bfloat16()
-        scale = self.family.scale(layer)
-        return ops.block_scores(q, k, blocks.offsets, blocks.documents, self.block_size, scale, self.normalize, False)[
-            0
-        ]
+        return q, k, self.family.scale(layer)
 
 
 def documents(batches: Iterable[Any], context: int | None, block_size: int) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ _SCALE_WEIGHT = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One document: per layer, normalized rows [nb * tokens, d] and exact scores float32 [nb]."""
+    """One document: per layer, normalized rows [nb * tokens, d] and exact scores float32 [nb] (or masses of tiles)."""
 
     rows: list[Tensor]
     exact: list[Tensor]
@@ -62,6 +63,11 @@ def score_loss(predicted: Tensor, exact: Tensor, blocks: Blocks) -> Tensor:
     return (ranking + _SCALE_WEIGHT * mean(scale)).mean()
 
 
+def groups(network: PredictorNetwork) -> list[dict[str, Any]]:
+    """Adam's steps have one size for all weights of a matrix; the matrices' own sizes differ a hundredfold."""
+    return [{"params": [p], "base": float(p.detach().square().mean().sqrt()), "lr": 0.0} for p in network.parameters()]
+
+
 class Trainer:
     """All layers' networks with one optimizer each."""
 
@@ -84,13 +90,12 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["base"]
             z = torch.cat([s.rows[i] for s in samples]).float()
-            exact = torch.cat([s.exact[i] for s in samples]) / self.scale[i]
             vectors: list[Tensor] = []
             for side in "qk":
                 first, second = network.hidden(z, side)
                 self.activities[i].observe(side, first, second)
                 vectors.append(network.pooled(second, blocks, side))
-            loss = score_loss(informativeness(vectors[0], vectors[1], blocks, network.normalize), exact, blocks)
+            loss = self.loss(i, vectors[0], vectors[1], samples, blocks)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -98,6 +103,11 @@ class Trainer:
         if not math.isfinite(total):
             raise FloatingPointError(f"calibration step {index}: the loss is not finite; lower the learning rate")
         return total / len(self.networks)
+
+    def loss(self, layer: int, queries: Tensor, keys: Tensor, samples: list[Sample], blocks: Blocks) -> Tensor:
+        """Of one layer, from the block vectors [nb, c] of all samples."""
+        exact = torch.cat([s.exact[layer] for s in samples]) / self.scale[layer]
+        return score_loss(informativeness(queries, keys, blocks, self.networks[layer].normalize), exact, blocks)
 
     @torch.no_grad()
     def pooled(self, layer: int, samples: list[Sample]) -> dict[str, Tensor]:
@@ -122,12 +132,7 @@ class Trainer:
             exact = torch.cat([s.exact[i] for s in samples])
             self.scale[i] = max(float(torch.cat([s.exact[i][1:] for s in samples]).mean()), 1e-12)
             fit_outputs(network, self.pooled(i, samples), exact / self.scale[i], blocks)
-            # Adam's steps have one size for all weights of a matrix; the matrices' own sizes differ a hundredfold.
-            groups = [
-                {"params": [p], "base": float(p.detach().square().mean().sqrt()), "lr": 0.0}
-                for p in network.parameters()
-            ]
-            self.optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99)))
+            self.optimizers.append(torch.optim.Adam(groups(network), betas=(0.9, 0.99)))
 
     def prune(self, remove: float, multiple: int, samples: list[Sample]) -> None:
         blocks = self.blocks(samples)
@@ -152,8 +157,9 @@ class Collector:
         tokens: int,
         room: int,
         seed: int,
-        keep: float,
+        keep: float | None,
     ) -> None:
+        """keep: what documents with elimination keep; None reads every document densely."""
         self.teacher, self.source, self.network, self.tokens, self.room = teacher, source, network, tokens, room
         self.keep = keep
         self.generator = torch.Generator().manual_seed(seed)
@@ -189,11 +195,11 @@ class Collector:
             sample.exact.append(exact.float().clone())
 
         # Every other document with elimination: what predictors will see in training is not what a dense model shows.
-        if self.count % 2:
+        if self.keep is not None and self.count % 2:
             self.teacher.read_eliminating(ids, consume, self.keep)
         else:
             self.teacher.read(ids, consume)
-        if sum(t.numel() * 2 for s in [*self.train, sample] for t in s.rows) <= self.room or not self.train:
+        if sum(t.nbytes for s in [*self.train, sample] for t in s.rows + s.exact) <= self.room or not self.train:
             self.train.append(sample)
         else:
             self.train[self.replace % len(self.train)] = sample

@@ -26,11 +26,13 @@ def _known(values: np.ndarray) -> np.ndarray:
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """A line per phase (mean loss, speed, kept ratio, peak memory), and the held-out evaluations."""
+    """A line per phase (mean loss, speed, kept ratio, share of the pairs of tiles, peak memory), and the held-out
+    evaluations."""
     steps = steps_of(records)
     if not steps:
         return "no step has been logged yet"
-    lines = [f"{'phase':28}  {'steps':>11}  {'loss':>8}  {'last':>8}  {'tokens/s':>9}  {'kept':>6}  {'peak MiB':>9}"]
+    columns = f"{'loss':>8}  {'last':>8}  {'tokens/s':>9}  {'kept':>6}  {'pairs':>6}  {'peak MiB':>9}"
+    lines = [f"{'phase':28}  {'steps':>11}  {columns}"]
     start = 0
     for i in range(1, len(steps) + 1):
         if i < len(steps) and _phase(steps[i]) == _phase(steps[start]):
@@ -39,11 +41,12 @@ def summary(records: list[dict[str, Any]]) -> str:
         # The first step of a run pays for set-up; the median is not moved by it.
         speed = float(np.median(_known(_numbers(part, "tokens_per_second"))))
         loss = _numbers(part, "loss")
-        kept = [k for r in part for k in r.get("kept", [])]
+        kept, pairs = ([k for r in part for k in r.get(name, [])] for name in ("kept", "density"))
+        shares = "  ".join(f"{np.mean(values) if values else 1.0:6.3f}" for values in (kept, pairs))
+        peak = _known(_numbers(part, "peak_memory_bytes")).max() / 2**20
         lines.append(
             f"{_phase(part[0]):28}  {part[0]['step']:>5}-{part[-1]['step']:<5}  "
-            f"{_known(loss).mean():8.4f}  {loss[-1]:8.4f}  {speed:9.1f}  "
-            f"{np.mean(kept) if kept else 1.0:6.3f}  {_known(_numbers(part, 'peak_memory_bytes')).max() / 2**20:9.0f}"
+            f"{_known(loss).mean():8.4f}  {loss[-1]:8.4f}  {speed:9.1f}  {shares}  {peak:9.0f}"
         )
     for r in records:
         if r.get("event") == "held-out":
@@ -56,12 +59,18 @@ def summary(records: list[dict[str, Any]]) -> str:
 def _phase(record: dict[str, Any]) -> str:
     phase = record.get("phase", "")
     if isinstance(phase, dict):
-        return " ".join(str(phase[k]) for k in ("mode", "keep", "policy") if phase.get(k) is not None)
+        limits = [f"{k} {phase[k]:g}" for k in ("density", "keys", "mass") if phase.get(k) is not None]
+        return " ".join([*(str(phase[k]) for k in ("mode", "keep", "policy") if phase.get(k) is not None), *limits])
     return str(phase)
 
 
+# What is drawn by layer, if steps have it.
+_MAPS = {"kept": "kept tokens", "density": "pairs of tiles"}
+
+
 def plot_run(records: list[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Write a PNG: loss above, and below it a map of the kept ratio, layers by steps. Needs matplotlib.
+    """Write a PNG: loss above, and below it maps, layers by steps, of the kept ratio and, if steps left out pairs of
+    tiles, of the share that they computed. Needs matplotlib.
 
     Raises ImportError if matplotlib is missing and ValueError if no step has been logged.
     """
@@ -77,9 +86,10 @@ def plot_run(records: list[dict[str, Any]], path: Path, title: str = "") -> None
         raise ValueError("no step has been logged yet, so there is nothing to draw")
     x = np.array([r["step"] for r in steps])
     loss = _numbers(steps, "loss")
-    mapped = [r for r in steps if r.get("kept")]
+    maps = [name for name in _MAPS if any(r.get(name) for r in steps)]
+    rows = 1 + len(maps)
     figure, axes = plt.subplots(
-        2 if mapped else 1, 1, figsize=(8, 6 if mapped else 3.2), sharex=True, squeeze=False, layout="constrained"
+        rows, 1, figsize=(8, 3.2 + 2.8 * len(maps)), sharex=True, squeeze=False, layout="constrained"
     )
     top = axes[0, 0]
     top.plot(x, loss, color="0.75", linewidth=0.8, label="step")
@@ -95,16 +105,20 @@ def plot_run(records: list[dict[str, Any]], path: Path, title: str = "") -> None
     top.legend(loc="best", fontsize=8)
     if title:
         top.set_title(title)
-    if mapped:
-        layers = max(len(r["kept"]) for r in mapped)
-        grid = np.full((layers, len(mapped)), np.nan)
-        for column, r in enumerate(mapped):
-            grid[: len(r["kept"]), column] = r["kept"]
-        bottom = axes[1, 0]
-        edges = np.array([r["step"] for r in mapped], float)
-        mesh = bottom.pcolormesh(edges, np.arange(layers), grid, vmin=0, vmax=1, shading="nearest", cmap="viridis")
-        bottom.set_ylabel("layer")
-        figure.colorbar(mesh, ax=bottom, label="kept tokens")
+    for axis, name in zip(axes[1:, 0], maps, strict=True):
+        _draw_map(figure, axis, steps, name)
     axes[-1, 0].set_xlabel("step")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw_map(figure: Any, axis: Any, steps: list[dict[str, Any]], name: str) -> None:
+    """A value of every layer at the steps that have it."""
+    mapped = [r for r in steps if r.get(name)]
+    grid = np.full((max(len(r[name]) for r in mapped), len(mapped)), np.nan)
+    for column, r in enumerate(mapped):
+        grid[: len(r[name]), column] = r[name]
+    edges = np.array([r["step"] for r in mapped], float)
+    mesh = axis.pcolormesh(edges, np.arange(len(grid)), grid, vmin=0, vmax=1, shading="nearest", cmap="viridis")
+    axis.set_ylabel("layer")
+    figure.colorbar(mesh, ax=axis, label=_MAPS[name])

@@ -37,6 +37,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "tokens_per_second": _is_number,
     "peak_memory_bytes": _is_number,
     "kept": _is_ratios,
+    "density": _is_ratios,
     "perplexity": _is_number_or_null,
     "interval": _is_interval,
 }

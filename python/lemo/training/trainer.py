@@ -223,13 +223,21 @@ class RunInProgress:
         """The phase of the step just done and the kept ratio of every layer in it."""
         report = self.controller.report()
         record = {
-            "phase": {"index": report["phase"], **{k: report[k] for k in ("mode", "keep", "policy")}},
+            "phase": {
+                "index": report["phase"],
+                **{k: report[k] for k in ("mode", "keep", "policy")},
+                **report["limits"],
+            },
             "kept": [round(r, 4) for r in report["kept"]],
         }
         if report["loss_tokens"] is not None:
             record["loss_tokens"] = report["loss_tokens"]
         if report["mlp_kept"] != report["kept"]:
             record["mlp_kept"] = [round(r, 4) for r in report["mlp_kept"]]
+        if report["density"]:
+            record["density"] = [round(r, 4) for r in report["density"]]
+            if None not in report["covered"]:
+                record["covered"] = [round(r, 4) for r in report["covered"]]
         return record
 
     def evaluate(self, step: int) -> None:
