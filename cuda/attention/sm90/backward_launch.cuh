@@ -14,7 +14,8 @@ namespace lemo::cuda::attention::sm90 {
 // one with a light one, so that all end together, and no more heads than that share the L2 cache. It is a little below
 // two so that two heads of 16K tokens (2 * 129 key tiles) suffice on 132 multiprocessors.
 constexpr int64_t kSectionBlocks = 19, kPerMultiprocessors = 10;
-// With tile lists, whose lengths differ more, the last section would end too unevenly with a single head.
+// With tile lists, whose lengths differ more, the last section would end too unevenly with a single head. Not in
+// deterministic mode: walks then do not seek what the L2 cache holds, and two heads need too much of it.
 constexpr int kLeastListed = 2;
 
 // The key heads of a section. Sections are equal: a smaller last one would begin its heaviest tiles when the others are
@@ -81,8 +82,9 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   check(cudaGetDevice(&device), "cudaGetDevice");
   const int multiprocessors = device_info(device).multiprocessors;
   kernel_params.multiprocessors = std::min(multiprocessors, kPlannedMultiprocessors);
-  kernel_params.section = section_key_heads(kernel_params.key_slots, params.key_heads, multiprocessors,
-                                            params.lists.offsets != nullptr ? kLeastListed : 1);
+  const bool seeks = params.lists.offsets != nullptr && !params.deterministic;
+  kernel_params.section =
+      section_key_heads(kernel_params.key_slots, params.key_heads, multiprocessors, seeks ? kLeastListed : 1);
   return kernel_params;
 }
 

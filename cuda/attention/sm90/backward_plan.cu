@@ -1,16 +1,16 @@
 // With tile lists, the plan of the backward pass: which thread block works on what, and in deterministic mode the turns
 // in which units add to a query tile.
 //
-// A key tile that many queries list, as the first of a document usually is, may have as much work as a multiprocessor's
-// share of the whole, or more: it is cut into parts of a quarter of the share, or larger ones if there would be too
-// many (backward_params.h: part_units). Those tiles go first; and so does what takes more than twice as long as its
-// section of key heads leaves to each multiprocessor: begun with the last section, it would end long after it.
+// A key tile that all queries list, as the first of a document usually is, may have more work than a multiprocessor's
+// share of the whole: it is cut into parts. What takes more than twice as long as its section of key heads leaves to
+// each multiprocessor goes first: begun with the last section, it would end long after it.
 //
 // Turns follow the time at which each unit is expected to arrive, if every step takes as long as any other and thread
 // blocks start as soon as a multiprocessor is free. Then hardly any waits for another, however different the lists; in
 // the order of key tiles, the slowest stretch of any list would delay all later ones. Nothing can lock up: of all
 // additions still to come, consider the earliest by plan. All of the unit's earlier ones are done, and if it has not
-// started, then of the units before it fewer are unfinished than the plan has multiprocessors, so that one is free.
+// started, then of the units before it fewer are unfinished than the plan has multiprocessors, so that one is free. The
+// plan may therefore count on no more multiprocessors than the kernel gets.
 #include <cub/block/block_scan.cuh>
 
 #include "attention/sm90/backward_lists.cuh"
@@ -20,7 +20,6 @@ namespace lemo::cuda::attention::sm90 {
 namespace {
 
 constexpr int kPlanThreads = 1024;
-constexpr int kFinest = 4;         // parts are at least this fraction of a share
 constexpr int kShortestPart = 16;  // entries
 
 __device__ __forceinline__ int weight_of(const BackwardKernelParams& params, int slot) {
@@ -36,35 +35,26 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int slots = params.key_slots, thread = static_cast<int>(threadIdx.x);
   const int64_t all = params.lists.offsets[slots] - params.lists.offsets[0] + slots;
   const int64_t share = (all * params.key_heads + params.multiprocessors - 1) / params.multiprocessors;
-  const int each = (slots + kPlanThreads - 1) / kPlanThreads, begin = thread * each, end = min(begin + each, slots);
-  const int most_parts = static_cast<int>(part_units(params.key_heads));
-  int longest, parts_before;
-  for (int divisor = kFinest; divisor > 0; --divisor) {
-    longest = max(static_cast<int>((share + divisor - 1) / divisor), kShortestPart);
-    int parts = 0, all_parts;
-    for (int slot = begin; slot < end; ++slot) {
-      const int weight = weight_of(params, slot);
-      if (weight > longest) parts += (weight + longest - 1) / longest;
-    }
-    Scan(storage).ExclusiveSum(parts, parts_before, all_parts);
-    __syncthreads();
-    if (all_parts <= most_parts) break;
-  }
+  const int longest = max(static_cast<int>(share), kShortestPart);
   const int64_t most = 2 * all * params.section;
   const auto parts_of = [&](int weight) { return (weight + longest - 1) / longest; };
   const auto is_heavy = [&](int weight) {
     return weight > longest || static_cast<int64_t>(weight) * params.multiprocessors > most;
   };
 
-  int heavy = 0, light = 0;
+  const int each = (slots + kPlanThreads - 1) / kPlanThreads, begin = thread * each, end = min(begin + each, slots);
+  int heavy = 0, light = 0, part_count = 0;
   for (int slot = begin; slot < end; ++slot) {
     const int weight = weight_of(params, slot), parts = parts_of(weight);
     (is_heavy(weight) ? heavy : light) += parts;
+    if (parts > 1) part_count += parts;
   }
-  int heavy_units, light_units;
+  int heavy_units, light_units, parts_before;
   Scan(storage).ExclusiveSum(heavy, heavy, heavy_units);
   __syncthreads();
   Scan(storage).ExclusiveSum(light, light, light_units);
+  __syncthreads();
+  Scan(storage).ExclusiveSum(part_count, parts_before);
   light += heavy_units;
   for (int slot = begin; slot < end; ++slot) {
     const int weight = weight_of(params, slot), parts = parts_of(weight);
