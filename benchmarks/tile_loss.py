@@ -29,13 +29,11 @@ LIMITS: tuple[dict[str, Any], ...] = (
     {"density": 0.5},
     {"density": 0.25},
     {"density": 0.125},
-    {"mass": 0.97},
     {"mass": 0.93},
     {"mass": 0.85},
 )
 POLICIES: dict[str, dict[str, Any]] = {
     "probe, 2 rows": {"tile_policy": "probe"},
-    "probe, 1 row": {"tile_policy": "probe", "tile_options": {"rows": 1}},
     "recent": {"tile_policy": "recent"},
 }
 COLUMNS = ("limit", "policy", "computed", "covered", "loss", "excess")

@@ -78,7 +78,9 @@ LEMO_API lemo_status lemo_attention_forward_workspace(const lemo_exec* exec, con
  * w_ij = key_weights[slot of j], or 1 if i and j share a block slot, or 1 without `key_weights`. The slot of a query is
  * row_slots[i]; that of a key row_slots_k[j] with `cu_seqlens_k`, else row_slots[j].
  *
- * With `deterministic`, sums have a fixed order, and results are bitwise repeatable. */
+ * With `deterministic`, sums have a fixed order, and results are bitwise repeatable. On compute capability 9.0 with
+ * tile lists, thread blocks then wait for each other in an order that counts on all multiprocessors which the device
+ * reports: next to a kernel that never ends, or in a context that gets fewer, the call may not return. */
 typedef struct lemo_attention_backward_args {
   uint64_t struct_size;
   lemo_tensor dout;        /**< float [R, Hq, D] */
