@@ -7,6 +7,7 @@ kept share are used with, the dearest is timed. Windows are dense steps of short
   python benchmarks/quality_costs.py --context 65536       # about 3 minutes on an H200
   python benchmarks/quality_costs.py --context 262144      # estimated at 8 minutes; --only if that is too long
   python benchmarks/quality_costs.py --context 65536 --list
+  python benchmarks/quality_costs.py --context 262144 --only sparse --also "sparse keys=8192"
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from common import add_output, header, table, write_results
 from llama import SHAPES, Base, make_base, ours, release
-from quality_schedules import MODEL, ROWS, describe, key, unavailable
+from quality_schedules import MODEL, ROWS, describe, key, parse, unavailable
 from step import document, timed, untrained_calibration
 
 POLICIES = (None, "random", "update_norm", "sampled", "predictors")  # the dearest last
@@ -45,7 +46,8 @@ def needed(context: int) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def name(tokens: int, phase: Mapping[str, Any]) -> str:
-    return f"{describe(key(phase))} at {tokens}"
+    keys = f" keys {phase['keys']}" if "keys" in phase else ""
+    return f"{describe(key(phase))}{keys} at {tokens}"
 
 
 def milliseconds(base: Base, phase: Mapping[str, Any], tokens: int, steps: int, calibration: Path) -> dict[str, Any]:
@@ -74,6 +76,8 @@ def milliseconds(base: Base, phase: Mapping[str, Any], tokens: int, steps: int, 
             times = [timed(lambda: step(ids), base.cuda) for _ in range(steps)]
             found: dict[str, Any] = {"step_ms": round(statistics.median(times), 1), "steps": steps}
             found["kept"] = round(statistics.mean(controller.kept_ratios), 4)
+            if computed := controller.report()["density"]:
+                found["computed"] = round(statistics.mean(computed), 4)
             if base.cuda:
                 found["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
             return found
@@ -85,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="steps whose name contains one of these, and dense")
+    parser.add_argument("--also", nargs="+", default=[], metavar="STAGE", help="other stages, as in the schedules")
     parser.add_argument("--steps", type=int, help="timed steps each (default: 3 below 128K tokens, 1 from there)")
     parser.add_argument("--model", choices=sorted(SHAPES), default=MODEL)
     parser.add_argument("--list", action="store_true", help="print the names of the steps, time nothing")
@@ -93,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = needed(args.context)
     if args.only:
         wanted = wanted[:1] + [w for w in wanted[1:] if any(part in name(*w) for part in args.only)]
+    wanted += [(args.context, parse(f"100% {text}")[0].phase) for text in args.also]
     if args.list:
         print("\n".join(name(*w) for w in wanted))
         return 0
@@ -107,12 +113,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for tokens, phase in wanted:
             mode, keep, density, weighted = key(phase)
             row = {"row": name(tokens, phase), "method": "lemo", "mode": mode, "keep": keep, "density": density}
-            row |= {"policy": phase.get("policy"), "weighted": weighted, "context": tokens, "recompute": "full"}
+            row |= {
+                "keys": phase.get("keys"),
+                "policy": phase.get("policy"),
+                "weighted": weighted,
+                "context": tokens,
+                "recompute": "full",
+            }
             steps = args.steps or (1 if tokens >= 131072 else 3)
             row |= {"model": base.name} | milliseconds(base, phase, tokens, steps, calibration)
             release(base)
             rows.append(row)
-            print(table([row], ("row", "policy", "kept", "step_ms", "error")).splitlines()[1], flush=True)
+            print(
+                table([row], ("row", "policy", "kept", "computed", "step_ms", "peak_mib", "error")).splitlines()[1],
+                flush=True,
+            )
             path = write_results(out, rows, **made)
     print(path)
     return 0

@@ -81,7 +81,7 @@ def parse(text: str) -> tuple[Stage, ...]:
             elif name == "weighted":
                 phase[name] = True
             else:
-                phase[name] = value if name == "policy" else float(value)
+                phase[name] = value if name == "policy" else int(value) if name == "keys" else float(value)
         if options:
             phase["policy_options"] = options
         stages.append(Stage(float(words[0][:-1]) / 100, phase, **more))

@@ -28,7 +28,8 @@ extern "C" __attribute__((visibility("default"))) int64_t tune_workspace(const T
   return sizeof(int);
 #else
   const lemo::cuda::Documents documents = {a->cu_seqlens, a->rows, a->documents, a->capacity, false};
-  return sm90::backward_workspace<kPaddedHeadDim>(documents, a->heads, /*deterministic=*/false, /*list_capacity=*/0);
+  return sm90::backward_workspace<kPaddedHeadDim>({documents, a->heads, a->key_heads, /*deterministic=*/false,
+                                                   /*listed=*/false, /*list_capacity=*/0});
 #endif
 }
 

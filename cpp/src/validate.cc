@@ -165,6 +165,45 @@ void validate(const lemo_exec& exec, const lemo_gather_norm_backward_args& a, Pu
   if (check.values() && present(a.rows)) check_rows_values(a.rows, m, a.dx.shape[0], true, true);
 }
 
+void validate(const lemo_exec& exec, const lemo_rotary_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("x", a.x, {{"M", kAny}, {"H", kAny}, {"D", kAny}});
+  const int64_t m = a.x.shape[0], d = a.x.shape[2];
+  check_rows_fit("x", m);
+  check_range("x", d % 2 == 0, "an even head dimension", static_cast<double>(d));
+  const bool identity = !present(a.rows);
+  const Dim positions = identity ? Dim{"T=M", m} : Dim{"T", kAny};
+  if (a.cos.dtype == LEMO_F32) {
+    check.typed("cos", a.cos, LEMO_F32, {positions, {"D", d}});
+  } else {
+    check.like("cos", a.cos, "x (or float32)", a.x, {positions, {"D", d}});
+  }
+  check_rows_fit("cos", a.cos.shape[0]);
+  check.like("sin", a.sin, "cos", a.cos, {{"T", a.cos.shape[0]}, {"D", d}});
+  if (!identity) check.typed("rows", a.rows, LEMO_I32, {{"M", m}});
+  check_flag("inverse", a.inverse);
+  check.like("out", a.out, "x", a.x, {{"M", m}, {"H", a.x.shape[1]}, {"D", d}}, Role::kOutput);
+  if (check.values() && !identity) check_rows_values(a.rows, m, a.cos.shape[0], true, false);
+}
+
+void validate(const lemo_exec& exec, const lemo_swiglu_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("gate", a.gate, {{"M", kAny}, {"f", kAny}});
+  const int64_t m = a.gate.shape[0], f = a.gate.shape[1];
+  check.like("up", a.up, "gate", a.gate, {{"M", m}, {"f", f}});
+  check.like("out", a.out, "gate", a.gate, {{"M", m}, {"f", f}}, Role::kOutput);
+}
+
+void validate(const lemo_exec& exec, const lemo_swiglu_backward_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("dout", a.dout, {{"M", kAny}, {"f", kAny}});
+  const int64_t m = a.dout.shape[0], f = a.dout.shape[1];
+  check.like("gate", a.gate, "dout", a.dout, {{"M", m}, {"f", f}});
+  check.like("up", a.up, "dout", a.dout, {{"M", m}, {"f", f}});
+  check.like("dgate", a.dgate, "dout", a.dout, {{"M", m}, {"f", f}}, Role::kOutput);
+  check.like("dup", a.dup, "dout", a.dout, {{"M", m}, {"f", f}}, Role::kOutput);
+}
+
 void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", kAny}});

@@ -81,7 +81,8 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<sm90::padded_head_dim(kHeadDim)>(
-          queries_of(args), heads, exec.deterministic != 0, list_capacity(args.tiles)));
+          {queries_of(args), heads, args.k.shape[1], exec.deterministic != 0, present(args.tile_offsets),
+           list_capacity(args.tiles)}));
     });
     return workspace;
   }

@@ -92,8 +92,16 @@ template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+struct BackwardSizes {
+  Documents documents;
+  int64_t heads;
+  int64_t key_heads;
+  bool deterministic;
+  bool listed;            // whether there are tile lists
+  int64_t list_capacity;  // BackwardParams
+};
 template <int kHeadDim>
-int64_t backward_workspace(const Documents& documents, int64_t heads, bool deterministic, int64_t list_capacity);
+int64_t backward_workspace(const BackwardSizes& sizes);
 }  // namespace sm90
 
 }  // namespace lemo::cuda::attention

@@ -17,7 +17,7 @@ set(LEMO_ATTENTION_FULL_SOURCES
 
 # sm_90a only: one file per pass and padded head_dim (common/sm90/padded_head_dim.h).
 set(LEMO_ATTENTION_SM90_TUNED_SOURCES
-    ${CMAKE_CURRENT_LIST_DIR}/sm90/backward_ranks.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/backward_plan.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_hd64.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_hd128.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_hd64.cu

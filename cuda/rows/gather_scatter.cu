@@ -5,20 +5,7 @@
 namespace lemo::cuda {
 namespace {
 
-// A warp per row and chunk of kChunk vectors per lane: enough loads in flight for narrow and wide rows alike.
-constexpr int kChunk = 4;
-constexpr int kLanes = 32;
-
-struct Place {
-  int64_t row;
-  int64_t first;  // vector
-};
-
-__device__ __forceinline__ Place place(int64_t chunks) {
-  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kRowBlock + threadIdx.x) / kLanes;
-  const int64_t row = warp / chunks;
-  return {row, (warp - row * chunks) * (kChunk * kLanes) + threadIdx.x % kLanes};
-}
+constexpr int kChunk = 4;  // vectors per lane
 
 template <class T>
 struct GatherParams {
@@ -34,7 +21,7 @@ struct GatherParams {
 
 template <class T>
 __global__ void __launch_bounds__(kRowBlock) gather_kernel(const GatherParams<T> p) {
-  const Place at = place(p.chunks);
+  const Place at = place<kChunk>(p.chunks);
   if (at.row >= p.m) return;
   const int64_t source = p.rows == nullptr ? at.row : p.rows[at.row];
   T* to = p.out + at.row * p.out_stride;
@@ -75,7 +62,7 @@ struct ScatterAddParams {
 
 template <class T>
 __global__ void __launch_bounds__(kRowBlock) scatter_add_kernel(const ScatterAddParams<T> p) {
-  const Place at = place(p.chunks);
+  const Place at = place<kChunk>(p.chunks);
   if (at.row >= p.m) return;
   const int64_t target = p.rows == nullptr ? at.row : p.rows[at.row];
   if (target < 0) return;
@@ -103,27 +90,11 @@ __global__ void __launch_bounds__(kRowBlock) scatter_add_kernel(const ScatterAdd
   }
 }
 
-struct Grid {
-  int64_t vectors, chunks;
-  unsigned blocks;
-};
-
-Grid grid_for(const char* name, int64_t m, int64_t d) {
-  check_width(name, d);
-  const int64_t vectors = d / kVector;
-  const int64_t chunks = ceil_div(vectors, kChunk * kLanes);
-  const int64_t blocks = ceil_div(m * chunks, kRowBlock / kLanes);
-  if (blocks >= int64_t{1} << 31) {
-    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": too many elements for one launch on CUDA");
-  }
-  return {vectors, chunks, static_cast<unsigned>(blocks)};
-}
-
 }  // namespace
 
 void gather(const lemo_exec& exec, const lemo_gather_args& a) {
   const int64_t m = a.out.shape[0];
-  const Grid grid = grid_for("x", m, a.x.shape[1]);
+  const Grid grid = grid_for<kChunk>("x", m, a.x.shape[1]);
   if (grid.blocks == 0) return;
   const DeviceGuard guard(exec.device_index);
   dispatch_dtype(a.x.dtype, [&](auto type) {
@@ -137,7 +108,7 @@ void gather(const lemo_exec& exec, const lemo_gather_args& a) {
 
 void scatter_add(const lemo_exec& exec, const lemo_scatter_add_args& a) {
   const int64_t m = a.y.shape[0];
-  const Grid grid = grid_for("x", m, a.x.shape[1]);
+  const Grid grid = grid_for<kChunk>("x", m, a.x.shape[1]);
   if (grid.blocks == 0) return;
   const DeviceGuard guard(exec.device_index);
   dispatch_dtype(a.x.dtype, [&](auto type) {

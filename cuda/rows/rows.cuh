@@ -11,11 +11,48 @@ namespace lemo::cuda {
 
 constexpr int kRowBlock = 128;  // threads of a block whose rows take one warp each
 
-inline void check_width(const char* name, int64_t d) {
+// `letter`: of the width of `name` in the header.
+inline void check_width(const char* name, int64_t d, const char* letter = "d") {
   if (d % kVector != 0) {
-    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": expected d to be a multiple of 8 on CUDA, got " +
+    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": expected " + letter + " to be a multiple of 8 on CUDA, got " +
                                       std::to_string(d) + "; pad the rows");
   }
+}
+
+// Where nothing is summed over a row, a warp takes a chunk of it, kChunk vectors per lane: enough loads in flight for
+// narrow and wide rows alike.
+constexpr int kLanes = 32;
+
+struct Place {
+  int64_t row;
+  int64_t first;  // vector; the others of the lane follow in steps of kLanes
+};
+
+template <int kChunk>
+__device__ __forceinline__ Place place(int64_t chunks) {
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kRowBlock + threadIdx.x) / kLanes;
+  const int64_t row = warp / chunks;
+  return {row, (warp - row * chunks) * (kChunk * kLanes) + threadIdx.x % kLanes};
+}
+
+struct Grid {
+  int64_t vectors, chunks;  // of a row
+  unsigned blocks;
+};
+
+inline unsigned block_count(const char* name, int64_t blocks) {
+  if (blocks >= int64_t{1} << 31) {
+    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": too many elements for one launch on CUDA");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+template <int kChunk>
+Grid grid_for(const char* name, int64_t m, int64_t d, const char* letter = "d") {
+  check_width(name, d, letter);
+  const int64_t vectors = d / kVector;
+  const int64_t chunks = ceil_div(vectors, kChunk * kLanes);
+  return {vectors, chunks, block_count(name, ceil_div(m * chunks, kRowBlock / kLanes))};
 }
 
 inline void check_parameter(const char* name, const lemo_tensor& t) {

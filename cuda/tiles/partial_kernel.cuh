@@ -17,11 +17,8 @@ constexpr int kThreads = 128;
 constexpr int kRows = kThreads;  // probe rows of a thread block; each thread looks up one of them
 constexpr int kWarpRows = 32;
 constexpr int kKeys = kTile / 2;  // keys of a stage of the pipeline
-constexpr int kPart = kKeys / 2;  // keys whose scores are in registers
-#ifndef KRUN
-#define KRUN 8
-#endif
-constexpr int kRun = KRUN;  // key tiles of a thread block
+constexpr int kPart = kKeys / 2;  // keys whose scores are in registers: few, so that four thread blocks fit
+constexpr int kRun = 8;           // key tiles of a thread block
 constexpr int kNoRow = -1;
 
 struct ProbeRows {
@@ -124,12 +121,11 @@ struct RowSums {
 constexpr float kSlack = 8.0f;
 constexpr float kNoBase = -1e30f;  // of a row that has seen nothing; finite, so that a difference from it is a number
 
-template <int kColumns>
+constexpr int kColumns = kPart / 8;
 using Scores = float[2][kColumns][4];
 
 // Keys behind each row's limit become -infinity. `first` is the packed row of the lane's first column.
-template <int kColumns>
-__device__ __forceinline__ void mask_scores(Scores<kColumns>& s, const int* limits, int first) {
+__device__ __forceinline__ void mask_scores(Scores& s, const int* limits, int first) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -147,8 +143,7 @@ __device__ __forceinline__ void mask_scores(Scores<kColumns>& s, const int* limi
 }
 
 // Raises the bases that the scores are far above.
-template <int kColumns>
-__device__ __forceinline__ void raise_bases(RowSums& rows, const Scores<kColumns>& s, float scale_log2) {
+__device__ __forceinline__ void raise_bases(RowSums& rows, const Scores& s, float scale_log2) {
   float top[2][2];
   bool raise = false;
 #pragma unroll
@@ -178,22 +173,26 @@ __device__ __forceinline__ void raise_bases(RowSums& rows, const Scores<kColumns
   }
 }
 
-// Adds part `part` of `parts` of the lane's scores, all of which have a base within reach.
-template <int kColumns>
-__device__ __forceinline__ void add_scores(RowSums& rows, const Scores<kColumns>& s, float scale_log2, int part,
-                                           int parts) {
-  constexpr int kScores = 2 * kColumns * 4;
+// All scores have a base within reach.
+__device__ __forceinline__ void add_scores(RowSums& rows, const Scores& s, float scale_log2) {
 #pragma unroll
-  for (int score = 0; score < kScores; ++score) {
-    if (score * parts / kScores != part) continue;
-    const int i = score % 2, half = score / 2 % 2, c = score / 4 % 2, n = score / 8;
-    rows.sum[i][half] += exp2_fast(fmaf(s[i][n][2 * half + c], scale_log2, -rows.base[i][half]));
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          rows.sum[i][half] += exp2_fast(fmaf(s[i][n][2 * half + c], scale_log2, -rows.base[i][half]));
+        }
+      }
+    }
   }
 }
 
 // log2 of the sums over the four lanes that share a row. Lane t of the four gets row t: tile t / 2, half t % 2.
 __device__ __forceinline__ float finish_rows(const RowSums& rows) {
-  float result = 0.0f;
+  float own_base = 0.0f, own_sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -204,10 +203,10 @@ __device__ __forceinline__ float finish_rows(const RowSums& rows) {
       float sum = rows.sum[i][half] * exp2_fast(rows.base[i][half] - base);
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (static_cast<int>(thread_index() % 4) == 2 * i + half) result = base + log2f(sum);
+      if (static_cast<int>(thread_index() % 4) == 2 * i + half) own_base = base, own_sum = sum;
     }
   }
-  return result;
+  return own_base + log2f(own_sum);
 }
 
 // The row whose sum finish_rows gives to this lane.
@@ -216,11 +215,49 @@ __device__ __forceinline__ int own_row() {
   return thread / 32 * kWarpRows + thread % 4 / 2 * 16 + thread % 2 * 8 + thread % 32 / 4;
 }
 
+// The warp's probe rows from shared memory to registers.
+template <int kHeadDim>
+__device__ __forceinline__ void read_fragments(uint32_t (&a)[2][kHeadDim / 16][4], uint32_t rows) {
+  constexpr int kPitch = kHeadDim + kPadding;
+  const LaneOffset lane = lane_offset_rows_first(thread_index() % 32);
+  const int first = thread_index() / 32 * kWarpRows + lane.row;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      load_matrices(a[i][k], rows + ((first + i * 16) * kPitch + k * 16 + lane.column) * 2);
+    }
+  }
+}
+
+// The scores of the warp's rows and the kPart keys at `keys`.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 3) partial_kernel(const __grid_constant__ ScoreParams params) {
+__device__ __forceinline__ void multiply_part(Scores& s, const uint32_t (&a)[2][kHeadDim / 16][4], uint32_t keys) {
+  constexpr int kPitch = kHeadDim + kPadding;
+  const LaneOffset lane = lane_offset_columns_first(thread_index() % 32);
+  keys += (lane.row * kPitch + lane.column) * 2;
+  clear(s[0]);
+  clear(s[1]);
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t b[4];
+      load_matrices(b, keys + (n * 16 * kPitch + k * 16) * 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        multiply<T>(s[i][2 * n], a[i][k], b[0], b[1]);
+        multiply<T>(s[i][2 * n + 1], a[i][k], b[2], b[3]);
+      }
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 4) partial_kernel(const __grid_constant__ ScoreParams params) {
   using Layout = SharedLayout<kHeadDim>;
   using Loader = TileLoader<T, kKeys, kHeadDim, kThreads>;
-  constexpr int kPitch = Layout::kPitch, kDepth = kHeadDim / 16, kColumns = kPart / 8;
+  constexpr int kDepth = kHeadDim / 16;
   extern __shared__ __align__(16) unsigned char shared[];
   ProbeRows& rows = *reinterpret_cast<ProbeRows*>(shared + Layout::kRowsAt);
   KeyTiles& keys = *reinterpret_cast<KeyTiles*>(shared + Layout::kKeysAt);
@@ -230,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 3) partial_kernel(const __grid_const
   if (count == 0) return;
 
   const uint32_t stages = shared_address(shared);
-  const int key_head = static_cast<int>(blockIdx.z), lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * kWarpRows;
+  const int key_head = static_cast<int>(blockIdx.z);
   Loader loader;
   // The rows of half a key tile; they are fetched one stage before the keys.
   const auto find_rows = [&](int n, int half) {
@@ -244,14 +281,7 @@ __global__ void __launch_bounds__(kThreads, 3) partial_kernel(const __grid_const
   copy_async_wait<0>();
   __syncthreads();
   uint32_t a[2][kDepth][4];
-  const LaneOffset by_row = lane_offset_rows_first(lane);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      load_matrices(a[i][k], stages + ((first_row + i * 16 + by_row.row) * kPitch + k * 16 + by_row.column) * 2);
-    }
-  }
+  read_fragments<kHeadDim>(a, stages);
   __syncthreads();
 
   const auto load_keys = [&](uint32_t target) {
@@ -268,23 +298,8 @@ __global__ void __launch_bounds__(kThreads, 3) partial_kernel(const __grid_const
       any_seen = __any_sync(0xffffffffu, limit >= first && rows.start[own_row()] == keys.start[key_tile]);
       whole = __all_sync(0xffffffffu, limit >= first + kTile - 1);
     }
-    RowSums sums;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) sums.base[i][half] = kNoBase, sums.sum[i][half] = 0.0f;
-    }
-    // The products of a part are issued between the exponentials of the part before it.
-    Scores<kColumns> s[2];
-    const auto close = [&](int part) {
-      if (!whole) {
-        const int first = keys.start[key_tile] + keys.index[key_tile] * kTile + part * kPart;
-        mask_scores<kColumns>(s[part % 2], rows.limit + thread_index() / 32 * kWarpRows + thread_index() % 32 / 4,
-                              first + thread_index() % 4 * 2);
-      }
-      raise_bases<kColumns>(sums, s[part % 2], params.scale_log2);
-    };
-#pragma unroll
+    RowSums sums = {{{kNoBase, kNoBase}, {kNoBase, kNoBase}}, {}};
+#pragma unroll 1  // copies of the body would need more registers
     for (int part = 0; part < kTile / kPart; ++part) {
       if (part * kPart % kKeys == 0) {
         copy_async_wait<0>();
@@ -299,30 +314,17 @@ __global__ void __launch_bounds__(kThreads, 3) partial_kernel(const __grid_const
         copy_async_commit();
       }
       if (!any_seen) continue;
-      if (part > 0) close(part - 1);
-      const LaneOffset by_column = lane_offset_columns_first(thread_index() % 32);
-      const uint32_t part_keys = stages + ((part * kPart + by_column.row) * kPitch + by_column.column) * 2;
-      clear(s[part % 2][0]);
-      clear(s[part % 2][1]);
-#pragma unroll
-      for (int k = 0; k < kDepth; ++k) {
-#pragma unroll
-        for (int n = 0; n < kColumns / 2; ++n) {
-          uint32_t b[4];
-          load_matrices(b, part_keys + (n * 16 * kPitch + k * 16) * 2);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            multiply<T>(s[part % 2][i][2 * n], a[i][k], b[0], b[1]);
-            multiply<T>(s[part % 2][i][2 * n + 1], a[i][k], b[2], b[3]);
-          }
-        }
-        if (part > 0) add_scores<kColumns>(sums, s[(part + 1) % 2], params.scale_log2, k, kDepth);
+      Scores s;
+      multiply_part<T, kHeadDim>(s, a, stages + part * kPart * Layout::kPitch * 2);
+      if (!whole) {
+        const int first = keys.start[key_tile] + keys.index[key_tile] * kTile + part * kPart;
+        mask_scores(s, rows.limit + thread_index() / 32 * kWarpRows + thread_index() % 32 / 4,
+                    first + thread_index() % 4 * 2);
       }
+      raise_bases(sums, s, params.scale_log2);
+      add_scores(sums, s, params.scale_log2);
     }
     if (!any_seen) continue;
-    constexpr int kLast = kTile / kPart - 1;
-    close(kLast);
-    add_scores<kColumns>(sums, s[kLast % 2], params.scale_log2, 0, 1);
     const float result = finish_rows(sums);
     const int own = own_row(), index = keys.index[key_tile];
     if (rows.start[own] == keys.start[key_tile] && rows.limit[own] >= rows.start[own] + index * kTile) {

@@ -158,22 +158,29 @@ def test_65536_tokens(dim, listed) -> None:
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_tile_lists_of_15900_tokens(dim, deterministic) -> None:
-    """Enough key tiles that thread blocks join others midway, and that the last tile is ragged."""
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_tile_lists_of_15900_tokens(dim, deterministic, density) -> None:
+    """Enough key tiles that thread blocks join others midway, and that the last tile is ragged. Every query tile lists
+    the first key tile, which at the lower density is more than a multiprocessor's share of the work."""
     torch.manual_seed(0)
     n, heads, dtype = 15900, (8, 2, 2, 8), torch.bfloat16
     q, k, v, dout = (torch.randn(n, h, dim, device="cuda").to(dtype) for h in heads)
     cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
     slots = n // TILE_ROWS + 1
-    listed = (torch.rand(slots, slots, device="cuda") < 0.5).tril(-1)
+    chosen = torch.rand(slots, slots, device="cuda") < density
+    chosen[:, 0] = True
+    listed = chosen.tril(-1)
     offsets = torch.cat((listed.new_zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0))).int()
     lists = (offsets, listed.nonzero()[:, 1].int())
     out, lse = ops.attention_forward(q, k, v, cu, None, n, dim**-0.5, *lists)
     more = (cu, None, None, None, n, dim**-0.5, deterministic, *ops.transpose_tile_lists(*lists, cu))
-    dq, dk, dv = ops.attention_backward(dout, q, k, v, out, lse, *more)
-    actual = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    gradients = ops.attention_backward(dout, q, k, v, out, lse, *more)
+    actual = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     seen = listed | torch.eye(slots, dtype=torch.bool, device="cuda")
     judge(actual, *(in_strips(q, k, v, dout, t, seen) for t in (torch.float32, dtype)), dtype)
+    for _ in range(20 if deterministic else 0):
+        again = ops.attention_backward(dout, q, k, v, out, lse, *more)
+        assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
 
 
 @pytest.mark.parametrize("dim", DIMS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lemo import ops
-from lemo.engine.elementwise import ReLU, Rope, SwiGLU
+from lemo.engine.elementwise import ReLU
 from lemo.engine.layout import Blocks
 from support.cases import Attention, Draw
 from support.compare import error
@@ -72,7 +72,7 @@ def test_gather(draw) -> None:
 def test_rope(draw, rows) -> None:
     angle = draw.normal(4, 3).repeat(1, 2)
     x = draw.normal(4 if rows is None else 2, 2, 6).requires_grad_()
-    linear_in_all(lambda x: Rope.apply(x, angle.cos(), angle.sin(), rows), (x,))
+    linear_in_all(lambda x: ops.rotary(x, angle.cos(), angle.sin(), rows), (x,))
 
 
 @pytest.mark.parametrize("storage", ["packed", "rows"])
@@ -126,7 +126,7 @@ def second_orders(draw: Draw) -> dict:
         "attention_forward": (lambda q: ops.attention_forward(q, q, q, cu, None, 12, 0.3)[0], (q,)),
         "lse": (lambda q: ops.attention_forward(q, q + 1, q, cu, None, 12, 0.3)[1], (q,)),
         "loss": (lambda h, w: ops.linear_cross_entropy_loss(h, w, targets), (x, draw.normal(11, 16))),
-        "SwiGLU": (SwiGLU.apply, (gate, up)),
+        "SwiGLU": (ops.swiglu, (gate, up)),
         "ReLU": (lambda x: ReLU.apply(x * 1.0).square(), (gate,)),
         "attention_backward": (
             lambda dout, q: ops.attention_backward(dout, q, q, q, q, torch.ones(2, 12), cu, None, None, None, 12, 0.3)[
@@ -134,6 +134,7 @@ def second_orders(draw: Draw) -> dict:
             ],
             (q, q + 1),
         ),
+        "swiglu_backward": (lambda dout, gate: ops.swiglu_backward(dout, gate, up)[0], (gate, up)),
         "norm_backward": (lambda dy, s: ops.gather_norm_backward(dy, s, None, None, "rms", 1e-6)[0], (x, x + 1)),
         "norm_backward_": (norm_backward_in_place, (x, x + 1)),
     }

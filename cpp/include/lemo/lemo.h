@@ -4,6 +4,7 @@
 #define LEMO_LEMO_H
 
 #include "lemo/attention.h"
+#include "lemo/elementwise.h"
 #include "lemo/loss.h"
 #include "lemo/predict.h"
 #include "lemo/rows.h"

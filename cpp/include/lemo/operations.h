@@ -24,6 +24,9 @@
   PLAIN(scatter_add)                           \
   PLAIN(gather_norm)                           \
   WITH_WORKSPACE(gather_norm_backward)         \
+  PLAIN(rotary)                                \
+  PLAIN(swiglu)                                \
+  PLAIN(swiglu_backward)                       \
   WITH_WORKSPACE(select)                       \
   WITH_WORKSPACE(scores)                       \
   WITH_WORKSPACE(predict)                      \
@@ -48,6 +51,16 @@
   F(input, dy) F(input, s) F(optional, weight) F(optional, ds_extra) F(optional, rows) F(value, norm)    \
   F(value, eps) F(value, accumulate) F(reserved, reserved) F(inout, dx) F(optional_output, dweight)      \
   F(optional_output, dbias)
+
+#define LEMO_FIELDS_rotary(F)                                                                            \
+  F(input, x) F(input, cos) F(input, sin) F(optional, rows) F(value, inverse) F(reserved, reserved)      \
+  F(output, out)
+
+#define LEMO_FIELDS_swiglu(F) \
+  F(input, gate) F(input, up) F(output, out)
+
+#define LEMO_FIELDS_swiglu_backward(F) \
+  F(input, dout) F(input, gate) F(input, up) F(output, dgate) F(output, dup)
 
 #define LEMO_FIELDS_select(F)                                                                            \
   F(input, scores) F(layout, blocks) F(value, mode) F(value, keep) F(value, threshold)                   \

@@ -5,9 +5,9 @@
 // keep the lane that waits for its turn from polling. They alternate, so that one step's addition may still be in
 // flight when the next one's begins.
 //
-// Deterministic mode: key tiles add to a query tile's dQ in ascending order, each in its turn. A turn counts the key
-// tiles that have added to a (query tile, head). Thread blocks start in the order of their key tiles, so a block only
-// waits for blocks already running.
+// Deterministic mode: key tiles add to a query tile's dQ in a fixed order, each in its turn. A turn counts the key
+// tiles that have added to a (query tile, head). The order is ascending; thread blocks start in it, so a block only
+// waits for blocks already running. With tile lists it is the plan's (backward_plan.cu).
 #pragma once
 
 #include "attention/sm90/backward_sums.cuh"

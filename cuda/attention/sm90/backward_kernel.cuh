@@ -5,6 +5,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "attention/sm90/backward_mainloop.cuh"
+#include "attention/sm90/backward_parts.cuh"
 #include "attention/sm90/staged_rows.cuh"
 
 namespace lemo::cuda::attention::sm90 {
@@ -15,7 +16,11 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
   using Mainloop = BackwardMainloop<T, kHeadDim, kWeighted, kListed>;
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<typename Mainloop::Shared*>(raw);
-  const KeyWork work = locate_keys<Mainloop::kQueries>(params, static_cast<int>(blockIdx.x));
+  const KeyWork work = [&] {
+    const int block = static_cast<int>(blockIdx.x);
+    if constexpr (kListed) return locate_unit<Mainloop::kQueries>(params, block);
+    return locate_keys<Mainloop::kQueries>(params, block);
+  }();
   if (work.tile.index >= work.tile.count) return;
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x < 32) {
@@ -39,6 +44,9 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
     auto dk = cute::partition_fragment_C(key_mma, cute::Shape<cute::Int<kBackwardKeys>, cute::Int<kHeadDim>>{});
     auto dv = cute::partition_fragment_C(key_mma, cute::Shape<cute::Int<kBackwardKeys>, cute::Int<kHeadDim>>{});
     Mainloop::compute(params, shared, work, warpgroup - 1, dk, dv);
+    if constexpr (kListed) {
+      if (!add_parts<kHeadDim>(params, params.units[work.unit_index], work.key_head, &shared.start, dk, dv)) return;
+    }
 
     // The queries' stages are free once both warpgroups are done.
     cutlass::arch::NamedBarrier::sync(kBackwardConsumers * 128, kBackwardConsumersMeet);

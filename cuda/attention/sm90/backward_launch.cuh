@@ -1,6 +1,7 @@
 // The kernels of one backward pass.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "attention/sm90/backward_kernel.cuh"
@@ -13,11 +14,13 @@ namespace lemo::cuda::attention::sm90 {
 // one with a light one, so that all end together, and no more heads than that share the L2 cache. It is a little below
 // two so that two heads of 16K tokens (2 * 129 key tiles) suffice on 132 multiprocessors.
 constexpr int64_t kSectionBlocks = 19, kPerMultiprocessors = 10;
+// With tile lists, whose lengths differ more, the last section would end too unevenly with a single head.
+constexpr int kLeastListed = 2;
 
 // The key heads of a section. Sections are equal: a smaller last one would begin its heaviest tiles when the others are
 // done.
-inline int section_key_heads(int64_t key_slots, int key_heads, int64_t multiprocessors) {
-  for (int heads = 1; heads < key_heads; ++heads) {
+inline int section_key_heads(int64_t key_slots, int key_heads, int64_t multiprocessors, int least) {
+  for (int heads = least; heads < key_heads; ++heads) {
     if (key_heads % heads == 0 && kPerMultiprocessors * heads * key_slots >= kSectionBlocks * multiprocessors) {
       return heads;
     }
@@ -60,35 +63,49 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   kernel_params.dq_sums = reinterpret_cast<float*>(workspace);
   kernel_params.stats = reinterpret_cast<float*>(workspace + layout.stats);
   kernel_params.sweeps = reinterpret_cast<unsigned long long*>(workspace + layout.sweeps);
-  kernel_params.turns = params.deterministic ? reinterpret_cast<int*>(workspace + layout.turns) : nullptr;
-  kernel_params.ranks = reinterpret_cast<int*>(workspace + layout.ranks);
+  const auto ints = [&](int64_t offset) { return reinterpret_cast<int*>(workspace + offset); };
+  kernel_params.turns = params.deterministic ? ints(layout.turns) : nullptr;
+  kernel_params.visits = reinterpret_cast<unsigned*>(workspace + layout.visits);
+  kernel_params.plan = reinterpret_cast<BackwardPlan*>(workspace + layout.plan);
+  kernel_params.units = reinterpret_cast<BackwardUnit*>(workspace + layout.units);
+  kernel_params.max_units = static_cast<int>(layout.max_units);
+  kernel_params.partials = reinterpret_cast<float*>(workspace + layout.partials);
+  kernel_params.arrived = ints(layout.arrived);
+  kernel_params.begins = params.lists.offsets != nullptr && params.deterministic ? ints(layout.begins) : nullptr;
+  kernel_params.first_units = ints(layout.first_units);
+  kernel_params.ranks = ints(layout.ranks);
   kernel_params.list_capacity = params.list_capacity;
 
   kernel_params.key_slots = static_cast<int>(tile_slots(params.key_documents, kBackwardKeys));
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  kernel_params.section =
-      section_key_heads(kernel_params.key_slots, params.key_heads, device_info(device).multiprocessors);
+  const int multiprocessors = device_info(device).multiprocessors;
+  kernel_params.multiprocessors = std::min(multiprocessors, kPlannedMultiprocessors);
+  kernel_params.section = section_key_heads(kernel_params.key_slots, params.key_heads, multiprocessors,
+                                            params.lists.offsets != nullptr ? kLeastListed : 1);
   return kernel_params;
 }
 
 template <typename T, int kHeadDim>
 void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
-  const Documents& documents = params.documents;
-  const BackwardLayout layout =
-      backward_layout<kHeadDim>(documents, params.heads, params.deterministic, params.list_capacity);
+  const bool listed = params.lists.offsets != nullptr;
+  const BackwardLayout layout = backward_layout<kHeadDim>(
+      {params.documents, params.heads, params.key_heads, params.deterministic, listed, params.list_capacity});
   const BackwardKernelParams kernel_params = backward_kernel_params<kHeadDim>(params, layout, dtype);
   const dim3 tiles(static_cast<unsigned>(layout.slots * params.heads));
-  launch("attention_backward", backward_stats_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
+  const unsigned planners = kernel_params.begins != nullptr ? 1 : 0;
+  if (listed) launch_backward_plan(kernel_params, stream);
+  launch("attention_backward", backward_stats_kernel<T, kHeadDim>, tiles.x + planners, kTileThreads, 0, stream,
+         kernel_params);
+  if (planners > 0) launch_backward_ranks(kernel_params, stream);
   const auto launch_keys = [&](auto weighted, auto listed) {
     constexpr bool kWeighted = decltype(weighted)::value, kListed = decltype(listed)::value;
     launch("attention_backward", backward_kernel_sm90<T, kHeadDim, kWeighted, kListed>,
-           static_cast<unsigned>(kernel_params.key_slots * params.key_heads), (kBackwardConsumers + 1) * 128,
+           static_cast<unsigned>((kListed ? kernel_params.max_units : kernel_params.key_slots) * params.key_heads),
+           (kBackwardConsumers + 1) * 128,
            static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kListed>::Shared)), stream,
            kernel_params);
   };
-  const bool weighted = params.key_weights != nullptr, listed = params.lists.offsets != nullptr;
-  if (listed && params.deterministic) launch_backward_ranks(kernel_params, stream);
   const auto choose_lists = [&](auto with_weights) {
     if (listed) {
       launch_keys(with_weights, std::true_type{});
@@ -96,7 +113,7 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
       launch_keys(with_weights, std::false_type{});
     }
   };
-  if (weighted) {
+  if (params.key_weights != nullptr) {
     choose_lists(std::true_type{});
   } else {
     choose_lists(std::false_type{});

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "attention/sm90/backward_adder.cuh"
+#include "attention/sm90/backward_lists.cuh"
 #include "attention/sm90/backward_weights.cuh"
 #include "attention/softmax.cuh"
 #include "common/sm90/gmma.cuh"
@@ -91,6 +92,7 @@ struct BackwardMainloop {
     SumHandover sums;
     BackwardStep steps[kQueryStages];
     int start, total;
+    typename Walk::Storage walk;
     std::conditional_t<kWeighted, KeyWeights, NoWeights> weights;
   };
 
@@ -101,34 +103,18 @@ struct BackwardMainloop {
     shared.sums.init();
   }
 
-  static __device__ __forceinline__ Walk walk(const BackwardKernelParams& params, const Shared& shared,
-                                              const KeyWork& work) {
-    return Walk(params, work, shared.start, params.turns == nullptr ? work.tile.index % params.group : 0);
-  }
-  static __device__ __forceinline__ Sweep sweep(const BackwardKernelParams& params, const KeyWork& work) {
-    return Sweep(params.sweeps + static_cast<int64_t>(work.query_slot) * params.key_heads + work.key_head,
-                 work.tile.index);
-  }
-  // The query tile that the thread blocks of this key head are at; -1 in deterministic mode, where that must not
-  // matter.
-  static __device__ __forceinline__ int position(const BackwardKernelParams& params, const KeyWork& work) {
-    return params.turns == nullptr ? sweep(params, work).position() : -1;
+  static __device__ __forceinline__ Walk walk(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
+    return Walk(params, work, shared.start, params.turns == nullptr ? work.tile.index % params.group : 0, shared.walk);
   }
   // Where to begin, and how many steps there are. Called by one warp, before the others start.
   static __device__ __forceinline__ void choose_start(const BackwardKernelParams& params, Shared& shared,
                                                       const KeyWork& work) {
-    const int start = Walk::choose_start(params, work, position(params, work));
+    const int start = Walk::choose_start(params, work);
     if (thread_index() == 0) {
       shared.start = start;
-      shared.total = Walk(params, work, start, 0).total;
+      shared.total = Walk::count_steps(params, work);
     }
   }
-  // Publishes where this thread block is. Called by the whole producer warp.
-  static __device__ __forceinline__ void publish(const BackwardKernelParams& params, const KeyWork& work,
-                                                 const Walk& walk) {
-    if (params.turns == nullptr && thread_index() % 32 == 0) sweep(params, work).publish(walk);
-  }
-
   // The producer warp.
   static __device__ __forceinline__ void load(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
     constexpr uint32_t kStatsBytes = 2 * kQueries * 4;
@@ -146,7 +132,7 @@ struct BackwardMainloop {
     const QueryLoader loader(params.documents, queries);
     Walk walk = BackwardMainloop::walk(params, shared, work);
     auto runs = loader.find(walk.query_tile * kQueries);
-    publish(params, work, walk);
+    walk.publish(params, work);
 #pragma unroll 1
     while (walk.steps > 0) {
       const int head = work.key_head * params.group + walk.head();
@@ -164,10 +150,10 @@ struct BackwardMainloop {
       barrier = shared.douts.acquire(dout_state, QueryLoader::kBytes);
       loader.load(runs, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
       ++dout_state;
-      walk.advance([&] { return position(params, work); });
+      walk.advance();
       // After this step's loads, which would otherwise wait for it.
       if (walk.head_in_group == 0 && walk.steps > 0) {
-        publish(params, work, walk);
+        walk.publish(params, work);
         runs = loader.find(walk.query_tile * kQueries);
       }
     }

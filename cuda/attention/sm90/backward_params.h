@@ -14,6 +14,24 @@ namespace lemo::cuda::attention::sm90 {
 
 using namespace cuda::sm90;  // common/sm90
 
+// With tile lists, what a thread block works on: a key tile or, if its list is very long, one of several parts.
+struct BackwardUnit {
+  int key_slot;
+  // Entries of lists.tiles. The one before a tile's list, offsets[key_slot] - 1, stands for the tile itself.
+  int first, end;
+  int part, parts;
+  int partials;  // with several parts: where the tile's partial gradients and counts begin
+};
+
+// The order in which thread blocks take the units (backward_plan.cu).
+struct BackwardPlan {
+  int units;
+  int heavy;  // units that go first; either lot goes section by section of key heads
+};
+
+// Multiprocessors that a plan reckons with. It sets how many parts there may be.
+constexpr int kPlannedMultiprocessors = 160;
+
 struct BackwardKernelParams {
   RowTensor q, k, v, dout;
   TensorView out_view, dout_view, dq, dk, dv;
@@ -34,14 +52,26 @@ struct BackwardKernelParams {
 
   float* dq_sums;              // [slots, heads, kQueries * kHeadDim] in the order of DqOrder
   float* stats;                // [slots, heads, 2, kQueries]: lse in base 2 (+infinity beyond the document), delta
-  unsigned long long* sweeps;  // [slots, key_heads], of which a document uses its first slot
+  unsigned long long* sweeps;  // without lists: [slots, key_heads], of which a document uses its first slot
   int key_slots;               // key tiles of all documents, an upper bound (document_tiles.cuh: locate_tile)
   int section;                 // key heads per section of the grid
-  // Deterministic mode (backward_adder.cuh); null: dQ is added in any order.
-  int* turns;  // [slots, heads]
-  // With lists, [list_capacity + key_slots]: how many key tiles add before each entry's, and before the tile itself.
-  int* ranks;
+  int* turns;                  // [slots, heads]; null: dQ is added in any order (backward_adder.cuh)
+
+  // With tile lists.
   int64_t list_capacity;  // entries that lists.tiles has room for
+  int multiprocessors;    // at most kPlannedMultiprocessors
+  unsigned* visits;       // [key_heads, key_slots]: when each query tile was last visited
+  BackwardPlan* plan;
+  BackwardUnit* units;  // [max_units]
+  int max_units;
+  float* partials;  // [part_units, key_heads, 2, kBackwardKeys * kHeadDim]: dK and dV, as threads hold them
+  int* arrived;     // [part_units, key_heads], of which a tile uses its first: parts whose gradients are there
+  // Deterministic mode: the step at which a unit is expected to begin, [max_units, key_heads]; the first unit of each
+  // key tile, [key_slots]; and how many units add to a query tile before an entry's, and before the tile itself,
+  // [key_heads, list_capacity + key_slots].
+  int* begins;
+  int* first_units;
+  int* ranks;
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
@@ -64,26 +94,53 @@ struct DqOrder {
   }
 };
 
-// Fills `ranks` from the lists (backward_ranks.cu).
+// Fill the plan and, from `begins` (backward_stats_kernel), the ranks (backward_plan.cu).
+void launch_backward_plan(const BackwardKernelParams& params, cudaStream_t stream);
 void launch_backward_ranks(const BackwardKernelParams& params, cudaStream_t stream);
+
+// At most so many units are parts. It is enough for parts as long as a multiprocessor's share of all work: of the tiles
+// of all key heads, fewer than kPlannedMultiprocessors are then cut off, and fewer than twice as many are parts.
+__host__ __device__ constexpr int64_t part_units(int64_t key_heads) { return 2 * kPlannedMultiprocessors / key_heads; }
 
 struct BackwardLayout {
   int64_t slots;
-  int64_t stats, sweeps, turns, ranks, bytes;  // offsets; the sums come first
+  int64_t key_slots, max_units, part_units;  // with lists; else 0
+  // Offsets; the sums come first.
+  int64_t stats, sweeps, turns, visits, plan, units, arrived, begins, first_units, ranks, partials, bytes;
 };
 
 template <int kHeadDim>
-inline BackwardLayout backward_layout(const Documents& documents, int64_t heads, bool ordered, int64_t list_capacity) {
+inline BackwardLayout backward_layout(const BackwardSizes& sizes) {
   constexpr int64_t kQueries = DqOrder<kHeadDim>::kQueries;
+  const Documents& documents = sizes.documents;
   BackwardLayout layout{};
   layout.slots = query_slots<kBackwardKeys>(documents, static_cast<int>(kQueries));
-  const int64_t tiles = layout.slots * heads;
-  layout.stats = tiles * DqOrder<kHeadDim>::kSize * 4;
-  layout.sweeps = layout.stats + tiles * kQueries * 2 * 4;
-  layout.turns = layout.sweeps + tiles * 8;  // at most as many key heads as heads
-  layout.ranks = layout.turns + (ordered ? tiles * 4 : 0);
-  // Lists go with keys that are the queries' rows.
-  layout.bytes = layout.ranks + (ordered ? (list_capacity + tile_slots(documents, kBackwardKeys)) * 4 : 0);
+  if (sizes.listed) {
+    layout.key_slots = tile_slots(documents, kBackwardKeys);  // lists go with keys that are the queries' rows
+    layout.part_units = part_units(sizes.key_heads);
+    layout.max_units = layout.key_slots + layout.part_units;
+  }
+  int64_t bytes = 0;
+  const auto take = [&](int64_t size) {
+    const int64_t offset = bytes;
+    bytes += (size + 127) / 128 * 128;
+    return offset;
+  };
+  const int64_t tiles = layout.slots * sizes.heads;
+  const int64_t entries = sizes.listed ? sizes.list_capacity + layout.key_slots : 0;
+  take(tiles * DqOrder<kHeadDim>::kSize * 4);
+  layout.stats = take(tiles * kQueries * 2 * 4);
+  layout.sweeps = take(layout.slots * sizes.key_heads * 8);
+  layout.turns = take(sizes.deterministic ? tiles * 4 : 0);
+  layout.visits = take(layout.key_slots * sizes.key_heads * 4);
+  layout.plan = take(static_cast<int64_t>(sizeof(BackwardPlan)));
+  layout.units = take(layout.max_units * static_cast<int64_t>(sizeof(BackwardUnit)));
+  layout.arrived = take(layout.part_units * sizes.key_heads * 4);
+  layout.begins = take(sizes.deterministic ? layout.max_units * sizes.key_heads * 4 : 0);
+  layout.first_units = take(sizes.deterministic ? layout.key_slots * 4 : 0);
+  layout.ranks = take(sizes.deterministic ? entries * sizes.key_heads * 4 : 0);
+  layout.partials = take(layout.part_units * sizes.key_heads * 2 * kBackwardKeys * kHeadDim * 4);
+  layout.bytes = bytes;
   return layout;
 }
 

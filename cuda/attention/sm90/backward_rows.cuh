@@ -2,7 +2,7 @@
 // before it, dq from the sums after it. Both only move memory.
 #pragma once
 
-#include "attention/sm90/backward_walk.cuh"
+#include "attention/sm90/backward_lists.cuh"
 #include "attention/softmax.cuh"
 #include "common/mma.cuh"
 
@@ -16,11 +16,15 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int kQueries = DqOrder<kHeadDim>::kQueries;
   constexpr int kLanes = kHeadDim == 64 ? 8 : 16;  // threads per row
   constexpr int kRowsPerPass = kTileThreads / kLanes, kPasses = kQueries / kRowsPerPass;
-  const int slot = static_cast<int>(blockIdx.x / params.heads), head = static_cast<int>(blockIdx.x % params.heads);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+  const int planners = params.begins != nullptr ? 1 : 0;
+  if (static_cast<int>(blockIdx.x) < planners) {
+    if (thread < 32) estimate_begins(params);  // which takes no longer than all other thread blocks
+    return;
+  }
+  const int item = static_cast<int>(blockIdx.x) - planners, slot = item / params.heads, head = item % params.heads;
   const Tile tile = locate_queries<kBackwardKeys>(params.documents, params.key_documents, kQueries, slot).tile;
   if (tile.index >= tile.count) return;
-  const int64_t item = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
   const int first = tile.index * kQueries + thread / kLanes;
   const bool in_row = lane * 8 < params.head_dim;
 
@@ -37,7 +41,7 @@ __global__ void __launch_bounds__(kTileThreads)
                                                   storage * params.out_view.row_stride + lane * 8);
     }
   }
-  float4* sums = reinterpret_cast<float4*>(params.dq_sums + item * DqOrder<kHeadDim>::kSize);
+  float4* sums = reinterpret_cast<float4*>(params.dq_sums + int64_t{item} * DqOrder<kHeadDim>::kSize);
 #pragma unroll
   for (int i = 0; i < DqOrder<kHeadDim>::kSize / 4 / kTileThreads; ++i) {
     sums[i * kTileThreads + thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -46,7 +50,7 @@ __global__ void __launch_bounds__(kTileThreads)
     params.sweeps[static_cast<int64_t>(slot) * params.key_heads + head] = Sweep::kNowhere;
   }
   if (params.turns != nullptr && thread == 0) params.turns[item] = 0;
-  float* stats = params.stats + item * (2 * kQueries);
+  float* stats = params.stats + int64_t{item} * (2 * kQueries);
   if (thread < kQueries) {
     const int row = tile.index * kQueries + thread;
     // exp2(s - infinity) = 0: rows that do not exist need no mask.

@@ -275,7 +275,8 @@ class TileChooser:
         chosen = torch.empty(slots, -(-width // 32), dtype=torch.int32, device=device)
         limits = (phase.keys or 2**62, phase.density or 1.0, phase.mass or 1.0, FIRST_TILES, phase.local)
         scorer = self.policy.scorer(layer)
-        strip = max(1, STRIP_BYTES // (width * self.policy.row_bytes(layer)))
+        strips = -(-slots * width * self.policy.row_bytes(layer) // STRIP_BYTES)
+        strip = -(-slots // min(strips, slots))  # all of about one size: a short one costs as many launches
         covered = [
             ops.select_tiles_(chosen, scorer(first, min(strip, slots - first), width), rows.cu_seqlens, first, *limits)
             for first in range(0, slots, strip)

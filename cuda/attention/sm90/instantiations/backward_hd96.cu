@@ -2,8 +2,8 @@
 
 namespace lemo::cuda::attention::sm90 {
 template <>
-int64_t backward_workspace<96>(const Documents& documents, int64_t heads, bool deterministic, int64_t list_capacity) {
-  return backward_layout<96>(documents, heads, deterministic, list_capacity).bytes;
+int64_t backward_workspace<96>(const BackwardSizes& sizes) {
+  return backward_layout<96>(sizes).bytes;
 }
 template <>
 void launch_backward<96>(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {

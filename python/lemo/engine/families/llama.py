@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.engine.elementwise import Rope, SwiGLU
+from lemo import ops
 from lemo.engine.families.base import Classes, Family, ModelShape, NormWeights, Tables, rms_norm
 from lemo.engine.linear import linear_group, ordinary, unwrap
 
@@ -87,8 +87,8 @@ class Llama(Family):
         a, m = layer.self_attn, h.shape[0]
         q, k, v = linear_group((a.q_proj, a.k_proj, a.v_proj), h)
         assert tables is not None
-        q = Rope.apply(q.view(m, -1, a.head_dim), *tables, rows)
-        k = Rope.apply(k.view(m, -1, a.head_dim), *tables, rows)
+        q = ops.rotary(q.view(m, -1, a.head_dim), *tables, rows)
+        k = ops.rotary(k.view(m, -1, a.head_dim), *tables, rows)
         return q, k, v.view(m, -1, a.head_dim)
 
     def attention_output(self, layer: Any, out: Tensor, want_output: bool = True) -> Tensor:
@@ -103,5 +103,5 @@ def swiglu(mlp: Any, h: Tensor, want_output: bool = True) -> Tensor:
     gate, up = linear_group((mlp.gate_proj, mlp.up_proj), h)
     act: Any = getattr(mlp, "act_fn", None)
     silu = act is None or ordinary(act, *_SILU)
-    inner = SwiGLU.apply(gate, up) if silu else act(gate) * up
+    inner = ops.swiglu(gate, up) if silu else act(gate) * up
     return linear_group((mlp.down_proj,), inner, want_output)[0]

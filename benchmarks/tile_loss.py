@@ -1,0 +1,113 @@
+"""What leaving out pairs of tiles does to a model's predictions: its loss in mode "sparse" against the exact one.
+
+No training: the language-modelling loss of documents of real text, forward only, through `lemo` with every limit and
+tile policy, and by how much it exceeds the loss with dense attention. computed is the share of the pairs of tiles,
+covered the share of attention that the policy takes them to hold; both are means over layers and documents.
+
+  python benchmarks/tile_loss.py --model smollm2 --context 8192      # benchmarks/smollm2.py makes the model
+  python benchmarks/tile_loss.py --model smollm2 --context 2048 --documents 1 --out /tmp/loss.json
+
+The text is source code of installed packages. In float32 on the CPU, bfloat16 on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import add_output, header, table, write_results
+from tile_coverage import texts
+from torch import Tensor
+
+# Every rule with every policy that knows it. Shares of attention follow the densities, to be compared at equal ones.
+LIMITS: tuple[dict[str, Any], ...] = (
+    {"density": 0.5},
+    {"density": 0.25},
+    {"density": 0.125},
+    {"mass": 0.97},
+    {"mass": 0.93},
+    {"mass": 0.85},
+)
+POLICIES: dict[str, dict[str, Any]] = {
+    "probe, 2 rows": {"tile_policy": "probe"},
+    "probe, 1 row": {"tile_policy": "probe", "tile_options": {"rows": 1}},
+    "recent": {"tile_policy": "recent"},
+}
+COLUMNS = ("limit", "policy", "computed", "covered", "loss", "excess")
+
+
+def settings() -> list[tuple[str, str, dict[str, Any]]]:
+    found = []
+    for limit in LIMITS:
+        text = " ".join(f"{name} {value:g}" for name, value in limit.items())
+        for name, policy in POLICIES.items():
+            if not ("mass" in limit and name == "recent"):
+                found.append((text, name, limit | policy))
+    return found
+
+
+def losses(model: Any, documents: Sequence[Tensor], phase: Any) -> dict[str, Any]:
+    """Loss of every document in one mode, and what its attention computed."""
+    import lemo
+
+    controller = lemo.apply(model, lemo.LemoConfig(phases=[phase], recompute="full"))
+    found: dict[str, list[float]] = {"loss": [], "computed": [], "covered": []}
+    try:
+        for ids in documents:
+            found["loss"].append(float(model(input_ids=ids[None], labels=ids[None]).loss.detach()))
+            report = controller.report()
+            found["computed"] += report["density"]
+            found["covered"] += [c for c in report["covered"] if c is not None]
+    finally:
+        lemo.remove(model)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a transformers model that lemo supports")
+    parser.add_argument("--context", type=int, default=8192, help="tokens per document (default: 8192)")
+    parser.add_argument("--documents", type=int, default=4, help="documents to read (default: 4)")
+    add_output(parser, "sparse-smollm2")
+    args = parser.parse_args(arguments)
+    if args.context < 1024 or args.documents < 1:
+        parser.error("--context: expected at least 1024 tokens, and --documents at least 1")
+    if not Path(args.model).is_dir():
+        parser.error(
+            f"--model: {args.model} is not a folder; python benchmarks/smollm2.py --out {args.model} makes one"
+        )
+    import lemo
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = header()
+    cuda = torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to("cuda" if cuda else "cpu").train()
+    model.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_()  # lemo runs where something trains
+    documents = [ids.to(model.device) for ids in texts(tokenizer, args.context, args.documents)]
+    dense = losses(model, documents, lemo.Phase("dense"))["loss"]
+    rows: list[dict[str, Any]] = [
+        {"limit": "none", "policy": "", "computed": 1.0, "covered": 1.0, "loss": statistics.fmean(dense), "excess": 0.0}
+    ]
+    for limit, policy, options in tqdm(settings(), unit=" settings"):
+        found = losses(model, documents, lemo.Phase("sparse", **options))
+        row = {"limit": limit, "policy": policy, "computed": statistics.fmean(found["computed"])}
+        row["covered"] = statistics.fmean(found["covered"]) if found["covered"] else None
+        row |= {"loss": statistics.fmean(found["loss"]), "excess": statistics.fmean(found["loss"]) - rows[0]["loss"]}
+        rows.append(row)
+    print(table(rows, COLUMNS))
+    same = {"context": args.context, "documents": args.documents}
+    print(write_results(args.out, rows, **made, model=Path(args.model).name, settings=same))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

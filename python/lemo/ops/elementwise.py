@@ -1,0 +1,62 @@
+"""The elementwise parts of a layer, each in one pass over memory: rotary positions and SwiGLU.
+
+M packed rows. Arithmetic in float32, every result rounded once. fp32 on the CPU, fp16 or bf16 on CUDA.
+Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.ops._autograd import library
+from lemo.ops._operator import operator
+
+
+@operator("out")
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """Rotates the pairs (j, j + D / 2) of every head by the angles of the row's position: [M, H, D].
+
+    x [M, H, D], rows and heads may be strided; cos, sin [T, D] with equal halves, in the dtype of x or float32; rows
+    int32 [M] names the row of the tables (-1: padding, zeros), None: row i, T = M. inverse rotates back.
+    Differentiable in x, any number of times. The backward pass reads the same tables and rows, which nothing copies.
+    """
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operator("out")
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [M, f], both with rows that may be strided. Differentiable once; saves gate and up."""
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@operator("dgate dup", derivative="error")
+def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``swiglu`` for gate and up, in one pass: (dgate, dup), both [M, f]."""
+    dgate = torch.empty_like(dout, memory_format=torch.contiguous_format)
+    return dgate, torch.empty_like(dgate)
+
+
+def _rotary_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    # The tables belong to the step and the rows to the layer's kept list: not saved, so that they count for no layer.
+    _, *ctx.tables, ctx.inverse = inputs
+
+
+def _rotary_grad(ctx, grad):
+    if any(ctx.needs_input_grad[1:3]):
+        raise RuntimeError("lemo: rotary has no derivative in cos and sin: expected tables that require no gradient")
+    return rotary(grad.contiguous(), *ctx.tables, not ctx.inverse), None, None, None, None
+
+
+def _swiglu_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_grad(ctx, grad):
+    return swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+torch.library.register_autograd("lemo::rotary", _rotary_grad, setup_context=_rotary_context, lib=library)
+torch.library.register_autograd("lemo::swiglu", _swiglu_grad, setup_context=_swiglu_context, lib=library)
