@@ -55,8 +55,8 @@ class CalibrationSettings:
     learning_rate: of Adam, in root mean squares of each matrix at the start.
     batch_size: documents per step. Default: as many as hold 8192 rows, at most 4.
     max_documents: documents the model reads, one in eight held out.
-    tokens_per_block: rows drawn from each block in training. Default: all; with pool "mean" a sample of them learns
-        importance nearly as well for its share of the cost, but not mass, which often lies on a few tokens of a tile.
+    tokens_per_block: rows drawn from each block in training. Default: all; with pool "mean" a sample of them trains
+        nearly as well for its share of the cost.
     probes: with target "mass", rows of a query tile that the true mass is taken from in training, at most 128.
     remove: share of hidden units to prune.
     buffer_bytes: bound of the training buffer, beyond which the oldest documents are replaced.
