@@ -55,8 +55,8 @@ class CalibrationSettings:
     learning_rate: of Adam, in root mean squares of each matrix at the start.
     batch_size: documents per step. Default: as many as hold 8192 rows, at most 4.
     max_documents: documents the model reads, one in eight held out.
-    tokens_per_block: rows drawn from each block in training. Default: all, with target "mass" 32; with pool "mean" a
-        sample of them trains nearly as well for its share of the cost.
+    tokens_per_block: rows drawn from each block in training. Default: all; with pool "mean" a sample of them trains
+        nearly as well for its share of the cost.
     probes: with target "mass", rows of a query tile that the true mass is taken from in training, at most 128.
     remove: share of hidden units to prune.
     buffer_bytes: bound of the training buffer, beyond which the oldest documents are replaced.
@@ -94,7 +94,7 @@ class CalibrationSettings:
     @property
     def tokens(self) -> int:
         """Rows of a block in training."""
-        return min(self.block, self.tokens_per_block or (32 if self.target == "mass" else self.block))
+        return min(self.block, self.tokens_per_block or self.block)
 
     @property
     def shortest(self) -> int:
