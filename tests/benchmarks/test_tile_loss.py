@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,9 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import tile_loss
-
-    return tile_loss
+    return importlib.import_module("tile_loss")
 
 
 def test_every_setting_is_compared_with_the_exact_loss(script: Any, monkeypatch: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import lemo
 import pytest
 import torch
-from support.models import FAMILIES, LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import FAMILIES, LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
 
 
 def config(mode="dense", recompute="none", block_size=8, **options):
@@ -167,3 +167,14 @@ def test_dropout_is_replayed(recompute, where):
     down = loss()
     slope = (up - down) / (2 * eps)
     torch.testing.assert_close(slope, p.grad.norm(), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_width_that_kernels_do_not_divide(recompute):
+    """Gated MLPs whose inner width is not a multiple of 8 are computed by torch."""
+    model, inputs = lora(base("llama", intermediate_size=44), LINEARS["llama"]).train(), batch("right")
+    loss, expected = gradients(clone(model), inputs)
+    lemo.apply(model, lemo.LemoConfig(block_size=8, phases=[lemo.Phase("dense")], recompute=recompute))
+    ours, got = gradients(model, inputs)
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
+    assert_close(got, expected)

@@ -254,6 +254,17 @@ def test_strips(policy, monkeypatch):
                 assert sorted({0, *range(m - len(listed) + 1, m)} if listed else []) == listed
 
 
+def test_long_documents_are_probed_at_one_row(monkeypatch):
+    torch.manual_seed(0)
+    q, k = torch.randn(1000, 4, 8), torch.randn(1000, 2, 8)
+    layer = LayerRows(0, q, q, k, PackedRows(torch.tensor([0, 1000], dtype=torch.int32), 1000), 0.3)
+    one, two = (make_tile_policy("probe", {"rows": n}, None).scorer(layer)(0, 8, 8) for n in (1, 2))
+    assert not torch.equal(one, two)
+    assert torch.equal(make_tile_policy("probe", {}, None).scorer(layer)(0, 8, 8), two)
+    monkeypatch.setattr(engine_tiles, "LONG_ROWS", 999)
+    assert torch.equal(make_tile_policy("probe", {}, None).scorer(layer)(0, 8, 8), one)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -279,7 +290,7 @@ def test_bad_settings(settings, message):
 
 def test_bad_options():
     model = tuned("llama")
-    with pytest.raises(ValueError, match="rows must be an integer from 1 to 128; got 0"):
+    with pytest.raises(ValueError, match="rows must be an integer from 1 to 128, or None; got 0"):
         lemo.apply(model, config(tile_options={"rows": 0}))
     with pytest.raises(ValueError, match=r"tile_options of tile_policy 'recent': .*rows"):
         lemo.apply(model, config(tile_policy="recent", tile_options={"rows": 2}))

@@ -34,6 +34,8 @@ from lemo.engine.layout import Blocks
 TILE = _native.constant("LEMO_TILE_ROWS")
 # Tiles at the start of a document that every query tile attends to: attention sinks are there.
 FIRST_TILES = 1
+# Documents beyond it are probed at one row of each query tile.
+LONG_ROWS = 128 * 1024
 # Scores of a strip of query tiles, and what is needed to make them, in bytes.
 STRIP_BYTES = 64 << 20
 
@@ -86,27 +88,33 @@ class TilePolicy(ABC):
 
 class Probe(TilePolicy):
     """Attention of a few rows of each query tile, evenly spaced, exact over all earlier keys. Nothing is trained. Two
-    rows cost 1/64 of the query-key products of dense attention, and find what holds all but a few tenths of a percent
-    of the attention that the best choice holds (docs/notebook.md). Options: `rows`."""
+    rows cost 1/64 of the query-key products of dense attention, and what they find holds 0.2 to 0.4 points less
+    attention than the best choice; one row, 0.4 to 0.6 (docs/notebook.md). Options: `rows`; None: two, and one in
+    documents of more than 128K rows, whose steps are so much attention's that two would be over 2 % of them.
+    """
 
     name = "probe"
 
-    def __init__(self, predictors: TileScorer | None = None, *, rows: int = 2) -> None:
-        if isinstance(rows, bool) or not isinstance(rows, int) or not 1 <= rows <= TILE:
-            raise ValueError(f"tile_options: rows must be an integer from 1 to {TILE}; got {rows!r}")
+    def __init__(self, predictors: TileScorer | None = None, *, rows: int | None = None) -> None:
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or not 1 <= rows <= TILE):
+            raise ValueError(f"tile_options: rows must be an integer from 1 to {TILE}, or None; got {rows!r}")
         self.rows = rows
 
+    def _rows(self, layer: LayerRows) -> int:
+        if self.rows is not None:
+            return self.rows
+        return 2 if layer.rows.max_seqlen <= LONG_ROWS else 1
+
     def scorer(self, layer: LayerRows) -> Scorer:
-        rows = layer.rows
+        where = (layer.rows.cu_seqlens, None, layer.rows.max_seqlen, layer.scale, self._rows(layer))
 
         def scores(first: int, slots: int, width: int) -> Tensor:
-            where = (rows.cu_seqlens, None, rows.max_seqlen, layer.scale, self.rows)
             return ops.tile_scores(layer.q, layer.k, *where, first, slots, width)
 
         return scores
 
     def row_bytes(self, layer: LayerRows) -> int:
-        return 4 * self.rows * layer.q.shape[1]
+        return 4 * self._rows(layer) * layer.q.shape[1]
 
 
 class Recent(TilePolicy):
