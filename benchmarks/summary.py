@@ -258,6 +258,30 @@ def recall() -> list[str]:
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
 
+def sparse_loss() -> list[str]:
+    name = "sparse-smollm2"
+    if (result := load(name)) is None:
+        return []
+    rows = [
+        [
+            row["limit"],
+            row["policy"],
+            f"{100 * row['computed']:.1f} %",
+            f"{100 * row['covered']:.1f} %" if row["covered"] is not None else "",
+            f"{row['loss']:.3f}",
+            f"{row['excess']:+.3f}" if row["excess"] else "",
+        ]
+        for row in result["rows"]
+    ]
+    same = result["settings"]
+    header = ["limit", "tile policy", "pairs of tiles", "attention covered, by the policy", "loss", "more than exact"]
+    title = (
+        f"**SmolLM2-135M in mode `sparse`, without training** (loss of {same['documents']} document(s) of "
+        f"{in_thousands(same['context'])} tokens of source code)"
+    )
+    return [title, "", *markdown(header, rows), "", source(name, result), ""]
+
+
 def tile_coverage(name: str) -> list[str]:
     """A row per score; columns by density, lists of the whole layer and of key/value heads, and the worst layer."""
     if (result := load(name)) is None:
@@ -441,6 +465,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *quality(),
         *quality_pages.tables(),
         *recall(),
+        *sparse_loss(),
         *tile_coverage("coverage-smollm2"),
         *tile_coverage("coverage-lm46"),
         *equivalence(),
