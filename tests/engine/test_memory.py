@@ -95,7 +95,7 @@ def test_backward(weighted, keep, monkeypatch):
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_sparse(recompute, keep, monkeypatch):
     model = lora(base("llama", layers=LAYERS, max_position_embeddings=1024), ATTENTION["llama"]).train()
-    phase = lemo.Phase("sparse", keys=256, keep=keep, policy="random")
+    phase = lemo.Phase("sparse", keys=256, keep=keep, policy=None if keep == 1.0 else "random")
     settings = lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[phase])
     got, rows, everything = count(model, settings, monkeypatch, context=2048)
     assert rows == [keep * 2048] * LAYERS

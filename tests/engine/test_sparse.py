@@ -1,5 +1,6 @@
 """Mode "sparse": against its definition in plain torch, with the lists that were chosen; and what it composes with."""
 
+import inspect
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from lemo.engine import tiles as engine_tiles
 from lemo.engine.attend import PackedRows
+from lemo.engine.config import _TILE, TILE_OPTIONS
 from lemo.engine.tiles import TILE, LayerRows, TileChooser, budget, make_tile_policy
 from support import reference
 from support.models import FAMILIES, LAYERS, LINEARS, assert_close, base, clone, gradients, lora, tuned
@@ -272,6 +274,16 @@ def test_long_documents_are_probed_at_one_row(monkeypatch):
         ({"density": 1.5}, "Phase.density"),
         ({"keys": 0}, "Phase.keys must be an integer of at least 1"),
         ({"keys": 8192.0}, "Phase.keys"),
+        ({"keys": 127}, "Phase.keys must be at least one tile of 128 tokens"),
+        ({"keys": 2**70}, "Phase.keys must be at most"),
+        ({"local": 2**31}, "Phase.local must be at most"),
+        ({"density": 1e-50}, "Phase.density must be a number above 0 in float32"),
+        ({"mass": 1e-50}, "Phase.mass must be a number above 0 in float32"),
+        ({"policy": "random"}, "Phase.policy chooses the blocks that a layer keeps, and mode 'sparse' with keep=1"),
+        ({"policy_options": {"shared": True}}, "Phase.policy_options chooses the blocks"),
+        ({"mode": "dense", "policy": "random"}, "Phase.policy chooses the blocks"),
+        ({"tile_options": {"row": 4}}, "Phase.tile_options: tile_policy 'probe' has no option row; it has rows"),
+        ({"tile_policy": "recent", "tile_options": {"rows": 2}}, "'recent' has no option rows; it has none"),
         ({"mass": 0.0}, "Phase.mass"),
         ({"mass": 0.9, "tile_policy": "recent"}, "Phase.mass needs a tile_policy that estimates attention"),
         ({"local": -1}, "Phase.local must be an integer of at least 0"),
@@ -292,10 +304,15 @@ def test_bad_options():
     model = tuned("llama")
     with pytest.raises(ValueError, match="rows must be an integer from 1 to 128, or None; got 0"):
         lemo.apply(model, config(tile_options={"rows": 0}))
-    with pytest.raises(ValueError, match=r"tile_options of tile_policy 'recent': .*rows"):
-        lemo.apply(model, config(tile_policy="recent", tile_options={"rows": 2}))
     with pytest.raises(ValueError, match=r'tile_policy "predictors" needs LemoConfig\.calibration'):
         config(tile_policy="predictors")
+
+
+def test_options_that_are_checked_are_those_of_the_policies():
+    for name, cls in engine_tiles._CLASSES.items():
+        parameters = list(inspect.signature(cls.__init__).parameters)[2:]  # after self and predictors
+        assert TILE_OPTIONS[name] == tuple(parameters)
+    assert engine_tiles.TILE == _TILE
 
 
 def test_settings_round_trip():

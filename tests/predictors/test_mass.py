@@ -331,6 +331,9 @@ def test_mode_sparse_chooses_by_the_folder(tmp_path, monkeypatch, long_model, lo
     settings = {"phases": [lemo.Phase("skip")], "calibration": tmp_path / "tiles"}
     with pytest.raises(CalibrationError, match=r"tiles was made for.*policy 'sampled' in mode 'skip'.*importance"):
         lemo.apply(model, lemo.LemoConfig(**settings))
+    settings = {"phases": [lemo.Phase("sparse", density=0.5)], "calibration": tmp_path / "tiles"}
+    with pytest.raises(ValueError, match=r"calibration is .*tiles, but no phase uses its predictors.*--target mass"):
+        lemo.apply(model, lemo.LemoConfig(**settings))
     settings = {"phases": [phase], "calibration": tmp_path / "tiles"}
     controller = lemo.apply(model, lemo.LemoConfig(**settings))
     controller.total_steps = 1

@@ -159,6 +159,10 @@ def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         peaks[schedule] = json.loads(capsys.readouterr().out)
     assert main(["estimate", "--model", str(model_folder), "--context", "256"]) == 0
     assert "dense" in capsys.readouterr().out
+    predicted = "sparse:0.25:tile_policy=predictors"  # no option names a calibration
+    assert main(["estimate", "--model", str(model_folder), "--context", "256", "--schedule", predicted]) == 0
+    assert "sparse" in capsys.readouterr().out
+    assert main(["estimate", "--model", "/nowhere", "--context", "256", "--schedule", "sparse", "--keep", "0.3"]) != 0
 
 
 def test_interpolated_positions(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from lemo.cli import main
 from lemo.data import PackedWindows, load_documents
 from lemo.training.finetune import finetune as finetune_documents
-from lemo.training.settings import FinetuneSettings, parse_schedule
+from lemo.training.settings import FinetuneSettings, check_defaults_matter, parse_schedule
 from lemo.training.trainer import RunInProgress, learning_rate_factor
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -346,8 +346,33 @@ def test_schedules() -> None:
     ):
         with pytest.raises(ValueError, match=f"{what} is given 2 times"):
             parse_schedule(text)
+    (parts,) = parse_schedule("skip:.5:predictors:mlp_keep=.25")
+    assert parts.mlp_keep == 0.25
+    with pytest.raises(ValueError, match="write tile_policy=recent"):
+        parse_schedule("sparse:recent")
+    with pytest.raises(ValueError, match="keys is '8e3', expected an integer"):
+        parse_schedule("sparse:keys=8e3")
     settings = FinetuneSettings(lora_targets=("q_proj",))
     assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        (("--schedule", "sparse", "--keep", "0.3"), "--keep 0.3 has no effect"),
+        (("--schedule", "sparse@0.8,dense@0.2", "--policy", "random"), "--policy random has no effect"),
+        (("--schedule", "sparse:keep=.3:exact,dense", "--policy", "random"), "--policy random has no effect"),
+    ],
+)
+def test_options_that_reach_no_phase(options: tuple[str, ...], refused: str, tmp_path: Path, capsys) -> None:
+    assert finetune("/nowhere", "/nowhere", tmp_path / "run", *options) != 0
+    assert refused in capsys.readouterr().err
+
+
+def test_options_that_reach_a_phase() -> None:
+    check_defaults_matter("sparse:keep=.3,dense", None, "random")
+    check_defaults_matter("sparse,skip", 0.3, "random")
+    check_defaults_matter("dense", 0.3, "random")  # the baseline of a comparison
 
 
 def test_a_loss_that_is_no_number(new_model, text_folder: Path, tmp_path: Path, capsys) -> None:

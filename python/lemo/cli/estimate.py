@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from lemo.cli.common import Formatter, add_common, load_config, path_name
-from lemo.training.settings import parse_schedule
+from lemo.training.settings import check_defaults_matter, parse_schedule
 
 _EPILOG = """\
 examples:
@@ -34,7 +34,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--context", type=int, required=True, help="tokens per window")
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass")
     parser.add_argument("--schedule", default="default", help="preset or phases, as for lemo finetune")
-    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the blocks kept")
+    parser.add_argument("--keep", type=float, help="fraction of the blocks kept (default: 0.5)")
     parser.add_argument("--recompute", default="full", help="none, attention or full")
     parser.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter")
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from lemo.engine.config import LemoConfig
 
     model = load_config(args.model, None, False)
-    config = LemoConfig(phases=parse_schedule(args.schedule, args.keep), recompute=args.recompute)
+    check_defaults_matter(args.schedule, args.keep, None)
+    phases = parse_schedule(args.schedule, 0.5 if args.keep is None else args.keep)
+    # Policies that predict need a calibration to be named; memory does not depend on what is in it.
+    config = LemoConfig(phases=phases, recompute=args.recompute, calibration="calibration")
     from lemo import estimate
 
     result = estimate(model, config, args.context, args.batch, lora_rank=args.lora_rank)

@@ -23,7 +23,7 @@ from lemo.cli.common import (
     path_name,
     say,
 )
-from lemo.training.settings import FinetuneSettings
+from lemo.training.settings import FinetuneSettings, check_defaults_matter
 
 _EPILOG = """\
 examples:
@@ -133,6 +133,8 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
         if args.schedule not in (None, "dense"):
             raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
         given["schedule"] = "dense"
+    if not args.resume:
+        check_defaults_matter(given.get("schedule", FinetuneSettings.schedule), args.keep, args.policy)
     if "lora_targets" in given:
         given["lora_targets"] = tuple(given["lora_targets"])
     if "calibration" in given:

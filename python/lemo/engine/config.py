@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,12 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 RECOMPUTE: tuple[RecomputeSetting, ...] = get_args(RecomputeSetting)
 SELECT: tuple[Select, ...] = get_args(Select)
 TILE_POLICIES: tuple[TilePolicyName, ...] = get_args(TilePolicyName)
+# Keyword arguments of the tile policies, by name (`lemo.engine.tiles`).
+TILE_OPTIONS: Mapping[TilePolicyName, tuple[str, ...]] = {"probe": ("rows",), "recent": (), "predictors": ()}
+
+_TILE = 128  # LEMO_TILE_ROWS: settings are read without the library
+_MOST_KEYS = 2**62
+_MOST_LOCAL = 2**31 - 1
 
 
 def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -47,14 +54,18 @@ def _layer_indices(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _integer(name: str, value: Any, least: int) -> None:
+def _integer(name: str, value: Any, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}; got {value!r}")
 
 
 def _share(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
         raise ValueError(f"{name} must be a number above 0, and at most 1; got {value!r}")
+    if ctypes.c_float(value).value == 0.0:
+        raise ValueError(f"{name} must be a number above 0 in float32 as well; got {value!r}")
 
 
 def _fraction(name: str, value: Any) -> None:
@@ -137,6 +148,7 @@ class Phase:
             if self.mode != "skip":
                 raise ValueError(f'Phase.mlp_keep needs mode "skip"; got mode {self.mode!r}')
         self._check_tiles()
+        self._check_policy()
         if self.weighted and (self.mode != "backward" or self.policy not in (None, "random", "sampled")):
             raise ValueError(
                 'Phase.weighted needs mode "backward" and policy "random" or "sampled" (weights are inverse '
@@ -151,10 +163,24 @@ class Phase:
                 "`shared`, or `weighted`"
             )
 
+    def _check_policy(self) -> None:
+        """A policy of blocks must have blocks to choose."""
+        if self.chooses_blocks:
+            return
+        for name in ("policy", "policy_options"):
+            value = getattr(self, name)
+            if value not in (None, {}):
+                instead = "; key tiles are chosen by Phase.tile_policy" if self.mode == "sparse" else ""
+                fix = "give a keep below 1, or leave it out" if self.mode == "sparse" else "leave it out"
+                raise ValueError(
+                    f"Phase.{name} chooses the blocks that a layer keeps, and mode {self.mode!r} with keep=1 keeps all "
+                    f"of them: {fix}{instead}; got {value!r}"
+                )
+
     def _check_tiles(self) -> None:
         """The settings of mode "sparse"."""
         _choice("Phase.tile_policy", self.tile_policy, TILE_POLICIES)
-        _integer("Phase.local", self.local, 0)
+        _integer("Phase.local", self.local, 0, _MOST_LOCAL)
         if not isinstance(self.tile_options, Mapping):
             raise ValueError(f"Phase.tile_options must be a dictionary of options; got {self.tile_options!r}")
         if self.mode != "sparse":
@@ -166,12 +192,24 @@ class Phase:
                         f"{self.mode!r}"
                     )
             return
+        known = TILE_OPTIONS[self.tile_policy]
+        unknown = [str(name) for name in self.tile_options if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Phase.tile_options: tile_policy {self.tile_policy!r} has no option {', '.join(unknown)}; it has "
+                f"{', '.join(known) or 'none'}"
+            )
         if self.density is None and self.keys is None and self.mass is None:
             object.__setattr__(self, "density", 0.25)
         if self.density is not None:
             _share("Phase.density", self.density)
         if self.keys is not None:
-            _integer("Phase.keys", self.keys, 1)
+            _integer("Phase.keys", self.keys, 1, _MOST_KEYS)
+            if self.keys < _TILE:
+                raise ValueError(
+                    f"Phase.keys must be at least one tile of {_TILE} tokens, and a query tile attends to itself, the "
+                    f"document's first tile and `local` others in any case; got {self.keys}"
+                )
         if self.mass is not None:
             _share("Phase.mass", self.mass)
             if self.tile_policy == "recent":

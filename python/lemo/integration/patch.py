@@ -169,14 +169,27 @@ def _predictors(inner: nn.Module, config: LemoConfig) -> PredictorSet | None:
     from lemo.predictors.store import PredictorSet
 
     predictors = PredictorSet.load(config.calibration, model=inner)
+    used = False
     for phase in config.phases or ():
         policy, options = config.policy(phase)
         if phase.chooses_blocks and (
             policy == "predictors" or (policy == "sampled" and options.get("source", "predictors") == "predictors")
         ):
             predictors.require("importance", config.calibration, f"policy {policy!r} in mode {phase.mode!r}")
+            used = True
         if phase.mode == "sparse" and phase.tile_policy == "predictors":
             predictors.require("mass", config.calibration, 'tile_policy "predictors" in mode "sparse"')
+            used = True
+    if not used and any(phase.mode == "sparse" for phase in config.phases or ()):
+        how = (
+            'Phase("sparse", tile_policy="predictors")'
+            if predictors.target == "mass"
+            else 'Phase("sparse", keep=0.5, policy="predictors")'
+        )
+        raise ValueError(
+            f"LemoConfig.calibration is {config.calibration}, but no phase uses its predictors, which were made with "
+            f"--target {predictors.target}: name them, as in {how}, or leave the calibration out"
+        )
     if predictors.target == "importance" and predictors.block_size != config.block_size:
         raise ValueError(
             f"LemoConfig.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lemo.engine.config import MODES, RECOMPUTE, LemoConfig, Phase, RecomputeSetting, default_phases
+from lemo.engine.config import (
+    MODES,
+    POLICIES,
+    RECOMPUTE,
+    TILE_POLICIES,
+    LemoConfig,
+    Phase,
+    RecomputeSetting,
+    default_phases,
+)
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
@@ -123,6 +132,7 @@ _NAMED: dict[str, Callable[[str], Any]] = {
     "keys": int,
     "mass": float,
     "local": int,
+    "mlp_keep": float,
     "policy": str,
     "tile_policy": str,
 }
@@ -137,13 +147,16 @@ def _setting(option: str, mode: str) -> tuple[str, Any]:
         try:
             return name, _NAMED[name](value)
         except ValueError:
-            raise ValueError(f"{name} is {value!r}, expected a number") from None
+            kind = "an integer" if _NAMED[name] is int else "a number"
+            raise ValueError(f"{name} is {value!r}, expected {kind}") from None
     if option == "weighted":
         return "weighted", True
     if option == "shared":
         return "policy_options", {"shared": True}
     if option[:1].isdigit() or option[:1] == ".":
         return "density" if mode == "sparse" else "keep", float(option)
+    if option in TILE_POLICIES and option not in POLICIES:
+        raise ValueError(f"{option!r} chooses tiles, not blocks: write tile_policy={option}")
     return "policy", option
 
 
@@ -152,10 +165,10 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     by commas.
 
     SHARE is the phase's share of the steps, relative to the others' (default 1). NUMBER is the kept fraction, in
-    `sparse` the density; NAME one of keep, density, keys, mass, local, policy, tile_policy (see `lemo.Phase`). The kept
-    fraction defaults to `keep` (`sparse` keeps all tokens), POLICY to `policy` in phases that skip; `backward` phases
-    select at random unless they name a policy, because there any preference biases the gradient. `shared`: one draw for
-    all layers of a step (random, sampled). Raises ValueError.
+    `sparse` the density; NAME one of keep, density, keys, mass, local, mlp_keep, policy, tile_policy (see
+    `lemo.Phase`). The kept fraction defaults to `keep` (`sparse` keeps all tokens), POLICY to `policy` in phases that
+    skip; `backward` phases select at random unless they name a policy, because there any preference biases the
+    gradient. `shared`: one draw for all layers of a step (random, sampled). Raises ValueError.
     """
     phases = []
     for part in _PRESETS.get(text, text).split(","):
@@ -184,3 +197,21 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return phases
+
+
+def check_defaults_matter(text: str, keep: float | None, policy: str | None) -> None:
+    """Raises ValueError if a kept fraction or a policy that was asked for reaches no phase of a schedule with "sparse",
+    where either is easily taken for one of its own settings. (In the others, baselines take both without using them.)
+    """
+    if all(phase.mode != "sparse" for phase in parse_schedule(text)):
+        return
+    if keep is not None and parse_schedule(text, keep=0.25) == parse_schedule(text, keep=0.75):
+        raise ValueError(
+            f"--keep {keep:g} has no effect: every phase of --schedule {text} names its own, or keeps all tokens. "
+            "Leave it out, or write it in the schedule, as in skip:0.3 or sparse:keep=0.3"
+        )
+    if policy is not None and parse_schedule(text, policy="random") == parse_schedule(text, policy="update_norm"):
+        raise ValueError(
+            f"--policy {policy} has no effect: no phase of --schedule {text} leaves tokens out by a policy that it "
+            "does not name itself. Leave it out, or write it in the schedule, as in sparse:keep=0.3:random"
+        )
