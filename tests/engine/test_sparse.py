@@ -315,6 +315,14 @@ def test_options_that_are_checked_are_those_of_the_policies():
     assert engine_tiles.TILE == _TILE
 
 
+def test_tokens_are_left_out_by_a_policy_that_a_calibration_of_tiles_can_serve():
+    phase = lemo.Phase("sparse", keep=0.5, tile_policy="predictors")
+    assert lemo.LemoConfig(phases=[phase], calibration="tiles").policy(phase) == ("update_norm", {})
+    assert lemo.LemoConfig(phases=[lemo.Phase("sparse", keep=0.5)], calibration="blocks").policy(
+        lemo.Phase("sparse", keep=0.5)
+    ) == ("sampled", {"shared": True})
+
+
 def test_settings_round_trip():
     phase = lemo.Phase("sparse", keys=8192, mass=0.95, local=3, keep=0.5, tile_options={"rows": 4})
     assert lemo.Phase(**phase.to_dict()) == phase and phase.density is None

@@ -96,6 +96,12 @@ def test_scores_that_are_not_masses() -> None:
         assert choose(scores, keys=128 * (count + 1)) == (sorted(order[:count]), float(min(count, 2)))
 
 
+def test_a_capacity_below_nothing() -> None:
+    chosen, ends = torch.zeros(2, 1, dtype=torch.int32), torch.tensor([0, 130], dtype=torch.int32)
+    with pytest.raises(ValueError, match="capacity: expected at least 0, got -1"):
+        ops.list_tiles(chosen, ends, -1)
+
+
 def test_density_is_that_of_a_float() -> None:
     """0.7 is 0.699999988 as a float: 5 tiles times that and 0.5 are below 4."""
     assert choose([0.1] * 5, density=0.7)[0] == [2, 3]

@@ -340,7 +340,8 @@ class LemoConfig:
             return phase.policy, phase.policy_options
         if phase.mode == "backward":
             return "random", phase.policy_options
-        if self.calibration is None or phase.mode not in ("skip", "sparse"):
+        # A calibration whose predictors choose tiles knows nothing of blocks.
+        if self.calibration is None or phase.mode not in ("skip", "sparse") or phase.tile_policy == "predictors":
             return "update_norm", phase.policy_options
         if phase.select == "threshold" or phase.mlp_keep is not None:
             return "predictors", phase.policy_options

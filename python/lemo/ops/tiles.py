@@ -75,5 +75,7 @@ def list_tiles(chosen: Tensor, cu_seqlens: Tensor, capacity: Size) -> tuple[Tens
     lists are cut there. Rows of ``chosen`` in slots without a tile must be 0. Entries behind the last list are 0.
     """
     need("chosen", chosen, "S B")
+    if isinstance(capacity, int) and capacity < 0:
+        raise ValueError(f"capacity: expected at least 0, got {capacity}")
     new, ends = functools.partial(chosen.new_empty, dtype=torch.int32), chosen.shape[0] + 1
     return new(ends), new(capacity), new(ends), new(capacity)
