@@ -41,8 +41,11 @@ Predictors Predictors::load(Backend& backend, const std::string& folder, const C
     if (value == nullptr) fail(path, ": ", name, " is missing; expected a folder written by `lemo calibrate`");
     return *value;
   };
-  if (const int64_t version = need("format_version").integer(path); version != 1) {
-    fail(path, ": format version ", version, " is not supported; expected 1");
+  const int64_t version = need("format_version").integer(path);
+  if (version != 1 && version != 2) fail(path, ": format version ", version, " is not supported; expected 1 or 2");
+  if (version == 2 && need("target").string(path) != "importance") {  // version 1 has no other target
+    fail(path, ": made for the target ", need("target").string(path),
+         "; expected importance, as `lemo calibrate` makes it without --target");
   }
   Predictors result;
   result.block_size = need("block_size").integer(path);

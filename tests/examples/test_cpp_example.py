@@ -312,6 +312,23 @@ def test_models_it_cannot_train(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"format_version": 2, "target": "mass"}, r"made for the target mass; expected importance"),
+        ({"format_version": 3}, r"format version 3 is not supported; expected 1 or 2"),
+    ],
+)
+def test_calibrations_it_cannot_use(
+    config: dict[str, Any], message: str, program: Path, token_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "calibration"
+    folder.mkdir()
+    (folder / "lemo_config.json").write_text(json.dumps(config))
+    common = ("--model", MODEL, "--tokens", token_file, "--out", tmp_path / "out")
+    refused(program, message, *common, "--policy", "predictors", "--calibration", folder)
+
+
 def test_truncated_and_malformed_files(program: Path, token_file: Path, tmp_path: Path) -> None:
     model = changed_model(tmp_path)
     path = model / "model.safetensors"
