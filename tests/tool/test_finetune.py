@@ -30,6 +30,14 @@ def finetune(model: Path, data: Path, out: Path, *options: str) -> int:
     return main(["finetune", "--model", str(model), "--data", str(data), "--out", str(out), *OPTIONS, *options])
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT: a shell that started the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def records(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -413,7 +421,7 @@ def test_windows_without_a_label_are_blamed_on_the_data() -> None:
 
 @pytest.mark.parametrize(("window", "last"), [(0, 0), (9, 3)])
 def test_keyboard_interrupt_says_how_to_go_on(
-    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys, window: int, last: int
+    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys, interruptible, window: int, last: int
 ) -> None:
     """The signal is raised in the thread that reads the window, so it is there before the next line of code runs."""
     out, real = tmp_path / "run", PackedWindows.__getitem__
@@ -451,7 +459,7 @@ def test_a_calibration_for_another_share_is_reported(
 
 
 def test_keyboard_interrupt_before_the_run_began(
-    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, interruptible, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lemo.cli.finetune.load_data", lambda *_: signal.raise_signal(signal.SIGINT))
     assert finetune(model_folder, text_folder, tmp_path / "run") == 130
