@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def command(arguments: Sequence[str]) -> str:
         if not skip and word != "--out":
             words.append(Path(word).name if Path(word).is_absolute() else word)
         skip = word == "--out"
-    return " ".join(["python", *words])
+    return shlex.join(["python", *words])
 
 
 def write_results(name: str | Path, rows: Sequence[dict[str, Any]], **more: Any) -> Path:

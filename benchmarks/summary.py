@@ -114,7 +114,7 @@ def long_contexts() -> list[str]:
             if row["mode"] != "sparse" or not row.get("keys") or row["context"] < 65536:
                 continue
             same = [r for r in of if (r["context"], r["recompute"]) == (row["context"], row["recompute"])]
-            peer = next((r for r in same if r["method"] != "lemo"), None)
+            peer = next((r for r in same if "Liger" in r["method"] and "step_ms" in r), None)
             dense = next((r for r in same if r["method"] == "lemo" and r["mode"] == "dense"), None)
             ratios = [f"{r['step_ms'] / row['step_ms']:.2f} x" if r else "" for r in (peer, dense)]
             tokens = in_thousands(row["context"]) if row["context"] < 1 << 20 else f"{row['context'] >> 20}M"

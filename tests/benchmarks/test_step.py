@@ -38,7 +38,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Modules of benchmarks/ by name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("summary", "figure", "step")
+    names = ("summary", "figure", "step", "common")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -210,3 +210,8 @@ def test_without_a_peer(tmp_path: Path) -> None:
     assert [row["row"] for row in result["rows"]] == list(rows)
     assert all("time_ratio" not in row and row["dense_ratio"] > 0 for row in result["rows"])
     assert 0.5 < result["rows"][1]["computed"] < 1 and result["rows"][1]["density"] == 0.25
+
+
+def test_a_command_can_be_pasted(benchmarks: Any) -> None:
+    given = ["benchmarks/quality_costs.py", "--out", "/tmp/a.json", "--only", "skip keep 0.5", "--model", "/data/m"]
+    assert benchmarks.common.command(given) == ("python benchmarks/quality_costs.py --only 'skip keep 0.5' --model m")

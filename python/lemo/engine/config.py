@@ -275,7 +275,9 @@ class LemoConfig:
     keep_labelled: in mode "skip", whether blocks with labels are always kept, beyond the budget if need be. None: if
         fewer than half of a batch's tokens have one (answers only); a token left out of all layers teaches nothing.
     calibration: folder written by `lemo calibrate`; needed by the policies that predict.
-    deterministic: bitwise repeatable gradients on CUDA, slower. (The CPU is repeatable anyway.)
+    deterministic: bitwise repeatable gradients on CUDA, slower. (The CPU is repeatable anyway.) In mode "sparse" on a
+        Hopper GPU this counts on all multiprocessors that the device reports: not next to a kernel that never ends, nor
+        in a context that is given fewer, where a backward pass may not return.
     segment_rows: tokens per segment of the loss; 0 lets the library choose.
     return_logits: make the logits of a training forward pass with labels whole and return them with the loss, as
         transformers does and at the same cost in memory (tokens x vocabulary). Logits of tokens that were in no layer
