@@ -58,12 +58,14 @@ __global__ void __launch_bounds__(kPlanThreads)
   light += heavy_units;
   for (int slot = begin; slot < end; ++slot) {
     const int weight = weight_of(params, slot), parts = parts_of(weight);
-    int& next = is_heavy(weight) ? heavy : light;
-    if (params.turns != nullptr) params.first_units[slot] = next;
+    // (By value: a reference to either of two counters would put both into local memory.)
+    const int unit = is_heavy(weight) ? heavy : light;
+    (is_heavy(weight) ? heavy : light) += parts;
+    if (params.turns != nullptr) params.first_units[slot] = unit;
     const int first = params.lists.offsets[slot] - 1;
     for (int part = 0; part < parts; ++part) {
       const auto cut = [&](int at) { return first + static_cast<int>(static_cast<int64_t>(weight) * at / parts); };
-      params.units[next++] = {slot, cut(part), cut(part + 1), part, parts, parts_before};
+      params.units[unit + part] = {slot, cut(part), cut(part + 1), part, parts, parts_before};
     }
     if (parts > 1) parts_before += parts;
   }
