@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lemo import ops
-from lemo.engine.families.base import Family, Tables
+from lemo.engine.families.base import AttentionOptions, Family, Tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ class Attention:
         """
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         del h
-        tiles = None if choice is None else choice.of(q, k)
-        return self.attend(q, k, v, rows, rows, self.family.scale(layer), tiles)
+        options = self.family.attention_options(layer)
+        return self.attend(q, k, v, rows, rows, options, _tiles(choice, options, q, k))
 
     def differentiable(
         self,
@@ -98,8 +98,9 @@ class Attention:
     ) -> Tensor:
         """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
-        tiles = None if choice is None else choice.of(q, k)
-        return self.attend_with_gradient(q, k, v, rows, rows, self.family.scale(layer), tiles, out, lse)
+        options = self.family.attention_options(layer)
+        tiles = _tiles(choice, options, q, k)
+        return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse)
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
@@ -116,17 +117,19 @@ class Attention:
         v: Tensor,
         queries: PackedRows,
         keys: PackedRows,
-        scale: float,
+        options: AttentionOptions,
         tiles: Tiles | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(out [M, Hq, D], lse float32 [Hq, M]) of q [M, Hq, D] over k and v [Mk, Hk, D].
 
-        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. tiles: only
-        if the keys are those of the queries.
+        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. options: of
+        the layer, sinks for these Hq heads. tiles: only if the keys are those of the queries, and without a window.
         """
+        _check_options(options)
         others = _key_rows(queries, keys)
         lists = (None, None) if tiles is None else (tiles.offsets, tiles.tiles)
-        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale, *lists, **others)
+        where = (queries.cu_seqlens, None, queries.max_seqlen, options.scale)
+        return ops.attention_forward(q, k, v, *where, *lists, **others)
 
     def attend_with_gradient(
         self,
@@ -135,12 +138,13 @@ class Attention:
         v: Tensor,
         queries: PackedRows,
         keys: PackedRows,
-        scale: float,
+        options: AttentionOptions,
         tiles: Tiles | None,
         out: Tensor | None,
         lse: Tensor | None,
     ) -> Tensor:
-        """As `attend`, differentiable in q, k and v; given out and lse are not computed again."""
+        """As `attend`, differentiable in q, k, v and sinks; given out and lse are not computed again."""
+        _check_options(options)
         others = _key_rows(queries, keys)
         if others:
             others["row_slots_k"] = keys.slots
@@ -150,7 +154,7 @@ class Attention:
             v,
             queries.cu_seqlens,
             queries.max_seqlen,
-            scale=scale,
+            scale=options.scale,
             key_weights=keys.weights,
             row_slots=queries.slots,
             out=out,
@@ -158,6 +162,19 @@ class Attention:
             deterministic=self.deterministic,
             tile_lists=None if tiles is None else tiles.tensors,
             **others,
+        )
+
+
+def _tiles(choice: TileChoice | None, options: AttentionOptions, q: Tensor, k: Tensor) -> Tiles | None:
+    """A layer with a window computes all of it: there is little to leave out."""
+    return None if choice is None or options.window is not None else choice.of(q, k)
+
+
+def _check_options(options: AttentionOptions) -> None:
+    if options.window is not None or options.softcap or options.sinks is not None:
+        raise NotImplementedError(
+            "lemo's attention has no window, softcap or sinks yet: expected none of them, got "
+            f"window={options.window}, softcap={options.softcap:g}, sinks={options.sinks is not None}"
         )
 
 

@@ -87,7 +87,7 @@ def begin(
                 always_first=config.always_first,
                 always_last=config.always_last,
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
-                scale=lambda i: family.scale(layers[i]),
+                attention=lambda i: family.attention_options(layers[i]),
                 required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
             )
         )
@@ -130,7 +130,8 @@ def _tiles_of_layers(
     chooser: TileChooser, family: Family, layers: list[nn.Module]
 ) -> Callable[[int, Tensor, SavedList], TileChoice]:
     def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
-        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, family.scale(layers[i]))))
+        scale = family.attention_options(layers[i]).scale
+        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, scale)))
 
     return tiles
 

@@ -132,7 +132,13 @@ class Teacher:
             q, k = q.float(), k.float()
         elif q.dtype == torch.float32:  # the kernels on CUDA take 16 bits
             q, k = q.bfloat16(), k.bfloat16()
-        return q, k, self.family.scale(layer)
+        options = self.family.attention_options(layer)
+        if options.window is not None or options.softcap:
+            raise NotImplementedError(
+                f"calibration: layer {index} has window={options.window} and softcap={options.softcap:g}, which the "
+                "exact scores do not know yet"
+            )
+        return q, k, options.scale
 
 
 def documents(batches: Iterable[Any], context: int | None, block_size: int) -> Iterator[Tensor]:
