@@ -76,7 +76,9 @@ def begin(
     participation = Participation(not phase.skips or trains_before_layers(x, embedded))
     embedded.clear()
     x = x.to(_compute_dtype(x))
-    attention = Attention(family, family.tables(decoder, x.detach(), packed.positions), config.deterministic)
+    windows = any(family.attention_options(layer).window is not None for layer in layers)
+    tables = family.tables(decoder, x.detach(), packed.positions)
+    attention = Attention(family, tables, config.deterministic, packed.gaps if windows else None)
     lists = ChosenLists(plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered)
     if plan.policy is not None:
         plan.policy.begin(
