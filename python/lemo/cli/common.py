@@ -238,8 +238,9 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     return config
 
 
-def check_supported(config: Any, context: int | None = None) -> None:
-    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens.
+def check_supported(config: Any, context: int | None = None, device: Any = None) -> None:
+    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens on
+    `device`.
 
     Looks at an empty copy: no weights are read.
     """
@@ -257,7 +258,7 @@ def check_supported(config: Any, context: int | None = None) -> None:
         ) from error
     family, _ = families.find(model)
     if context is not None:
-        family.check_length(config, context)
+        family.check_kernels(config, context, torch.device("cpu") if device is None else device)
 
 
 def load_model(args: argparse.Namespace, context: int | None = None, *, to_train: bool = False) -> Any:
@@ -270,7 +271,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     if args.quiet:
         transformers_logging.disable_progress_bar()
     if to_train:  # first: an unsupported model matters more than a context that is too long for it
-        check_supported(load_config(args.model, None, False), context)
+        check_supported(load_config(args.model, None, False), context, device_of(args.device))
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
     name = args.dtype or "auto"

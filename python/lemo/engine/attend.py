@@ -8,13 +8,13 @@ no change in the layers: a subclass of `Attention` overrides `attend` and `atten
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lemo import ops
-from lemo.engine.families.base import Family, Tables
+from lemo.engine.families.base import AttentionOptions, Family, Tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,11 @@ class TileChoice:
 class Attention:
     """Causal attention within documents, for all layers of one step."""
 
-    def __init__(self, family: Family, tables: Tables, deterministic: bool = False) -> None:
-        self.family, self.tables, self.deterministic = family, tables, deterministic
+    def __init__(
+        self, family: Family, tables: Tables, deterministic: bool = False, *, longest: int | None = None
+    ) -> None:
+        """longest: tokens of the longest document, if windows that it does not exceed are to be left out."""
+        self.family, self.tables, self.deterministic, self.longest = family, tables, deterministic, longest
 
     # --- what layers call ---
 
@@ -84,8 +87,8 @@ class Attention:
         """
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         del h
-        tiles = None if choice is None else choice.of(q, k)
-        return self.attend(q, k, v, rows, rows, self.family.scale(layer), tiles)
+        options = self.options(layer)
+        return self.attend(q, k, v, rows, rows, options, _tiles(choice, options, q, k))
 
     def differentiable(
         self,
@@ -98,14 +101,22 @@ class Attention:
     ) -> Tensor:
         """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
-        tiles = None if choice is None else choice.of(q, k)
-        return self.attend_with_gradient(q, k, v, rows, rows, self.family.scale(layer), tiles, out, lse)
+        options = self.options(layer)
+        tiles = _tiles(choice, options, q, k)
+        return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse)
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
         n = self.family.norms(layer)[0]
         h, _ = ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)
         return self.family.queries_keys_values(layer, h, self.tables, None)[:2]
+
+    def options(self, layer: nn.Module) -> AttentionOptions:
+        """Those of the layer, without a window if no document of this step exceeds it."""
+        options = self.family.attention_options(layer)
+        if options.window is None or self.longest is None or self.longest > options.window:
+            return options
+        return replace(options, window=None)
 
     # --- what decides how they are computed ---
 
@@ -116,17 +127,19 @@ class Attention:
         v: Tensor,
         queries: PackedRows,
         keys: PackedRows,
-        scale: float,
+        options: AttentionOptions,
         tiles: Tiles | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(out [M, Hq, D], lse float32 [Hq, M]) of q [M, Hq, D] over k and v [Mk, Hk, D].
 
-        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. tiles: only
-        if the keys are those of the queries.
+        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. options: of
+        the layer, sinks for these Hq heads. tiles: only if the keys are those of the queries, and without a window.
         """
+        _check_options(options)
         others = _key_rows(queries, keys)
         lists = (None, None) if tiles is None else (tiles.offsets, tiles.tiles)
-        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale, *lists, **others)
+        where = (queries.cu_seqlens, None, queries.max_seqlen, options.scale)
+        return ops.attention_forward(q, k, v, *where, *lists, **others)
 
     def attend_with_gradient(
         self,
@@ -135,12 +148,13 @@ class Attention:
         v: Tensor,
         queries: PackedRows,
         keys: PackedRows,
-        scale: float,
+        options: AttentionOptions,
         tiles: Tiles | None,
         out: Tensor | None,
         lse: Tensor | None,
     ) -> Tensor:
-        """As `attend`, differentiable in q, k and v; given out and lse are not computed again."""
+        """As `attend`, differentiable in q, k, v and sinks; given out and lse are not computed again."""
+        _check_options(options)
         others = _key_rows(queries, keys)
         if others:
             others["row_slots_k"] = keys.slots
@@ -150,7 +164,7 @@ class Attention:
             v,
             queries.cu_seqlens,
             queries.max_seqlen,
-            scale=scale,
+            scale=options.scale,
             key_weights=keys.weights,
             row_slots=queries.slots,
             out=out,
@@ -158,6 +172,19 @@ class Attention:
             deterministic=self.deterministic,
             tile_lists=None if tiles is None else tiles.tensors,
             **others,
+        )
+
+
+def _tiles(choice: TileChoice | None, options: AttentionOptions, q: Tensor, k: Tensor) -> Tiles | None:
+    """A layer with a window computes all of it: there is little to leave out."""
+    return None if choice is None or options.window is not None else choice.of(q, k)
+
+
+def _check_options(options: AttentionOptions) -> None:
+    if options.window is not None or options.softcap or options.sinks is not None:
+        raise NotImplementedError(
+            "lemo's attention has no window, softcap or sinks yet: expected none of them, got "
+            f"window={options.window}, softcap={options.softcap:g}, sinks={options.sinks is not None}"
         )
 
 

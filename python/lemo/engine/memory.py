@@ -97,6 +97,7 @@ def saved_bytes(
         "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated])  + 4 Hq M
                      + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
                      + e M f   if gated and down has one       + e M (sum of all r)
+                     + e M (elements of norms inside attention and MLP, `inner_saved` of the model's shape)
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
         tiles        8 (S + 1 + L)     [half of it with "none"]
 
@@ -114,7 +115,7 @@ def saved_bytes(
     if recompute != "none":
         raise ValueError(f'recompute must be "none", "attention" or "full"; got {recompute!r}')
     width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim + (2 if s.gated else 1) * s.ffn
-    width += sum(s.lora.values())
+    width += sum(s.lora.values()) + s.inner_saved
     if {"q", "k", "v"} & set(s.lora):
         width += s.hidden
     if {"gate", "up"} & set(s.lora):
@@ -128,6 +129,7 @@ def _weights(shape: LayerShape, stored: int | None) -> int:
     """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
     d, sides = shape.hidden, shape.projections
     layer = sum(a * b for a, b in sides.values()) + sum(sides[name][1] for name in shape.biases) + 2 * d
+    layer += shape.inner_parameters
     outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
     base = shape.element * (shape.layers * layer + outside) if stored is None else stored
     adapters = shape.layers * sum(rank * sum(sides[name]) for name, rank in shape.lora.items())
@@ -147,7 +149,8 @@ def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: st
     stream = 2 * e * tokens * d
     chunk = rows if recompute == "none" and mode != "backward" else min(rows, MLP_ROWS)
     mlp = e * chunk * ((6 if shape.gated else 4) * f + 3 * d)
-    recomputed = 0 if recompute == "none" and mode != "backward" else e * rows * (3 * d + 2 * q + 2 * kv)
+    again = recompute != "none" or mode == "backward"
+    recomputed = e * rows * (3 * d + 2 * q + 2 * kv + shape.inner_saved) if again else 0
     layer = mlp + recomputed + e * rows * (3 * q + 4 * kv)
     if mode == "backward":
         exact = e * tokens * (2 * d + 2 * q + 2 * kv) + e * min(tokens, MLP_ROWS) * (3 * f + 2 * d)
@@ -188,8 +191,7 @@ def estimate(
     element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
     except in weighted phases, where the number of kept blocks varies and three standard deviations are added, and with
     `Phase.mass`, where the lists of tiles are counted as long as the other limits let them become; `working` is an
-    estimate. Raises UnsupportedModelError for a model that lemo does not know, or whose attention has a window
-    shorter than the context.
+    estimate. Raises UnsupportedModelError for a model that lemo does not know.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
@@ -197,7 +199,6 @@ def estimate(
     loaded = isinstance(model, torch.nn.Module)
     model_config = base_model(model).config if loaded else model
     shape = layer_shape(model_config, element=element, lora_rank=lora_rank, lora_targets=lora_targets)
-    families.of(model_config).check_length(model_config, context)
     recompute = "none" if config.recompute == "auto" else config.recompute
     layers, tokens = shape.layers, batch * context
     eliminating = layers if config.layers is None else len(set(config.layers))

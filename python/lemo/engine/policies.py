@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lemo import ops
 from lemo.engine.config import Phase, PolicyName
+from lemo.engine.families.base import AttentionOptions
 from lemo.engine.layout import Blocks, Kept, KeptPair, SelectMode, select
 
 _MASK = 2**64 - 1
@@ -71,7 +72,7 @@ class StepContext:
     """What is fixed during one forward pass.
 
     blocks: of the packed batch; seed: of this micro-batch in this process; queries_keys(layer, x): the layer's own
-    q [T, Hq, D] and k [T, Hk, D] for residual rows x [T, d], position embedding applied; scale: of their product;
+    q [T, Hq, D] and k [T, Hk, D] for residual rows x [T, d], position embedding applied; attention(layer): its options;
     required: bool [nb], blocks that are kept whatever their score and the budget (mode "skip": those with labels).
     """
 
@@ -81,7 +82,7 @@ class StepContext:
     always_first: int
     always_last: int
     queries_keys: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    scale: Callable[[int], float]
+    attention: Callable[[int], AttentionOptions]
     required: Tensor | None = None
 
 
@@ -314,7 +315,13 @@ class Exact(Policy):
     def scores(self, layer: int, x: Tensor) -> Tensor:
         q, k = self.context.queries_keys(layer, x)
         blocks = self.context.blocks
-        scale = self.context.scale(layer)
+        options = self.context.attention(layer)
+        if options.window is not None or options.softcap:
+            raise NotImplementedError(
+                f'policy "exact": layer {layer} has window={options.window} and softcap={options.softcap:g}, which the '
+                "exact scores do not know yet; use another policy"
+            )
+        scale = options.scale
         return ops.block_scores(q, k, blocks.offsets, blocks.documents, blocks.block_size, scale, self.normalize)[0]
 
 

@@ -256,7 +256,7 @@ class Controller:
         """The residual stream [T, d] after the last layer, before the final norm, and the step that made it."""
         decoder = self.family.decoder(self.model)
         layers = self.family.layers(decoder)
-        self.family.check_length(self.model.config, inputs.packed.blocks.max_seqlen)
+        self.family.check_kernels(self.model.config, inputs.packed.blocks.max_seqlen, inputs.batch.device)
         if self.micro_batch == 0:
             self._check_surroundings(layers, inputs.batch)
         check_modules(self.family, self.model)

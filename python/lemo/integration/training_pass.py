@@ -76,7 +76,8 @@ def begin(
     participation = Participation(not phase.skips or trains_before_layers(x, embedded))
     embedded.clear()
     x = x.to(_compute_dtype(x))
-    attention = Attention(family, family.tables(decoder, x.detach(), packed.positions), config.deterministic)
+    tables = family.tables(decoder, x.detach(), packed.positions)
+    attention = Attention(family, tables, config.deterministic, longest=packed.blocks.max_seqlen)
     lists = ChosenLists(plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered)
     if plan.policy is not None:
         plan.policy.begin(
@@ -87,7 +88,7 @@ def begin(
                 always_first=config.always_first,
                 always_last=config.always_last,
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
-                scale=lambda i: family.scale(layers[i]),
+                attention=lambda i: attention.options(layers[i]),
                 required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
             )
         )
@@ -103,7 +104,7 @@ def begin(
         random=plan.random,
         general=plan.general,
         choose=lists.choose,
-        tiles=None if tiles is None else _tiles_of_layers(tiles, family, layers),
+        tiles=None if tiles is None else _tiles_of_layers(tiles, attention, layers),
         observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
         borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
         autocast=_autocast(x),
@@ -127,10 +128,11 @@ def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChoose
 
 
 def _tiles_of_layers(
-    chooser: TileChooser, family: Family, layers: list[nn.Module]
+    chooser: TileChooser, attention: Attention, layers: list[nn.Module]
 ) -> Callable[[int, Tensor, SavedList], TileChoice]:
     def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
-        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, family.scale(layers[i]))))
+        scale = attention.options(layers[i]).scale
+        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, scale)))
 
     return tiles
 

@@ -53,7 +53,6 @@ class Teacher:
     @torch.no_grad()
     def visit(self, ids: Tensor, visitor: Visitor) -> None:
         """One document, without exact scores."""
-        self.family.check_length(self.config, ids.shape[0])
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
 
@@ -82,7 +81,7 @@ class Teacher:
         Predictors meet such a residual stream in training, where eliminated tokens carry what an earlier layer left in
         them; learned from dense activations alone they score those tokens by chance.
         """
-        self.family.check_length(self.config, ids.shape[0])
+        self.family.check_kernels(self.config, ids.shape[0], self.device)
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
         disable = getattr(self.model, "disable_adapter", None)
@@ -101,7 +100,9 @@ class Teacher:
                 family=self.family,
                 layers=self.layers,
                 blocks=blocks,
-                attention=Attention(self.family, self.family.tables(self.decoder, x, blocks.positions)),
+                attention=Attention(
+                    self.family, self.family.tables(self.decoder, x, blocks.positions), longest=blocks.max_seqlen
+                ),
                 mode="skip",
                 recompute="full",
                 random=False,
@@ -132,7 +133,13 @@ class Teacher:
             q, k = q.float(), k.float()
         elif q.dtype == torch.float32:  # the kernels on CUDA take 16 bits
             q, k = q.bfloat16(), k.bfloat16()
-        return q, k, self.family.scale(layer)
+        options = self.family.attention_options(layer)
+        if options.window is not None or options.softcap:
+            raise NotImplementedError(
+                f"calibration: layer {index} has window={options.window} and softcap={options.softcap:g}, which the "
+                "exact scores do not know yet"
+            )
+        return q, k, options.scale
 
 
 def documents(batches: Iterable[Any], context: int | None, block_size: int) -> Iterator[Tensor]:

@@ -6,16 +6,27 @@ from typing import Any
 
 from torch import nn
 
-from lemo.engine.families.base import Family, ModelShape, NormWeights, UnsupportedModelError
+from lemo.engine.families.base import AttentionOptions, Family, ModelShape, NormWeights, UnsupportedModelError
+from lemo.engine.families.gemma import Gemma2, Gemma3
 from lemo.engine.families.llama import Llama
-from lemo.engine.families.mistral import Mistral
+from lemo.engine.families.mistral import Ministral, Mistral
 from lemo.engine.families.opt import OPT
 from lemo.engine.families.qwen2 import Qwen2
 from lemo.engine.wrappers import base_model
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), OPT(), Qwen2())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Ministral(), OPT(), Qwen2(), Gemma2(), Gemma3())
 
-__all__ = ["FAMILIES", "Family", "ModelShape", "NormWeights", "UnsupportedModelError", "find", "logit_softcap", "of"]
+__all__ = [
+    "FAMILIES",
+    "AttentionOptions",
+    "Family",
+    "ModelShape",
+    "NormWeights",
+    "UnsupportedModelError",
+    "find",
+    "logit_softcap",
+    "of",
+]
 
 
 def supported() -> str:

@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lemo.engine.linear import unwrap
 
 # (module, name) of classes.
 Classes = tuple[tuple[str, str], ...]
-# Rotary tables cos, sin [T, D] of a step's tokens; None if positions enter with the embedding.
-Tables = tuple[Tensor, Tensor] | None
+# Rotary tables [T, D] of a step's tokens, cos and sin of every kind of layer; None if positions enter with the embedding.
+Tables = tuple[Tensor, ...] | None
 NormKind = Literal["rms", "layer"]
 # The projections of a layer, in the order of computation.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -33,7 +34,9 @@ class ModelShape:
     """Sizes of a model: hidden d, heads Hq, kv_heads Hk, head_dim D, ffn f.
 
     gated: SwiGLU (two inner projections) or a plain MLP (one). tied: the head is the embedding's weight. positions:
-    rows of a learned position embedding. biases: which of PROJECTIONS have one.
+    rows of a learned position embedding. biases: which of PROJECTIONS have one. Beyond projections, their biases and
+    the two norms that every layer has: inner_parameters of a layer, and inner_saved elements of every row that its
+    graphs save (for norms of queries and keys, for example).
     """
 
     layers: int
@@ -47,6 +50,8 @@ class ModelShape:
     tied: bool = False
     positions: int = 0
     biases: tuple[str, ...] = ()
+    inner_parameters: int = 0
+    inner_saved: int = 0
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -54,6 +59,22 @@ class ModelShape:
         d, q, kv, f = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.ffn
         sides = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
         return {name: sides[name] for name in PROJECTIONS if name != "gate" or self.gated}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionOptions:
+    """How a layer's queries see keys, besides causality within the document.
+
+    scale: factor of q.k. window: tokens that a query sees, itself included, counted by their places in the sequence,
+    so that eliminated tokens count as well; None: all before it. softcap c > 0: scores are c tanh(s / c), before
+    anything is hidden; 0: as they are. sinks: float [Hq], logits that join the denominator of a head's softmax only;
+    may be a trained parameter of the layer.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +108,8 @@ class NormWeights:
 def rms_norm(module: nn.Module, offset: float = 0.0) -> NormWeights:
     """Weights of a transformers RMSNorm."""
     module = unwrap(module)
-    return NormWeights("rms", module.weight, None, float(module.variance_epsilon), offset)  # type: ignore[arg-type]
+    eps: Any = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return NormWeights("rms", module.weight, None, float(eps), offset)  # type: ignore[arg-type]
 
 
 def layer_norm(module: nn.Module) -> NormWeights:
@@ -160,20 +182,30 @@ class Family(ABC):
         """c > 0: the model's logits are c tanh(z / c); 0: as the head gives them."""
         return float(getattr(config, "final_logit_softcapping", None) or 0.0)
 
-    def window(self, config: Any) -> int | None:
-        """Tokens that a query sees, itself included, if not all before it. Documents beyond it are refused."""
-        return getattr(config, "sliding_window", None)
+    def window(self, config: Any, layer: int) -> int | None:
+        """Tokens that a query of layer `layer` sees, itself included; None: all before it."""
+        kinds = getattr(config, "layer_types", None)
+        return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
-    def check_length(self, config: Any, tokens: int) -> None:
-        """Raises UnsupportedModelError if a window would cut attention within a document of so many tokens."""
-        window = self.window(config)
-        if window is not None and tokens > window:
-            refuse(
-                f"sliding-window attention (sliding_window={window} of {self.model_class}, in a document of {tokens} "
-                "tokens): a layer here sees all tokens before its own",
-                f"train on documents of at most {window} tokens (--context), or set sliding_window to null in the "
-                "model's configuration if every token should see all before it",
-            )
+    def windows(self, config: Any, tokens: int) -> list[int | None]:
+        """Of every layer, if it hides anything in documents of so many tokens."""
+        found = (self.window(config, i) for i in range(self.shape(config).layers))
+        return [None if window is None or window >= tokens else window for window in found]
+
+    def options_without_kernels(self, config: Any, tokens: int) -> list[str]:
+        """What attention needs in documents of so many tokens and CUDA kernels do not compute."""
+        window = next((w for w in self.windows(config, tokens) if w is not None), None)
+        size = self.shape(config).head_dim
+        found = [f"heads of {size} values"] if size > 128 else []
+        return found if window is None else [*found, f"a sliding window of {window} in documents of {tokens} tokens"]
+
+    def check_kernels(self, config: Any, tokens: int, device: torch.device) -> None:
+        """Raises UnsupportedModelError if the device cannot compute attention in documents of so many tokens."""
+        missing = self.options_without_kernels(config, tokens) if device.type == "cuda" else ()
+        if missing:
+            fits = min((w for w in self.windows(config, tokens) if w is not None), default=tokens)
+            shorter = "" if self.options_without_kernels(config, fits) else f" or on documents of at most {fits} tokens"
+            refuse(f"{' and '.join(missing)} on CUDA ({self.model_class})", f"train on the CPU (--device cpu){shorter}")
 
     # --- checks ---
 
@@ -217,7 +249,8 @@ class Family(ABC):
     @abstractmethod
     def attention_modules(self, layer: Any) -> Sequence[nn.Module]:
         """The modules whose parameters `queries_keys_values` and `attention_output` use: projections, norms of queries
-        and keys. A trained parameter of a layer that is in none of these, `mlp_modules` and `norms` is an error."""
+        and keys. A trained parameter of a layer that is in none of these, `mlp_modules`, `norms` and the sinks of
+        `attention_options` is an error."""
 
     @abstractmethod
     def mlp_modules(self, layer: Any) -> Sequence[nn.Module]:
@@ -272,9 +305,10 @@ class Family(ABC):
         """
         return None
 
-    def scale(self, layer: Any) -> float:
-        """Factor of q.k before the softmax."""
-        return float(layer.self_attn.scaling)
+    def attention_options(self, layer: Any) -> AttentionOptions:
+        """The layer's scale, and the window, soft-cap and sinks that its attention has."""
+        a = layer.self_attn
+        return AttentionOptions(float(a.scaling), self.window(a.config, a.layer_idx))
 
     def dropout(self, lm: Any) -> float:
         """Probability of the family's own dropout in training."""

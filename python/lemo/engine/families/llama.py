@@ -88,10 +88,19 @@ class Llama(Family):
     ) -> tuple[Tensor, Tensor, Tensor]:
         a, m = layer.self_attn, h.shape[0]
         q, k, v = linear_group((a.q_proj, a.k_proj, a.v_proj), h)
+        q, k = self.norm_heads(layer, q.view(m, -1, a.head_dim), k.view(m, -1, a.head_dim))
+        cos, sin = self.rotary_tables(layer, tables)
+        return ops.rotary(q, cos, sin, rows), ops.rotary(k, cos, sin, rows), v.view(m, -1, a.head_dim)
+
+    def norm_heads(self, layer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [M, Hq, D] and keys [M, Hk, D] as they are rotated."""
+        return q, k
+
+    def rotary_tables(self, layer: Any, tables: Tables) -> tuple[Tensor, Tensor]:
+        """Those of one layer, out of what `tables` made for all of them."""
         assert tables is not None
-        q = ops.rotary(q.view(m, -1, a.head_dim), *tables, rows)
-        k = ops.rotary(k.view(m, -1, a.head_dim), *tables, rows)
-        return q, k, v.view(m, -1, a.head_dim)
+        cos, sin = tables
+        return cos, sin
 
     def attention_output(self, layer: Any, out: Tensor, want_output: bool = True) -> Tensor:
         return linear_group((layer.self_attn.o_proj,), out, want_output)[0]
