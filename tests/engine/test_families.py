@@ -11,7 +11,7 @@ from lemo.engine.families import FAMILIES as KNOWN
 from lemo.engine.families import UnsupportedModelError
 from lemo.engine.families.llama import Llama
 from lemo.engine.memory import layer_shape
-from support.models import ATTENTION, FAMILIES, LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, FAMILIES, LAYERS, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 from transformers import Gemma2Config, GemmaConfig, MistralConfig, Qwen2Config
 
@@ -25,7 +25,7 @@ def test_every_family_is_tested():
     assert [family.model_type for family in KNOWN] == [tiny.config.model_type for tiny in FAMILIES.values()]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("biases", [False, True])
 def test_shape(name, biases):
     """Sizes, projections and biases are those of the model's own modules."""

@@ -25,7 +25,8 @@ VOCAB = 89
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family's tiny model. separates: whether transformers itself keeps packed documents apart."""
+    """A family's tiny model. separates: whether transformers itself keeps packed documents apart; counts_padding:
+    whether it gives padding on the left a position; kernels: options of a model whose heads the CUDA kernels have."""
 
     model: Any
     config: Any
@@ -33,6 +34,8 @@ class Tiny:
     mlp: list[str]
     options: dict[str, Any] = field(default_factory=dict)
     separates: bool = True
+    counts_padding: bool = True
+    kernels: dict[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 1})
 
 
 ROTARY: dict[str, Any] = {
@@ -40,12 +43,19 @@ ROTARY: dict[str, Any] = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
-# Every family that lemo supports: a new one is a line here, and all tests of families run with it.
+# Every family that lemo supports; a new one is a line here. tests/engine/test_every_family.py compares each one with
+# transformers' own layers, in every mode, with a few combinations of options that together touch everything a family
+# defines (about 4 seconds a family). Give the model what sets the family apart: heads wider than hidden / heads, layers
+# that differ, a window.
 FAMILIES = {
     "llama": Tiny(LlamaForCausalLM, LlamaConfig, **ROTARY, options=GATED),
     # Heads wider than hidden / heads, and a window that no document of these tests reaches.
     "mistral": Tiny(
-        MistralForCausalLM, MistralConfig, **ROTARY, options={**GATED, "head_dim": 16, "sliding_window": 512}
+        MistralForCausalLM,
+        MistralConfig,
+        **ROTARY,
+        options={**GATED, "head_dim": 16, "sliding_window": 1024},
+        kernels={"num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
     ),
     "opt": Tiny(
         OPTForCausalLM,
@@ -54,10 +64,14 @@ FAMILIES = {
         ["fc1", "fc2"],
         {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32, "init_std": 0.2, "max_position_embeddings": 128},
         separates=False,
+        counts_padding=False,
+        kernels={"word_embed_proj_dim": 128, "max_position_embeddings": 1024},
     ),
     "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
 }
-# One for each implementation of a layer, for the widest products: families derived from it run the same code.
+# The families that the tests of the engine run with: combinations of mode, recomputation, packing, adapters and
+# surroundings depend on the engine, not on the family. Two suffice: one with rotary positions, a gated MLP and grouped
+# queries, and one with none of these. Another joins them only if the engine itself takes another path for it.
 LAYERS = ("llama", "opt")
 ATTENTION = {name: tiny.attention for name, tiny in FAMILIES.items()}
 LINEARS = {name: [*tiny.attention, *tiny.mlp] for name, tiny in FAMILIES.items()}
