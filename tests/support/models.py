@@ -10,8 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -43,19 +49,29 @@ ROTARY: dict[str, Any] = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
+# Windows that documents of these tests exceed, in some of the layers.
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = {**GATED, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24, "layer_types": ALTERNATING}
 # Every family that lemo supports; a new one is a line here. tests/engine/test_every_family.py compares each one with
 # transformers' own layers, in every mode, with a few combinations of options that together touch everything a family
 # defines (about 4 seconds a family). Give the model what sets the family apart: heads wider than hidden / heads, layers
 # that differ, a window.
 FAMILIES = {
     "llama": Tiny(LlamaForCausalLM, LlamaConfig, **ROTARY, options=GATED),
-    # Heads wider than hidden / heads, and a window that no document of these tests reaches.
+    # Heads wider than hidden / heads, and a window that no document of these tests reaches (test_families.py has those
+    # that do).
     "mistral": Tiny(
         MistralForCausalLM,
         MistralConfig,
         **ROTARY,
         options={**GATED, "head_dim": 16, "sliding_window": 1024},
         kernels={"num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
+    ),
+    "ministral": Tiny(
+        MinistralForCausalLM,
+        MinistralConfig,
+        **ROTARY,
+        options={**GATED, "head_dim": 8, "sliding_window": 12, "layer_types": ALTERNATING},
     ),
     "opt": Tiny(
         OPTForCausalLM,
@@ -68,6 +84,13 @@ FAMILIES = {
         kernels={"word_embed_proj_dim": 128, "max_position_embeddings": 1024},
     ),
     "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
+    "gemma2": Tiny(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        **ROTARY,
+        options={**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA),
 }
 # The families that the tests of the engine run with: combinations of mode, recomputation, packing, adapters and
 # surroundings depend on the engine, not on the family. Two suffice: one with rotary positions, a gated MLP and grouped
@@ -87,6 +110,8 @@ def base(family: str, layers: int = 3, **options: Any) -> Any:
         for name, p in model.named_parameters():
             if name.endswith(".bias"):  # transformers makes them zero
                 p.normal_(std=0.2)
+            elif "norm" in name:  # and these all the same
+                p.add_(torch.randn_like(p), alpha=0.2)
     return model
 
 

@@ -18,7 +18,7 @@ from lemo.engine.linear import unwrap
 
 # (module, name) of classes.
 Classes = tuple[tuple[str, str], ...]
-# Rotary tables [T, D] of a step's tokens, cos and sin of every kind of layer; None if positions enter with the embedding.
+# Rotary tables [T, D] of a step, cos and sin of every kind of layer; None if positions enter with the embedding.
 Tables = tuple[Tensor, ...] | None
 NormKind = Literal["rms", "layer"]
 # The projections of a layer, in the order of computation.
