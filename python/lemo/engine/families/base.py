@@ -141,6 +141,8 @@ class Family(ABC):
     # Role of every projection of a layer (one of PROJECTIONS) by its module's name.
     projections: Mapping[str, str]
     norm_offset = 0.0
+    # The configuration type of models of several modalities that hold a model of this family, which can be loaded alone.
+    within: str | None = None
 
     # --- names ---
 
@@ -172,6 +174,10 @@ class Family(ABC):
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the modules that an adapter of attention is for."""
         return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "o"))
+
+    def loading(self, config: Any) -> dict[str, Any]:
+        """Arguments of transformers' from_pretrained, beyond the obvious ones, for a model that lemo can train."""
+        return {"attn_implementation": "sdpa"}
 
     # --- facts of a configuration ---
 
