@@ -144,11 +144,12 @@ def skip(
     x = m.embed(ids)
     for i, rows in enumerate(lists):
         mask = m.visible(rows)
-        if masks is not None and masks[i] is not None:
-            mask = mask & masks[i]
+        pairs = None if masks is None else masks[i]
+        if pairs is not None:
+            mask = mask & pairs
         x = x.index_copy(0, rows, m.layer(i, x[rows], rows, masked(rows, mask)))
-    pairs = [(rows, rows) for rows in lists]
-    return m.loss(x, targets.masked_fill(~took_part(pairs, len(targets)), -100))
+    both = [(rows, rows) for rows in lists]
+    return m.loss(x, targets.masked_fill(~took_part(both, len(targets)), -100))
 
 
 def backward(

@@ -228,7 +228,7 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     longest = getattr(config, "max_position_embeddings", None)
     if context is None or longest is None or context <= longest:
         return config
-    rope = getattr(config, "rope_parameters", None)
+    rope: Any = getattr(config, "rope_parameters", None)
     if not interpolate:
         hint = "; --interpolate-positions stretches them" if rope else " (its position embeddings are learned)"
         raise ValueError(f"--context {context} exceeds the model's {longest} positions{hint}")

@@ -141,7 +141,7 @@ class Family(ABC):
     # Role of every projection of a layer (one of PROJECTIONS) by its module's name.
     projections: Mapping[str, str]
     norm_offset = 0.0
-    # The configuration type of models of several modalities that hold a model of this family, which can be loaded alone.
+    # The model_type of models of several modalities that hold one of this family, which can be loaded alone.
     within: str | None = None
 
     # --- names ---
