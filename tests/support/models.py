@@ -10,14 +10,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB = 89
@@ -42,6 +52,8 @@ ROTARY: dict[str, Any] = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
+# A head size that the kernels have, for families whose head size is a setting.
+HEADS_OF_128 = {"num_key_value_heads": 1, "head_dim": 128}
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
 # Every family that lemo supports; a new one is a line here. tests/engine/test_every_family.py compares each one with
 # transformers' own layers, in every mode, with a few combinations of options that together touch everything a family
@@ -55,7 +67,7 @@ FAMILIES = {
         MistralConfig,
         **ROTARY,
         options={**GATED, "head_dim": 16, "sliding_window": 1024},
-        kernels={"num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
+        kernels={**HEADS_OF_128, "sliding_window": None},
     ),
     "opt": Tiny(
         OPTForCausalLM,
@@ -68,6 +80,52 @@ FAMILIES = {
         kernels={"word_embed_proj_dim": 128, "max_position_embeddings": 1024},
     ),
     "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
+    "qwen3": Tiny(Qwen3ForCausalLM, Qwen3Config, **ROTARY, options={**GATED, "head_dim": 16}, kernels=HEADS_OF_128),
+    # Layers with experts, and one with an MLP.
+    "qwen3_moe": Tiny(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        ROTARY["attention"],
+        [],  # PEFT takes the names of an MLP's projections for those of experts
+        options={
+            **GATED,
+            "head_dim": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        kernels=HEADS_OF_128,
+    ),
+    "granite": Tiny(
+        GraniteForCausalLM,
+        GraniteConfig,
+        **ROTARY,
+        options={
+            **GATED,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+        },
+    ),
+    # Half of a head is rotated.
+    "phi3": Tiny(
+        Phi3ForCausalLM,
+        Phi3Config,
+        ["qkv_proj", "o_proj"],
+        ["gate_up_proj", "down_proj"],
+        {
+            **GATED,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    # The second layer has no position embedding.
+    "smollm3": Tiny(
+        SmolLM3ForCausalLM, SmolLM3Config, **ROTARY, options={**GATED, "pad_token_id": 0, "no_rope_layer_interval": 2}
+    ),
 }
 # The families that the tests of the engine run with: combinations of mode, recomputation, packing, adapters and
 # surroundings depend on the engine, not on the family. Two suffice: one with rotary positions, a gated MLP and grouped
@@ -87,6 +145,8 @@ def base(family: str, layers: int = 3, **options: Any) -> Any:
         for name, p in model.named_parameters():
             if name.endswith(".bias"):  # transformers makes them zero
                 p.normal_(std=0.2)
+            elif "norm" in name:  # and these all alike
+                p.add_(torch.randn_like(p), alpha=0.2)
     return model
 
 

@@ -104,15 +104,11 @@ def masked(mask: Tensor) -> Attend:
     return lambda q, k, v, scaling, module: probabilities(q, k, scaling, mask)[1] @ v
 
 
-def skip(
-    m: Model, ids: Tensor, targets: Tensor, lists: list[Tensor], masks: list[Tensor | None] | None = None
-) -> Tensor:
+def skip(m: Model, ids: Tensor, targets: Tensor, lists: list[Tensor], masks: list[Tensor] | None = None) -> Tensor:
     """Loss of mode "skip"; lists: kept rows by layer; masks: bool [M, M] of the pairs that a layer attends to."""
     x = m.embed(ids)
     for i, rows in enumerate(lists):
-        mask = m.visible(rows)
-        if masks is not None and masks[i] is not None:
-            mask = mask & masks[i]
+        mask = m.visible(rows) if masks is None else m.visible(rows) & masks[i]
         x = x.index_copy(0, rows, m.layer(i, x[rows], rows, masked(mask)))
     pairs = [(rows, rows) for rows in lists]
     return m.loss(x, targets.masked_fill(~took_part(pairs, len(targets)), -100))
