@@ -14,6 +14,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -22,8 +24,16 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB = 89
@@ -48,6 +58,8 @@ ROTARY: dict[str, Any] = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
+# A head size that the kernels have, for families whose head size is a setting.
+HEADS_OF_128 = {"num_key_value_heads": 1, "head_dim": 128}
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
 # Windows that documents of these tests exceed, in some of the layers.
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -65,7 +77,7 @@ FAMILIES = {
         MistralConfig,
         **ROTARY,
         options={**GATED, "head_dim": 16, "sliding_window": 1024},
-        kernels={"num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
+        kernels={**HEADS_OF_128, "sliding_window": None},
     ),
     "ministral": Tiny(
         MinistralForCausalLM,
@@ -84,6 +96,24 @@ FAMILIES = {
         kernels={"word_embed_proj_dim": 128, "max_position_embeddings": 1024},
     ),
     "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
+    "qwen3": Tiny(Qwen3ForCausalLM, Qwen3Config, **ROTARY, options={**GATED, "head_dim": 16}, kernels=HEADS_OF_128),
+    # Layers with experts, and one with an MLP.
+    "qwen3_moe": Tiny(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        ROTARY["attention"],
+        [],  # PEFT takes the names of an MLP's projections for those of experts
+        options={
+            **GATED,
+            "head_dim": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        kernels=HEADS_OF_128,
+    ),
     "gemma2": Tiny(
         Gemma2ForCausalLM,
         Gemma2Config,
@@ -91,6 +121,34 @@ FAMILIES = {
         options={**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
     ),
     "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA),
+    "granite": Tiny(
+        GraniteForCausalLM,
+        GraniteConfig,
+        **ROTARY,
+        options={
+            **GATED,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+        },
+    ),
+    # Half of a head is rotated.
+    "phi3": Tiny(
+        Phi3ForCausalLM,
+        Phi3Config,
+        ["qkv_proj", "o_proj"],
+        ["gate_up_proj", "down_proj"],
+        {
+            **GATED,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    # The second layer has no position embedding.
+    "smollm3": Tiny(
+        SmolLM3ForCausalLM, SmolLM3Config, **ROTARY, options={**GATED, "pad_token_id": 0, "no_rope_layer_interval": 2}
+    ),
 }
 # The families that the tests of the engine run with: combinations of mode, recomputation, packing, adapters and
 # surroundings depend on the engine, not on the family. Two suffice: one with rotary positions, a gated MLP and grouped
@@ -110,7 +168,7 @@ def base(family: str, layers: int = 3, **options: Any) -> Any:
         for name, p in model.named_parameters():
             if name.endswith(".bias"):  # transformers makes them zero
                 p.normal_(std=0.2)
-            elif "norm" in name:  # and these all the same
+            elif "norm" in name:  # and these all alike
                 p.add_(torch.randn_like(p), alpha=0.2)
     return model
 

@@ -137,9 +137,7 @@ def masked(rows: Tensor, mask: Tensor) -> Attend:
     return lambda q, k, v, options: probabilities(q, k, options, rows, mask)[1] @ v
 
 
-def skip(
-    m: Model, ids: Tensor, targets: Tensor, lists: list[Tensor], masks: list[Tensor | None] | None = None
-) -> Tensor:
+def skip(m: Model, ids: Tensor, targets: Tensor, lists: list[Tensor], masks: list[Tensor] | None = None) -> Tensor:
     """Loss of mode "skip"; lists: kept rows by layer; masks: bool [M, M] of the pairs that a layer attends to."""
     x = m.embed(ids)
     for i, rows in enumerate(lists):

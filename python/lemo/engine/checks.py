@@ -162,7 +162,7 @@ def check_modules(family: Family, lm: Any) -> None:
             _check_module(module, path, allowed, family.liger)
     decoder = family.decoder(lm)
     for i, layer in enumerate(family.layers(decoder)):
-        for name, allowed in family.layer_modules.items():
+        for name, allowed in family.layer_modules_of(layer).items():
             module = _at(layer, name) if name else layer
             path = f"{family.layers_path}.{i}" + (f".{name}" if name else "")
             _check_module(module, path, allowed, family.liger)

@@ -135,7 +135,7 @@ def _causal_lm_forward(
     inputs = _inputs(controller, named)
     targets = Targets.of(inputs.packed, named)
     x, step = controller.run(replace(inputs, labelled=targets.values != targets.ignore_index))
-    norm = controller.family.final_norm(controller.family.decoder(module))
+    norm = controller.family.head_norm(controller.family.decoder(module))
     head = projection(module.lm_head, trainable=True)
     if head is None:
         controller.note(

@@ -8,13 +8,31 @@ from torch import nn
 
 from lemo.engine.families.base import AttentionOptions, Family, ModelShape, NormWeights, UnsupportedModelError
 from lemo.engine.families.gemma import Gemma2, Gemma3
+from lemo.engine.families.granite import Granite
 from lemo.engine.families.llama import Llama
 from lemo.engine.families.mistral import Ministral, Mistral
 from lemo.engine.families.opt import OPT
+from lemo.engine.families.phi3 import Phi3
 from lemo.engine.families.qwen2 import Qwen2
+from lemo.engine.families.qwen3 import Qwen3
+from lemo.engine.families.qwen3_moe import Qwen3MoE
+from lemo.engine.families.smollm3 import SmolLM3
 from lemo.engine.wrappers import base_model
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Ministral(), OPT(), Qwen2(), Gemma2(), Gemma3())
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Mistral(),
+    Ministral(),
+    OPT(),
+    Qwen2(),
+    Qwen3(),
+    Qwen3MoE(),
+    Gemma2(),
+    Gemma3(),
+    Granite(),
+    Phi3(),
+    SmolLM3(),
+)
 
 __all__ = [
     "FAMILIES",
@@ -26,6 +44,7 @@ __all__ = [
     "find",
     "language_config",
     "loading",
+    "logit_scale",
     "logit_softcap",
     "of",
 ]
@@ -92,6 +111,14 @@ def logit_softcap(config: Any) -> float:
     """c > 0: logits are c tanh(z / c). Of any causal language model: one without a family has transformers' name."""
     family = _of_type(getattr(config, "model_type", None))
     return Family.logit_softcap(family, config) if family is None else family.logit_softcap(config)  # type: ignore[arg-type]
+
+
+def logit_scale(config: Any) -> float:
+    """The factor of the head's output that makes the logits; of any causal language model, as `logit_softcap`."""
+    family = _of_type(getattr(config, "model_type", None))
+    if family is not None:
+        return family.logit_scale(config)
+    return 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def _of_type(model_type: str | None) -> Family | None:
