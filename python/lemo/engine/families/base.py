@@ -208,7 +208,7 @@ class Family(ABC):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the modules that an adapter of attention is for."""
-        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "o"))
+        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "qkv", "o"))
 
     # --- facts of a configuration ---
 
@@ -286,6 +286,12 @@ class Family(ABC):
 
     @abstractmethod
     def final_norm(self, decoder: Any) -> NormWeights | None: ...
+
+    def decoder_output(self, hidden: Tensor) -> Any:
+        """What the model's decoder returns in training, with hidden states [B, S, d]."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
 
     def head_norm(self, decoder: Any) -> NormWeights | None:
         """The final norm as the loss reads it: with `logit_scale`, since the head is linear."""
