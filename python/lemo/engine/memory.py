@@ -108,7 +108,8 @@ def saved_bytes(
                      + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
                      + e M f   if gated and down has one       + e M (sum of all r)
                      with experts in place of the MLP, k of E for a row, in place of f + f:
-                       e M k (2 f + 1) + M (4 E + 16 k) [+ 4 M (k + 1) if normed] + 4 E
+                       e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
+                       [+ 4 M (k + 1) if its weights are made to sum to 1]
                      + e M (elements of norms inside attention and MLP, `inner_saved` of the model's shape)
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
         tiles        8 (S + 1 + L)     [half of it with "none"]
@@ -145,7 +146,8 @@ def _expert_bytes(shape: LayerShape, rows: int) -> int:
     order."""
     e = shape.experts
     assert e is not None
-    router = 4 * e.count + 16 * e.per_token + (4 * (e.per_token + 1) if e.normed else 0)
+    router = 16 * e.per_token + (0 if e.normed is None else 4 * e.count)
+    router += 4 * (e.per_token + 1) if e.normed else 0
     return rows * (shape.element * e.per_token * (2 * e.ffn + 1) + router) + 4 * e.count
 
 

@@ -33,14 +33,14 @@ class UnsupportedModelError(ValueError):
 class Experts:
     """A router and `count` gated MLPs of width f, of which every row takes `per_token`; in the layers named.
 
-    normed: the router's weights of a row sum to 1.
+    normed: the router's weights of a row are made to sum to 1; None: they do, as a softmax over the chosen experts alone.
     """
 
     count: int
     per_token: int
     ffn: int
     layers: tuple[int, ...]
-    normed: bool
+    normed: bool | None
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Family(ABC):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the modules that an adapter of attention is for."""
-        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "o"))
+        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "qkv", "o"))
 
     def loading(self, config: Any) -> dict[str, Any]:
         """Arguments of transformers' from_pretrained, beyond the obvious ones, for a model that lemo can train."""
@@ -291,6 +291,12 @@ class Family(ABC):
 
     @abstractmethod
     def final_norm(self, decoder: Any) -> NormWeights | None: ...
+
+    def decoder_output(self, hidden: Tensor) -> Any:
+        """What the model's decoder returns in training, with hidden states [B, S, d]."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
 
     def head_norm(self, decoder: Any) -> NormWeights | None:
         """The final norm as the loss reads it: with `logit_scale`, since the head is linear."""

@@ -56,7 +56,8 @@ class Qwen3MoE(Qwen3):
 
     def check(self, lm: Any) -> None:
         super().check(lm)
-        for i, layer in enumerate(self.layers(self.decoder(lm))):
+        layers: list[Any] = self.layers(self.decoder(lm))
+        for i, layer in enumerate(layers):
             # PEFT makes them of the names gate_proj, up_proj and down_proj as well.
             if _sparse(layer) and hasattr(layer.mlp.experts, "base_layer"):
                 refuse(
@@ -86,6 +87,11 @@ class Qwen3MoE(Qwen3):
         else:
             y = mixture(h, index, weights)
         return (y, row_statistics(probabilities, index)) if layer.self_attn.config.output_router_logits else y
+
+    def decoder_output(self, hidden: Tensor) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=hidden)
 
     def auxiliary_loss(self, config: Any, statistics: Tensor) -> Tensor | None:
         """The balance of the experts' load, over the rows of all layers together."""
