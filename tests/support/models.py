@@ -145,11 +145,10 @@ FAMILIES = {
                 "truncate": False,
             },
         },
+        separates=False,
     ),
     "granite": Tiny(
         GraniteForCausalLM,
-        GptOssConfig,
-        GptOssForCausalLM,
         GraniteConfig,
         **ROTARY,
         options={

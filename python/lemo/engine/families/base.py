@@ -33,7 +33,7 @@ class UnsupportedModelError(ValueError):
 class Experts:
     """A router and `count` gated MLPs of width f, of which every row takes `per_token`; in the layers named.
 
-    normed: the router's weights of a row are made to sum to 1; None: they do, as a softmax over the chosen experts alone.
+    normed: the router's weights of a row are made to sum to 1; None: they do, being a softmax over the chosen experts.
     """
 
     count: int
@@ -296,7 +296,7 @@ class Family(ABC):
         """What the model's decoder returns in training, with hidden states [B, S, d]."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def head_norm(self, decoder: Any) -> NormWeights | None:
         """The final norm as the loss reads it: with `logit_scale`, since the head is linear."""

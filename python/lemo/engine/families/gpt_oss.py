@@ -1,5 +1,5 @@
-"""gpt-oss: sinks in every head's softmax, a window in every other layer, biases, and a mixture of experts in every layer,
-whose gates are clamped. Router and experts are frozen in the cheap path; adapters are for attention."""
+"""gpt-oss: sinks in every head's softmax, a window in every other layer, biases, and in every layer a mixture of
+experts whose gates are clamped. Router and experts are frozen in the cheap path; adapters are for attention."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class GptOss(Llama):
     def decoder_output(self, hidden: Tensor) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        return MoeModelOutputWithPast(last_hidden_state=hidden)
 
     def auxiliary_loss(self, config: Any, statistics: Tensor) -> Tensor | None:
         return config.router_aux_loss_coef * balance(statistics, config.num_local_experts)
