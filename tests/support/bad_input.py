@@ -446,7 +446,6 @@ MODELS = [
     ("post_norm", ("do_layer_norm_before", "350m")),
     ("projected", ("word_embed_proj_dim",)),
     ("layerdrop", ("LayerDrop", "0")),
-    ("window", ("use_sliding_window=True", "Qwen2ForCausalLM", "use_sliding_window=False")),
     ("attention_dropout", ("attention_dropout=0.1", "0")),
 ]
 

@@ -203,8 +203,6 @@ class World:
         options = {"post_norm": {"do_layer_norm_before": False}, "layerdrop": {"layerdrop": 0.1}}
         if kind in options:
             return make_base("opt", **options[kind])
-        if kind == "window":
-            return make_base("qwen2", use_sliding_window=True, sliding_window=16)
         if kind == "projected":
             return make_base("opt", word_embed_proj_dim=16)
         return make_base("llama" if kind == "attention_dropout" else "opt", attention_dropout=0.1)

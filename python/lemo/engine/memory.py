@@ -236,6 +236,7 @@ def estimate(
     recompute = "none" if config.recompute == "auto" else config.recompute
     layers, tokens = shape.layers, batch * context
     shapes = [shape.at(i) for i in range(layers)]
+    windows = families.of(model_config).windows(model_config, context)  # layers with one have no lists of tiles
     eliminating = range(layers) if config.layers is None else set(config.layers)
     weights = _weights(shape, stored_bytes(model) if loaded else None)
     quantized = loaded and _quantized(model)
@@ -252,7 +253,7 @@ def estimate(
         )
         tiles = lists_of((rows // batch,) * batch, phase) if phase.mode == "sparse" else None
         total = sum(
-            saved(s, rows, everything=rows == tokens, tiles=tiles)
+            saved(s, rows, everything=rows == tokens, tiles=tiles if windows[i] is None else None)
             if i in eliminating
             else saved(s, tokens, everything=True)
             for i, s in enumerate(shapes)
