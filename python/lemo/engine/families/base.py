@@ -106,6 +106,10 @@ class AttentionOptions:
     softcap: float = 0.0
     sinks: Tensor | None = None
 
+    def within(self, tokens: int) -> Self:
+        """In documents of so many tokens: without a window that they do not exceed."""
+        return self if self.window is None or tokens > self.window else replace(self, window=None)
+
 
 @dataclass(frozen=True, eq=False)
 class NormWeights:
