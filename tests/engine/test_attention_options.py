@@ -49,7 +49,7 @@ def model(monkeypatch):
 @pytest.fixture
 def chosen(monkeypatch):
     lists = []
-    original = lemo.engine.policies.select
+    original = lemo.engine.policies.select  # type: ignore[attr-defined]
 
     def record(*args, **kwargs):
         lists.append(original(*args, **kwargs))

@@ -134,8 +134,8 @@ def backward(
         # Zero in value; in gradient dS_ij = P_ij (dout_i . (v_j - out_i)) and dv_j = P_ij dout_i, each times w_ij.
         change = torch.einsum("hij,jhd->ihd", w_ij * p, v - v.detach())
         slope = torch.einsum("hij,hijd->ihd", w_ij * p * (s - s.detach()), value_minus_output(v.detach(), out))
-        if p_sink is not None:  # a key with the value 0, which every query sees
-            sinks = m.options(layer).sinks
+        sinks = m.options(layer).sinks
+        if sinks is not None and p_sink is not None:  # a key with the value 0, which every query sees
             slope = slope - torch.einsum("hi,h,ihd->ihd", p_sink[:, rows], sinks - sinks.detach(), out)
         a = m.out_proj(layer, out + change + slope)
         delta = a + m.mlp(layer, xk + a)

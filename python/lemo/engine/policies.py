@@ -317,9 +317,8 @@ class Exact(Policy):
         q, k = self.context.queries_keys(layer, x)
         blocks = self.context.blocks
         options = self.context.attention(layer)
-        where = (blocks.offsets, blocks.documents, blocks.block_size)
-        more = {"window": options.window or 0, "softcap": options.softcap}
-        return ops.block_scores(q, k, *where, options.scale, self.normalize, **more)[0]
+        where = (blocks.offsets, blocks.documents, blocks.block_size, options.scale, self.normalize)
+        return ops.block_scores(q, k, *where, window=options.window or 0, softcap=options.softcap)[0]
 
 
 _CLASSES: dict[PolicyName, Callable[..., Policy]] = {

@@ -114,10 +114,9 @@ class Teacher:
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Exact informativeness float32 [nb] of layer ``index`` for its input x [T, d]."""
         q, k, scale = self.queries_keys(index, x, blocks)
-        where = (blocks.offsets, blocks.documents, self.block_size)
+        where = (blocks.offsets, blocks.documents, self.block_size, scale, self.normalize)
         options = self.family.attention_options(self.layers[index]).within(blocks.max_seqlen)
-        window, softcap = options.window or 0, options.softcap
-        return ops.block_scores(q, k, *where, scale, self.normalize, False, window=window, softcap=softcap)[0]
+        return ops.block_scores(q, k, *where, window=options.window or 0, softcap=options.softcap)[0]
 
     def queries_keys(self, index: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, float]:
         """q [T, Hq, D] and k [T, Hk, D] of layer ``index`` for its input, positions applied, and their scale."""
