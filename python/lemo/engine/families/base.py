@@ -291,7 +291,7 @@ class Family(ABC):
         """What the model's decoder returns in training, with hidden states [B, S, d]."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def head_norm(self, decoder: Any) -> NormWeights | None:
         """The final norm as the loss reads it: with `logit_scale`, since the head is linear."""
