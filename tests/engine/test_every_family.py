@@ -175,11 +175,13 @@ def test_sparse(family, monkeypatch):
     document = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))
     m = own_layers.Model(plain, positions, document)
     every = torch.arange(len(document))
-    masks = [pairs_of(layer.rows, lists) for layer, lists in choices]
-    expected = own_layers.skip(m, ids[0], targets, [every] * 3, masks)
+    masks = {layer.layer: pairs_of(layer.rows, lists) for layer, lists in choices}
+    windows = families.find(plain)[0].windows(plain.config, max(lengths))
+    assert [i for i in range(3) if windows[i] is None] == sorted(masks)  # the others compute all that a window shows
+    expected = own_layers.skip(m, ids[0], targets, [every] * 3, [masks.get(i) for i in range(3)])
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
     assert_close(got, reference_gradients(plain, expected))
-    assert all(d < 1 for d in controller.report()["density"])
+    assert [i for i, d in enumerate(controller.report()["density"]) if d < 1] == sorted(masks)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

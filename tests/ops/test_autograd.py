@@ -108,7 +108,7 @@ def test_equal_keys_of_their_own_change_no_bit() -> None:
     gradients = [
         ops.attention_backward(t["dout"], t["q"], t["k"], t["v"], *shared, *more, **given) for given in ({}, keys)
     ]
-    for one, other in zip((*shared, *gradients[0]), (*own, *gradients[1]), strict=True):
+    for one, other in zip((*shared, *gradients[0][:3]), (*own, *gradients[1][:3]), strict=True):
         assert torch.equal(one, other)
 
 

@@ -10,10 +10,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -55,19 +61,29 @@ ROTARY: dict[str, Any] = {
 # A head size that the kernels have, for families whose head size is a setting.
 HEADS_OF_128 = {"num_key_value_heads": 1, "head_dim": 128}
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
+# Windows that documents of these tests exceed, in some of the layers.
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = {**GATED, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24, "layer_types": ALTERNATING}
 # Every family that lemo supports; a new one is a line here. tests/engine/test_every_family.py compares each one with
 # transformers' own layers, in every mode, with a few combinations of options that together touch everything a family
 # defines (about 4 seconds a family). Give the model what sets the family apart: heads wider than hidden / heads, layers
 # that differ, a window.
 FAMILIES = {
     "llama": Tiny(LlamaForCausalLM, LlamaConfig, **ROTARY, options=GATED),
-    # Heads wider than hidden / heads, and a window that no document of these tests reaches.
+    # Heads wider than hidden / heads, and a window that no document of these tests reaches (test_families.py has those
+    # that do).
     "mistral": Tiny(
         MistralForCausalLM,
         MistralConfig,
         **ROTARY,
         options={**GATED, "head_dim": 16, "sliding_window": 1024},
         kernels={**HEADS_OF_128, "sliding_window": None},
+    ),
+    "ministral": Tiny(
+        MinistralForCausalLM,
+        MinistralConfig,
+        **ROTARY,
+        options={**GATED, "head_dim": 8, "sliding_window": 12, "layer_types": ALTERNATING},
     ),
     "opt": Tiny(
         OPTForCausalLM,
@@ -98,6 +114,13 @@ FAMILIES = {
         },
         kernels=HEADS_OF_128,
     ),
+    "gemma2": Tiny(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        **ROTARY,
+        options={**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA),
     "granite": Tiny(
         GraniteForCausalLM,
         GraniteConfig,

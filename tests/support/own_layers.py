@@ -7,6 +7,7 @@ transformers computes for the rows it is given, and only attention itself is rep
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,39 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "lemo-test"
-# Gets q [Hq, M, D], k and v [Hq, M, D], the scale and the module; returns [Hq, M, D].
-Attend = Callable[[Tensor, Tensor, Tensor, float, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a layer of transformers hands to its attention function."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+# Gets q [Hq, M, D], k and v [Hq, M, D] and the options; returns [Hq, M, D].
+Attend = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 _attend: list[Attend] = []
 
 
-def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float = 1.0, **_: Any) -> Any:
+def _attention(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    scaling: float = 1.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Any:
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    return _attend[-1](q[0], k[0], v[0], scaling, module).transpose(0, 1)[None], None
+    options = Options(scaling, sliding_window, softcap, s_aux)
+    return _attend[-1](q[0], k[0], v[0], options).transpose(0, 1)[None], None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -84,7 +109,7 @@ class Model:
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Of the last layer's output [T, d]: what the model makes of it, norm and head included."""
         last = self.layers[-1].register_forward_hook(lambda _m, _a, y: (x[None],) if isinstance(y, tuple) else x[None])
-        _attend.append(lambda q, k, v, scaling, module: v)
+        _attend.append(lambda q, k, v, options: v)
         try:
             ids = torch.zeros(1, len(x), dtype=torch.long)
             logits = self.lm(input_ids=ids, position_ids=self.positions[None], use_cache=False).logits[0]
@@ -94,24 +119,35 @@ class Model:
         return F.cross_entropy(logits, targets)
 
 
-def probabilities(q: Tensor, k: Tensor, scaling: float, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and softmax, [Hq, M, M]."""
-    s = q @ k.transpose(1, 2) * scaling
-    return s, s.masked_fill(~mask, float("-inf")).softmax(-1)
+def probabilities(q: Tensor, k: Tensor, options: Options, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and softmax, [Hq, M, M], of rows that see what mask bool [M, M] allows, and the window."""
+    s = q @ k.transpose(1, 2) * options.scaling
+    if options.softcap is not None:
+        s = options.softcap * torch.tanh(s / options.softcap)
+    if options.window is not None:
+        mask = mask & (rows[None] > rows[:, None] - options.window)
+    visible = s.masked_fill(~mask, float("-inf"))
+    if options.sinks is None:
+        return s, visible.softmax(-1)
+    sinks = options.sinks[:, None, None].expand(-1, len(rows), 1)
+    return s, torch.cat((visible, sinks), -1).softmax(-1)[..., :-1]
 
 
-def masked(mask: Tensor) -> Attend:
-    return lambda q, k, v, scaling, module: probabilities(q, k, scaling, mask)[1] @ v
+def masked(rows: Tensor, mask: Tensor) -> Attend:
+    return lambda q, k, v, options: probabilities(q, k, options, rows, mask)[1] @ v
 
 
 def skip(m: Model, ids: Tensor, targets: Tensor, lists: list[Tensor], masks: list[Tensor] | None = None) -> Tensor:
     """Loss of mode "skip"; lists: kept rows by layer; masks: bool [M, M] of the pairs that a layer attends to."""
     x = m.embed(ids)
     for i, rows in enumerate(lists):
-        mask = m.visible(rows) if masks is None else m.visible(rows) & masks[i]
-        x = x.index_copy(0, rows, m.layer(i, x[rows], rows, masked(mask)))
-    pairs = [(rows, rows) for rows in lists]
-    return m.loss(x, targets.masked_fill(~took_part(pairs, len(targets)), -100))
+        mask = m.visible(rows)
+        pairs = None if masks is None else masks[i]
+        if pairs is not None:
+            mask = mask & pairs
+        x = x.index_copy(0, rows, m.layer(i, x[rows], rows, masked(rows, mask)))
+    both = [(rows, rows) for rows in lists]
+    return m.loss(x, targets.masked_fill(~took_part(both, len(targets)), -100))
 
 
 def backward(
@@ -124,8 +160,8 @@ def backward(
         w = torch.ones(len(rows)) if weights is None else weights[i]
         exact: list[Tensor] = []
 
-        def dense(q: Tensor, k: Tensor, v: Tensor, scaling: float, module: Any) -> Tensor:
-            p = probabilities(q, k, scaling, m.visible(every))[1]
+        def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+            p = probabilities(q, k, options, every, m.visible(every))[1]
             exact.extend((p, p @ v))  # noqa: B023 - called before the next layer
             return exact[1]  # noqa: B023
 
@@ -134,9 +170,9 @@ def backward(
         w_ij = torch.where(block[rows][:, None] == block[rows][None], torch.ones(()), w[None])
         p_all, out_all = exact
 
-        def kept(q: Tensor, k: Tensor, v: Tensor, scaling: float, module: Any) -> Tensor:
+        def kept(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
             p, out = p_all[:, rows][:, :, rows], out_all[:, rows]  # noqa: B023
-            s = q @ k.transpose(1, 2) * scaling
+            s, _ = probabilities(q, k, options, rows, m.visible(rows))  # noqa: B023
             change = (w_ij * p) @ (v - v.detach())  # noqa: B023
             slope = (v.detach()[:, None] - out[:, :, None]) * (w_ij * p * (s - s.detach()))[..., None]  # noqa: B023
             return out + change + slope.sum(2)

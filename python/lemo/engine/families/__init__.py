@@ -42,6 +42,8 @@ __all__ = [
     "NormWeights",
     "UnsupportedModelError",
     "find",
+    "language_config",
+    "loading",
     "logit_scale",
     "logit_softcap",
     "of",
@@ -65,8 +67,33 @@ def find(model: Any) -> tuple[Family, nn.Module]:
             return family, inner
     raise UnsupportedModelError(
         f"lemo does not support {type(inner).__name__}: expected {supported()} of transformers, or a PeftModel around "
-        "one of them"
+        f"one of them{_within(getattr(inner, 'config', None))}"
     )
+
+
+def language_config(config: Any) -> Any:
+    """The configuration of the language model in one of several modalities, if that can be loaded alone; else config.
+
+    `Family.loading` of it has the arguments that do.
+    """
+    text = getattr(config, "text_config", None)
+    family = _of_type(getattr(text, "model_type", None))
+    return text if family is not None and family.within == config.model_type else config
+
+
+def _within(config: Any) -> str:
+    text = language_config(config)
+    if text is config:
+        return ""
+    family = of(text)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in family.loading(text).items())
+    return f'. Load its language model alone: {family.model_class}.from_pretrained("...", {arguments})'
+
+
+def loading(config: Any) -> dict[str, Any]:
+    """`Family.loading`, for any causal language model."""
+    family = _of_type(getattr(config, "model_type", None))
+    return {"attn_implementation": "sdpa"} if family is None else family.loading(config)
 
 
 def of(config: Any) -> Family:
@@ -75,7 +102,7 @@ def of(config: Any) -> Family:
     if found is None:
         raise UnsupportedModelError(
             f"lemo does not support {type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}): "
-            f"expected the configuration of {supported()}"
+            f"expected the configuration of {supported()}{_within(config)}"
         )
     return found
 

@@ -18,8 +18,7 @@ from lemo.engine.linear import unwrap
 
 # (module, name) of classes.
 Classes = tuple[tuple[str, str], ...]
-# Rotary tables [T, D] of a step's tokens, cos and sin of every kind of layer; None if positions enter with the
-# embedding.
+# Rotary tables [T, D] of a step, cos and sin of every kind of layer; None if positions enter with the embedding.
 Tables = tuple[Tensor, ...] | None
 NormKind = Literal["rms", "layer"]
 # The projections of a layer, in the order of computation; "qkv" and "gate_up" are those of a fused one.
@@ -174,6 +173,8 @@ class Family(ABC):
     # Role of every projection of a layer (one of PROJECTIONS) by its module's name.
     projections: Mapping[str, str]
     norm_offset = 0.0
+    # The model_type of models of several modalities that hold one of this family, which can be loaded alone.
+    within: str | None = None
 
     # --- names ---
 
@@ -209,6 +210,10 @@ class Family(ABC):
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the modules that an adapter of attention is for."""
         return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "qkv", "o"))
+
+    def loading(self, config: Any) -> dict[str, Any]:
+        """Arguments of transformers' from_pretrained, beyond the obvious ones, for a model that lemo can train."""
+        return {"attn_implementation": "sdpa"}
 
     # --- facts of a configuration ---
 

@@ -25,6 +25,9 @@ class Gemma2(Llama):
     liger = frozenset({"LigerRMSNorm", "LigerRMSNormForGemma2", "LigerGEGLUMLP"})
     norm_offset = 1.0
 
+    def loading(self, config: Any) -> dict[str, Any]:
+        return {"attn_implementation": "eager"}  # the only one of transformers' own that computes soft-caps
+
     @cached_property
     def layer_modules(self) -> Mapping[str, Classes]:
         after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -63,6 +66,11 @@ class Gemma3(Gemma2):
     name, model_type = "Gemma3", "gemma3_text"
     modeling = "transformers.models.gemma3.modeling_gemma3"
     liger = frozenset({"LigerRMSNorm", "LigerRMSNormForGemma3", "LigerGEGLUMLP"})
+    within = "gemma3"
+
+    def loading(self, config: Any) -> dict[str, Any]:
+        # Published models from 4B on read images as well; the names of the language model's weights say so.
+        return {"attn_implementation": "sdpa", "key_mapping": {r"^language_model\.model\.": "model."}}
 
     @cached_property
     def outer_modules(self) -> Mapping[str, Classes]:

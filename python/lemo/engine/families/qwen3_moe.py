@@ -9,11 +9,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemo.engine.experts import experts, route
+from lemo.engine.experts import Stacked, balance, experts, route, row_statistics
 from lemo.engine.families.base import Classes, Experts, ModelShape, refuse
 from lemo.engine.families.llama import SILU, swiglu
 from lemo.engine.families.qwen3 import Qwen3
@@ -83,13 +82,11 @@ class Qwen3MoE(Qwen3):
         logits = F.linear(h, router.weight.to(h.dtype))
         probabilities, index, weights = route(logits, router.top_k, router.norm_topk_prob)
         if ordinary(mixture.act_fn, *SILU) and not any(p.requires_grad for p in mixture.parameters()):
-            y = experts(h, index, weights, mixture.gate_up_proj, mixture.down_proj, want_output)
+            stacked = Stacked(mixture.gate_up_proj.transpose(1, 2), mixture.down_proj.transpose(1, 2))
+            y = experts(h, index, weights, stacked, want_output=want_output)
         else:
             y = mixture(h, index, weights)
-        if not layer.self_attn.config.output_router_logits:
-            return y
-        chosen = torch.zeros_like(probabilities).scatter_(1, index, 1.0)
-        return y, torch.cat((probabilities, chosen, torch.ones_like(probabilities[:, :1])), 1)
+        return (y, row_statistics(probabilities, index)) if layer.self_attn.config.output_router_logits else y
 
     def decoder_output(self, hidden: Tensor) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -98,11 +95,7 @@ class Qwen3MoE(Qwen3):
 
     def auxiliary_loss(self, config: Any, statistics: Tensor) -> Tensor | None:
         """The balance of the experts' load, over the rows of all layers together."""
-        if not config.output_router_logits:
-            return None
-        probabilities, chosen, rows = statistics.sum(0).split((config.num_experts, config.num_experts, 1))
-        rows = rows.clamp(min=1)
-        return config.router_aux_loss_coef * config.num_experts * (probabilities / rows * (chosen / rows)).sum()
+        return config.router_aux_loss_coef * balance(statistics, config.num_experts)
 
 
 def _sparse(layer: Any) -> bool:
