@@ -258,6 +258,7 @@ void add_positive(int64_t n, float* y, const float* x, float scale) {
 
 extern const Simd LEMO_JOIN(simd_, LEMO_SIMD);
 const Simd LEMO_JOIN(simd_, LEMO_SIMD) = {
-    LEMO_TEXT(LEMO_SIMD), kRows, matmul, dot, sum, max, exp_sum, exp, multiply, add, softmax_backward, softcap, add_positive};
+    LEMO_TEXT(LEMO_SIMD), kRows,   matmul,      dot, sum, max, exp_sum, exp, multiply, add,
+    softmax_backward,     softcap, add_positive};
 
 }  // namespace lemo::ref

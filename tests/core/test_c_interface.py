@@ -106,7 +106,7 @@ def test_reserved_fields_are_zero() -> None:
     call = Call("scores", make(capi.Scores, q=view(x), k=view(x), blocks=lists, scale=1.0, scores=view(scores)))
     for status in (call.run(), call.workspace()[0]):
         assert status == capi.INVALID and "blocks.reserved" in call.message()
-    lists.reserved = 0
+    call.args.blocks.reserved = 0
     call.args.reserved = 12345
     assert call.run() == capi.INVALID
     assert call.message() == "scores: args.reserved: expected 0, got 12345; zero-initialize the struct"

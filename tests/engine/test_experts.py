@@ -5,13 +5,14 @@ import lemo.engine.policies
 import pytest
 import torch
 import torch.nn.functional as F
-from lemo.engine.experts import experts, route
+from lemo.engine.experts import Stacked, clamped_swiglu, experts, route
 from lemo.engine.families import UnsupportedModelError
 from support import own_layers
 from support.models import assert_close, base, batch, clone, gradients, lora, tuned
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 FAMILY = "qwen3_moe"
+ROUTERS = {"qwen3_moe": ("mlp.gate.weight", 2), "gpt_oss": ("mlp.router.weight", 3)}  # and how many layers have one
 ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 3.0}
 
 
@@ -38,20 +39,22 @@ def test_kinds_of_routers(options, recompute):
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("family", ROUTERS)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_routers_loss(recompute, trained):
-    if not routers_give_logits():
+def test_the_routers_loss(family, recompute, trained):
+    if family == FAMILY and not routers_give_logits():
         pytest.skip("transformers' own loss is over probabilities of probabilities")
-    model, inputs = tuned(FAMILY, **ROUTED), batch("right")
+    model, inputs = tuned(family, **ROUTED), batch("right")
+    router, layers = ROUTERS[family]
     for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad or (trained and "mlp.gate.weight" in name))
+        p.requires_grad_(p.requires_grad or (trained and router in name))
     loss, expected = gradients(model, inputs)
     lemo.apply(model, settings(recompute=recompute))
     ours, got = gradients(model, inputs)
     torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
     assert_close(got, expected)
-    assert sum("mlp.gate" in name for name in got) == 2 * trained
+    assert sum(router in name for name in got) == layers * trained
     model.get_base_model().config.output_router_logits = False
     assert (ours - gradients(model, inputs)[0]) > 1  # the balance is about its coefficient
 
@@ -96,8 +99,9 @@ def test_the_argument_that_asks_for_router_logits():
     model(**inputs, output_router_logits=True).loss.backward()
 
 
-def test_adapters_of_experts_are_refused():
-    model = lora(base(FAMILY), [], target_parameters=["mlp.experts.gate_up_proj"])
+@pytest.mark.parametrize("family", ROUTERS)
+def test_adapters_of_experts_are_refused(family):
+    model = lora(base(family), [], target_parameters=["mlp.experts.gate_up_proj"])
     with pytest.raises(UnsupportedModelError, match=r"adapters of experts \(model\.layers\.0\.mlp\.experts\).*q_proj"):
         lemo.apply(model, settings())
 
@@ -112,13 +116,26 @@ def test_against_a_sum_over_experts(width, count):
     gate_up, down = torch.randn(count, 2 * width, 16, generator=g), torch.randn(count, 16, width, generator=g)
     _, index, weights = route(logits, 2, True)
     dy = torch.randn(9, 16, generator=g)
-    ours = experts(h, index, weights, gate_up, down)
+    stacked = Stacked(gate_up.transpose(1, 2), down.transpose(1, 2))
+    ours = experts(h, index, weights, stacked)
     got = torch.autograd.grad(ours, (h, logits), dy, retain_graph=True)
     gate, up = torch.einsum("md,efd->emf", h, gate_up).chunk(2, -1)
     every = torch.einsum("emf,edf->emd", F.silu(gate) * up, down)
     dense = torch.zeros(9, count).scatter(1, index, weights)
     expected = torch.einsum("me,emd->md", dense, every)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(experts(h, index, weights, gate_up, down, want_output=False), torch.zeros(9, 16))
+    assert torch.equal(experts(h, index, weights, stacked, want_output=False), torch.zeros(9, 16))
     for a, b in zip(got, torch.autograd.grad(expected, (h, logits), dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_clamped_gates_are_transformers_own():
+    """gpt-oss's, whatever is clamped: values and gradients, in its own layout."""
+    mixture = base("gpt_oss").model.layers[0].mlp.experts
+    gate = clamped_swiglu(mixture.alpha, mixture.limit)
+    inner = (2 * torch.randn(7, 2 * mixture.intermediate_size)).requires_grad_()
+    expected = mixture._apply_gate(inner)
+    assert 0.1 < (inner[:, 1::2].abs() > mixture.limit).float().mean() < 0.9
+    torch.testing.assert_close(gate.product(inner.detach()), expected.detach())
+    dy = torch.randn_like(expected)
+    torch.testing.assert_close(gate.gradient(dy, inner.detach()), torch.autograd.grad(expected, inner, dy)[0])

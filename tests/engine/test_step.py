@@ -93,9 +93,11 @@ class PlainAttention(Attention):
 def one_sided(rows: PackedRows, document: int, first: int, last: int) -> PackedRows:
     """Rows first to last of one document."""
     start = int(rows.cu_seqlens[document])
-    slots = None if rows.slots is None else rows.slots[start + first : start + last]
+    own = slice(start + first, start + last)
+    slots = None if rows.slots is None else rows.slots[own]
+    tokens = (torch.arange(int(rows.cu_seqlens[-1])).int() if rows.table_rows is None else rows.table_rows)[own]
     cu_seqlens = torch.tensor([0, last - first], dtype=torch.int32)
-    return PackedRows(cu_seqlens, last - first, weights=rows.weights, slots=slots)
+    return PackedRows(cu_seqlens, last - first, tokens, rows.weights, slots)
 
 
 class Chunks(Attention):

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from lemo import ops
+from lemo import _native, ops
 from lemo._native import constant
 from ops.test_cpu_cases import UNNAMED, unnamed_rows_stay
 from support.cases import ATTENTION, DIMS, Attention, Results, name_of
@@ -203,6 +203,37 @@ def test_chunks_of_queries_of_9000_tokens(dim, deterministic) -> None:
         actual["dk"][:b] += dk
         actual["dv"][:b] += dv
     judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 3}, "window: expected 0 on CUDA.*got 3"),
+        ({"softcap": 2.0}, "softcap: expected 0 on CUDA.*got 2"),
+        ({"sinks": torch.zeros(2)}, "sinks: expected no tensor on CUDA"),
+        ({"dim": 256}, "head_dim 64.*got 256"),
+    ],
+    ids=("window", "softcap", "sinks", "head_dim"),
+)
+def test_what_the_kernels_lack_is_refused_before_anything_is_written(options, words) -> None:
+    options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    x = torch.ones(6, 2, options.pop("dim", 64), device="cuda", dtype=torch.bfloat16)
+    cu, cu_k, *places = (
+        torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([0, 6], [0, 4], range(6), range(4))
+    )
+    if "window" in options:
+        options |= dict(zip(("places", "places_k"), places, strict=True))
+    # Separate keys, fewer than queries: rows that see none would be blanked first.
+    where = {"cu_seqlens": cu, "max_seqlen": 6, "cu_seqlens_k": cu_k, "max_seqlen_k": 4, "scale": 0.5}
+    inputs = {"q": x, "k": x[:4], "v": x[:4]} | where | options
+    lse = torch.full((2, 6), 7.0, device="cuda")
+    out, dq, dk, dv = (torch.full_like(t, 7.0) for t in (x, x, x[:4], x[:4]))
+    with pytest.raises(NotImplementedError, match=words):
+        _native.call("attention_forward", x.device, inputs | {"out": out, "lse": lse})
+    gradients = {"dq": dq, "dk": dk, "dv": dv}
+    with pytest.raises(NotImplementedError, match=words):
+        _native.call("attention_backward", x.device, inputs | {"dout": x, "out": out, "lse": lse} | gradients)
+    assert all((t == 7.0).all() for t in (out, lse, *gradients.values()))
 
 
 @pytest.mark.parametrize("case", [c for c in RACES if not (c.lists or c.given or c.split)], ids=name_of)

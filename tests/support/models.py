@@ -14,6 +14,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -121,6 +123,30 @@ FAMILIES = {
         options={**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
     ),
     "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA),
+    # Gates that are clamped, sinks that matter.
+    "gpt_oss": Tiny(
+        GptOssForCausalLM,
+        GptOssConfig,
+        ROTARY["attention"],
+        [],
+        options={
+            **GATED,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "layer_types": ALTERNATING,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+        },
+        separates=False,
+    ),
     "granite": Tiny(
         GraniteForCausalLM,
         GraniteConfig,
@@ -166,7 +192,7 @@ def base(family: str, layers: int = 3, **options: Any) -> Any:
     model = tiny.model(tiny.config(**{**tiny.options, **common, **options}))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(".bias"):  # transformers makes them zero
+            if name.endswith(("bias", "sinks")):  # transformers makes them zero, or small
                 p.normal_(std=0.2)
             elif "norm" in name:  # and these all alike
                 p.add_(torch.randn_like(p), alpha=0.2)

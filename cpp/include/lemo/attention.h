@@ -6,11 +6,11 @@
  * row i. Within a document storage rows ascend (kernels conclude from the ends of a run of rows that it is one piece of
  * storage), and packed order decides causality: i sees j iff j <= i in the same document.
  *
- *   out_i = sum_j P_ij v_j,  P_ij = exp(scale * q_i . k_j - lse_i),  lse_i = log sum_j exp(scale * q_i . k_j)
+ *   out_i = sum_j P_ij v_j,  P_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij),  s_ij = scale * q_i . k_j
  *
  * Query head h reads key and value head h / (Hq / Hk). The size of a head is 64, 80, 96 or 128 on CUDA, any on the CPU.
  *
- * Options of a model's attention. With s_ij = scale * q_i . k_j:
+ * Options that some models' attention has:
  *
  *   softcap c > 0   s_ij is replaced by c tanh(s_ij / c).
  *   window w > 0    i sees j only if place(j) > place(i) - w: w places, its own included. Places count what elimination
@@ -28,8 +28,9 @@
  *   j <= i + nk - nq
  *
  * A query that sees no key (i < nq - nk, or a window without one) has out = 0 and lse = -infinity (with `sinks`: the
- * sink), and neither gets nor gives a gradient; a key that no query sees gets the gradient 0. A document processed in chunks of queries, each over the keys up to
- * its end, therefore gives the results of the whole, with dk and dv summed over the chunks.
+ * sink), and neither gets nor gives a gradient; a key that no query sees gets the gradient 0. A document processed in
+ * chunks of queries, each over the keys up to its end, therefore gives the results of the whole, with dk and dv summed
+ * over the chunks.
  *
  * Two-dimensional sparsity (the paper's extension): with tile lists, a query sees only part of the earlier keys. The
  * rows of each document are cut into tiles of LEMO_TILE_ROWS packed rows; tile i of document d has the slot
@@ -39,7 +40,7 @@
  * what was seen. Tile lists exclude separate rows of keys, and a window (LEMO_UNSUPPORTED).
  *
  * In the shapes below, capacity is the length of `rows`, or R without it, and at least M; capacity_k likewise for keys.
- * Further limits on CUDA (LEMO_UNSUPPORTED): `scale` is at least 0, and there are no `softcap`, `window` and `sinks`. */
+ * Further limits on CUDA (LEMO_UNSUPPORTED): `scale` is at least 0, and `softcap`, `window` and `sinks` are absent. */
 #ifndef LEMO_ATTENTION_H
 #define LEMO_ATTENTION_H
 
@@ -92,8 +93,8 @@ LEMO_API lemo_status lemo_attention_forward_workspace(const lemo_exec* exec, con
  *   dq_i = scale sum_j w_ij dS_ij k_j;  dk_j = scale sum_i w_ij dS_ij q_i;  dv_j = sum_i w_ij P_ij dout_i
  *   dsinks = -sum_i exp(sink - lse_i) D_i
  *
- * With `softcap` c, dS_ij in dq and dk has the further factor 1 - tanh(s_ij / c)^2. `lse` covers the sink if the forward
- * pass had one; `sinks` themselves are only read for `dsinks`.
+ * With `softcap` c, dS_ij in dq and dk has the further factor 1 - tanh(s_ij / c)^2. `lse` covers the sinks of the
+ * forward pass; here they are read for `dsinks` only.
  *
  * w_ij = key_weights[slot of j], or 1 if i and j share a block slot, or 1 without `key_weights`. The slot of a query is
  * row_slots[i]; that of a key row_slots_k[j] with `cu_seqlens_k`, else row_slots[j].

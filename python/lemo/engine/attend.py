@@ -8,7 +8,7 @@ no change in the layers: a subclass of `Attention` overrides `attend` and `atten
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class PackedRows:
     """M packed rows of D documents on one side of attention, that of the queries or that of the keys.
 
     cu_seqlens: int32 [D + 1], first row of every document, M at the end; max_seqlen: the longest document in rows, or
-    an upper bound of it; table_rows: int32 [M], rows of the rotary tables, None if they are all tokens in order.
+    an upper bound of it; table_rows: int32 [M], the token behind every row, which is its row in the rotary tables and
+    its place for a window; None if they are all tokens in order.
     weights: float32 [K], by which gradients of keys are multiplied, by block slot; slots: int32 [M], the slot of every
     row. Both are None unless gradients are weighted.
     """
@@ -68,13 +69,23 @@ class TileChoice:
 
 
 class Attention:
-    """Causal attention within documents, for all layers of one step."""
+    """Causal attention within documents, for all layers of one step.
+
+    places: int32 [T], place in its sequence of every token, if a document lacks some of the tokens between its own.
+    longest: places of the longest document, if windows that it does not exceed are to be left out.
+    """
 
     def __init__(
-        self, family: Family, tables: Tables, deterministic: bool = False, *, longest: int | None = None
+        self,
+        family: Family,
+        tables: Tables,
+        deterministic: bool = False,
+        places: Tensor | None = None,
+        *,
+        longest: int | None = None,
     ) -> None:
-        """longest: tokens of the longest document, if windows that it does not exceed are to be left out."""
-        self.family, self.tables, self.deterministic, self.longest = family, tables, deterministic, longest
+        self.family, self.tables, self.deterministic, self.places = family, tables, deterministic, places
+        self.longest = longest
 
     # --- what layers call ---
 
@@ -114,9 +125,7 @@ class Attention:
     def options(self, layer: nn.Module) -> AttentionOptions:
         """Those of the layer, without a window if no document of this step exceeds it."""
         options = self.family.attention_options(layer)
-        if options.window is None or self.longest is None or self.longest > options.window:
-            return options
-        return replace(options, window=None)
+        return options if self.longest is None else options.within(self.longest)
 
     # --- what decides how they are computed ---
 
@@ -135,8 +144,9 @@ class Attention:
         keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. options: of
         the layer, sinks for these Hq heads. tiles: only if the keys are those of the queries, and without a window.
         """
-        _check_options(options)
-        others = _key_rows(queries, keys)
+        others = _key_rows(queries, keys) | self._options(options, queries, keys)
+        if options.sinks is not None:
+            others["sinks"] = options.sinks.detach().float()
         lists = (None, None) if tiles is None else (tiles.offsets, tiles.tiles)
         where = (queries.cu_seqlens, None, queries.max_seqlen, options.scale)
         return ops.attention_forward(q, k, v, *where, *lists, **others)
@@ -154,9 +164,8 @@ class Attention:
         lse: Tensor | None,
     ) -> Tensor:
         """As `attend`, differentiable in q, k, v and sinks; given out and lse are not computed again."""
-        _check_options(options)
-        others = _key_rows(queries, keys)
-        if others:
+        others = _key_rows(queries, keys) | self._options(options, queries, keys)
+        if keys is not queries:
             others["row_slots_k"] = keys.slots
         return ops.attention(
             q,
@@ -171,21 +180,37 @@ class Attention:
             lse=lse,
             deterministic=self.deterministic,
             tile_lists=None if tiles is None else tiles.tensors,
+            sinks=options.sinks,
             **others,
         )
+
+    def _options(self, options: AttentionOptions, queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
+        """Soft-cap and window of the operators, with the places of both sides."""
+        given: dict[str, Any] = {"softcap": options.softcap} if options.softcap else {}
+        if options.window is None:
+            return given
+        places = self._places(queries)
+        given |= {"window": options.window, "places": places}
+        if keys is not queries:
+            places_k = self._places(keys)
+            if places is None or places_k is None:
+                raise ValueError(
+                    "table_rows: expected the tokens of queries and of keys with a window and keys of separate rows, "
+                    "got None: how far a key lies from a query is not known"
+                )
+            given["places_k"] = places_k
+        return given
+
+    def _places(self, rows: PackedRows) -> Tensor | None:
+        """int32 [M]; None: rows lie at their places."""
+        if self.places is None or rows.table_rows is None:
+            return rows.table_rows if self.places is None else self.places
+        return self.places.index_select(0, rows.table_rows)
 
 
 def _tiles(choice: TileChoice | None, options: AttentionOptions, q: Tensor, k: Tensor) -> Tiles | None:
     """A layer with a window computes all of it: there is little to leave out."""
     return None if choice is None or options.window is not None else choice.of(q, k)
-
-
-def _check_options(options: AttentionOptions) -> None:
-    if options.window is not None or options.softcap or options.sinks is not None:
-        raise NotImplementedError(
-            "lemo's attention has no window, softcap or sinks yet: expected none of them, got "
-            f"window={options.window}, softcap={options.softcap:g}, sinks={options.sinks is not None}"
-        )
 
 
 def _key_rows(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:

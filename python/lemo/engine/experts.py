@@ -53,7 +53,7 @@ class Gate:
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """The frozen weights of E experts. gate_up [E, d, 2 f], down [E, f, d], and their biases [E, 2 f], [E, d] or None."""
+    """The frozen weights of E experts: gate_up [E, d, 2 f], down [E, f, d]; their biases [E, 2 f], [E, d] or None."""
 
     gate_up: Tensor
     down: Tensor
@@ -124,8 +124,8 @@ def _of_rows(values: Tensor, ends: Tensor, x: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, weights: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x[i] @ weights[e] + bias[e] for the rows of every expert e, [S, o]; x [S, d], weights [E, d, o], bias [E, o], ends
-    int32 [E]."""
+    """x[i] @ weights[e] + bias[e] for the rows of every expert e, [S, o]; x [S, d], weights [E, d, o], bias [E, o],
+    ends int32 [E]."""
     y = _grouped_product(x, weights, ends)
     return y if bias is None else y.add_(_of_rows(bias, ends, x))
 

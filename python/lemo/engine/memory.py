@@ -108,7 +108,8 @@ def saved_bytes(
                      + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
                      + e M f   if gated and down has one       + e M (sum of all r)
                      with experts in place of the MLP, k of E for a row, in place of f + f:
-                       e M k (2 f + 1) + M (4 E + 16 k) [+ 4 M (k + 1) if normed] + 4 E
+                       e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
+                       [+ 4 M (k + 1) if its weights are made to sum to 1]
                      + e M (elements of norms inside attention and MLP, `inner_saved` of the model's shape)
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
         tiles        8 (S + 1 + L)     [half of it with "none"]
@@ -145,7 +146,8 @@ def _expert_bytes(shape: LayerShape, rows: int) -> int:
     order."""
     e = shape.experts
     assert e is not None
-    router = 4 * e.count + 16 * e.per_token + (4 * (e.per_token + 1) if e.normed else 0)
+    router = 16 * e.per_token + (0 if e.normed is None else 4 * e.count)
+    router += 4 * (e.per_token + 1) if e.normed else 0
     return rows * (shape.element * e.per_token * (2 * e.ffn + 1) + router) + 4 * e.count
 
 
@@ -234,6 +236,7 @@ def estimate(
     recompute = "none" if config.recompute == "auto" else config.recompute
     layers, tokens = shape.layers, batch * context
     shapes = [shape.at(i) for i in range(layers)]
+    windows = families.of(model_config).windows(model_config, context)  # layers with one have no lists of tiles
     eliminating = range(layers) if config.layers is None else set(config.layers)
     weights = _weights(shape, stored_bytes(model) if loaded else None)
     quantized = loaded and _quantized(model)
@@ -250,7 +253,7 @@ def estimate(
         )
         tiles = lists_of((rows // batch,) * batch, phase) if phase.mode == "sparse" else None
         total = sum(
-            saved(s, rows, everything=rows == tokens, tiles=tiles)
+            saved(s, rows, everything=rows == tokens, tiles=tiles if windows[i] is None else None)
             if i in eliminating
             else saved(s, tokens, everything=True)
             for i, s in enumerate(shapes)

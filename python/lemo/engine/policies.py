@@ -303,6 +303,7 @@ class Sampled(Policy):
 
 class Exact(Policy):
     """The exact scores of the layer's own queries and keys (paper eq. 2): the oracle, as costly as attention itself.
+    A key counts for the queries whose window it is in; sinks do not matter, as scores are no shares of attention.
 
     normalize: divide a block's sum by the number of query blocks that see it.
     """
@@ -316,13 +317,9 @@ class Exact(Policy):
         q, k = self.context.queries_keys(layer, x)
         blocks = self.context.blocks
         options = self.context.attention(layer)
-        if options.window is not None or options.softcap:
-            raise NotImplementedError(
-                f'policy "exact": layer {layer} has window={options.window} and softcap={options.softcap:g}, which the '
-                "exact scores do not know yet; use another policy"
-            )
-        scale = options.scale
-        return ops.block_scores(q, k, blocks.offsets, blocks.documents, blocks.block_size, scale, self.normalize)[0]
+        where = (blocks.offsets, blocks.documents, blocks.block_size)
+        more = {"window": options.window or 0, "softcap": options.softcap}
+        return ops.block_scores(q, k, *where, options.scale, self.normalize, **more)[0]
 
 
 _CLASSES: dict[PolicyName, Callable[..., Policy]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lemo.engine.attend import Attention, TileChoice
 from lemo.engine.config import LemoConfig, Phase, Recompute
-from lemo.engine.families.base import Family
+from lemo.engine.families.base import Family, Tables
 from lemo.engine.packing import Packed
 from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from lemo.engine.policies import Policy, StepContext
@@ -76,8 +76,7 @@ def begin(
     participation = Participation(not phase.skips or trains_before_layers(x, embedded))
     embedded.clear()
     x = x.to(_compute_dtype(x))
-    tables = family.tables(decoder, x.detach(), packed.positions)
-    attention = Attention(family, tables, config.deterministic, longest=packed.blocks.max_seqlen)
+    attention = _attention(family, layers, packed, family.tables(decoder, x.detach(), packed.positions), config)
     lists = ChosenLists(plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered)
     if plan.policy is not None:
         plan.policy.begin(
@@ -111,6 +110,19 @@ def begin(
         participation=participation,
     )
     return x, step, lists, tiles
+
+
+def _attention(
+    family: Family, layers: Sequence[nn.Module], packed: Packed, tables: Tables, config: LemoConfig
+) -> Attention:
+    """Attention that knows where a window's tokens lie, if there is a window that the batch's rows exceed."""
+    windows = [family.attention_options(layer).window for layer in layers]
+    longest = packed.blocks.max_seqlen
+    if not any(window is not None and window < packed.shape[1] for window in windows):
+        return Attention(family, tables, config.deterministic, longest=longest)
+    gaps = packed.gaps
+    longest = longest if gaps is None else packed.shape[1]
+    return Attention(family, tables, config.deterministic, gaps, longest=longest)
 
 
 def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChooser | None:

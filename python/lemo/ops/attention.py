@@ -21,6 +21,7 @@ a query sees no key.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -246,38 +247,43 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dsinks, *(None for _ in ctx.needs_input_grad[4:])
 
 
+_SINKS = 14  # their place among the inputs of attention_forward
+
+
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, *lists, ctx.max_seqlen_k, ctx.window, ctx.softcap = inputs[
-        :14
-    ]
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, *lists, *inputs[14:])
+    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, *others = inputs
+    *lists, ctx.max_seqlen_k, ctx.window, ctx.softcap, sinks, places, places_k = others
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, *lists, sinks, places, places_k)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles, cu_seqlens_k, rows_k, *more = ctx.saved_tensors
-    sinks, places, places_k = more
+    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles, cu_seqlens_k, rows_k, *options = ctx.saved_tensors
+    sinks, places, places_k = options
     lists = (None, None) if tile_offsets is None else transpose_tile_lists(tile_offsets, tiles, cu_seqlens)
     where: Any = (cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
     others: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
     others |= {"window": ctx.window, "softcap": ctx.softcap, "places": places, "places_k": places_k}
-    others |= {"sinks": sinks, "want_dsinks": ctx.needs_input_grad[14]}
-    dq = dk = dv = dsinks = None
+    # The dispatcher leaves out defaults at the end: only as many gradients are wanted.
+    needed = ctx.needs_input_grad
+    others |= {"sinks": sinks, "want_dsinks": any(needed[_SINKS:])}
+    found: list[Any] = []
     if dout is not None:
-        dq, dk, dv, dsinks = attention_backward(dout.contiguous(), q, k, v, out, lse, *where, **others)
+        found.append(attention_backward(dout.contiguous(), q, k, v, out, lse, *where, **others))
     if dlse is not None:
         # dlse_i / ds_ij = P_ij. With v = 0, dout_i = (dlse_i, 0, ...) and out_i = (-1, 0, ...), dS_ij = P_ij dlse_i.
         first = q.new_zeros(q.shape[-1])
         first[0] = 1
         outer = _by_row(dlse, q, cu_seqlens, rows) * first
         minus = -first.expand(q.shape).contiguous()
-        of_lse = attention_backward(outer, q, k, torch.zeros_like(v), minus, lse, *where, **others)
-        if dout is None:
-            dq, dk, _, dsinks = of_lse
-        else:
-            dq, dk = dq + of_lse[0], dk + of_lse[1]
-            dsinks = None if dsinks is None else dsinks + of_lse[3]
-    return dq, dk, dv, *(None for _ in range(11)), dsinks, None, None
+        dq, dk, _, dsinks = attention_backward(outer, q, k, torch.zeros_like(v), minus, lse, *where, **others)
+        found.append((dq, dk, None, dsinks))
+    sums = [functools.reduce(_add, (grads[i] for grads in found), None) for i in range(4)]
+    return *sums[:3], *((sums[3] if i == _SINKS else None) for i in range(3, len(needed)))
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _by_row(dlse: Tensor, q: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:

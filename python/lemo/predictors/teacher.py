@@ -115,7 +115,9 @@ class Teacher:
         """Exact informativeness float32 [nb] of layer ``index`` for its input x [T, d]."""
         q, k, scale = self.queries_keys(index, x, blocks)
         where = (blocks.offsets, blocks.documents, self.block_size)
-        return ops.block_scores(q, k, *where, scale, self.normalize, False)[0]
+        options = self.family.attention_options(self.layers[index]).within(blocks.max_seqlen)
+        window, softcap = options.window or 0, options.softcap
+        return ops.block_scores(q, k, *where, scale, self.normalize, False, window=window, softcap=softcap)[0]
 
     def queries_keys(self, index: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, float]:
         """q [T, Hq, D] and k [T, Hk, D] of layer ``index`` for its input, positions applied, and their scale."""
@@ -133,13 +135,7 @@ class Teacher:
             q, k = q.float(), k.float()
         elif q.dtype == torch.float32:  # the kernels on CUDA take 16 bits
             q, k = q.bfloat16(), k.bfloat16()
-        options = self.family.attention_options(layer)
-        if options.window is not None or options.softcap:
-            raise NotImplementedError(
-                f"calibration: layer {index} has window={options.window} and softcap={options.softcap:g}, which the "
-                "exact scores do not know yet"
-            )
-        return q, k, options.scale
+        return q, k, self.family.attention_options(layer).scale
 
 
 def documents(batches: Iterable[Any], context: int | None, block_size: int) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lemo.engine.families.base import AttentionOptions, Family, ModelShape, NormWeights, UnsupportedModelError
 from lemo.engine.families.gemma import Gemma2, Gemma3
+from lemo.engine.families.gpt_oss import GptOss
 from lemo.engine.families.granite import Granite
 from lemo.engine.families.llama import Llama
 from lemo.engine.families.mistral import Ministral, Mistral
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen3MoE(),
     Gemma2(),
     Gemma3(),
+    GptOss(),
     Granite(),
     Phi3(),
     SmolLM3(),

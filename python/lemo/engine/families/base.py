@@ -33,14 +33,14 @@ class UnsupportedModelError(ValueError):
 class Experts:
     """A router and `count` gated MLPs of width f, of which every row takes `per_token`; in the layers named.
 
-    normed: the router's weights of a row sum to 1.
+    normed: the router's weights of a row are made to sum to 1; None: they do, being a softmax over the chosen experts.
     """
 
     count: int
     per_token: int
     ffn: int
     layers: tuple[int, ...]
-    normed: bool
+    normed: bool | None
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ class AttentionOptions:
     window: int | None = None
     softcap: float = 0.0
     sinks: Tensor | None = None
+
+    def within(self, tokens: int) -> Self:
+        """In documents of so many tokens: without a window that they do not exceed."""
+        return self if self.window is None or tokens > self.window else replace(self, window=None)
 
 
 @dataclass(frozen=True, eq=False)

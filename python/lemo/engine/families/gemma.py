@@ -41,9 +41,15 @@ class Gemma2(Llama):
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
         return self._norm(layer.input_layernorm), self._norm(layer.pre_feedforward_layernorm)
 
+    def options_without_kernels(self, config: Any, tokens: int) -> list[str]:
+        found = super().options_without_kernels(config, tokens)
+        return ["soft-capped scores", *found] if self.score_softcap(config) else found
+
+    def score_softcap(self, config: Any) -> float:
+        return float(config.attn_logit_softcapping or 0.0)
+
     def attention_options(self, layer: Any) -> AttentionOptions:
-        a = layer.self_attn
-        return replace(super().attention_options(layer), softcap=float(a.attn_logit_softcapping or 0.0))
+        return replace(super().attention_options(layer), softcap=self.score_softcap(layer.self_attn.config))
 
     def attention_modules(self, layer: Any) -> Sequence[nn.Module]:
         return *super().attention_modules(layer), layer.post_attention_layernorm
@@ -89,9 +95,8 @@ class Gemma3(Gemma2):
             inner_saved=shape.inner_saved + (shape.heads + shape.kv_heads) * shape.head_dim,
         )
 
-    def attention_options(self, layer: Any) -> AttentionOptions:
-        # transformers hands attn_logit_softcapping, which its Gemma 3 has a setting for, to no attention function.
-        return replace(super().attention_options(layer), softcap=0.0)
+    def score_softcap(self, config: Any) -> float:
+        return 0.0  # there is a setting, which transformers' Gemma 3 does not use
 
     def attention_modules(self, layer: Any) -> Sequence[nn.Module]:
         return *super().attention_modules(layer), layer.self_attn.q_norm, layer.self_attn.k_norm

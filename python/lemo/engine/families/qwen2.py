@@ -1,5 +1,5 @@
-"""Qwen2 and Qwen2.5: Llama's layers with biases in the query, key and value projections, in some versions with a window
-in the later ones."""
+"""Qwen2 and Qwen2.5: Llama's layers with biases in the query, key and value projections, and in some versions with a
+sliding window in the later ones."""
 
 from __future__ import annotations
 
