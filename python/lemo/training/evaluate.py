@@ -20,7 +20,7 @@ import torch
 
 from lemo.data import Documents, evaluation_pieces, evaluation_spans
 from lemo.data.windows import Span
-from lemo.engine.families import logit_softcap
+from lemo.engine.families import logit_scale, logit_softcap
 from lemo.training.adapters import adapter_name, check_adapter, loaded_adapter
 from lemo.training.processes import Processes
 
@@ -148,7 +148,7 @@ def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     base = _base_of(model)
-    logits = base.get_output_embeddings()(hidden).float()
+    logits = base.get_output_embeddings()(hidden).float() * logit_scale(base.config)
     cap = logit_softcap(base.config)
     return cap * torch.tanh(logits / cap) if cap else logits
 
