@@ -27,7 +27,7 @@ RECOMPUTE: tuple[RecomputeSetting, ...] = get_args(RecomputeSetting)
 SELECT: tuple[Select, ...] = get_args(Select)
 TILE_POLICIES: tuple[TilePolicyName, ...] = get_args(TilePolicyName)
 # Keyword arguments of the tile policies, by name (`lemo.engine.tiles`).
-TILE_OPTIONS: Mapping[TilePolicyName, tuple[str, ...]] = {"probe": ("rows",), "recent": (), "predictors": ()}
+TILE_OPTIONS: Mapping[TilePolicyName, tuple[str, ...]] = {"probe": ("rows", "rank"), "recent": (), "predictors": ()}
 
 _TILE = 128  # LEMO_TILE_ROWS: settings are read without the library
 _MOST_KEYS = 2**62
