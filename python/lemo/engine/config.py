@@ -100,8 +100,8 @@ class Phase:
     local: tiles directly before a query tile that it always attends to, as it does to itself and to the document's
         first tile, whatever the limits.
     tile_policy: how the other tiles are chosen ("sparse" only): "probe", by the exact attention of a few rows of the
-        query tile; "recent", the nearest ones; "predictors", by networks calibrated for it (`lemo calibrate --target
-        mass`). See `lemo.engine.tiles`.
+        query tile, in the head that needs a tile most; "recent", the nearest ones; "predictors", by networks calibrated
+        for it (`lemo calibrate --target mass`). See `lemo.engine.tiles`.
     tile_options: keyword arguments of the tile policy.
     """
 
