@@ -1,16 +1,17 @@
 """What leaving out pairs of tiles does to a model's predictions: its loss in mode "sparse" against the exact one.
 
 No training: the language-modelling loss of documents of real text, forward only, through `lemo` with every limit and
-tile policy, and by how much it exceeds the loss with dense attention: excess, with half its 95 % interval over
-documents, and over_default, its difference from the excess of the default policy at the same limit, likewise (paired;
-the text is source code, so only the differences mean something). computed is the share of the pairs of tiles, covered
-the share of attention that the policy takes them to hold; both are means over layers and documents.
+tile policy. excess is what the loss has more than with dense attention, and over_default what it has more than with the
+default policy at the same limit, each with half its 95 % interval over documents (paired). computed is the share of the
+pairs of tiles, covered the share of attention that the policy takes them to hold; both are means over layers and
+documents.
 
   python benchmarks/tile_loss.py --model smollm2 --context 8192      # benchmarks/smollm2.py makes the model
   python benchmarks/tile_loss.py --model smollm2 --context 4096 --limit density=0.25 --policy probe recent
   python benchmarks/tile_loss.py --model smollm2 --context 2048 --documents 1 --out /tmp/loss.json
 
-The text is source code of installed packages. In float32 on the CPU, bfloat16 on a GPU.
+Results are written after every document. The text is source code of installed packages. In float32 on the CPU, bfloat16
+on a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ LIMITS: tuple[dict[str, Any], ...] = (
     {"density": 0.5},
     {"density": 0.25},
     {"density": 0.125},
+    {"keys": 640},  # as many pairs as density 0.25 at 4K tokens
+    {"keys": 1152},  # the same at 8K
     {"mass": 0.93},
     {"mass": 0.85},
 )
@@ -83,21 +86,32 @@ def with_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def losses(model: Any, documents: Sequence[Tensor], phase: Any) -> dict[str, Any]:
-    """Loss of every document in one mode, and what its attention computed."""
+def measure(model: Any, ids: Tensor, phase: Any) -> dict[str, list[float]]:
+    """Loss of a document in one mode, and what its attention computed in every layer."""
     import lemo
 
     controller = lemo.apply(model, lemo.LemoConfig(phases=[phase], recompute="full"))
-    found: dict[str, list[float]] = {"loss": [], "computed": [], "covered": []}
     try:
-        for ids in documents:
-            found["loss"].append(float(model(input_ids=ids[None], labels=ids[None]).loss.detach()))
-            report = controller.report()
-            found["computed"] += report["density"]
-            found["covered"] += [c for c in report["covered"] if c is not None]
+        loss = float(model(input_ids=ids[None], labels=ids[None]).loss.detach())
+        report = controller.report()
     finally:
         lemo.remove(model)
-    return found
+    if phase.mode == "dense":
+        return {"losses": [loss], "computed": [1.0], "covered": [1.0]}
+    covered = [c for c in report["covered"] if c is not None]
+    return {"losses": [loss], "computed": report["density"], "covered": covered}
+
+
+def summary(found: dict[tuple[str, str], list[dict[str, list[float]]]]) -> list[dict[str, Any]]:
+    """Rows of the results from what was measured, by limit and policy, of every document; dense first."""
+    rows = []
+    for (limit, policy), documents in found.items():
+        losses, computed, covered = (
+            [x for document in documents for x in document[name]] for name in ("losses", "computed", "covered")
+        )
+        row = {"limit": limit, "policy": policy, "computed": statistics.fmean(computed)}
+        rows.append(row | {"covered": statistics.fmean(covered) if covered else None, "losses": losses})
+    return with_differences(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,17 +141,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to("cuda" if cuda else "cpu").train()
     model.requires_grad_(False)
     model.model.layers[0].self_attn.q_proj.weight.requires_grad_()  # lemo runs where something trains
-    documents = [ids.to(model.device) for ids in texts(tokenizer, args.context, args.documents)]
-    dense = losses(model, documents, lemo.Phase("dense"))["loss"]
-    rows: list[dict[str, Any]] = [{"limit": "none", "policy": "", "computed": 1.0, "covered": 1.0, "losses": dense}]
-    for limit, policy, options in tqdm(settings(args.limit, args.policy), unit=" settings"):
-        found = losses(model, documents, lemo.Phase("sparse", **options))
-        row = {"limit": limit, "policy": policy, "computed": statistics.fmean(found["computed"])}
-        row["covered"] = statistics.fmean(found["covered"]) if found["covered"] else None
-        rows.append(row | {"losses": found["loss"]})
-    print(table(with_differences(rows), COLUMNS))
-    same = {"context": args.context, "documents": args.documents}
-    print(write_results(args.out, rows, **made, model=Path(args.model).name, settings=same))
+    phases = {("none", ""): lemo.Phase("dense")}
+    for limit, policy, options in settings(args.limit, args.policy):
+        phases[limit, policy] = lemo.Phase("sparse", **options)
+    found: dict[tuple[str, str], list[dict[str, list[float]]]] = {}
+    with tqdm(total=args.documents * len(phases), unit=" forward passes") as bar:
+        for i, ids in enumerate(texts(tokenizer, args.context, args.documents)):
+            for place, phase in phases.items():
+                found.setdefault(place, []).append(measure(model, ids.to(model.device), phase))
+                bar.update()
+            same = {"context": args.context, "documents": i + 1}
+            path = write_results(args.out, summary(found), **made, model=Path(args.model).name, settings=same)
+    print(table(summary(found), COLUMNS))
+    print(path)
     return 0
 
 
