@@ -281,9 +281,11 @@ def sparse_loss() -> list[str]:
     same = result["settings"]
     header = ["limit", "tile policy", "pairs of tiles", "attention covered, by the policy", "loss", "more than exact"]
     header.append("more than the default policy")
+    several = same["documents"] > 1
     title = (
-        f"**SmolLM2-135M in mode `sparse`, without training** (loss of {same['documents']} documents of "
-        f"{in_thousands(same['context'])} tokens of source code; 95 % intervals over documents, paired)"
+        f"**SmolLM2-135M in mode `sparse`, without training** (loss of {same['documents']} document{'s' * several} of "
+        f"{in_thousands(same['context'])} tokens of source code"
+        f"{'; 95 % intervals over documents, paired' * several})"
     )
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 

@@ -269,7 +269,7 @@ def probed(options, tokens=1000):
 )
 def test_the_longer_a_document_the_fewer_rows_are_probed(tokens, rows, monkeypatch):
     monkeypatch.setattr(engine_tiles, "PROBED_ROWS", ((1000, 3), (2000, 2)))
-    monkeypatch.setattr(engine_tiles.ops, "tile_scores", lambda *args: (args[6], None))
+    monkeypatch.setattr("lemo.ops.tile_scores", lambda *args: (args[6], None))
     assert probed({"rank": "mean"}, tokens) == (rows, None)
     assert probed({"rank": "mean", "rows": 7}, tokens) == (7, None)
 
