@@ -121,7 +121,7 @@ def test_bits_of_a_whole_word() -> None:
 def test_masses_of_a_query_tile_add_up_to_one(probes: int) -> None:
     case = TileScores("documents", probes=probes)
     t = case.inputs("cpu", torch.float32)
-    sums = case.run(t)["scores"][0].sum(1)
+    sums = case.run(t)["scores"].sum(1)
     with_tile = [slot for slot, *_ in oracle.tiles_of(t["cu_seqlens"].tolist())]
     assert (sums[with_tile] - 1).abs().max() < 1e-5 and sums.count_nonzero() == len(with_tile)
 
@@ -135,14 +135,17 @@ def test_as_many_probes_as_rows_give_the_mass_that_attention_gives() -> None:
     v = torch.zeros(rows, 4, 64)
     v[torch.arange(rows), :, torch.arange(rows) // 128] = 1
     out, _ = ops.attention_forward(q, k, v, cu_seqlens, None, rows, 0.125)
-    mass = out[:, :, :tiles].mean(1).view(tiles, 128, tiles).mean(1)
-    assert error(ops.tile_scores(q, k, cu_seqlens, None, rows, 0.125, 128, 0, tiles, tiles)[0], mass) < 1e-6
+    heads = out[:, :, :tiles].unflatten(0, (tiles, 128)).mean(1)
+    masses, peaks = ops.tile_scores(q, k, cu_seqlens, None, rows, 0.125, 128, 0, tiles, tiles, want_peaks=True)
+    assert error(masses, heads.mean(1)) < 1e-6 and error(peaks, heads.amax(1)) < 1e-6
+    without = ops.tile_scores(q, k, cu_seqlens, None, rows, 0.125, 128, 0, tiles, tiles)
+    assert torch.equal(without[0], masses) and without[1] is None
 
 
 def test_nan_in_a_row_stays_with_the_tiles_that_see_it() -> None:
     t = TileScores("aligned").inputs("cpu", torch.float32)
     t["k"][300] = math.nan  # in the first tile of the second document: slots 3 to 5
-    for scores in TileScores("aligned").run(t)["scores"]:
+    for scores in TileScores("aligned").run(t).values():
         assert scores[:3].isfinite().all()
         assert [scores[slot, : slot - 2].isnan().all().item() for slot in (4, 5)] == [True, True]
 

@@ -73,14 +73,15 @@ class TileScores:
     def run(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
         slots = self.slots(t)
         strips = [self.scores(t, s, min(self.strip, slots - s)) for s in range(0, slots, self.strip)]
-        found = {"scores": self.scores(t, 0, slots), "strips": map(torch.cat, zip(*strips, strict=True))}
-        return {name: torch.stack([*tensors]) for name, tensors in found.items()}  # masses, peaks
+        found = [*self.scores(t, 0, slots), *map(torch.cat, zip(*strips, strict=True))]
+        return dict(zip(("scores", "peaks", "strips", "strip_peaks"), found, strict=True))
 
     def expect(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
         cu = t["cu_seqlens"].tolist()
         q, k = (t[n] if "rows" not in t else t[n][t["rows"][: cu[-1]].long()] for n in "qk")
-        scores = torch.stack(oracle.tile_scores(q, k, cu, self.dim**-0.5, self.probes, self.slots(t), self.width))
-        return {"scores": scores, "strips": scores}
+        where = (cu, self.dim**-0.5, self.probes, self.slots(t), self.width)
+        scores, peaks = oracle.tile_scores(q, k, *where)
+        return {"scores": scores, "peaks": peaks, "strips": scores, "strip_peaks": peaks}
 
 
 TILE_SCORES = [
