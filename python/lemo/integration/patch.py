@@ -136,7 +136,7 @@ def _causal_lm_forward(
     targets = Targets.of(inputs.packed, named)
     x, step = controller.run(replace(inputs, labelled=targets.values != targets.ignore_index))
     norm = controller.family.final_norm(controller.family.decoder(module))
-    head = projection(module.lm_head, trainable=True)
+    head = projection(module.lm_head, head=True)
     if head is None:
         controller.note(
             f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
