@@ -1,5 +1,5 @@
-"""What people train: kinds of LoRA, whole modules, several adapters, every weight. With everything kept, each mode gives
-the loss and the gradients of transformers and PEFT; and each mode runs."""
+"""What people train: kinds of LoRA, whole modules, several adapters, every weight. With everything kept, each mode
+gives the loss and the gradients of transformers and PEFT; and each mode runs."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def settings(mode: str, kept: float, recompute: str = "none") -> lemo.LemoConfig
     limits: dict[str, Any] = {"skip": {"keep": kept, "policy": "random"}, "dense": {}}.get(mode, {"keep": kept})
     if mode == "sparse":
         limits = {"density": kept}
-    phase = lemo.Phase(mode, **limits)  # type: ignore[arg-type]
-    return lemo.LemoConfig(block_size=8, recompute=recompute, phases=[phase])  # type: ignore[arg-type]
+    phase = lemo.Phase(mode, **limits)
+    return lemo.LemoConfig(block_size=8, recompute=recompute, phases=[phase])
 
 
 def started(model: Any) -> Any:
