@@ -6,7 +6,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from lemo.integration import training_pass, trl_head
 from lemo.integration.callback import LemoCallback
 from lemo.integration.checks_peft import check_adapters, check_device, check_weights
 from lemo.integration.entries import controller_of
+from lemo.integration.evaluation import LossOnly
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
 from lemo.integration.schedule import Schedule
@@ -68,6 +69,7 @@ class Controller:
         self._draws = Draws()
         self._passes = Passes()
         self.referring = False
+        self.loss_only_passes = LossOnly()
         self._covered_forward: Any = None
         self._notes: set[str] = set()
 
@@ -173,6 +175,15 @@ class Controller:
                 yield
         finally:
             self.referring = before
+
+    def loss_only(self) -> AbstractContextManager[None]:
+        """Evaluation passes inside that are given labels return the dense model's loss, without its logits.
+
+        Logits are then made for slices of tokens only. For evaluation in a loop of one's own, with the model in eval
+        mode and gradients off; under a Trainer that asks for the loss alone (no `compute_metrics`) it happens by
+        itself.
+        """
+        return self.loss_only_passes.everywhere()
 
     def cover_heads(self) -> None:
         """Covers the head again if another library has put its own loss over ours (see `integration.trl_head`)."""

@@ -8,7 +8,6 @@ transformers' own code.
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from lemo.engine.wrappers import base_model
 from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
 from lemo.integration.controller import Controller
-from lemo.integration.entries import attach, controller_of, detach
+from lemo.integration.entries import arguments, attach, controller_of, detach
 from lemo.integration.training_pass import Inputs
 
 if TYPE_CHECKING:  # loaded only if a run has a calibration
@@ -51,16 +50,6 @@ _TRANSFORMERS = (5, 6)  # from this major version, below that one
 
 
 # --- the two forward methods ------------------------------------------------------------------------------------------
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those of **kwargs included."""
-    # Of the class: a wrapper around the instance's forward need not have its parameters.
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    named = dict(bound.arguments)
-    del named["self"]
-    named.update(named.pop("kwargs", {}))
-    return named
 
 
 def _check_arguments(named: dict[str, Any]) -> None:
@@ -100,7 +89,7 @@ def _decoder_forward(
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     controller.cover_heads()
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
     inputs = _inputs(controller, named)
     x, step = controller.run(inputs)
@@ -118,7 +107,7 @@ def _causal_lm_forward(
 ) -> Any:
     if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
         return original(*args, **kwargs)
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
     fused = trl_head.wanted(controller, module, original, kwargs)
     if fused is not None:
