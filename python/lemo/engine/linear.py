@@ -1,10 +1,10 @@
 """Linear layers of the base model with their adapters: the cheap path, and the module itself if that is not safe.
 
-The cheap path covers frozen `nn.Linear` weights, frozen 4-bit weights of bitsandbytes, and PEFT's LoRA over them: plain
-adapters, one or several that are active together, and one DoRA; without dropout. Adapters stay in their own dtype (fp32
-over a bf16 base); products run in the dtype of the input, adapter gradients accumulate in fp32. Everything else - other
-quantized bases, LoRA dropout, other adapter kinds, trainable base weights - calls the module: correct, at the module's
-own memory cost.
+The cheap path covers frozen `nn.Linear` weights, frozen quantized weights (4 and 8 bits of bitsandbytes, what torchao
+can make dense), and PEFT's LoRA over them: plain adapters, one or several that are active together, and one DoRA;
+without dropout. Adapters stay in their own dtype (fp32 over a bf16 base); products run in the dtype of the input,
+adapter gradients accumulate in fp32. Everything else - other quantized bases, LoRA dropout, other adapter kinds,
+trainable base weights - calls the module: correct, at the module's own memory cost.
 """
 
 from __future__ import annotations
@@ -113,11 +113,25 @@ def _four_bit(linear: Any) -> Form | None:
     return Form(lambda stored: dequantize_4bit(stored.data, state), linear.out_features)
 
 
+def _eight_bit(linear: Any) -> Form | None:
+    """Of bitsandbytes: rows of int8 with a scale each, which the layer's state takes over from the weight at the first
+    call. Activations stay as they are, whereas bitsandbytes quantizes them too on a GPU."""
+    scales = linear.state.SCB if linear.state.SCB is not None else getattr(linear.weight, "SCB", None)
+    if scales is None or linear.weight.dtype != torch.int8 or linear.state.has_fp16_weights:
+        return None
+    return Form(lambda stored: stored.data * (scales / 127.0)[:, None], linear.out_features)
+
+
 # Linear layers that store their weight in another form, by the class's full name; None for one that cannot be read yet.
 # A class added here takes the cheap path.
-QUANTIZED: dict[str, Callable[[Any], Form | None]] = {"bitsandbytes.nn.modules.Linear4bit": _four_bit}
+QUANTIZED: dict[str, Callable[[Any], Form | None]] = {
+    "bitsandbytes.nn.modules.Linear4bit": _four_bit,
+    "bitsandbytes.nn.modules.Linear8bitLt": _eight_bit,
+}
 # PEFT's LoRA around them.
-_LORA = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
+_LORA = tuple(f"peft.tuners.lora.{name}" for name in (
+    "layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear",
+))  # fmt: skip
 _DORA = ("peft.tuners.lora.variants.DoraLinearVariant", "peft.tuners.lora.dora.DoraLinearLayer")
 
 
@@ -126,10 +140,20 @@ def _base(linear: Any, trainable: bool) -> Projection | None:
     if hooked(linear) or not (trainable or _frozen(linear)):
         return None
     if type(linear) is nn.Linear:
-        return Projection(linear.weight, linear.bias)
+        return _of_tensor(linear)
     kind = QUANTIZED.get(_class(linear))
     form = None if kind is None or not _frozen(linear) else kind(linear)
     return None if form is None else Projection(linear.weight, linear.bias, form=form)
+
+
+def _of_tensor(linear: nn.Linear) -> Projection | None:
+    """Of torch's own linear layer; torchao puts a tensor of its own kind into one."""
+    weight: Tensor = linear.weight
+    if type(weight) in (nn.Parameter, Tensor):
+        return Projection(weight, linear.bias)
+    if not type(weight).__module__.startswith("torchao.") or not hasattr(weight, "dequantize") or not _frozen(linear):
+        return None
+    return Projection(weight, linear.bias, form=Form(lambda stored: stored.dequantize(), linear.out_features))
 
 
 def projection(module: Any, *, head: bool = False) -> Projection | None:
