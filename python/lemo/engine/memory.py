@@ -66,9 +66,16 @@ def stored_bytes(model: Any) -> int:
     for tensor in (*base_model(model).parameters(), *base_model(model).buffers()):
         if adapted and tensor.requires_grad:
             continue
-        for t in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
+        for t in (*_parts(tensor), *_tensors_of(getattr(tensor, "quant_state", None))):
             storages[t.untyped_storage().data_ptr() or id(t)] = t.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor holds in memory: the tensors inside of one of another kind (torchao's), else itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
@@ -81,7 +88,8 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
 
 
 def _quantized(model: Any) -> bool:
-    return any(p.dim() > 1 and not p.is_floating_point() for p in base_model(model).parameters())
+    weights = (p for p in base_model(model).parameters() if p.dim() > 1)
+    return any(part.element_size() == 1 for p in weights for part in _parts(p))
 
 
 def saved_bytes(

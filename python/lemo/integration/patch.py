@@ -8,7 +8,6 @@ transformers' own code.
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from lemo.engine.wrappers import base_model
 from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
 from lemo.integration.controller import Controller
-from lemo.integration.entries import attach, controller_of, detach
+from lemo.integration.entries import arguments, attach, controller_of, detach
 from lemo.integration.training_pass import Inputs
 
 if TYPE_CHECKING:  # loaded only if a run has a calibration
@@ -51,16 +50,6 @@ _TRANSFORMERS = (5, 6)  # from this major version, below that one
 
 
 # --- the two forward methods ------------------------------------------------------------------------------------------
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those of **kwargs included."""
-    # Of the class: a wrapper around the instance's forward need not have its parameters.
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    named = dict(bound.arguments)
-    del named["self"]
-    named.update(named.pop("kwargs", {}))
-    return named
 
 
 def _check_arguments(named: dict[str, Any]) -> None:
@@ -107,7 +96,7 @@ def _decoder_forward(
     controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     controller.cover_heads()
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
     inputs = _inputs(controller, named)
     x, step = controller.run(inputs)
@@ -125,7 +114,7 @@ def _causal_lm_forward(
 ) -> Any:
     if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
         return original(*args, **kwargs)
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
     _check_router(named, module.config)
     fused = trl_head.wanted(controller, module, original, kwargs)
@@ -144,7 +133,7 @@ def _causal_lm_forward(
     targets = Targets.of(inputs.packed, named)
     x, step = controller.run(replace(inputs, labelled=targets.values != targets.ignore_index))
     norm = controller.family.head_norm(controller.family.decoder(module))
-    head = projection(module.lm_head, trainable=True)
+    head = projection(module.lm_head, head=True)
     if head is None:
         controller.note(
             f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
