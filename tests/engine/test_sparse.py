@@ -12,7 +12,8 @@ from lemo.engine.attend import PackedRows
 from lemo.engine.config import _TILE, TILE_OPTIONS
 from lemo.engine.tiles import TILE, LayerRows, TileChooser, budget, make_tile_policy
 from support import reference
-from support.models import FAMILIES, LAYERS, LINEARS, assert_close, base, clone, gradients, lora, tuned
+from support.models import LAYERS, LINEARS, assert_close, base, clone, gradients, lora, tuned
+from support.tile_pairs import pairs_of
 
 LENGTHS = (640, 129, 431)  # tiles of 128: whole, one row more, a part
 
@@ -38,7 +39,7 @@ def batch(kind="packed"):
 
 def long(family):
     """What a tiny model of the family needs for documents of these lengths."""
-    return {"max_position_embeddings": 1024, **({"sliding_window": None} if family == "mistral" else {})}
+    return {"max_position_embeddings": 1024}
 
 
 def packed(family, inputs):
@@ -68,20 +69,6 @@ def chosen(monkeypatch):
     return found
 
 
-def pairs_of(rows: PackedRows, tiles) -> torch.Tensor:
-    """bool [M, M]: whether row i may see row j, causality within a tile aside."""
-    cu = rows.cu_seqlens.tolist()
-    seen = torch.zeros(cu[-1], cu[-1], dtype=torch.bool)
-    offsets, listed = tiles.offsets.tolist(), tiles.tiles.tolist()
-    for d, (a, b) in enumerate(itertools.pairwise(cu)):
-        for m in range(-(-(b - a) // TILE)):
-            slot = a // TILE + d + m
-            own = slice(a + m * TILE, min(a + (m + 1) * TILE, b))
-            for n in [m, *listed[offsets[slot] : offsets[slot + 1]]]:
-                seen[own, a + n * TILE : min(a + (n + 1) * TILE, b)] = True
-    return seen
-
-
 class Sparse(reference.Model):
     """A model whose layers see the chosen tiles only; choices by layer, None: all tiles."""
 
@@ -108,7 +95,7 @@ def everything(ids):
     return [(torch.arange(len(ids)),) * 2] * 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("kind", ["packed", "right", "left"])
 def test_sparse(family, recompute, kind, chosen):

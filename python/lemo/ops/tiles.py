@@ -39,7 +39,8 @@ def tile_scores(
     more. scores[s, n] is the softmax of the query tile over all keys before it, summed over the keys of tile n and
     averaged over heads and ``probes`` rows (1 to 128) spread over the tile: 128 give the exact mass of a whole tile.
     The masses of a query tile, its own included, add up to 1. peaks[s, n] is the largest mass that any head has there,
-    by which tiles are ranked better. Tiles above the query tile have 0, as have slots without a tile.
+    by which tiles are ranked better. Tiles above the query tile have 0, as have slots without a tile. Soft-caps,
+    windows and sinks that the layer may have are not considered.
     """
     new = functools.partial(q.new_empty, dtype=torch.float32)
     return new(slots, width), new(slots, width) if want_peaks else None
