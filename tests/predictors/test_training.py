@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -77,9 +78,13 @@ def test_teacher_scores_match_the_full_matrix(family):
     hidden = model(ids[None], output_hidden_states=True).hidden_states
     for i, (x, exact) in seen.items():
         torch.testing.assert_close(x, hidden[i][0], atol=1e-6, rtol=1e-5)
-        q, k = _queries_keys(model, i, ids)
-        s = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * _scale(model)
+        q, k, options = _queries_keys(model, i, ids)
+        s = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * options["scaling"]
+        if softcap := options.get("softcap"):
+            s = softcap * torch.tanh(s / softcap)
         s = s.relu().mean(0).tril()
+        if window := options.get("sliding_window"):
+            s = s.triu(1 - window)
         n = len(exact)
         full = torch.zeros(n * BLOCK, n * BLOCK)
         full[: len(ids), : len(ids)] = s
@@ -87,21 +92,20 @@ def test_teacher_scores_match_the_full_matrix(family):
         torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)
 
 
-def _scale(model):
-    return model.get_decoder().layers[0].self_attn.scaling
-
-
 def _queries_keys(model, layer, ids):
-    """q [T, Hq, D] and k [T, Hk, D] of the transformers attention module, caught at its attention function."""
-    from transformers import AttentionInterface
+    """q [T, Hq, D] and k [T, Hk, D] of the transformers attention module, caught at its attention function, and the
+    function's options."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     caught = []
 
     def spy(module, query, key, value, mask, **kwargs):
-        caught.append((query[0].transpose(0, 1), key[0].transpose(0, 1)))
-        return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+        caught.append((query[0].transpose(0, 1), key[0].transpose(0, 1), kwargs))
+        eager = sys.modules[type(module).__module__].eager_attention_forward  # with soft-cap, sinks and window
+        return eager(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", AttentionMaskInterface()["eager"])
     before = model.config._attn_implementation
     model.config._attn_implementation = "spy"
     try:
@@ -109,10 +113,7 @@ def _queries_keys(model, layer, ids):
             model(ids[None])
     finally:
         model.config._attn_implementation = before
-    q, k = caught[layer]
-    if hasattr(model.model, "decoder"):  # OPT scales its queries before the attention function
-        q = q / _scale(model)
-    return q, k
+    return caught[layer]
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
