@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo.engine.elementwise import GeGLU, inner_norm
-from lemo.engine.families.base import AttentionOptions, Classes, ModelShape, NormWeights, Tables, rms_norm
+from lemo.engine.families.base import AttentionOptions, Classes, ModelShape, NormWeights, Tables, refuse, rms_norm
 from lemo.engine.families.llama import Llama
 from lemo.engine.linear import linear_group, ordinary, unwrap
 
@@ -27,6 +27,16 @@ class Gemma2(Llama):
 
     def loading(self, config: Any) -> dict[str, Any]:
         return {"attn_implementation": "eager"}  # the only one of transformers' own that computes soft-caps
+
+    def check(self, lm: Any) -> None:
+        super().check(lm)
+        softcap = self.score_softcap(lm.config)
+        if softcap and getattr(lm.config, "_attn_implementation", None) == "sdpa":
+            refuse(
+                f"attention 'sdpa' with soft-capped scores (attn_logit_softcapping={softcap:g}): transformers then "
+                "leaves the soft-cap out of evaluation",
+                'load the model with attn_implementation="eager"',
+            )
 
     @cached_property
     def layer_modules(self) -> Mapping[str, Classes]:
