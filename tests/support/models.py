@@ -175,11 +175,7 @@ FAMILIES = {
         Phi3Config,
         ["qkv_proj", "o_proj"],
         ["gate_up_proj", "down_proj"],
-        {
-            **GATED,
-            "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        },
+        {**GATED, "pad_token_id": 0, "partial_rotary_factor": 0.5},
     ),
     # The second layer has no position embedding.
     "smollm3": Tiny(
