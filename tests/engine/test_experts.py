@@ -132,6 +132,7 @@ def test_against_a_sum_over_experts(width, count):
 def test_clamped_gates_are_transformers_own():
     """gpt-oss's, whatever is clamped: values and gradients, in its own layout."""
     mixture = base("gpt_oss").model.layers[0].mlp.experts
+    mixture.limit = 1.0
     gate = clamped_swiglu(mixture.alpha, mixture.limit)
     inner = (mixture.limit * torch.randn(7, 2 * mixture.intermediate_size)).requires_grad_()
     expected = mixture._apply_gate(inner)

@@ -123,7 +123,12 @@ FAMILIES = {
         Gemma2ForCausalLM,
         Gemma2Config,
         **ROTARY,
-        options={**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+        options={
+            **GEMMA,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+            "attn_implementation": "eager",
+        },
         kernels={**WITHOUT_WINDOWS, "attn_logit_softcapping": None},
     ),
     "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA, kernels=WITHOUT_WINDOWS),

@@ -257,7 +257,8 @@ def check_supported(config: Any, context: int | None = None, device: Any = None)
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            attention = families.loading(config)["attn_implementation"]
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise families.UnsupportedModelError(
             f"lemo does not support models of type {config.model_type!r} ({_first_line(error)})"
