@@ -23,6 +23,7 @@ Tables = tuple[Tensor, ...] | None
 NormKind = Literal["rms", "layer"]
 # The projections of a layer, in the order of computation; "qkv" and "gate_up" are those of a fused one.
 PROJECTIONS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+OF_ATTENTION = PROJECTIONS[:5]
 
 
 class UnsupportedModelError(ValueError):
@@ -213,7 +214,7 @@ class Family(ABC):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the modules that an adapter of attention is for."""
-        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "qkv", "o"))
+        return tuple(name for name, role in self.projections.items() if role in OF_ATTENTION)
 
     def loading(self, config: Any) -> dict[str, Any]:
         """Arguments of transformers' from_pretrained, beyond the obvious ones, for a model that lemo can train."""
