@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lemo.engine.forward import forward
 from lemo.engine.linear import Form, projection
 from lemo.engine.memory import layer_shape, stored_bytes
-from support.models import FAMILIES, LINEARS, assert_close, base, batch, gradients, lora
+from support.models import LAYERS, LINEARS, assert_close, base, batch, gradients, lora
 from torch import nn
 
 
@@ -63,7 +63,7 @@ def settings(recompute="none", mode="dense", **options):
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_gradients_are_those_of_plain_training(family, recompute, known):
     model = lora(quantize(base(family), [*LINEARS[family], "lm_head"]), LINEARS[family]).train()
     inputs = batch("right")

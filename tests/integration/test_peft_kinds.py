@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from lemo.engine.families import UnsupportedModelError
-from support.models import FAMILIES, base, lora, tuned
+from support.models import LAYERS, base, lora, tuned
 from torch import nn
 
 TARGETS = ["q_proj", "v_proj"]
@@ -149,8 +149,7 @@ OTHERS = ("DoRA", "embedding and head", "saved modules", "new tokens", "PromptTu
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llama", name) for name in WORKS]
-    + [(family, name) for family in FAMILIES if family != "llama" for name in OTHERS],
+    [("llama", name) for name in WORKS] + [(family, name) for family in LAYERS if family != "llama" for name in OTHERS],
 )
 def test_gradients_are_those_of_plain_training(family, name):
     options = dict(WORKS[name])

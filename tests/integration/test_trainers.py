@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from lemo.integration.trainers import running_trainer
-from support.models import ATTENTION, FAMILIES, VOCAB, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, LAYERS, VOCAB, base, batch, gradients, lora, tuned
 
 SKIP = [lemo.Phase("skip", keep=0.5, policy="update_norm")]
 
@@ -195,7 +195,7 @@ def test_mixed_precision_training_twice(tmp_path):
 # --- hooks on the embedding -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_hooks_on_the_embedding_see_the_batch(family):
     model, inputs = tuned(family), batch("right")
     shapes = []

@@ -209,8 +209,8 @@ class Controller:
         loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. Of mode
         "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of
         tiles that causality allows, and covered, the share of attention that these hold, as the tile policy estimates
-        it (None: it does not). cost_ratio: products of the pass over those of a dense one (`lemo.engine.cost`); None
-        before the first pass.
+        it (None: it does not); both 1 for a layer with a sliding window, which sees all of it. cost_ratio: products of
+        the pass over those of a dense one (`lemo.engine.cost`); None before the first pass.
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
@@ -276,7 +276,7 @@ class Controller:
         """The residual stream [T, d] after the last layer, before the final norm, and the step that made it."""
         decoder = self.family.decoder(self.model)
         layers = self.family.layers(decoder)
-        self.family.check_length(self.model.config, inputs.packed.blocks.max_seqlen)
+        self.family.check_kernels(self.model.config, inputs.packed.blocks.max_seqlen, inputs.batch.device)
         if self.micro_batch == 0:
             self._check_surroundings(layers, inputs.batch)
         check_modules(self.family, self.model)

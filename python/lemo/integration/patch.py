@@ -65,6 +65,15 @@ def _check_arguments(named: dict[str, Any]) -> None:
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
 
 
+def _check_router(named: dict[str, Any], config: Any) -> None:
+    given, own = named.get("output_router_logits"), getattr(config, "output_router_logits", None)
+    if given is not None and own is not None and bool(given) != bool(own):
+        raise ValueError(
+            f"output_router_logits={given} is not available as an argument in training with lemo: set it in the "
+            "model's configuration (the router's loss is part of the loss with True)"
+        )
+
+
 def _inputs(controller: Controller, named: dict[str, Any]) -> Inputs:
     ids, embeddings = named.get("input_ids"), named.get("inputs_embeds")
     given = ids if embeddings is None else embeddings
@@ -86,8 +95,6 @@ def _inputs(controller: Controller, named: dict[str, Any]) -> Inputs:
 def _decoder_forward(
     controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
     controller.cover_heads()
     named = arguments(module, args, kwargs)
     _check_arguments(named)
@@ -98,7 +105,7 @@ def _decoder_forward(
     n = controller.family.final_norm(module)
     if n is not None:
         x = ops.norm(x, *n.operands, n.kind, n.eps)
-    output = BaseModelOutputWithPast(last_hidden_state=inputs.packed.put(x))
+    output = controller.family.decoder_output(inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
 
@@ -109,6 +116,7 @@ def _causal_lm_forward(
         return original(*args, **kwargs)
     named = arguments(module, args, kwargs)
     _check_arguments(named)
+    _check_router(named, module.config)
     fused = trl_head.wanted(controller, module, original, kwargs)
     if fused is not None:
         return trl_head.fused_output(controller, module, fused, named, _inputs(controller, named))
@@ -124,7 +132,7 @@ def _causal_lm_forward(
     inputs = _inputs(controller, named)
     targets = Targets.of(inputs.packed, named)
     x, step = controller.run(replace(inputs, labelled=targets.values != targets.ignore_index))
-    norm = controller.family.final_norm(controller.family.decoder(module))
+    norm = controller.family.head_norm(controller.family.decoder(module))
     head = projection(module.lm_head, head=True)
     if head is None:
         controller.note(

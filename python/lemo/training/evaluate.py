@@ -20,7 +20,7 @@ import torch
 
 from lemo.data import Documents, evaluation_pieces, evaluation_spans
 from lemo.data.windows import Span
-from lemo.engine.families import logit_softcap
+from lemo.engine.families import logit_scale, logit_softcap
 from lemo.training.adapters import adapter_name, check_adapter, loaded_adapter
 from lemo.training.processes import Processes
 
@@ -150,7 +150,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """float32 [..., V]."""
     base = _base_of(model)
-    logits = base.get_output_embeddings()(hidden).float()
+    logits = base.get_output_embeddings()(hidden).float() * logit_scale(base.config)
     cap = logit_softcap(base.config)
     return cap * torch.tanh(logits / cap) if cap else logits
 
