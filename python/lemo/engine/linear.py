@@ -149,9 +149,9 @@ def _base(linear: Any, trainable: bool) -> Projection | None:
 def _of_tensor(linear: nn.Linear) -> Projection | None:
     """Of torch's own linear layer; torchao puts a tensor of its own kind into one."""
     weight: Tensor = linear.weight
-    if not type(weight).__module__.startswith("torchao."):
+    if type(weight) in (nn.Parameter, Tensor):
         return Projection(weight, linear.bias)
-    if not hasattr(weight, "dequantize") or not _frozen(linear):
+    if not type(weight).__module__.startswith("torchao.") or not hasattr(weight, "dequantize") or not _frozen(linear):
         return None
     return Projection(weight, linear.bias, form=Form(lambda stored: stored.dequantize(), linear.out_features))
 
