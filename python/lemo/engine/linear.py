@@ -223,11 +223,12 @@ def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
 
 def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """|W + scale b a| of every row, float32 [o], without a second tensor of W's size."""
-    inner, b = _product_fp32(w, a.to(w.dtype).t()), b.float()
-    squares = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square_()
-    squares += (2 * scale) * (inner * b).sum(1)
-    squares += scale**2 * ((b @ (a.float() @ a.float().t())) * b).sum(1)
-    return squares.clamp_(min=0).sqrt_()
+    with torch.autocast(w.device.type, enabled=False):
+        inner, b = _product_fp32(w, a.to(w.dtype).t()), b.float()
+        squares = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square_()
+        squares += (2 * scale) * (inner * b).sum(1)
+        squares += scale**2 * ((b @ (a.float() @ a.float().t())) * b).sum(1)
+        return squares.clamp_(min=0).sqrt_()
 
 
 # Tensors of a projection in the arguments of LinearGroup: weight, bias, a, b, magnitude; three arguments come first.
