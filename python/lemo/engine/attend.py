@@ -24,7 +24,8 @@ class PackedRows:
     cu_seqlens: int32 [D + 1], first row of every document, M at the end; max_seqlen: the longest document in rows, or
     an upper bound of it; table_rows: int32 [M], rows of the rotary tables, None if they are all tokens in order.
     weights: float32 [K], by which gradients of keys are multiplied, by block slot; slots: int32 [M], the slot of every
-    row. Both are None unless gradients are weighted.
+    row. Both are None unless gradients are weighted. whole: the rows of all processes, if these are a part of a
+    sequence that several share (`lemo.engine.sequence`).
     """
 
     cu_seqlens: Tensor
@@ -32,6 +33,14 @@ class PackedRows:
     table_rows: Tensor | None = None
     weights: Tensor | None = None
     slots: Tensor | None = None
+    whole: WholeRows | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WholeRows(PackedRows):
+    """Rows that are divided among processes, in the order of their ranks; counts: how many each has."""
+
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

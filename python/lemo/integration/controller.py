@@ -18,6 +18,7 @@ from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.families.base import Family
 from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
+from lemo.engine.sequence import Group, Share
 from lemo.engine.step import Step
 from lemo.engine.tiles import TileChooser, TilePolicy, make_tile_policy
 from lemo.engine.wrappers import base_model
@@ -48,11 +49,20 @@ class Controller:
     total_steps: optimizer steps of the run; set it in a custom loop if the schedule has several phases (the Trainer's
     callback does it for you). kept_ratios, mlp_kept_ratios: of the last forward pass, kept blocks over all blocks, by
     layer. data_rank: whose blocks are drawn, for processes that share a batch (tensor or context parallelism), which
-    have to set the same number; None: this process's rank in torch.distributed, so that each draws for its own data.
+    have to set the same number; None: this process's rank in torch.distributed, so that each draws for its own data, or
+    the number of its `sequence_group`. sequence: the processes that share every batch.
     """
 
-    def __init__(self, family: Family, model: Any, config: LemoConfig, predictors: PredictorSet | None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model: Any,
+        config: LemoConfig,
+        predictors: PredictorSet | None,
+        sequence: Group | None = None,
+    ) -> None:
         self.family, self.model, self.config, self.predictors = family, model, config, predictors
+        self.sequence = sequence
         self.schedule = Schedule(config.phases or ())
         self.total_steps: int | None = None
         self.data_rank: int | None = None
@@ -265,6 +275,10 @@ class Controller:
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
         random = check_randomness(self.family, self.model, loose, self.schedule.phases[index:])
+        share = None
+        if self.sequence is not None:
+            self.sequence.check_same(inputs.batch, inputs.packed.positions, inputs.targets)
+            share = Share(self.sequence, inputs.packed.blocks)
         phase = self.schedule.phases[index]
         remember = not phase.exact and not again
         plan = Plan(
@@ -277,6 +291,7 @@ class Controller:
             general=bool(loose),
             earlier=earlier,
             remembered=self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None,
+            share=share,
         )
         x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
         if not again:  # a recomputation may end half-way, and has nothing new to report
@@ -304,7 +319,9 @@ class Controller:
 
     def _seed(self, draw: Draw) -> int:
         """Of a pass's random choices. Every process draws for its own data; phases are the same in all."""
-        rank = process_rank() if self.data_rank is None else self.data_rank
+        rank = self.data_rank
+        if rank is None:
+            rank = process_rank() if self.sequence is None else self.sequence.number
         # Rank 0 draws what a single process draws.
         seed = self.config.seed if rank == 0 else mix_seed(self.config.seed, rank)
         return mix_seed(seed, draw.step, draw.micro_batch)

@@ -16,6 +16,7 @@ from lemo.engine.packing import Packed
 from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from lemo.engine.policies import Policy, StepContext
 from lemo.engine.records import SavedList
+from lemo.engine.sequence import SequenceAttention, Share
 from lemo.engine.step import Autocast, Step
 from lemo.engine.tiles import LayerRows, TileChooser, TilePolicy
 from lemo.integration.kept_lists import ChosenLists, required_blocks
@@ -27,13 +28,15 @@ from lemo.integration.replay import under_checkpoint
 class Inputs:
     """A batch as the model was called with it.
 
-    ids: int64 [B, S], or None with embeddings [B, S, d]; labelled: bool [T], tokens that have a target; None: unknown.
+    ids: int64 [B, S], or None with embeddings [B, S, d]; labelled: bool [T], tokens that have a target; None: unknown;
+    targets: int64 [T], if known.
     """
 
     packed: Packed
     ids: Tensor | None
     embeddings: Tensor | None
     labelled: Tensor | None = None
+    targets: Tensor | None = None
 
     @property
     def batch(self) -> Tensor:
@@ -48,7 +51,8 @@ class Plan:
 
     policy: None keeps everything, or repeats the lists of `earlier`; tile_policy: None attends to all tiles; seed: of
     the policy's draws; random: whether layers draw random numbers (None: they may); general: some modules are called
-    as they are; remembered: gets the lists, so that other passes can repeat them.
+    as they are; remembered: gets the lists, so that other passes can repeat them; share: what this process holds of the
+    batch, None: all of it.
     """
 
     phase: Phase
@@ -60,6 +64,7 @@ class Plan:
     general: bool
     earlier: Pass | None = None
     remembered: Pass | None = None
+    share: Share | None = None
 
 
 def begin(
@@ -67,17 +72,25 @@ def begin(
 ) -> tuple[Tensor, Step, ChosenLists, TileChooser | None]:
     """The residual stream [T, d] before the first layer, the step that takes it through the layers, and what chooses
     for it."""
-    packed, phase = inputs.packed, plan.phase
+    packed, phase, share = inputs.packed, plan.phase, plan.share
     decoder, embedding = family.decoder(model), model.get_input_embeddings()
     with outputs_of(embedding) as embedded:
         # Hooks on the embedding (NEFTune) see the batch as it is.
         given = decoder.embed_tokens(inputs.ids) if inputs.embeddings is None else inputs.embeddings
         x = family.embed(decoder, None, packed.take(given), packed.positions)
-    participation = Participation(not phase.skips or trains_before_layers(x, embedded))
+    trained = trains_before_layers(x, embedded)
+    participation = Participation(not phase.skips or trained)
     embedded.clear()
     x = x.to(_compute_dtype(x))
-    attention = Attention(family, family.tables(decoder, x.detach(), packed.positions), config.deterministic)
-    lists = ChosenLists(plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered)
+    tables = family.tables(decoder, x.detach(), packed.positions)
+    if share is None:
+        attention = Attention(family, tables, config.deterministic)
+    else:
+        x = share.take(x if trained else x.detach())
+        attention = SequenceAttention(family, share.cut(tables), config.deterministic, share)
+    lists = ChosenLists(
+        plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered, share
+    )
     if plan.policy is not None:
         plan.policy.begin(
             StepContext(
@@ -89,13 +102,14 @@ def begin(
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
                 scale=lambda i: family.scale(layers[i]),
                 required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
+                share=share,
             )
         )
     tiles = _tile_chooser(config, plan, len(layers))
     step = Step(
         family=family,
         layers=layers,
-        blocks=packed.blocks,
+        blocks=packed.blocks if share is None else share.own,
         attention=attention,
         mode=phase.mode,
         recompute=plan.recompute,
@@ -105,6 +119,7 @@ def begin(
         choose=lists.choose,
         tiles=None if tiles is None else _tiles_of_layers(tiles, family, layers),
         observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
+        share=share,
         borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
         autocast=_autocast(x),
         participation=participation,
@@ -123,6 +138,7 @@ def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChoose
         layers,
         earlier=None if plan.earlier is None else plan.earlier.tiles,
         remembered=None if plan.remembered is None else plan.remembered.tiles,
+        share=plan.share,
     )
 
 
@@ -130,7 +146,8 @@ def _tiles_of_layers(
     chooser: TileChooser, family: Family, layers: list[nn.Module]
 ) -> Callable[[int, Tensor, SavedList], TileChoice]:
     def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
-        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, family.scale(layers[i]))))
+        whole = rows.whole or rows  # those of q and k
+        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, whole, family.scale(layers[i]))))
 
     return tiles
 

@@ -1,0 +1,153 @@
+"""Where the weights of layers are while nothing works on them, and how their gradients get there.
+
+Usually every process has all weights. With FSDP2 (`torch.distributed.fsdp.fully_shard`, on every layer) it has a part
+of each: a layer is gathered while it is worked on, the next one meanwhile, and the gradients of what trains in it are
+divided among the processes again, as means over them. Layers run without their modules' `forward`, so FSDP's own hooks
+do not see them; only its public methods are used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lemo.engine.wrappers import sharded
+from lemo.ops._autograd import first_order
+
+
+class Weights:
+    """All weights are here. divided: whether gradients have been summed over processes when a layer is done."""
+
+    divided = False
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
+
+    @contextmanager
+    def layer(self, i: int) -> Iterator[nn.Module]:
+        """Layer i with its whole weights."""
+        yield self.layers[i]
+
+    def origin(self, parameter: Tensor) -> Tensor:
+        """What trains, of a parameter of a layer that is worked on."""
+        return parameter
+
+    def trained(self) -> list[tuple[Tensor, Tensor]]:
+        """(whole, part) of every parameter that trains, of the layer that is worked on, if the two differ."""
+        return []
+
+    def reduce(self, gradient: Tensor, part: Tensor) -> Tensor:
+        """The gradient of the part that is here, from that of the whole parameter."""
+        return gradient
+
+    @contextmanager
+    def outside(self, *modules: nn.Module | None) -> Iterator[None]:
+        """Modules outside of the layers with their whole weights."""
+        yield
+
+    def use(self, parameter: Tensor) -> Tensor:
+        """A parameter of `outside` modules, so that its gradient reaches what trains."""
+        return parameter
+
+
+class ShardedWeights(Weights):
+    """FSDP2 divides the weights. scale: factor on means of gradients over processes."""
+
+    divided = True
+
+    def __init__(self, layers: Sequence[Any], scale: float = 1.0) -> None:
+        super().__init__(layers)
+        self.scale = scale
+        self._coming: dict[int, Any] = {}
+        self._last: int | None = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._origins: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def layer(self, i: int) -> Iterator[nn.Module]:
+        layer: Any = self.layers[i]
+        following = i + (1 if self._last is None or i > self._last else -1)
+        self._last = i
+        with self._gathered(layer, self._coming.pop(i, None)) as self._pairs:
+            if 0 <= following < len(self.layers):
+                after: Any = self.layers[following]
+                self._coming[following] = after.unshard(async_op=True)
+            yield layer
+
+    @contextmanager
+    def _gathered(self, module: Any, coming: Any = None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        parts = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if coming is None:
+            module.unshard()
+        else:
+            coming.wait()
+        whole = dict(module.named_parameters())
+        pairs = [(whole[name], part) for name, part in parts.items()]
+        self._origins.update((id(w), (w, part)) for w, part in pairs)
+        try:
+            yield pairs
+        finally:
+            module.reshard()
+
+    def origin(self, parameter: Tensor) -> Tensor:
+        found = self._origins.get(id(parameter))
+        return parameter if found is None else found[1]
+
+    def trained(self) -> list[tuple[Tensor, Tensor]]:
+        return self._pairs
+
+    def reduce(self, gradient: Tensor, part: Any) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = part.device_mesh
+        summed = DTensor.from_local(gradient.to(part.dtype), mesh, [Partial()] * mesh.ndim, run_check=False)
+        return summed.redistribute(placements=part.placements) * (self.scale / mesh.size())
+
+    @contextmanager
+    def outside(self, *modules: nn.Module | None) -> Iterator[None]:
+        # FSDP itself has gathered what belongs to the module that was called.
+        away = next((m for m in modules if m is not None and sharded(m) and _apart(m)), None)
+        rest = [m for m in modules if m is not away]
+        if away is None:
+            yield
+            return
+        with self._gathered(away), self.outside(*rest):
+            yield
+
+    def use(self, parameter: Tensor) -> Tensor:
+        part = self.origin(parameter)
+        return parameter if part is parameter else _FromParts.apply(part, parameter, self)
+
+
+def _apart(module: nn.Module) -> bool:
+    return any(is_part(p) for p in module.parameters(recurse=False))
+
+
+def is_part(parameter: Any) -> bool:
+    """Whether a parameter is a DTensor."""
+    return type(parameter).__name__ == "DTensor" or type(getattr(parameter, "data", None)).__name__ == "DTensor"
+
+
+class _FromParts(Function):
+    """A gathered parameter, as a function of the part of it that trains here. (FSDP would not see its gradient: the
+    module it belongs to is not called.)"""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, whole: Tensor, weights: ShardedWeights) -> Tensor:
+        ctx.settings = part, weights
+        return whole.detach()
+
+    @staticmethod
+    @first_order("a parameter in several processes")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        part, weights = ctx.settings
+        return weights.reduce(dy, part), None, None
+
+
+def of_layers(layers: Sequence[nn.Module], sequence: int = 1) -> Weights:
+    """sequence: processes that share a batch, whose gradients are summed where others' are averaged."""
+    return ShardedWeights(layers, float(sequence)) if any(sharded(layer) for layer in layers) else Weights(layers)
