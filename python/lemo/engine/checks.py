@@ -100,8 +100,8 @@ def _instance_forward(module: nn.Module) -> Any:
 
 
 def _foreign_hook(hooks: Iterable[Any]) -> Any:
-    """A hook that is neither transformers' own recording of outputs (inactive in training) nor a counter of torch's, nor
-    FSDP2's gathering of weights, which `lemo.engine.weights` does itself."""
+    """A hook other than transformers' own recording of outputs (inactive in training), torch's counters, and FSDP2's
+    gathering of weights, which `lemo.engine.weights` does itself."""
     return next((h for h in hooks if not _home(_function(h)).startswith(_WATCHING)), None)
 
 

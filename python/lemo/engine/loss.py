@@ -257,7 +257,7 @@ def causal_lm_logits(
     values = targets.values
     if rows is not None:
         values = _nothing(targets).values.index_copy(0, rows.clamp(min=0).long(), targets.only(rows).values)
-    hidden = x if norm is None else ops.norm(x, *norm.operands, norm.kind, norm.eps)
+    hidden = final_norm(x, norm, step)
     logits = head(packed.put(hidden))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -266,6 +266,17 @@ def causal_lm_logits(
     if targets.items is None:
         loss = loss / valid.clamp(min=1)
     return targets.loss(loss, valid), valid, logits
+
+
+def final_norm(x: Tensor, norm: NormWeights | None, step: Step) -> Tensor:
+    """x [T, d] after the final norm, differentiable."""
+    if norm is None:
+        return x
+    weight, bias = (step.outside(p) for p in norm.parameters)
+    if step.weights.divided:  # what is gathered may be gone by the time of the backward pass
+        weight, bias = (None if p is None else p.clone() for p in (weight, bias))
+    norm = replace(norm, weight=weight, bias=bias)
+    return ops.norm(x, *norm.operands, norm.kind, norm.eps)
 
 
 def auxiliary_loss(step: Step, config: Any) -> Tensor | None:

@@ -10,7 +10,9 @@ from torch import nn
 
 def sharded(module: nn.Module) -> bool:
     """Whether FSDP2 divides this module's weights (`torch.distributed.fsdp.fully_shard` was called on it)."""
-    return any(c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed.") for c in type(module).__mro__)
+    return any(
+        c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed.") for c in type(module).__mro__
+    )
 
 
 def kind_of(module: nn.Module) -> type:

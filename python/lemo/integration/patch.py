@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lemo import ops
 from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
 from lemo.engine.config import LemoConfig
 from lemo.engine.families import UnsupportedModelError, find
@@ -27,11 +26,13 @@ from lemo.engine.loss import (
     causal_lm_logits,
     causal_lm_loss,
     causal_lm_output,
+    final_norm,
     refuse_auxiliary_loss,
 )
 from lemo.engine.packing import Packed, pack
 from lemo.engine.sequence import Group
 from lemo.engine.step import Step
+from lemo.engine.weights import is_part
 from lemo.engine.wrappers import base_model
 from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
@@ -111,9 +112,8 @@ def _decoder_forward(
     x, step = controller.run(inputs)
     if torch.is_grad_enabled():
         refuse_auxiliary_loss(step, controller.model.config)
-    n = controller.family.final_norm(module)
-    if n is not None:
-        x = ops.norm(x, *n.operands, n.kind, n.eps)
+    with step.weights.outside(*controller.family.final_modules(module)):
+        x = final_norm(x, controller.family.final_norm(module), step)
     output = BaseModelOutputWithPast(last_hidden_state=inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
@@ -128,6 +128,11 @@ def _causal_lm_forward(
     fused = trl_head.wanted(controller, module, original, kwargs)
     if fused is not None and controller.sequence is not None:
         _refuse_rows_of_others()
+    if fused is not None and any(is_part(p) for p in module.lm_head.parameters()):
+        raise ValueError(
+            "the fused loss of TRL reads the whole head, which FSDP2 divides: leave the head and the final norm in the "
+            "group of the model itself (fully_shard on the layers and the model alone), or train without the fused loss"
+        )
     if fused is not None:
         return trl_head.fused_output(controller, module, fused, named, _inputs(controller, named))
     if kwargs.get("fused_lm_head"):
