@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,11 @@ _SCRIPT = textwrap.dedent(
 )
 
 
+Ranks = Callable[[int, str], list[Any]]
+
+
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory):
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """ranks(count, job): what the function of that name, MODULE.FUNCTION returns in each of `count`
     processes."""
     server = Server(_IMPORTS, lambda: tmp_path_factory.mktemp("ranks"))
@@ -60,6 +63,3 @@ def ranks(tmp_path_factory: pytest.TempPathFactory):
 
     yield run
     server.close()
-
-
-Ranks = Callable[[int, str], list[Any]]

@@ -9,11 +9,11 @@ from support import ddp_jobs
 from support.models import assert_close, tuned
 
 
-def alone(case: dict, count: int, passes: int = 1):
+def alone(case: dict, count: int, passes: int = 1) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """Losses and mean gradients of all ranks' documents in this process, drawn as the ranks draw."""
     model = tuned("llama")
     controller = lemo.apply(model, ddp_jobs.config(case["phase"], **case.get("options", {})))
-    losses = []
+    losses: list[list[float]] = []
     for rank in range(count):
         controller.data_rank = rank
         losses.append([])

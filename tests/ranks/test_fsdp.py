@@ -10,11 +10,11 @@ from support.ddp_jobs import config, documents
 from support.models import assert_close
 
 
-def alone(case: dict, passes: int = 1):
+def alone(case: dict, passes: int = 1) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """Losses and mean gradients of both ranks' documents in this process, drawn as the ranks draw."""
     model = jobs.build(case.get("family", "llama"), case.get("trains", False))
     controller = lemo.apply(model, config(case["phase"], **case.get("options", {})))
-    losses = []
+    losses: list[list[float]] = []
     for rank in range(2):
         controller.data_rank = rank
         losses.append([])
@@ -52,10 +52,11 @@ def test_what_is_refused_is_named(ranks):
     assert "(ignored_params), although it trains" in refused["ignored"]
 
 
-def test_the_trainer_with_accelerates_plugin(ranks):
-    """The adapter that DistributedDataParallel gives."""
-    found = ranks(2, "support.fsdp_jobs.accelerated")
-    for result, expected in zip(found, ranks(2, "support.ddp_jobs.trainer"), strict=True):
-        assert result["divided"]
-        for name, weight in expected["weights"].items():
-            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("name", ["accelerated", "by PEFT"])
+def test_models_divided_by_accelerate(ranks, name):
+    losses, expected = alone({"phase": jobs.SKIP})
+    for rank, result in enumerate(ranks(2, "support.fsdp_jobs.cases")):
+        found, ours, notes = result[name]
+        assert found == pytest.approx(losses[rank], rel=1e-5)
+        assert_close(ours, expected, 1e-5)
+        assert [n for n in notes if "whole model" in n] == notes and len(notes) == (name == "by PEFT")

@@ -63,7 +63,7 @@ def run(
     model = tuned("llama")
     controller = lemo.apply(model, config(phase, **(options or {})))
     parallel = DistributedDataParallel(model, **(wrapped or {}))
-    losses = []
+    losses: list[float] = []
     for _ in range(2):
         parallel.zero_grad()
         losses = []

@@ -69,7 +69,7 @@ def run(case: dict[str, Any], passes: int = 1) -> tuple[list[float], dict[str, t
     controller = lemo.apply(model, settings) if case.get("first") else None
     shard(model, **{name: case[name] for name in ("apart", "root", "mesh") if name in case})
     controller = controller or lemo.apply(model, settings)
-    losses = []
+    losses: list[float] = []
     for _ in range(2):
         model.zero_grad()
         losses = []
@@ -87,6 +87,8 @@ def cases() -> dict[str, Any]:
     found["accumulated"] = run(CASES["dense"], passes=2)
     found["precision"] = precision()
     found["refused"] = refused()
+    found["accelerated"] = accelerated()
+    found["by PEFT"] = by_peft()
     return found
 
 
@@ -126,39 +128,38 @@ def refused() -> dict[str, str]:
     return found
 
 
-def accelerated() -> dict[str, Any]:
-    """Accelerate's FSDP2 plugin by way of transformers' Trainer: the adapter after four steps."""
-    import os
-    import tempfile
+def accelerated(policy: Any = "transformer_based_wrap") -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
+    """As `run`, divided as Accelerate's plugin does it (its Accelerator uses the plugin on accelerators alone); and
+    what the controller noted."""
+    from types import SimpleNamespace
 
-    from transformers import Trainer, TrainingArguments
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     model = build()
-    phases = [lemo.Phase("skip", keep=0.5, policy="random", share=0.5), lemo.Phase("dense", share=0.5)]
-    controller = lemo.apply(model, lemo.LemoConfig(block_size=8, phases=phases, seed=7))
-    rows = [{k: v[0, :30] for k, v in documents(i % 4).items() if k in ("input_ids", "labels")} for i in range(8)]
-    fsdp = {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=4,
-            per_device_train_batch_size=1,
-            use_cpu=True,
-            report_to=[],
-            logging_steps=1,
-            disable_tqdm=True,
-            save_strategy="no",
-            learning_rate=1e-2,
-            **({"fsdp": True, "fsdp_config": fsdp} if distributed.get_world_size() > 1 else {}),
-        )
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[controller.callback()])
-        trainer.train()
-        log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    weights = {n: whole(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    divided = all(isinstance(p, DTensor) for layer in layers_of(model)[1] for p in layer.parameters())
-    return {"weights": weights, "losses": log, "divided": divided}
+    controller = lemo.apply(model, config(SKIP))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy=policy,
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(state=state, mixed_precision="no", is_main_process=True, device=torch.device("cpu"))
+    plugin.auto_wrap_policy = policy if callable(policy) else plugin.auto_wrap_policy
+    model = fsdp2_prepare_model(accelerator, model)
+    losses: list[float] = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(**documents(distributed.get_rank())).loss
+        loss.backward()
+        losses = [loss.item()]
+        controller.step()
+    return losses, gradients(model), sorted(controller._notes)
+
+
+def by_peft() -> Any:
+    """With the policy that transformers' Trainer puts in place for PEFT's models: no layer is divided by itself."""
+    from peft.utils.other import fsdp_auto_wrap_policy
+
+    return accelerated(fsdp_auto_wrap_policy(build()))

@@ -273,7 +273,7 @@ def final_norm(x: Tensor, norm: NormWeights | None, step: Step) -> Tensor:
     if norm is None:
         return x
     weight, bias = (step.outside(p) for p in norm.parameters)
-    if step.weights.divided:  # what is gathered may be gone by the time of the backward pass
+    if step.weights.fleeting:  # gone by the time of the backward pass
         weight, bias = (None if p is None else p.clone() for p in (weight, bias))
     norm = replace(norm, weight=weight, bias=bias)
     return ops.norm(x, *norm.operands, norm.kind, norm.eps)

@@ -75,9 +75,8 @@ class Group:
         """Raises ValueError, in every process, unless all of them were given these very tensors. Waits for the
         device."""
         device = next(x.device for x in given if x is not None)
-        marks = torch.stack(
-            [torch.zeros((), dtype=torch.int64, device=device) if x is None else _mark(x) for x in given]
-        )
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
+        marks = torch.stack([nothing if x is None else _mark(x) for x in given])
         both = torch.cat((marks, -marks))
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=self.processes)
         highest, lowest = both.chunk(2)
@@ -378,10 +377,8 @@ class SequenceAttention(Attention):
         n, (m, _, width) = self.share.group.size, q.shape
         k, v = (_for_each(x, n) for x in (k, v))
         heads = [x.shape[1] // n for x in (q, k, v)]
-        together = torch.cat([x.reshape(m, n, h, width) for x, h in zip((q, k, v), heads, strict=True)], 2).flatten(
-            1, 2
-        )
-        got = _Exchange.apply(together, whole.counts, self.share.group, True)
+        parts = [x.reshape(m, n, h, width) for x, h in zip((q, k, v), heads, strict=True)]
+        got = _Exchange.apply(torch.cat(parts, 2).flatten(1, 2), whole.counts, self.share.group, True)
         return got.split(heads, 1)
 
 

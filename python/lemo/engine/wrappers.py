@@ -10,14 +10,13 @@ from torch import nn
 
 def sharded(module: nn.Module) -> bool:
     """Whether FSDP2 divides this module's weights (`torch.distributed.fsdp.fully_shard` was called on it)."""
-    return any(
-        c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed.") for c in type(module).__mro__
-    )
+    kinds = type(module).__mro__
+    return any(c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed.") for c in kinds)
 
 
-def kind_of(module: nn.Module) -> type:
+def kind_of(module: nn.Module) -> Any:
     """The class of a module, as it was before FSDP2 put its own in front of it."""
-    kind = type(module)
+    kind: Any = type(module)
     return kind.__bases__[-1] if sharded(module) else kind
 
 

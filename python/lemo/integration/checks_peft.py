@@ -79,7 +79,7 @@ def check_weights(layers: Sequence[nn.Module]) -> None:
         if how is not None:
             raise UnsupportedModelError(
                 f"lemo needs the whole weights of a layer while it runs; here {how}. Use DistributedDataParallel, "
-                "DeepSpeed ZeRO up to stage 2, or FSDP2 (torch.distributed.fsdp.fully_shard on every decoder layer, and "
+                "DeepSpeed ZeRO up to stage 2, or FSDP2 (torch.distributed.fsdp.fully_shard on every decoder layer and "
                 "on the model)"
             )
 

@@ -21,7 +21,7 @@ from lemo.engine.randomness import process_rank
 from lemo.engine.sequence import Group, Share
 from lemo.engine.step import Step
 from lemo.engine.tiles import TileChooser, TilePolicy, make_tile_policy
-from lemo.engine.wrappers import base_model
+from lemo.engine.wrappers import base_model, sharded
 from lemo.integration import training_pass, trl_head
 from lemo.integration.callback import LemoCallback
 from lemo.integration.checks_peft import check_adapters, check_device, check_weights
@@ -307,8 +307,15 @@ class Controller:
         if "trl" in sys.modules:
             refuse_comparisons((self.phase,), running_trainer())
         check_adapters(self.model)
-        check_device(batch, self.model.get_input_embeddings().weight.device)
+        embedding = self.model.get_input_embeddings()
+        check_device(batch, embedding.weight.device)
         check_weights(layers)
+        if any(sharded(m) for m in (self.model, embedding)) and not any(sharded(layer) for layer in layers):
+            self.note(
+                "FSDP2 divides the model, but no decoder layer by itself, so every process gathers the whole model for "
+                "a pass: name the layers' class in transformer_layer_cls_to_wrap (transformers' Trainer overrides that "
+                "for PEFT's models; see lemo's guide to several GPUs), or call fully_shard on every layer"
+            )
 
     def _which_pass(self, inputs: Inputs) -> tuple[Draw, bool, Pass | None]:
         """The draw of a pass; whether an earlier pass had it; that pass, if its very lists are to be repeated."""
