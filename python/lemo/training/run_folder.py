@@ -147,10 +147,9 @@ def _what_must_be_equal(identity: dict[str, Any]) -> dict[str, Any]:
     flat = {k: v for k, v in identity.items() if k not in nested}
     flat |= {f"model_fingerprint.{k}": v for k, v in _part(identity, "model_fingerprint").items()}
     flat |= {k: v for k, v in _part(identity, "settings").items() if k != "calibration"}
-    if isinstance(accumulate := flat.pop("accumulate", 1), int):
+    if isinstance(flat.get("accumulate"), int):
         # The same windows make a step, whichever process reads them.
-        flat["accumulate x processes"] = accumulate * processes_of(flat)
-    flat.pop("processes", None)
+        flat["accumulate x processes"] = flat.pop("accumulate") * flat.pop("processes", 1)
     return flat | {k: v for k, v in _part(identity, "inputs").items() if k not in PLACES}
 
 
