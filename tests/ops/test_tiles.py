@@ -175,7 +175,7 @@ def test_everything_chosen_is_dense_attention(packing: str) -> None:
     assert error(listed[0], out) < 1e-6 and error(listed[1], lse) < 1e-6
     backward = (dout, t["q"], t["k"], v, out, lse, t["cu_seqlens"], None, None, None, rows, 0.125, False)
     dense, sparse = ops.attention_backward(*backward), ops.attention_backward(*backward, *transposed)
-    for a, b in zip(dense, sparse, strict=True):
+    for a, b in zip(dense[:3], sparse[:3], strict=True):
         assert error(b, a) < 1e-5
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import lemo
 import torch
+from lemo.engine.families.base import AttentionOptions
+from lemo.engine.families.llama import Llama
 from support.models import LINEARS, VOCAB, base, lora
 from torch import distributed, nn
 
@@ -25,6 +28,14 @@ def padded() -> dict[str, Any]:
     mask = torch.ones_like(ids)
     mask[1, 41:] = mask[2, 13:] = 0
     return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+def gaps() -> dict[str, Any]:
+    """Padding between the tokens of a document."""
+    inputs = padded()
+    inputs["attention_mask"][0, 20:30] = 0
+    inputs["labels"][0, 20:31] = -100
+    return inputs
 
 
 def answers() -> dict[str, Any]:
@@ -59,6 +70,13 @@ CASES: dict[str, dict[str, Any]] = {
     "sparse": {"phase": lemo.Phase("sparse", keys=256, local=0)},
     "sparse recomputed": {"phase": lemo.Phase("sparse", mass=0.8, local=0), "options": {"recompute": "full"}},
     "sparse and skip": {"phase": lemo.Phase("sparse", keys=128, local=0, **SKIP)},
+    "attention's options": {"phase": lemo.Phase("dense"), "options of layers": True},
+    "attention's options, skip": {
+        "phase": lemo.Phase("skip", **SKIP),
+        "options of layers": True,
+        "batch": gaps,
+        "options": {"recompute": "full"},
+    },
     "everything trains": {"phase": lemo.Phase("dense"), "trains": True},
     "everything trains, skip": {"phase": lemo.Phase("skip", **SKIP), "trains": True},
 }
@@ -78,9 +96,26 @@ def model(family: str = "llama", trains: bool = False) -> Any:
     return lora(made, LINEARS[family]).train()
 
 
+def options_of(layer: Any) -> AttentionOptions:
+    """A window and sinks, a soft-cap alone, and all of them, in turns."""
+    a = layer.self_attn
+    kinds = ((10, 0.0, a.sinks), (None, 2.0, None), (10, 2.0, a.sinks))
+    return AttentionOptions(float(a.scaling), *kinds[a.layer_idx % 3])
+
+
 def run(case: dict[str, Any], group: Any) -> dict[str, Any]:
     """Loss, gradients, kept ratios and densities of the second step."""
+    if case.get("options of layers"):
+        with mock.patch.object(Llama, "attention_options", lambda self, layer: options_of(layer)):
+            return _run(case, group, sinks=True)
+    return _run(case, group)
+
+
+def _run(case: dict[str, Any], group: Any, sinks: bool = False) -> dict[str, Any]:
     tuned: nn.Module = model(case.get("family", "llama"), case.get("trains", False))
+    for i, layer in enumerate(tuned.get_base_model().model.layers if sinks else ()):  # type: ignore[operator]
+        drawn = torch.randn(4, generator=torch.Generator().manual_seed(i))
+        layer.self_attn.sinks = None if i % 3 == 1 else nn.Parameter(drawn)
     settings = lemo.LemoConfig(block_size=BLOCK, phases=[case["phase"]], seed=7, **case.get("options", {}))
     controller = lemo.apply(tuned, settings, sequence_group=group)
     controller.data_rank = 0
@@ -97,7 +132,31 @@ def run(case: dict[str, Any], group: Any) -> dict[str, Any]:
 
 
 def all_cases() -> dict[str, Any]:
-    return {name: run(case, distributed.group.WORLD) for name, case in CASES.items()}
+    found: dict[str, Any] = {name: run(case, distributed.group.WORLD) for name, case in CASES.items()}
+    return {**found, "refused": refused()}
+
+
+def refused() -> dict[str, str]:
+    """The messages of what is refused, and at which call."""
+    found = {}
+
+    def attempt(name: str, phase: lemo.Phase, batch: dict[str, Any] | None = None, **options: Any) -> None:
+        tuned = model()
+        settings = lemo.LemoConfig(block_size=BLOCK, phases=[phase], **options)
+        try:
+            lemo.apply(tuned, settings, sequence_group=distributed.group.WORLD)
+            if batch is not None:
+                tuned(**batch)
+        except ValueError as error:
+            found[name] = str(error)
+
+    dense = lemo.Phase("dense")
+    attempt("other batches", dense, packed(seed=distributed.get_rank()))
+    attempt("no labels", dense, {k: v for k, v in packed().items() if k != "labels"})
+    attempt("one block", dense, {"input_ids": torch.full((1, BLOCK), 5), "labels": torch.full((1, BLOCK), 5)})
+    attempt("exact", lemo.Phase("skip", keep=0.5, policy="exact"))
+    attempt("logits", dense, return_logits=True)
+    return found
 
 
 def some_cases() -> dict[str, Any]:

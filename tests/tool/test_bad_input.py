@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -68,6 +69,11 @@ def base(op: str) -> dict[str, Any]:
         backward = ["dout", "out", "lse", "key_weights", "row_slots", "row_slots_k"]
         fields += backward if "backward" in op else []
         return {n: t[n] for n in fields} | SPLIT.key_rows(t) | {"max_seqlen": SPLIT.max_seqlen, "scale": 0.25}
+    if op in ("attention_forward:window", "attention_backward:window"):
+        case = dataclasses.replace(SPLIT, window=70, sinks=True)
+        t = case.inputs("cpu", torch.float32)
+        options = {"softcap": 5.0} | ({"want_dsinks": True} if "backward" in op else {})
+        return base(op.replace("window", "keys")) | case.key_rows(t) | options
     if op == "select_blocks":
         rule = {"mode": "budget", "keep": 0.5, "threshold": 0.0, "always_first": 0, "always_last": 0, "seed": 0}
         return {"scores": draw.uniform(NB, low=0.1, high=0.9), "num_tokens": T} | layout() | rule

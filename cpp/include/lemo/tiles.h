@@ -9,7 +9,8 @@
  *
  * so that the masses of a query tile add up to 1. Probe r of P in a query tile of N rows is its row
  * (2 r + 1) N / (2 P), rounded down; with N < P, rows are repeated. With P = LEMO_TILE_ROWS the mass of a whole tile is
- * exact.
+ * exact. It is that of attention without soft-cap, window and sinks: in layers that have these, a guess to rank tiles
+ * by (with sinks, shares of what they leave to keys).
  *
  * No operation needs memory quadratic in the number of tiles except `chosen`, of one bit per pair: scores are made and
  * read for a strip of query tiles at a time. Nothing is synchronized. */

@@ -212,10 +212,11 @@ def trained_parameters(family: Family, decoder: Any) -> list[Tensor]:
     layers = family.layers(decoder)
     for i, layer in enumerate(layers):
         modules = (*family.attention_modules(layer), *family.mlp_modules(layer))
-        # Of a norm lemo reads these tensors, not whatever else its module may hold.
-        norms = {id(p) for n in family.norms(layer) for p in n.parameters}
+        # Of a norm lemo reads these tensors, not whatever else its module may hold; of an attention, its sinks.
+        read = {id(p) for n in family.norms(layer) for p in n.parameters}
+        read.add(id(family.attention_options(layer).sinks))
         for p, inside in _live(layer, {id(m) for m in modules}, False):
-            if inside or id(p) in norms:
+            if inside or id(p) in read:
                 found[id(p)] = p
             else:
                 stray[id(p)] = i, p

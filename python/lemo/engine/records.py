@@ -49,7 +49,8 @@ class SavedList(PackedRows):
 
 def _whole(kept: Kept, counts: tuple[int, ...], weighted: bool) -> WholeRows:
     weights, slots = (_own(kept.weights), _own(kept.row_slots)) if weighted else (None, None)
-    return WholeRows(_own(kept.cu_seqlens), kept.max_seqlen, None, weights, slots, counts=counts)
+    places = None if kept.is_everything else _own(kept.rows)
+    return WholeRows(_own(kept.cu_seqlens), kept.max_seqlen, places, weights, slots, counts=counts)
 
 
 @dataclass(eq=False)

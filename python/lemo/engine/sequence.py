@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lemo.engine.attend import Attention, PackedRows, TileChoice, Tiles, WholeRows
-from lemo.engine.families.base import Family, ModelShape, Tables
+from lemo.engine.attend import Attention, PackedRows, TileChoice, WholeRows, tiles_of
+from lemo.engine.families.base import AttentionOptions, Family, ModelShape, Tables
 from lemo.engine.layout import Blocks, Kept
 from lemo.ops._autograd import first_order
 
@@ -328,19 +328,21 @@ def _lengths_within(lengths: Sequence[int], first: int, last: int) -> list[int]:
 
 
 class SequenceAttention(Attention):
-    """Attention of rows that are divided among processes: each computes its heads over all rows."""
+    """Attention of rows that are divided among processes: each computes its heads over all rows. places: of the whole
+    batch."""
 
-    def __init__(self, family: Family, tables: Tables, deterministic: bool, share: Share) -> None:
-        super().__init__(family, tables, deterministic)
+    def __init__(
+        self, family: Family, tables: Tables, deterministic: bool, places: Tensor | None, share: Share
+    ) -> None:
+        super().__init__(family, tables, deterministic, places)
         self.share = share
 
     def forward(
         self, layer: nn.Module, h: Tensor, rows: PackedRows, choice: TileChoice | None = None
     ) -> tuple[Tensor, Tensor]:
-        whole = _whole(rows)
+        whole, options = _whole(rows), self._options_of(layer)
         q, k, v = self._by_heads(*self._own(layer, h, rows), whole)
-        tiles = None if choice is None else choice.of(q, k)
-        out, lse = self.attend(q, k, v, whole, whole, self.family.scale(layer), tiles)
+        out, lse = self.attend(q, k, v, whole, whole, options, tiles_of(choice, options, q, k))
         group, counts = self.share.group, whole.counts
         return _to_rows(out, counts, group), _to_rows(lse.t()[..., None], counts, group)[..., 0].t()
 
@@ -353,14 +355,19 @@ class SequenceAttention(Attention):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        whole, group = _whole(rows), self.share.group
+        whole, options, group = _whole(rows), self._options_of(layer), self.share.group
         q, k, v = self._by_heads(*self._own(layer, h, rows), whole)
-        tiles: Tiles | None = None if choice is None else choice.of(q, k)
+        tiles = tiles_of(choice, options, q, k)
         if out is not None and lse is not None:
             out = _to_heads(out, whole.counts, group)
             lse = _to_heads(lse.t()[..., None], whole.counts, group)[..., 0].t().contiguous()
-        y = self.attend_with_gradient(q, k, v, whole, whole, self.family.scale(layer), tiles, out, lse)
+        y = self.attend_with_gradient(q, k, v, whole, whole, options, tiles, out, lse)
         return _Exchange.apply(y, whole.counts, group, False)
+
+    def _options_of(self, layer: nn.Module) -> AttentionOptions:
+        """Of the layer, with the sinks of this process's heads."""
+        options, group = self.family.attention_options(layer), self.share.group
+        return options if options.sinks is None else replace(options, sinks=options.sinks.chunk(group.size)[group.rank])
 
     def _own(self, layer: nn.Module, h: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of this process's rows, with all heads."""

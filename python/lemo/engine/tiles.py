@@ -6,7 +6,9 @@ others, and the best follow until a limit of the phase is reached (`cpp/include/
 heads of a layer: lists per key/value head hold 0.1 to 0.2 points more attention (docs/notebook.md) and cost as many
 times more to make and to save.
 
-Scores are made for a strip of query tiles at a time, so that memory does not grow with the square of the context.
+Scores are made for a strip of query tiles at a time, so that memory does not grow with the square of the context. They
+know nothing of a layer's soft-cap and sinks, which attention over the chosen tiles has; layers with a window choose
+none (`lemo.engine.attend`), and reports have 1 for what they attend to.
 
 To add a policy: derive from `TilePolicy`, set `name`, implement `scorer`, and enter the class in `_CLASSES` and its
 name in `lemo.engine.config.TilePolicyName`.

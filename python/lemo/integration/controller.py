@@ -205,7 +205,7 @@ class Controller:
         loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. Of mode
         "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of
         tiles that causality allows, and covered, the share of attention that these hold, as the tile policy estimates
-        it (None: it does not).
+        it (None: it does not); both 1 for a layer with a sliding window, which sees all of it.
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]

@@ -82,12 +82,14 @@ def begin(
     participation = Participation(not phase.skips or trained)
     embedded.clear()
     x = x.to(_compute_dtype(x))
+    windows = any(family.attention_options(layer).window is not None for layer in layers)
     tables = family.tables(decoder, x.detach(), packed.positions)
+    places = packed.gaps if windows else None
     if share is None:
-        attention = Attention(family, tables, config.deterministic)
+        attention = Attention(family, tables, config.deterministic, places)
     else:
         x = share.take(x if trained else x.detach())
-        attention = SequenceAttention(family, share.cut(tables), config.deterministic, share)
+        attention = SequenceAttention(family, share.cut(tables), config.deterministic, places, share)
     lists = ChosenLists(
         plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered, share
     )
@@ -100,7 +102,7 @@ def begin(
                 always_first=config.always_first,
                 always_last=config.always_last,
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
-                scale=lambda i: family.scale(layers[i]),
+                attention=lambda i: family.attention_options(layers[i]),
                 required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
                 share=share,
             )
@@ -146,8 +148,9 @@ def _tiles_of_layers(
     chooser: TileChooser, family: Family, layers: list[nn.Module]
 ) -> Callable[[int, Tensor, SavedList], TileChoice]:
     def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
+        scale = family.attention_options(layers[i]).scale
         whole = rows.whole or rows  # those of q and k
-        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, whole, family.scale(layers[i]))))
+        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, whole, scale)))
 
     return tiles
 

@@ -36,7 +36,7 @@ def tile_scores(
     more. scores[s, n] is the softmax of the query tile over all keys before it, summed over the keys of tile n and
     averaged over heads and ``probes`` rows (1 to 128) spread over the tile: 128 give the exact mass of a whole tile.
     The masses of a query tile, its own included, add up to 1. Tiles above the query tile have 0, as have slots without
-    a tile.
+    a tile. Soft-caps, windows and sinks that the layer may have are not considered.
     """
     return q.new_empty(slots, width, dtype=torch.float32)
 

@@ -113,8 +113,9 @@ class Teacher:
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Exact informativeness float32 [nb] of layer ``index`` for its input x [T, d]."""
         q, k, scale = self.queries_keys(index, x, blocks)
-        where = (blocks.offsets, blocks.documents, self.block_size)
-        return ops.block_scores(q, k, *where, scale, self.normalize, False)[0]
+        where = (blocks.offsets, blocks.documents, self.block_size, scale, self.normalize)
+        options = self.family.attention_options(self.layers[index])
+        return ops.block_scores(q, k, *where, window=options.window or 0, softcap=options.softcap)[0]
 
     def queries_keys(self, index: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, float]:
         """q [T, Hq, D] and k [T, Hk, D] of layer ``index`` for its input, positions applied, and their scale."""
@@ -132,7 +133,7 @@ class Teacher:
             q, k = q.float(), k.float()
         elif q.dtype == torch.float32:  # the kernels on CUDA take 16 bits
             q, k = q.bfloat16(), k.bfloat16()
-        return q, k, self.family.scale(layer)
+        return q, k, self.family.attention_options(layer).scale
 
 
 def documents(batches: Iterable[Any], context: int | None, block_size: int) -> Iterator[Tensor]:

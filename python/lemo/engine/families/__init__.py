@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lemo.engine.families.base import Family, ModelShape, NormWeights, UnsupportedModelError
+from lemo.engine.families.base import AttentionOptions, Family, ModelShape, NormWeights, UnsupportedModelError
 from lemo.engine.families.llama import Llama
 from lemo.engine.families.mistral import Mistral
 from lemo.engine.families.opt import OPT
@@ -15,7 +15,17 @@ from lemo.engine.wrappers import base_model
 
 FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), OPT(), Qwen2())
 
-__all__ = ["FAMILIES", "Family", "ModelShape", "NormWeights", "UnsupportedModelError", "find", "logit_softcap", "of"]
+__all__ = [
+    "FAMILIES",
+    "AttentionOptions",
+    "Family",
+    "ModelShape",
+    "NormWeights",
+    "UnsupportedModelError",
+    "find",
+    "logit_softcap",
+    "of",
+]
 
 
 def supported() -> str:

@@ -58,6 +58,22 @@ class ModelShape:
 
 
 @dataclass(frozen=True, eq=False)
+class AttentionOptions:
+    """How a layer's queries see keys, besides causality within the document.
+
+    scale: factor of q.k. window: tokens that a query sees, itself included, counted by their places in the sequence,
+    so that eliminated tokens count as well; None: all before it. softcap c > 0: scores are c tanh(s / c), before
+    anything is hidden; 0: as they are. sinks: float [Hq], logits that join the denominator of a head's softmax only;
+    may be a trained parameter of the layer.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class NormWeights:
     """kind "rms" or "layer"; weight, bias [d] or None. The norm multiplies by offset + weight."""
 
@@ -218,7 +234,8 @@ class Family(ABC):
     @abstractmethod
     def attention_modules(self, layer: Any) -> Sequence[nn.Module]:
         """The modules whose parameters `queries_keys_values` and `attention_output` use: projections, norms of queries
-        and keys. A trained parameter of a layer that is in none of these, `mlp_modules` and `norms` is an error."""
+        and keys. A trained parameter of a layer that is in none of these, `mlp_modules`, `norms` and the sinks of
+        `attention_options` is an error."""
 
     @abstractmethod
     def mlp_modules(self, layer: Any) -> Sequence[nn.Module]:
@@ -277,9 +294,9 @@ class Family(ABC):
         """
         return None
 
-    def scale(self, layer: Any) -> float:
-        """Factor of q.k before the softmax."""
-        return float(layer.self_attn.scaling)
+    def attention_options(self, layer: Any) -> AttentionOptions:
+        """The layer's scale, and the window, soft-cap and sinks that its attention has."""
+        return AttentionOptions(float(layer.self_attn.scaling))
 
     def dropout(self, lm: Any) -> float:
         """Probability of the family's own dropout in training."""
