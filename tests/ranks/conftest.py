@@ -43,23 +43,32 @@ Ranks = Callable[[int, str], list[Any]]
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """ranks(count, job): what the function of that name, MODULE.FUNCTION returns in each of `count`
-    processes."""
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[tuple[int, str]]]]:
+    """launch(count, script, *arguments): (exit code, what it printed) of `count` processes, as torchrun starts them."""
     server = Server(_IMPORTS, lambda: tmp_path_factory.mktemp("ranks"))
+
+    def run(count: int, script: str, *arguments: str) -> list[tuple[int, str]]:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        return server.run(launched(count, port), script, *arguments)
+
+    yield run
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(launch: Callable[..., list[tuple[int, str]]], tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """ranks(count, job): what a function, by its name MODULE.FUNCTION, returns in each of `count` processes."""
     paths = [str(Path(__file__).parents[1])]
     done: dict[tuple[int, str], list[Any]] = {}
 
     def run(count: int, job: str) -> list[Any]:
         if (count, job) not in done:  # several tests may look at one run
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
             folder = tmp_path_factory.mktemp("results")
-            ended = server.run(launched(count, port), _SCRIPT, job, str(folder), *paths)
+            ended = launch(count, _SCRIPT, job, str(folder), *paths)
             assert [code for code, _ in ended] == [0] * count, "\n".join(text for _, text in ended)
             done[count, job] = [torch.load(folder / str(r), weights_only=False) for r in range(count)]
         return done[count, job]
 
-    yield run
-    server.close()
+    return run

@@ -1,8 +1,14 @@
-"""The benchmark of several GPUs, on a tiny shape in two processes."""
+"""The benchmark and the example of several GPUs, on small models in two processes."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("part", ["ddp", "fsdp", "sequence"])
@@ -17,3 +23,20 @@ def test_smoke_run(ranks, part):
         assert row["efficiency"] == pytest.approx(row["speedup"] / row["processes"], abs=1e-3)
     if part == "sequence":
         assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=2e-4)
+
+
+def test_the_example_runs_with_every_engine(launch, tmp_path):
+    """DDP and FSDP2 see the same windows and draw the same blocks: they leave the same adapter."""
+    script = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    data = ["--model", str(ROOT / "demo" / "model"), "--data", str(ROOT / "python" / "lemo" / "_moved.py")]
+    found = {}
+    for engine in ("ddp", "fsdp", "sequence"):
+        options = ["--engine", engine, "--steps", "3", "--context", "128", "--out", str(tmp_path / engine)]
+        done = launch(2, script, str(ROOT / "examples" / "several_gpus.py"), *options, *data)
+        assert [code for code, _ in done] == [0, 0], done
+        assert done[0][1].count("loss ") == 3 and "loss " not in done[1][1]
+        found[engine] = load_file(tmp_path / engine / "adapter_model.safetensors")
+    assert found["ddp"].keys() == found["fsdp"].keys() == found["sequence"].keys()
+    for name, weight in found["ddp"].items():
+        torch.testing.assert_close(found["fsdp"][name], weight, rtol=1e-3, atol=1e-5)
+    assert any(w.abs().max() > 1e-4 for n, w in found["sequence"].items() if "lora_B" in n)
