@@ -491,12 +491,18 @@ void validate(const lemo_exec& exec, const lemo_tile_scores_args& a, Purpose pur
     invalid("scores: expected W >= " + std::to_string(tiles) +
             ", the tiles of max_seqlen = " + std::to_string(a.max_seqlen) + " rows, got " + describe(a.scores));
   }
+  if (present(a.peaks)) {
+    check.typed("peaks", a.peaks, LEMO_F32, {{"C", a.scores.shape[0]}, {"W", a.scores.shape[1]}}, Role::kOutput);
+  }
   check_strip(a.first_slot, a.scores.shape[0], capacity / LEMO_TILE_ROWS + a.cu_seqlens.shape[0] - 1);
 }
 
 void validate(const lemo_exec& exec, const lemo_select_tiles_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.typed("scores", a.scores, LEMO_F32, {{"C", kAny}, {"W", kAny}});
+  if (present(a.masses)) {
+    check.typed("masses", a.masses, LEMO_F32, {{"C", a.scores.shape[0]}, {"W", a.scores.shape[1]}});
+  }
   check_chosen(check, a.chosen, a.cu_seqlens, Role::kOutput);
   check_strip(a.first_slot, a.scores.shape[0], a.chosen.shape[0]);
   const int64_t width = a.scores.shape[1], words = width / 32 + (width % 32 != 0 ? 1 : 0);

@@ -9,9 +9,8 @@ from engine.test_sparse import batch as long_batch
 from engine.test_step import Chunks
 from lemo import ops
 from lemo.engine.attend import Attention, PackedRows
-from lemo.engine.families.base import AttentionOptions, Family
+from lemo.engine.families.base import AttentionOptions
 from lemo.engine.families.llama import Llama
-from lemo.engine.families.mistral import Mistral
 from lemo.engine.packing import pack
 from support import reference
 from support.models import LINEARS, assert_close, base, batch, clone, gradients, lora
@@ -146,13 +145,9 @@ def test_sparse_chooses_no_tiles_for_a_window(model, recompute):
 
 @pytest.mark.parametrize("phase", [{"mode": "dense"}, {"mode": "skip", "keep": 1.0}])
 @pytest.mark.parametrize("kind", ["right", "left", "packed", "holes"])
-def test_a_window_is_that_of_transformers(phase, kind, monkeypatch):
+def test_a_window_is_that_of_transformers(phase, kind):
     """Which counts places in the batch, padding between the tokens of a document included."""
     window = 7
-    monkeypatch.setattr(Family, "check_length", lambda *_: None)
-    monkeypatch.setattr(
-        Mistral, "attention_options", lambda _, layer: AttentionOptions(float(layer.self_attn.scaling), window)
-    )
     model = lora(base("mistral", sliding_window=window, attn_implementation="eager"), LINEARS["mistral"]).train()
     inputs = batch("right" if kind == "holes" else kind)
     if kind == "holes":

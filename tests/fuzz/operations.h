@@ -409,6 +409,7 @@ inline void fill(Random& random, Memory& m, lemo_tile_scores_args& a) {
   a.probes = static_cast<int32_t>(random.once_in(4) ? LEMO_TILE_ROWS : random.in(1, 4));
   a.scores = m.floats(
       {random.in(0, slots - a.first_slot), (p.longest + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS + random.in(0, 2)});
+  if (random.once_in(2)) a.peaks = m.floats({a.scores.shape[0], a.scores.shape[1]});
 }
 
 // Documents of a few tiles, and slots for these.
@@ -439,6 +440,7 @@ inline void fill(Random& random, Memory& m, lemo_select_tiles_args& a) {
   a.local = static_cast<int32_t>(random.in(0, 2));
   a.chosen = m.tensor(LEMO_I32, {t.slots, (width + 31) / 32 + random.in(0, 1)});
   if (random.once_in(2)) a.covered = m.tensor(LEMO_F32, {count});
+  if (random.once_in(2)) a.masses = m.floats({count, width});
 }
 
 inline void fill(Random& random, Memory& m, lemo_list_tiles_args& a) {

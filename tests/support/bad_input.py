@@ -346,7 +346,16 @@ OPERATIONS = [
     wrong("tile_scores", "width", value(3), ("scores", "W >= 4", "got float32 [4, 3]")),
     wrong("select_tiles_", "scores", to(torch.float16), ("float32", "got float16")),
     wrong("select_tiles_", "scores", lambda x: x[0], ("expected shape [C, W]", "got [40]")),
-    wrong("select_tiles_", "scores", lambda x: x[:, :3], ("W >= 4", "document 2", "got W = 3")),
+    wrong(
+        "select_tiles_",
+        "scores",
+        lambda x: x[:, :3],
+        ("W >= 4", "document 2", "got W = 3"),
+        others={"masses": None},
+    ),
+    wrong("select_tiles_", "masses", to(torch.float16), ("float32", "got float16")),
+    wrong("select_tiles_", "masses", lambda x: x[:5], ("masses", "C=6", "got float32 [5, 40]")),
+    wrong("select_tiles_", "masses", lambda x: x[:, :39], ("masses", "W=40", "got float32 [6, 39]")),
     wrong("select_tiles_", "chosen", to(torch.int64), ("int32", "got int64")),
     wrong("select_tiles_", "chosen", lambda x: x[:, :1], ("B >= 2", "W = 40", "got int32 [9, 1]")),
     wrong("select_tiles_", "chosen", expanded, ("overlapping",)),
@@ -486,7 +495,6 @@ MODELS = [
     ("post_norm", ("do_layer_norm_before", "350m")),
     ("projected", ("word_embed_proj_dim",)),
     ("layerdrop", ("LayerDrop", "0")),
-    ("window", ("use_sliding_window=True", "Qwen2ForCausalLM", "use_sliding_window=False")),
     ("attention_dropout", ("attention_dropout=0.1", "0")),
 ]
 

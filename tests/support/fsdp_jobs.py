@@ -7,7 +7,7 @@ from typing import Any
 import lemo
 import torch
 from support.ddp_jobs import config, documents, unlabelled
-from support.models import LINEARS, base, lora
+from support.models import ATTENTION, LINEARS, base, lora
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -27,13 +27,15 @@ CASES: dict[str, dict[str, Any]] = {
     "everything trains, apart": {"phase": lemo.Phase("dense"), "trains": True, "apart": True},
     "replicated and sharded": {"phase": SKIP, "mesh": (2, 1)},
     "layers alone": {"phase": SKIP, "root": False},
+    "gemma2": {"phase": SKIP, "family": "gemma2", "apart": True},
+    "qwen3_moe": {"phase": SKIP, "family": "qwen3_moe", "options": {"recompute": "full"}},
     "opt": {"phase": SKIP, "family": "opt", "options": {"recompute": "full"}},
 }
 
 
 def build(family: str = "llama", trains: bool = False) -> Any:
     made = base(family)
-    return made.train() if trains else lora(made, LINEARS[family]).train()
+    return made.train() if trains else lora(made, (LINEARS if family == "llama" else ATTENTION)[family]).train()
 
 
 def layers_of(model: Any) -> Any:

@@ -386,31 +386,34 @@ def tiles_of(cu_seqlens: list[int]) -> list[tuple[int, int, int, int]]:
 
 def tile_scores(
     q: Tensor, k: Tensor, cu_seqlens: list[int], scale: float, probes: int, slots: int, width: int
-) -> Tensor:
-    """[slots, width], of packed rows."""
+) -> tuple[Tensor, Tensor]:
+    """(scores, peaks), each [slots, width], of packed rows."""
     s = torch.einsum("ihd,jhd->hij", up(q), up(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)) * scale
-    p = torch.softmax(s.masked_fill(~visible(cu_seqlens, q.device), -math.inf), -1).mean(0)
+    p = torch.softmax(s.masked_fill(~visible(cu_seqlens, q.device), -math.inf), -1)
     tiles = tiles_of(cu_seqlens)
-    scores = torch.zeros(slots, width, dtype=p.dtype, device=p.device)
+    scores, peaks = torch.zeros(2, slots, width, dtype=p.dtype, device=p.device)
     for slot, tile, first, last in tiles:
         rows = [first + (2 * r + 1) * (last - first) // (2 * probes) for r in range(probes)]
-        mass = p[rows].mean(0)
+        mass = p[:, rows].mean(1)
         for other, n, start, end in tiles:
             if other - n == slot - tile:  # of the same document
-                scores[slot, n] = mass[start:end].sum()
-    return scores
+                heads = mass[:, start:end].sum(1)
+                scores[slot, n], peaks[slot, n] = heads.mean(), heads.amax()
+    return scores, peaks
 
 
 def select_tiles(
-    scores: Tensor, cu_seqlens: list[int], keys: int, density: float, mass: float, first: int, local: int
+    scores: Tensor, masses: Tensor, cu_seqlens: list[int], rule: tuple[int, float, float, int, int]
 ) -> tuple[TileLists, list[float]]:
-    """(lists, covered), both by slot, from scores of all slots."""
+    """(lists, covered), both by slot, from scores and masses of all slots; rule: keys, density, mass, first, local."""
+    keys, density, mass, first, local = rule
     density, mass = (torch.tensor(x, dtype=torch.float32).item() for x in (density, mass))
     lists: TileLists = [[] for _ in range(scores.shape[0])]
     covered = [0.0] * scores.shape[0]
     for slot, m, _, _ in tiles_of(cu_seqlens):
         values = [-math.inf if math.isnan(x) else x for x in scores[slot, : m + 1].tolist()]
-        units = [math.floor(min(max(x, 0.0), 1.0) * 2**40) for x in values]
+        held = [0.0 if math.isnan(x) else x for x in masses[slot, : m + 1].tolist()]
+        units = [math.floor(min(max(x, 0.0), 1.0) * 2**40) for x in held]
         limit = min(math.ceil(keys / TILE), math.floor(density * (m + 1) + 0.5))
         chosen = [n for n in range(m + 1) if n == m or n < first or m - n <= local]
         for n in sorted({*range(m)} - {*chosen}, key=lambda n: (-values[n], -n)):

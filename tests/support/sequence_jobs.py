@@ -9,7 +9,7 @@ import lemo
 import torch
 from lemo.engine.families.base import AttentionOptions
 from lemo.engine.families.llama import Llama
-from support.models import LINEARS, VOCAB, base, lora
+from support.models import ATTENTION, LINEARS, VOCAB, base, lora
 from torch import distributed, nn
 
 BLOCK = 8
@@ -77,6 +77,9 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": gaps,
         "options": {"recompute": "full"},
     },
+    "gemma3_text": {"phase": lemo.Phase("skip", **SKIP), "family": "gemma3_text", "batch": padded},
+    "gpt_oss": {"phase": lemo.Phase("skip", **SKIP), "family": "gpt_oss", "batch": padded},
+    "qwen3_moe": {"phase": lemo.Phase("dense"), "family": "qwen3_moe", "batch": padded},
     "everything trains": {"phase": lemo.Phase("dense"), "trains": True},
     "everything trains, skip": {"phase": lemo.Phase("skip", **SKIP), "trains": True},
 }
@@ -93,7 +96,7 @@ def model(family: str = "llama", trains: bool = False) -> Any:
     made = base(family, max_position_embeddings=512)
     if trains:
         return made.train()
-    return lora(made, LINEARS[family]).train()
+    return lora(made, (LINEARS if family in ("llama", "opt") else ATTENTION)[family]).train()
 
 
 def options_of(layer: Any) -> AttentionOptions:

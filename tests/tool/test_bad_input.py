@@ -101,7 +101,8 @@ def tiles(op: str) -> dict[str, Any]:
         return heads | {"rows": torch.arange(800).int(), "max_seqlen": 500, "scale": 0.25, "probes": 2} | strip
     if op == "select_tiles_":
         rule = {"keys": 256, "density": 0.5, "mass": 0.9, "first": 1, "local": 1}
-        return {"chosen": chosen, "scores": draw.uniform(6, 40), "cu_seqlens": cu_seqlens, "first_slot": 2} | rule
+        scores = {"scores": draw.uniform(6, 40), "masses": draw.uniform(6, 40)}
+        return {"chosen": chosen, "cu_seqlens": cu_seqlens, "first_slot": 2} | scores | rule
     chosen[[1, 2, 5, 6, 7], 0] = torch.tensor([1, 3, 1, 3, 7], dtype=torch.int32)  # everything: 9 bits
     return {"chosen": chosen, "cu_seqlens": cu_seqlens, "capacity": 9}
 
@@ -209,8 +210,6 @@ class World:
         options = {"post_norm": {"do_layer_norm_before": False}, "layerdrop": {"layerdrop": 0.1}}
         if kind in options:
             return make_base("opt", **options[kind])
-        if kind == "window":
-            return make_base("qwen2", use_sliding_window=True, sliding_window=16)
         if kind == "projected":
             return make_base("opt", word_embed_proj_dim=16)
         return make_base("llama" if kind == "attention_dropout" else "opt", attention_dropout=0.1)

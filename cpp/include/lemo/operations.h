@@ -93,11 +93,12 @@
 
 #define LEMO_FIELDS_tile_scores(F)                                                                       \
   F(input, q) F(input, k) F(input, cu_seqlens) F(optional, rows) F(value, max_seqlen)                    \
-  F(value, first_slot) F(value, scale) F(value, probes) F(output, scores)
+  F(value, first_slot) F(value, scale) F(value, probes) F(output, scores) F(optional_output, peaks)
 
 #define LEMO_FIELDS_select_tiles(F)                                                                      \
   F(input, scores) F(input, cu_seqlens) F(value, first_slot) F(value, keys) F(value, density)            \
-  F(value, mass) F(value, first) F(value, local) F(output, chosen) F(optional_output, covered)
+  F(value, mass) F(value, first) F(value, local) F(output, chosen) F(optional_output, covered)           \
+  F(optional, masses)
 
 #define LEMO_FIELDS_list_tiles(F)                                                                        \
   F(input, chosen) F(input, cu_seqlens) F(output, tile_offsets) F(output, tiles)                         \

@@ -81,12 +81,20 @@ class Attention:
     """Causal attention within documents, for all layers of one step.
 
     places: int32 [T], place in its sequence of every token, if a document lacks some of the tokens between its own.
+    longest: places of the longest document, if windows that it does not exceed are to be left out.
     """
 
     def __init__(
-        self, family: Family, tables: Tables, deterministic: bool = False, places: Tensor | None = None
+        self,
+        family: Family,
+        tables: Tables,
+        deterministic: bool = False,
+        places: Tensor | None = None,
+        *,
+        longest: int | None = None,
     ) -> None:
         self.family, self.tables, self.deterministic, self.places = family, tables, deterministic, places
+        self.longest = longest
 
     # --- what layers call ---
 
@@ -99,7 +107,7 @@ class Attention:
         """
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         del h
-        options = self.family.attention_options(layer)
+        options = self.options(layer)
         return self.attend(q, k, v, rows, rows, options, tiles_of(choice, options, q, k))
 
     def differentiable(
@@ -113,7 +121,7 @@ class Attention:
     ) -> Tensor:
         """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
-        options = self.family.attention_options(layer)
+        options = self.options(layer)
         tiles = tiles_of(choice, options, q, k)
         return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse)
 
@@ -122,6 +130,11 @@ class Attention:
         n = self.family.norms(layer)[0]
         h, _ = ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)
         return self.family.queries_keys_values(layer, h, self.tables, None)[:2]
+
+    def options(self, layer: nn.Module) -> AttentionOptions:
+        """Those of the layer, without a window if no document of this step exceeds it."""
+        options = self.family.attention_options(layer)
+        return options if self.longest is None else options.within(self.longest)
 
     # --- what decides how they are computed ---
 

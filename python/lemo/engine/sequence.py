@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lemo.engine.attend import Attention, PackedRows, TileChoice, WholeRows, tiles_of
-from lemo.engine.families.base import AttentionOptions, Family, ModelShape, Tables
+from lemo.engine.families.base import AttentionOptions, ModelShape
 from lemo.engine.layout import Blocks, Kept
 from lemo.ops._autograd import first_order
 
@@ -231,6 +231,12 @@ class Share:
         """The mean over the processes of what each found for its heads."""
         return self.group.sum_(values.contiguous()).div_(self.group.size)
 
+    def largest_of_heads(self, values: Tensor) -> Tensor:
+        """The largest of what each process found for its heads."""
+        values = values.contiguous()
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self.group.processes)
+        return values
+
     # --- what is this process's ---
 
     def take(self, x: Tensor) -> Tensor:
@@ -331,16 +337,14 @@ class SequenceAttention(Attention):
     """Attention of rows that are divided among processes: each computes its heads over all rows. places: of the whole
     batch."""
 
-    def __init__(
-        self, family: Family, tables: Tables, deterministic: bool, places: Tensor | None, share: Share
-    ) -> None:
-        super().__init__(family, tables, deterministic, places)
+    def __init__(self, share: Share, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.share = share
 
     def forward(
         self, layer: nn.Module, h: Tensor, rows: PackedRows, choice: TileChoice | None = None
     ) -> tuple[Tensor, Tensor]:
-        whole, options = _whole(rows), self._options_of(layer)
+        whole, options = _whole(rows), self.options(layer)
         q, k, v = self._by_heads(*self._own(layer, h, rows), whole)
         out, lse = self.attend(q, k, v, whole, whole, options, tiles_of(choice, options, q, k))
         group, counts = self.share.group, whole.counts
@@ -355,7 +359,7 @@ class SequenceAttention(Attention):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        whole, options, group = _whole(rows), self._options_of(layer), self.share.group
+        whole, options, group = _whole(rows), self.options(layer), self.share.group
         q, k, v = self._by_heads(*self._own(layer, h, rows), whole)
         tiles = tiles_of(choice, options, q, k)
         if out is not None and lse is not None:
@@ -364,9 +368,9 @@ class SequenceAttention(Attention):
         y = self.attend_with_gradient(q, k, v, whole, whole, options, tiles, out, lse)
         return _Exchange.apply(y, whole.counts, group, False)
 
-    def _options_of(self, layer: nn.Module) -> AttentionOptions:
-        """Of the layer, with the sinks of this process's heads."""
-        options, group = self.family.attention_options(layer), self.share.group
+    def options(self, layer: nn.Module) -> AttentionOptions:
+        """With the sinks of this process's heads."""
+        options, group = super().options(layer), self.share.group
         return options if options.sinks is None else replace(options, sinks=options.sinks.chunk(group.size)[group.rank])
 
     def _own(self, layer: nn.Module, h: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:

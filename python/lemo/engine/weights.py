@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lemo.engine.wrappers import sharded
+from lemo.engine.wrappers import sharded, sharded_tensor
 from lemo.ops._autograd import first_order
 
 
@@ -116,12 +116,7 @@ class ShardedWeights(Weights):
 
 
 def _apart(module: nn.Module) -> bool:
-    return any(is_part(p) for p in module.parameters(recurse=False))
-
-
-def is_part(parameter: Any) -> bool:
-    """Whether a parameter is a DTensor."""
-    return type(parameter).__name__ == "DTensor" or type(getattr(parameter, "data", None)).__name__ == "DTensor"
+    return any(sharded_tensor(p) for p in module.parameters(recurse=False))
 
 
 class _FromParts(Function):

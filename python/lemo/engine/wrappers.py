@@ -14,6 +14,11 @@ def sharded(module: nn.Module) -> bool:
     return any(c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed.") for c in kinds)
 
 
+def sharded_tensor(tensor: Any) -> bool:
+    """Whether a parameter is a DTensor, a part of which is here."""
+    return type(tensor).__name__ == "DTensor" or type(getattr(tensor, "data", None)).__name__ == "DTensor"
+
+
 def kind_of(module: nn.Module) -> Any:
     """The class of a module, as it was before FSDP2 put its own in front of it."""
     kind: Any = type(module)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.families.base import UnsupportedModelError
-from lemo.engine.weights import is_part
-from lemo.engine.wrappers import base_model, sharded
+from lemo.engine.wrappers import base_model, sharded, sharded_tensor
 
 # PEFT's names of kinds that give the model something other than embeddings, or read its logits.
 _KINDS = {
     "PREFIX_TUNING": "it trains a cache of keys and values (past_key_values)",
     "CARTRIDGE": "it trains a cache of keys and values (past_key_values)",
     "CPT": "its own loss reads the logits of every token, which lemo does not compute",
+    "SHADOW": "it runs a second stack of states next to the decoder layers, which lemo computes itself",
 }
 _INSTEAD = (
     "use LoRA or another adapter of single projections, prompt tuning or P-tuning, or train this model without lemo"
@@ -54,9 +54,12 @@ def check_adapters(model: Any) -> None:
             continue
         if home.startswith("peft.tuners.poly."):
             _refuse(f"Poly ({name})", by_sequence)
-        variants = getattr(module, "lora_variant", None) or {}
-        if any(type(variant).__name__.startswith("ALora") for variant in variants.values()):
+        variants = [type(variant).__name__ for variant in (getattr(module, "lora_variant", None) or {}).values()]
+        if any(variant.startswith("ALora") for variant in variants):
             _refuse(f"aLoRA, LoraConfig(alora_invocation_tokens=...) ({name})", by_sequence)
+        if any(variant.startswith("Monteclora") for variant in variants):
+            buffered = "it takes its samples from a buffer, so recomputation in the backward pass would get others"
+            _refuse(f"MonteCLoRA, LoraConfig(monteclora_config=...) ({name})", buffered)
         own = module.__dict__.get("forward")
         if type(getattr(own, "__self__", None)).__name__.startswith("XLora"):
             _refuse(f"X-LoRA ({name})", by_sequence)
@@ -74,8 +77,11 @@ def check_device(batch: Tensor, device: torch.device) -> None:
 def check_weights(layers: Sequence[nn.Module]) -> None:
     """Raises UnsupportedModelError if the weights of layers are neither whole tensors of this process nor divided as
     `lemo.engine.weights` can gather them."""
+    divided = [sharded(layer) for layer in layers]
     for layer in layers:
         how = _fsdp2(layer) if sharded(layer) else _elsewhere(layer)
+        if how is None and any(divided) and not all(divided):
+            how = f"fully_shard was called on {sum(divided)} of {len(divided)} layers"
         if how is not None:
             raise UnsupportedModelError(
                 f"lemo needs the whole weights of a layer while it runs; here {how}. Use DistributedDataParallel, "
@@ -97,7 +103,7 @@ def _elsewhere(layer: nn.Module) -> str | None:
         for p in module._parameters.values():
             if hasattr(p, "ds_id"):
                 return "DeepSpeed ZeRO-3 partitions them"
-            if is_part(p):
+            if sharded_tensor(p):
                 return "they are DTensors of a layer that fully_shard was not called on (tensor parallelism?)"
     return None
 
@@ -107,7 +113,7 @@ def _fsdp2(layer: nn.Module) -> str | None:
     if any(module is not layer and sharded(module) for module in layer.modules()):
         return "fully_shard was called on modules inside the layer as well"
     for name, p in layer.named_parameters():
-        if not is_part(p):
+        if not sharded_tensor(p):
             if p.requires_grad:
                 return f"FSDP2 leaves {name} out (ignored_params), although it trains: no process would average it"
             continue

@@ -8,7 +8,6 @@ transformers' own code.
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,13 +31,12 @@ from lemo.engine.loss import (
 from lemo.engine.packing import Packed, pack
 from lemo.engine.sequence import Group
 from lemo.engine.step import Step
-from lemo.engine.weights import is_part
-from lemo.engine.wrappers import base_model
+from lemo.engine.wrappers import base_model, sharded_tensor
 from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
 from lemo.integration.checks_sequence import check_sequence
 from lemo.integration.controller import Controller
-from lemo.integration.entries import attach, controller_of, detach
+from lemo.integration.entries import arguments, attach, controller_of, detach
 from lemo.integration.training_pass import Inputs
 
 if TYPE_CHECKING:  # loaded only if a run has a calibration
@@ -57,16 +55,6 @@ _TRANSFORMERS = (5, 6)  # from this major version, below that one
 # --- the two forward methods ------------------------------------------------------------------------------------------
 
 
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those of **kwargs included."""
-    # Of the class: a wrapper around the instance's forward need not have its parameters.
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    named = dict(bound.arguments)
-    del named["self"]
-    named.update(named.pop("kwargs", {}))
-    return named
-
-
 def _check_arguments(named: dict[str, Any]) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if named.get(name):
@@ -78,6 +66,15 @@ def _check_arguments(named: dict[str, Any]) -> None:
         )
     if (named.get("input_ids") is None) == (named.get("inputs_embeds") is None):
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
+
+
+def _check_router(named: dict[str, Any], config: Any) -> None:
+    given, own = named.get("output_router_logits"), getattr(config, "output_router_logits", None)
+    if given is not None and own is not None and bool(given) != bool(own):
+        raise ValueError(
+            f"output_router_logits={given} is not available as an argument in training with lemo: set it in the "
+            "model's configuration (the router's loss is part of the loss with True)"
+        )
 
 
 def _inputs(controller: Controller, named: dict[str, Any]) -> Inputs:
@@ -101,12 +98,10 @@ def _inputs(controller: Controller, named: dict[str, Any]) -> Inputs:
 def _decoder_forward(
     controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
     controller.cover_heads()
     if controller.sequence is not None and not controller.referring:
         _refuse_rows_of_others()
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
     inputs = _inputs(controller, named)
     x, step = controller.run(inputs)
@@ -114,7 +109,7 @@ def _decoder_forward(
         refuse_auxiliary_loss(step, controller.model.config)
     with step.weights.outside(*controller.family.final_modules(module)):
         x = final_norm(x, controller.family.final_norm(module), step)
-    output = BaseModelOutputWithPast(last_hidden_state=inputs.packed.put(x))
+    output = controller.family.decoder_output(inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
 
@@ -123,12 +118,13 @@ def _causal_lm_forward(
 ) -> Any:
     if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
         return original(*args, **kwargs)
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
+    _check_router(named, module.config)
     fused = trl_head.wanted(controller, module, original, kwargs)
     if fused is not None and controller.sequence is not None:
         _refuse_rows_of_others()
-    if fused is not None and any(is_part(p) for p in module.lm_head.parameters()):
+    if fused is not None and any(sharded_tensor(p) for p in module.lm_head.parameters()):
         raise ValueError(
             "the fused loss of TRL reads the whole head, which FSDP2 divides: leave the head and the final norm in the "
             "group of the model itself (fully_shard on the layers and the model alone), or train without the fused loss"
@@ -164,8 +160,8 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss of the residual stream after the last layer, the number of targets it is over, and the logits if asked
     for."""
-    norm = controller.family.final_norm(controller.family.decoder(module))
-    head = projection(module.lm_head, trainable=True)
+    norm = controller.family.head_norm(controller.family.decoder(module))
+    head = projection(module.lm_head, head=True)
     if head is None:
         controller.note(
             f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lemo.engine.attend import Attention, TileChoice
 from lemo.engine.config import LemoConfig, Phase, Recompute
-from lemo.engine.families.base import Family
+from lemo.engine.families.base import Family, Tables
 from lemo.engine.packing import Packed
 from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from lemo.engine.policies import Policy, StepContext
@@ -82,14 +83,10 @@ def begin(
     participation = Participation(not phase.skips or trained)
     embedded.clear()
     x = x.to(_compute_dtype(x))
-    windows = any(family.attention_options(layer).window is not None for layer in layers)
     tables = family.tables(decoder, x.detach(), packed.positions)
-    places = packed.gaps if windows else None
-    if share is None:
-        attention = Attention(family, tables, config.deterministic, places)
-    else:
-        x = share.take(x if trained else x.detach())
-        attention = SequenceAttention(family, share.cut(tables), config.deterministic, places, share)
+    if share is not None:
+        x, tables = share.take(x if trained else x.detach()), share.cut(tables)
+    attention = _attention(family, layers, packed, tables, config, share)
     lists = ChosenLists(
         plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered, share
     )
@@ -102,7 +99,7 @@ def begin(
                 always_first=config.always_first,
                 always_last=config.always_last,
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
-                attention=lambda i: family.attention_options(layers[i]),
+                attention=lambda i: attention.options(layers[i]),
                 required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
                 share=share,
             )
@@ -119,7 +116,7 @@ def begin(
         random=plan.random,
         general=plan.general,
         choose=lists.choose,
-        tiles=None if tiles is None else _tiles_of_layers(tiles, family, layers),
+        tiles=None if tiles is None else _tiles_of_layers(tiles, attention, layers),
         observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
         share=share,
         borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
@@ -127,6 +124,25 @@ def begin(
         participation=participation,
     )
     return x, step, lists, tiles
+
+
+def _attention(
+    family: Family,
+    layers: Sequence[nn.Module],
+    packed: Packed,
+    tables: Tables,
+    config: LemoConfig,
+    share: Share | None,
+) -> Attention:
+    """Attention that knows where a window's tokens lie, if there is a window that the batch's rows exceed."""
+    kind = Attention if share is None else functools.partial(SequenceAttention, share)
+    windows = [family.attention_options(layer).window for layer in layers]
+    longest = packed.blocks.max_seqlen
+    if not any(window is not None and window < packed.shape[1] for window in windows):
+        return kind(family, tables, config.deterministic, longest=longest)
+    gaps = packed.gaps
+    longest = longest if gaps is None else packed.shape[1]
+    return kind(family, tables, config.deterministic, gaps, longest=longest)
 
 
 def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChooser | None:
@@ -145,10 +161,10 @@ def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChoose
 
 
 def _tiles_of_layers(
-    chooser: TileChooser, family: Family, layers: list[nn.Module]
+    chooser: TileChooser, attention: Attention, layers: list[nn.Module]
 ) -> Callable[[int, Tensor, SavedList], TileChoice]:
     def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
-        scale = family.attention_options(layers[i]).scale
+        scale = attention.options(layers[i]).scale
         whole = rows.whole or rows  # those of q and k
         return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, whole, scale)))
 
