@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "everything trains, apart": {"phase": lemo.Phase("dense"), "trains": True, "apart": True},
     "replicated and sharded": {"phase": SKIP, "mesh": (2, 1)},
     "layers alone": {"phase": SKIP, "root": False},
-    "gemma2": {"phase": SKIP, "family": "gemma2", "apart": True},
+    "gemma2": {"phase": SKIP, "family": "gemma2"},
     "qwen3_moe": {"phase": SKIP, "family": "qwen3_moe", "options": {"recompute": "full"}},
     "opt": {"phase": SKIP, "family": "opt", "options": {"recompute": "full"}},
 }
