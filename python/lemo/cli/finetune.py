@@ -55,7 +55,8 @@ policies (--policy, for skip phases): predictors (the paper's: needs --calibrati
   draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration
 
 several GPUs: torchrun --nproc-per-node 4 -m lemo finetune ... (the same options). Each process takes the GPU of its
-rank and its own windows: a step has batch x accumulate x processes of them. To resume, start as many processes again.
+rank and its own windows: a step has batch x accumulate x processes of them. Resumed in as many processes, a run is the
+same to the last bit; in another number, each makes more or fewer passes, and only random choices and roundings differ.
 
 The run folder: run.json (settings), log.jsonl (loss, tokens/s, kept ratio per layer, memory), checkpoint-*/ (the last
 few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN makes a table and pictures of it.
@@ -153,11 +154,15 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     Their contents are compared with the run's fingerprints once they have been read.
     """
     from lemo.training.checkpoint import compare_settings
-    from lemo.training.run_folder import PLACES, run_settings, saved_settings
+    from lemo.training.processes import world_size
+    from lemo.training.run_folder import PLACES, accumulate_in, run_settings, saved_settings
 
     saved = run_settings(args.out)
     before = saved_settings(saved, args.out)
     calibration = given.pop("calibration", before.calibration)
+    accumulate = accumulate_in(world_size(), before, saved)
+    if given.get("accumulate") == accumulate:
+        del given["accumulate"]
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
@@ -174,7 +179,7 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
         _check_there(args.out, option, place)
     if calibration is not None:
         _check_there(args.out, "calibration", calibration)
-    return dataclasses.replace(before, calibration=calibration)
+    return dataclasses.replace(before, calibration=calibration, accumulate=accumulate)
 
 
 def _check_there(out: str, option: str, place: str) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lemo import ops
-from lemo.engine.attend import PackedRows
 from lemo.engine.families.base import NormWeights
 from lemo.engine.layout import Kept
 from lemo.engine.randomness import Generators, generators, same_generators
@@ -142,7 +141,7 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept | N
     if kept is not None:
         saved = step.saved_list(kept)
         record = Record(i, "layer", saved, ops.gather(x, saved.rows))
-    everything = PackedRows(step.blocks.cu_seqlens, step.blocks.max_seqlen)
+    everything = step.everything
     # Without a name for the norm's output, [T, d]: it is gone before attention runs.
     out, lse = step.attention.forward(layer, gather_norm(x, None, None, n1)[0], everything)
     if record is not None:

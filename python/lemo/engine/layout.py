@@ -110,7 +110,8 @@ class Kept:
     document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every
     packed row's block; weights: float32 [K], 1/p of a block drawn by Poisson sampling, else 1. max_seqlen: the longest
     document in packed rows, or an upper bound of it. info: what `lemo.ops.SelectInfo.read` reads, if the selection has
-    not been checked for faults yet. chosen_by: who made the list, for error messages.
+    not been checked for faults yet. chosen_by: who made the list, for error messages. whole: the list that this one is
+    a part of, if several processes share a sequence; counts: rows of it in each of them.
     """
 
     blocks: Tensor
@@ -126,6 +127,8 @@ class Kept:
     source: Blocks
     info: Tensor | None = field(default=None, repr=False)
     chosen_by: str = ""
+    whole: Kept | None = field(default=None, repr=False)
+    counts: tuple[int, ...] = ()
 
     @classmethod
     def everything(cls, blocks: Blocks) -> Kept:

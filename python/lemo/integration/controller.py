@@ -19,9 +19,10 @@ from lemo.engine.cost import PassShares, cost_ratio
 from lemo.engine.families.base import Family
 from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
+from lemo.engine.sequence import Group, Share
 from lemo.engine.step import Step
 from lemo.engine.tiles import TileChooser, TilePolicy, make_tile_policy
-from lemo.engine.wrappers import base_model
+from lemo.engine.wrappers import base_model, sharded
 from lemo.integration import training_pass, trl_head
 from lemo.integration.callback import LemoCallback
 from lemo.integration.checks_peft import check_adapters, check_device, check_weights
@@ -50,11 +51,20 @@ class Controller:
     total_steps: optimizer steps of the run; set it in a custom loop if the schedule has several phases (the Trainer's
     callback does it for you). kept_ratios, mlp_kept_ratios: of the last forward pass, kept blocks over all blocks, by
     layer. data_rank: whose blocks are drawn, for processes that share a batch (tensor or context parallelism), which
-    have to set the same number; None: this process's rank in torch.distributed, so that each draws for its own data.
+    have to set the same number; None: this process's rank in torch.distributed, so that each draws for its own data, or
+    the number of its `sequence_group`. sequence: the processes that share every batch.
     """
 
-    def __init__(self, family: Family, model: Any, config: LemoConfig, predictors: PredictorSet | None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model: Any,
+        config: LemoConfig,
+        predictors: PredictorSet | None,
+        sequence: Group | None = None,
+    ) -> None:
         self.family, self.model, self.config, self.predictors = family, model, config, predictors
+        self.sequence = sequence
         self.schedule = Schedule(config.phases or ())
         self.total_steps: int | None = None
         self.data_rank: int | None = None
@@ -285,6 +295,10 @@ class Controller:
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
         random = check_randomness(self.family, self.model, loose, self.schedule.phases[index:])
+        share = None
+        if self.sequence is not None:
+            self.sequence.check_same(inputs.batch, inputs.packed.positions, inputs.targets)
+            share = Share(self.sequence, inputs.packed.blocks)
         phase = self.schedule.phases[index]
         remember = not phase.exact and not again
         plan = Plan(
@@ -297,6 +311,7 @@ class Controller:
             general=bool(loose),
             earlier=earlier,
             remembered=self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None,
+            share=share,
         )
         x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
         if not again:  # a recomputation may end half-way, and has nothing new to report
@@ -313,8 +328,15 @@ class Controller:
         if "trl" in sys.modules:
             refuse_comparisons((self.phase,), running_trainer())
         check_adapters(self.model)
-        check_device(batch, self.model.get_input_embeddings().weight.device)
+        embedding = self.model.get_input_embeddings()
+        check_device(batch, embedding.weight.device)
         check_weights(layers)
+        if any(sharded(m) for m in (self.model, embedding)) and not any(sharded(layer) for layer in layers):
+            self.note(
+                "FSDP2 divides the model, but no decoder layer by itself, so every process gathers the whole model for "
+                "a pass: name the layers' class in transformer_layer_cls_to_wrap (transformers' Trainer overrides that "
+                "for PEFT's models; see lemo's guide to several GPUs), or call fully_shard on every layer"
+            )
 
     def _which_pass(self, inputs: Inputs) -> tuple[Draw, bool, Pass | None]:
         """The draw of a pass; whether an earlier pass had it; that pass, if its very lists are to be repeated."""
@@ -325,7 +347,9 @@ class Controller:
 
     def _seed(self, draw: Draw) -> int:
         """Of a pass's random choices. Every process draws for its own data; phases are the same in all."""
-        rank = process_rank() if self.data_rank is None else self.data_rank
+        rank = self.data_rank
+        if rank is None:
+            rank = process_rank() if self.sequence is None else self.sequence.number
         # Rank 0 draws what a single process draws.
         seed = self.config.seed if rank == 0 else mix_seed(self.config.seed, rank)
         return mix_seed(seed, draw.step, draw.micro_batch)

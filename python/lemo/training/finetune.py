@@ -36,6 +36,7 @@ from lemo.training.run_folder import (
     continue_run,
     environment,
     is_complete,
+    processes_of,
     run_checkpoints,
     run_settings,
     start_run,
@@ -141,7 +142,7 @@ def finetune(
     out = Path(out).expanduser()  # as Trainer does with its own output folder
     processes = Processes.join(next(model.parameters()).device)
     report = report if processes.first else _silent
-    checkpoints = run_checkpoints(out, keep_checkpoints, processes.count)
+    checkpoints = run_checkpoints(out, keep_checkpoints)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
         with contextlib.ExitStack() as applied:
             # Everything that can be wrong with the settings shows before the run folder is made.
@@ -314,6 +315,9 @@ def _train(
     if run.processes.count > 1:
         # For dropout; the adapter's first weights, equal in all processes, were drawn before.
         set_seed((run.settings.seed + run.processes.rank) % (1 << 32))
+    if start and processes_of(start.settings) != run.processes.count:
+        # A process without a random state in the checkpoint must not draw what it drew in the first steps.
+        set_seed((run.settings.seed + run.processes.rank + 65537 * start.step) % (1 << 32))
     trainer.remove_callback(PrinterCallback)
     run.model.config.use_cache = False
     trainer.train(resume_from_checkpoint=str(start.folder) if start else None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.linear import unwrap
+from lemo.engine.wrappers import kind_of
 
 # (module, name) of classes.
 Classes = tuple[tuple[str, str], ...]
@@ -262,7 +263,7 @@ class Family(ABC):
 
     def matches(self, lm: nn.Module) -> bool:
         """Whether `lm` is this family's causal language model of transformers itself, not one derived from it."""
-        kind = type(lm)
+        kind = kind_of(lm)
         return kind.__name__ == self.model_class and kind.__module__.startswith("transformers.")
 
     def check(self, lm: Any) -> None:
@@ -321,6 +322,10 @@ class Family(ABC):
     @abstractmethod
     def mlp_modules(self, layer: Any) -> Sequence[nn.Module]:
         """The modules whose parameters `mlp` uses."""
+
+    def final_modules(self, decoder: Any) -> Sequence[nn.Module | None]:
+        """The module of the final norm, if there is one."""
+        return (decoder.norm,)
 
     def outside_modules(self, decoder: Any) -> Sequence[nn.Module]:
         """Modules of the decoder outside its layers whose parameters may train, apart from the final norm."""
