@@ -64,14 +64,24 @@ def _range(values: Sequence[float], margin: float = 0.05) -> tuple[float, float]
     return low - margin * (high - low), high + margin * (high - low)
 
 
+def _label(tick: float, of: list[float]) -> str:
+    """A tick in as many digits as tell it from the next."""
+    step = of[1] - of[0] if len(of) > 1 else abs(tick) or 1.0
+    digits = -math.floor(math.log10(step) + 1e-9)
+    return f"{tick:.{digits}f}" if 0 < digits < 7 else number(tick)
+
+
 def _axes(scale: _Scale, x_label: str, y_label: str) -> str:
     bottom, parts = _HEIGHT - _BOTTOM, []
-    for y in ticks(*scale.y):
+    along_y, along_x = ticks(*scale.y), ticks(*scale.x, 8)
+    for y in along_y:
         at = scale.py(y)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(number(y))}</text>')
-    for x in ticks(*scale.x, 8):
-        parts.append(f'<text x="{scale.px(x):.1f}" y="{bottom + 14}" text-anchor="middle">{escape(number(x))}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(_label(y, along_y))}</text>')
+    for x in along_x:
+        parts.append(
+            f'<text x="{scale.px(x):.1f}" y="{bottom + 14}" text-anchor="middle">{escape(_label(x, along_x))}</text>'
+        )
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text x="4" y="12">{escape(y_label)}</text>')
     return "".join(parts)
@@ -110,7 +120,9 @@ def line_chart(
     stride = -(-max(len(s.x) for s in series) // _MOST_POINTS)
     body = [_axes(scale, x_label, y_label)]
     for x, name in bounds:
-        at = min(max(scale.px(x), _LEFT), _WIDTH - _RIGHT)
+        if not scale.x[0] <= x <= scale.x[1]:
+            continue
+        at = scale.px(x)
         body.append(f'<line class="bound" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
         body.append(f'<text class="bound" x="{at + 3:.1f}" y="{_TOP + 8}">{escape(name)}</text>')
     for i, s in enumerate(series):
