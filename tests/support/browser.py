@@ -43,7 +43,9 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         os.close(to_read), os.close(to_write)
-        self._number, self._buffer, self.errors, self._events = 0, b"", [], []
+        self._number, self._buffer = 0, b""
+        self.errors: list[Any] = []
+        self._events: list[dict[str, Any]] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Runtime", "Page", "Network"):

@@ -72,7 +72,7 @@ def _applied(model: Any, config: LemoConfig) -> Iterator[Any]:
         lemo.remove(model)
 
 
-def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
+def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     """The model wrapped by PEFT with a fresh LoRA adapter. Raises ValueError."""
     from peft import LoraConfig, get_peft_model
 
@@ -155,7 +155,7 @@ def finetune(
             )
             check_same(processes, inputs.identity)
             set_seed(settings.seed)
-            wrapped = processes.together(lambda: _with_adapter(model, settings))
+            wrapped = processes.together(lambda: with_adapter(model, settings))
             controller = processes.together(lambda: applied.enter_context(_applied(wrapped, settings.lemo_config())))
             opened = processes.on_first(lambda: _open(lock, out, inputs.identity, resume, checkpoints, report))
             if opened.complete:
