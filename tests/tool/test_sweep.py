@@ -15,7 +15,8 @@ from lemo.study import sweep
 from lemo.study.conclusions import as_text, recommend
 from lemo.study.statistics import interval, paired_bootstrap
 from lemo.study.sweep_page import sweep_page
-from lemo.training.settings import parse_schedule
+from lemo.training.finetune import finetune as train
+from lemo.training.settings import FinetuneSettings, parse_schedule
 
 Command = Callable[..., list[str]]
 
@@ -60,7 +61,7 @@ def test_a_study_gives_rows_a_page_and_a_recommendation(study: Path) -> None:
 def test_a_killed_study_continues_and_repeats_nothing(
     command: Command, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, real, begun = tmp_path / "study", sweep.finetune, []
+    out, real, begun = tmp_path / "study", train, []
 
     def finetune(*args: Any, **kwargs: Any) -> Any:
         begun.append(args[3])
@@ -69,7 +70,7 @@ def test_a_killed_study_continues_and_repeats_nothing(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sweep, "finetune", finetune)
+    monkeypatch.setattr("lemo.study.sweep.finetune", finetune)
     assert main(command(out)) == 130
     assert len(results(out)) == 1
     assert main(command(out)) == 0
@@ -106,7 +107,7 @@ def test_rates_are_chosen_on_other_text_than_that_which_judges(command: Command,
 
 def test_cheaper_steps_come_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal cost, from given times of a step."""
-    settings = sweep.FinetuneSettings(context=1024, steps=100)
+    settings = FinetuneSettings(context=1024, steps=100)
     rows = (sweep.ROWS[0], sweep.Row("mix", "skip:0.5@0.7,dense@0.3"), sweep.Row("w", "dense", part=2))
     study = object.__new__(sweep.Study)
     study.plan = sweep.Plan(settings, rows, (1,), (1e-4,))

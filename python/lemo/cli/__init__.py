@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lemo.cli.common import Formatter, explain, process
 
-_COMMANDS = ("calibrate", "finetune", "evaluate", "report", "sweep", "info", "estimate")
+_COMMANDS = ("calibrate", "finetune", "evaluate", "report", "sweep", "profile", "info", "estimate")
 
 _EPILOG = """\
 A first run, from text to a measured adapter:

@@ -160,7 +160,9 @@ def scatter(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> 
         kind = "s0" if p.front else "s1"
         body.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{scale.py(p.y):.1f}" r="5"><title>{escape(label)}'
                     "</title></circle>")  # fmt: skip
-        body.append(f'<text x="{x + 8:.1f}" y="{scale.py(p.y) - 6:.1f}">{escape(p.name)}</text>')
+        left = x > 0.65 * _WIDTH  # a name beyond the edge would be cut
+        at, anchor = (x - 8, "end") if left else (x + 8, "start")
+        body.append(f'<text x="{at:.1f}" y="{scale.py(p.y) - 6:.1f}" text-anchor="{anchor}">{escape(p.name)}</text>')
     return f"<figure>{_svg(title, ''.join(body))}<figcaption>{escape(title)}</figcaption></figure>"
 
 
