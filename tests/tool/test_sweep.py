@@ -93,16 +93,19 @@ def test_a_budget_ends_the_study_and_nothing_is_claimed(
     assert "No run is finished yet" in (tmp_path / "study" / "sweep.html").read_text()
 
 
-def test_rates_are_chosen_on_other_text_than_that_which_judges(command: Command, tmp_path: Path) -> None:
-    assert main(command(tmp_path / "s", "--seeds", "1", "--lr", "1e-4", "1e-2")) == 0
-    runs = list(results(tmp_path / "s").values())
-    assert len(runs) == 4  # both rates of both rows
-    rows = json.loads((tmp_path / "s" / "sweep.json").read_text())["rows"]
-    for row in rows:
+def test_rates_are_chosen_on_other_text_and_a_diverged_run_is_a_result(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    assert main(command(out, "--seeds", "1", "--lr", "1e-4", "1e-2", "1e30")) == 0
+    failed = [r for r in results(out).values() if "failed" in r]
+    runs = [r for r in results(out).values() if "failed" not in r]
+    assert [r["settings"]["lr"] for r in failed] == [1e30] * 2 and len(runs) == 4
+    for row in json.loads((out / "sweep.json").read_text())["rows"]:
         mine = [r for r in runs if r["settings"]["schedule"] == row["schedule"]]
         best = min(mine, key=lambda r: sum(r["choose"]["nll"]))
-        assert row["rate"] == best["settings"]["lr"] and "that was tried" in row["note"]
+        assert row["rate"] == best["settings"]["lr"] and "failed runs: 1" in row["note"]
+        assert row["loss"] == pytest.approx(sum(best["judge"]["nll"]) / sum(best["judge"]["tokens"]))
     assert runs[0]["choose"]["nll"] != runs[0]["judge"]["nll"]
+    assert "not finite" in (out / "sweep.html").read_text() or "the loss is" in (out / "sweep.html").read_text()
 
 
 def test_cheaper_steps_come_more_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "finetune":
             begun = (Path(args.out) / "run.json").exists()
             hint = f"; resume with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
+        elif args.command == "sweep":
+            hint = "; the same command continues"
         print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -151,7 +151,7 @@ def _costs(study: Any) -> str:
     width = max(len(row.name) for row in study.plan.rows)
     lines, total = [f"{'row':{width}}  {'steps':>6}  {'cost':>5}  {'minutes':>8}  schedule"], 0.0
     runs = len(study.plan.rates) + len(study.plan.seeds) - 1
-    for row in study.plan.rows:
+    for row in study.rows:
         minutes = study.cost(row) * study.plan.settings.steps * study.times["dense"] / 60
         total += runs * minutes
         lines.append(

@@ -20,8 +20,9 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
     dense = next(row for row in study.plan.rows if row.name == DENSE)
     reference = _finished(study, dense)
     found = []
-    for row in study.plan.rows:
+    for row in study.rows:
         runs = _finished(study, row)
+        peaks = [r["peak_memory_bytes"] for r in runs.values() if r["peak_memory_bytes"] is not None]
         out: dict[str, Any] = {
             "name": row.name,
             "schedule": row.schedule if row.part == 1 else f"{row.schedule}, windows of 1/{row.part} of the context",
@@ -31,7 +32,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
             "rate": study.rate(row),
             "seeds": sorted(runs),
             "loss": float(np.mean([_loss(r) for r in runs.values()])) if runs else None,
-            "peak_mib": max((r["peak_memory_bytes"] or 0) for r in runs.values()) / 2**20 if runs else None,
+            "peak_mib": max(peaks) / 2**20 if peaks else None,
             "note": _note(study, row, runs),
         }
         if row.name != DENSE and (seeds := sorted(runs.keys() & reference.keys())):
@@ -48,7 +49,7 @@ def _finished(study: Study, row: Row) -> dict[int, dict[str, Any]]:
     if rate is None:
         return {}
     results = {seed: study.result(study.settings(row, rate, seed)) for seed in study.plan.seeds}
-    return {seed: r for seed, r in results.items() if r is not None}
+    return {seed: r for seed, r in results.items() if r is not None and "failed" not in r}
 
 
 def _loss(run: dict[str, Any]) -> float:
@@ -61,6 +62,11 @@ def _note(study: Study, row: Row, runs: dict[int, dict[str, Any]]) -> str:
     if runs and row.part == 1 and row.schedule != "dense" and not any(r["left_out"] for r in runs.values()):
         notes.append("left nothing out at this context: the same as dense")
     rates, best = study.plan.rates, study.rate(row)
+    tried = [study.settings(row, rate, study.plan.seeds[0]) for rate in rates]
+    tried += [] if best is None else [study.settings(row, best, seed) for seed in study.plan.seeds[1:]]
+    failed = [r["failed"] for settings in tried if (r := study.result(settings)) is not None and "failed" in r]
+    if failed:
+        notes.append(f"failed runs: {len(failed)} ({failed[0]})")
     if len(rates) > 1 and best is not None and best in (min(rates), max(rates)):
         notes.append(f"its best learning rate is the {'smallest' if best == min(rates) else 'largest'} that was tried")
     return "; ".join(notes)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lemo.data import Documents, evaluation_spans, split_held_out
 from lemo.predictors import model_fingerprint
@@ -118,7 +119,7 @@ class Study:
         # Learning rates are chosen on other pieces than those that judge.
         self.judge = held.cut(spans[1::2] if self.many_rates else spans)
         self.choose = held.cut(spans[::2])
-        self.times: dict[str, float] = {}
+        self.times: dict[str, float | None] = {}  # None: the step did not fit into memory
         self.identity = json.loads(json.dumps(self._identity(documents, fraction)))
 
     def _identity(self, documents: Documents, fraction: float) -> dict[str, Any]:
@@ -179,9 +180,24 @@ class Study:
                 if key in self.times:
                     continue
                 settings = dataclasses.replace(self._base(row), schedule=schedule, steps=8)
-                self.times[key] = step_seconds(self.model, self.documents, settings)
+                try:
+                    seconds = self.times[key] = step_seconds(self.model, self.documents, settings)
+                    self.report(f"a step of {key}: {1000 * seconds:.1f} ms")
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    self.times[key] = None
+                    self.report(f"a step of {key} does not fit into the GPU's memory: rows with it are left out")
                 self._write()
-                self.report(f"a step of {key}: {1000 * self.times[key]:.1f} ms")
+        if self.times[DENSE] is None:
+            raise ValueError(
+                "a dense step does not fit into the GPU's memory, and without it nothing can be compared: give a "
+                "shorter --context, --recompute full or a smaller --batch"
+            )
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Rows whose steps were measured."""
+        return tuple(r for r in self.plan.rows if all(self.times.get(key) for key, _ in _phases(r)))
 
     def _base(self, row: Row) -> FinetuneSettings:
         settings = self.plan.settings
@@ -198,18 +214,23 @@ class Study:
         """Optimizer steps of a row's runs: those of dense, or as many as cost the same."""
         if self.plan.equal == "steps":
             return self.plan.settings.steps
-        return max(1, round(self.plan.settings.steps * self.times[DENSE] / self._step_time(row)))
+        return max(1, round(self.plan.settings.steps * self._seconds(DENSE) / self._step_time(row)))
+
+    def _seconds(self, key: str) -> float:
+        seconds = self.times[key]
+        assert seconds is not None, f"{key} was not measured"
+        return seconds
 
     def _step_time(self, row: Row) -> float:
         """Mean time of a step over the row's phases, by their shares of the steps."""
         phases = parse_schedule(row.schedule)
         whole = sum(p.share for p in phases)
         keys = [key for key, _ in _phases(row)]
-        return sum(p.share / whole * self.times[key] for p, key in zip(phases, keys, strict=True))
+        return sum(p.share / whole * self._seconds(key) for p, key in zip(phases, keys, strict=True))
 
     def cost(self, row: Row) -> float:
         """Of one run, relative to a dense one, by measured steps."""
-        return self.steps(row) * self._step_time(row) / (self.plan.settings.steps * self.times[DENSE])
+        return self.steps(row) * self._step_time(row) / (self.plan.settings.steps * self._seconds(DENSE))
 
     # ---- runs
 
@@ -225,15 +246,16 @@ class Study:
             result = self.result(self.settings(row, rate, first))
             if result is None:
                 return None
-            losses.append(_mean(result["choose"]) if self.many_rates else 0.0)
+            failed = "failed" in result
+            losses.append(math.inf if failed else _mean(result["choose"]) if self.many_rates else 0.0)
         return self.plan.rates[int(np.argmin(losses))]
 
     def wanted(self) -> list[tuple[Row, FinetuneSettings]]:
         """Runs that are still to be done, as far as they are known: rates first, then the other seeds."""
         first = self.plan.seeds[0]
-        runs = [(row, self.settings(row, rate, first)) for row in self.plan.rows for rate in self.plan.rates]
+        runs = [(row, self.settings(row, rate, first)) for row in self.rows for rate in self.plan.rates]
         for seed in self.plan.seeds[1:]:
-            runs += [(row, self.settings(row, r, seed)) for row in self.plan.rows if (r := self.rate(row)) is not None]
+            runs += [(row, self.settings(row, r, seed)) for row in self.rows if (r := self.rate(row)) is not None]
         return [(row, settings) for row, settings in runs if self.result(settings) is None]
 
     def run(self, progress: bool = False) -> int:
@@ -256,7 +278,16 @@ class Study:
             return len(self.wanted())
 
     def _one(self, settings: FinetuneSettings, progress: bool) -> None:
+        """One run. A diverged one, or one that does not fit, is a result, too."""
         folder = self._folder(settings)
+        try:
+            result = self._trained(folder, settings, progress)
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            result = {"settings": settings.to_json(), "failed": str(error).splitlines()[0]}
+            self.report(f"failed: {result['failed']}")
+        write_text(folder / "result.json", json.dumps(result))
+
+    def _trained(self, folder: Path, settings: FinetuneSettings, progress: bool) -> dict[str, Any]:
         resume = (folder / "run.json").exists()
         start = time.perf_counter()
         with restored_modules(self.model):
@@ -273,9 +304,11 @@ class Study:
                     scores = score(wrapped, held, self.plan.settings.context)
                     result[name] = {"nll": scores.nll.tolist(), "tokens": scores.tokens.tolist()}
         steps = [r for r in read_log(folder / LOG_FILE) if "loss" in r]
-        result["peak_memory_bytes"] = max((r["peak_memory_bytes"] for r in steps), default=None)
+        # On the CPU it is the process's, of all runs so far.
+        cuda = self.identity["device"] == "cuda"
+        result["peak_memory_bytes"] = max(r["peak_memory_bytes"] for r in steps) if cuda and steps else None
         result["left_out"] = any(min([*r.get("kept", []), *r.get("density", [])], default=1.0) < 1.0 for r in steps)
-        write_text(folder / "result.json", json.dumps(result))
+        return result
 
 
 def _phases(row: Row) -> list[tuple[str, str]]:

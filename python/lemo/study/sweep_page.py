@@ -32,7 +32,10 @@ def sweep_page(title: str, rows: list[dict[str, Any]], advice: dict[str, str], a
         chart += '<p class="note">Bars: the bootstrap interval of the change against dense, at dense\'s own loss.</p>'
     else:
         chart = missing("No run is finished yet.", "Run the same lemo sweep command again: it continues.")
-    costs = {name: f"{1000 * seconds:.1f} ms" for name, seconds in about.pop("times").items()}
+    costs = {
+        name: "does not fit" if seconds is None else f"{1000 * seconds:.1f} ms"
+        for name, seconds in about.pop("times").items()
+    }
     sections = [
         Section("recommendation", "Recommendation", verdict),
         Section("front", "Quality against cost", chart),
