@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -25,11 +25,16 @@ class LayerShape(ModelShape):
     """A model's sizes, and what one of its layers holds in training.
 
     element: bytes of an activation. lora: rank of the adapter by projection, of "q", "k", "v", "o", "gate", "up",
-    "down" ("up" and "down" are OPT's fc1 and fc2); projections without an adapter are left out.
+    "down" ("up" and "down" are OPT's fc1 and fc2), "qkv" and "gate_up" of fused ones; projections without an adapter
+    are left out.
     """
 
     element: int = 2
     lora: Mapping[str, int] = field(default_factory=dict)
+
+    def at(self, layer: int) -> Self:
+        shape = super().at(layer)
+        return shape if shape is self else replace(shape, lora=_present(self.lora, shape))
 
 
 def layer_shape(
@@ -44,9 +49,14 @@ def layer_shape(
     names = family.lora_targets if lora_targets is None else lora_targets
     if isinstance(names, str):
         names = tuple(family.projections) if names == "all-linear" else (names,)
-    ranks = {family.projections[name]: lora_rank for name in names if name in family.projections}
-    sizes = {f.name: getattr(family.shape(config), f.name) for f in fields(ModelShape)}
+    shape = family.shape(config)
+    ranks = _present({family.projections[name]: lora_rank for name in names if name in family.projections}, shape)
+    sizes = {f.name: getattr(shape, f.name) for f in fields(ModelShape)}
     return LayerShape(**sizes, element=element, lora=ranks)
+
+
+def _present(ranks: Mapping[str, int], shape: ModelShape) -> dict[str, int]:
+    return {name: rank for name, rank in ranks.items() if name in shape.projections}
 
 
 def stored_bytes(model: Any) -> int:
@@ -56,9 +66,16 @@ def stored_bytes(model: Any) -> int:
     for tensor in (*base_model(model).parameters(), *base_model(model).buffers()):
         if adapted and tensor.requires_grad:
             continue
-        for t in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
+        for t in (*_parts(tensor), *_tensors_of(getattr(tensor, "quant_state", None))):
             storages[t.untyped_storage().data_ptr() or id(t)] = t.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor holds in memory: the tensors inside of one of another kind (torchao's), else itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
@@ -71,7 +88,8 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
 
 
 def _quantized(model: Any) -> bool:
-    return any(p.dim() > 1 and not p.is_floating_point() for p in base_model(model).parameters())
+    weights = (p for p in base_model(model).parameters() if p.dim() > 1)
+    return any(part.element_size() == 1 for p in weights for part in _parts(p))
 
 
 def saved_bytes(
@@ -97,6 +115,10 @@ def saved_bytes(
         "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated])  + 4 Hq M
                      + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
                      + e M f   if gated and down has one       + e M (sum of all r)
+                     with experts in place of the MLP, k of E for a row, in place of f + f:
+                       e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
+                       [+ 4 M (k + 1) if its weights are made to sum to 1]
+                     + e M (elements of norms inside attention and MLP, `inner_saved` of the model's shape)
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
         tiles        8 (S + 1 + L)     [half of it with "none"]
 
@@ -113,24 +135,44 @@ def saved_bytes(
         return s.element * m * s.hidden + lists
     if recompute != "none":
         raise ValueError(f'recompute must be "none", "attention" or "full"; got {recompute!r}')
-    width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim + (2 if s.gated else 1) * s.ffn
-    width += sum(s.lora.values())
-    if {"q", "k", "v"} & set(s.lora):
+    width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
+    width += sum(s.lora.values()) + s.inner_saved
+    if {"q", "k", "v", "qkv"} & set(s.lora):
         width += s.hidden
-    if {"gate", "up"} & set(s.lora):
+    if s.experts is not None:
+        return s.element * m * width + output + lists + _expert_bytes(s, m)
+    width += (2 if s.gated else 1) * s.ffn
+    if {"gate", "up", "gate_up"} & set(s.lora):
         width += s.hidden
     if s.gated and "down" in s.lora:
         width += s.ffn
     return s.element * m * width + output + lists
 
 
+def _expert_bytes(shape: LayerShape, rows: int) -> int:
+    """What router and experts save: gate and up, and the weights of every row's experts; the router's probabilities and
+    order."""
+    e = shape.experts
+    assert e is not None
+    router = 16 * e.per_token + (0 if e.normed is None else 4 * e.count)
+    router += 4 * (e.per_token + 1) if e.normed else 0
+    return rows * (shape.element * e.per_token * (2 * e.ffn + 1) + router) + 4 * e.count
+
+
+def _layer_parameters(shape: ModelShape) -> int:
+    sides = shape.projections
+    found = sum(a * b for a, b in sides.values()) + sum(sides[name][1] for name in shape.biases) + 2 * shape.hidden
+    if shape.experts is not None:
+        found += shape.experts.count * shape.hidden * (3 * shape.experts.ffn + 1)
+    return found + shape.inner_parameters
+
+
 def _weights(shape: LayerShape, stored: int | None) -> int:
     """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
-    d, sides = shape.hidden, shape.projections
-    layer = sum(a * b for a, b in sides.values()) + sum(sides[name][1] for name in shape.biases) + 2 * d
+    d, layers = shape.hidden, [shape.at(i) for i in range(shape.layers)]
     outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
-    base = shape.element * (shape.layers * layer + outside) if stored is None else stored
-    adapters = shape.layers * sum(rank * sum(sides[name]) for name, rank in shape.lora.items())
+    base = shape.element * (sum(map(_layer_parameters, layers)) + outside) if stored is None else stored
+    adapters = sum(rank * sum(layer.projections[name]) for layer in layers for name, rank in layer.lora.items())
     # Adapters in fp32: value, gradient and two moments.
     return base + 16 * adapters
 
@@ -147,7 +189,10 @@ def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: st
     stream = 2 * e * tokens * d
     chunk = rows if recompute == "none" and mode != "backward" else min(rows, MLP_ROWS)
     mlp = e * chunk * ((6 if shape.gated else 4) * f + 3 * d)
-    recomputed = 0 if recompute == "none" and mode != "backward" else e * rows * (3 * d + 2 * q + 2 * kv)
+    if shape.experts is not None:  # rows of gate and up, and their inputs and outputs, once for every expert of a row
+        mlp = max(mlp, chunk * shape.experts.per_token * e * (6 * shape.experts.ffn + 3 * d) + 12 * shape.experts.count)
+    again = recompute != "none" or mode == "backward"
+    recomputed = e * rows * (3 * d + 2 * q + 2 * kv + shape.inner_saved) if again else 0
     layer = mlp + recomputed + e * rows * (3 * q + 4 * kv)
     if mode == "backward":
         exact = e * tokens * (2 * d + 2 * q + 2 * kv) + e * min(tokens, MLP_ROWS) * (3 * f + 2 * d)
@@ -188,8 +233,7 @@ def estimate(
     element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
     except in weighted phases, where the number of kept blocks varies and three standard deviations are added, and with
     `Phase.mass`, where the lists of tiles are counted as long as the other limits let them become; `working` is an
-    estimate. Raises UnsupportedModelError for a model that lemo does not know, or whose attention has a window
-    shorter than the context.
+    estimate. Raises UnsupportedModelError for a model that lemo does not know.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
@@ -197,10 +241,11 @@ def estimate(
     loaded = isinstance(model, torch.nn.Module)
     model_config = base_model(model).config if loaded else model
     shape = layer_shape(model_config, element=element, lora_rank=lora_rank, lora_targets=lora_targets)
-    families.of(model_config).check_length(model_config, context)
     recompute = "none" if config.recompute == "auto" else config.recompute
     layers, tokens = shape.layers, batch * context
-    eliminating = layers if config.layers is None else len(set(config.layers))
+    shapes = [shape.at(i) for i in range(layers)]
+    windows = families.of(model_config).windows(model_config, context)  # layers with one have no lists of tiles
+    eliminating = range(layers) if config.layers is None else set(config.layers)
     weights = _weights(shape, stored_bytes(model) if loaded else None)
     quantized = loaded and _quantized(model)
     phases: list[dict[str, Any]] = []
@@ -208,7 +253,6 @@ def estimate(
         rows = _kept_rows(phase, config.block_size, tokens)
         saved = partial(
             saved_bytes,
-            shape,
             recompute=recompute,
             mode=phase.mode,
             blocks=-(-rows // config.block_size),
@@ -216,9 +260,13 @@ def estimate(
             weighted=phase.weighted,
         )
         tiles = lists_of((rows // batch,) * batch, phase) if phase.mode == "sparse" else None
-        total = eliminating * saved(rows, everything=rows == tokens, tiles=tiles)
-        total += (layers - eliminating) * saved(tokens, everything=True)
-        largest = rows if eliminating == layers else tokens
+        total = sum(
+            saved(s, rows, everything=rows == tokens, tiles=tiles if windows[i] is None else None)
+            if i in eliminating
+            else saved(s, tokens, everything=True)
+            for i, s in enumerate(shapes)
+        )
+        largest = rows if len(eliminating) == layers else tokens
         working = _working(shape, tokens, largest, phase.mode, recompute, quantized)
         if tiles is not None:
             working += STRIP_BYTES
