@@ -11,7 +11,7 @@ from lemo.cli import build_parser, main
 from lemo.training.adapters import adapter_name
 from support.texts import make_text
 
-COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
+COMMANDS = ("calibrate", "finetune", "evaluate", "report", "sweep", "profile", "info", "estimate")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

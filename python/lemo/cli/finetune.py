@@ -120,6 +120,9 @@ def add(subparsers: Any) -> None:
     saving.add_argument(
         "--evaluate-every", type=int, default=0, help="steps between held-out evaluations, 0 = at the end"
     )
+    saving.add_argument(
+        "--maps", type=int, default=8, help="steps whose kept blocks are recorded for lemo report --html, 0 = none"
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -198,7 +201,13 @@ def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import finetune
     from lemo.training.processes import Processes
 
-    for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("log_every", 1), ("evaluate_every", 0)):
+    for name, least in (
+        ("save_every", 0),
+        ("keep_checkpoints", 1),
+        ("log_every", 1),
+        ("evaluate_every", 0),
+        ("maps", 0),
+    ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
     processes = Processes.join(device_of(args.device))
@@ -216,6 +225,7 @@ def run(args: argparse.Namespace) -> int:
         keep_checkpoints=args.keep_checkpoints,
         log_every=args.log_every,
         evaluate_every=args.evaluate_every,
+        maps=args.maps,
         progress=not args.quiet,
         report=say,
     )

@@ -82,6 +82,8 @@ class Controller:
         self._draws = Draws()
         self._passes = Passes()
         self.referring = False
+        self._watching = False
+        self._watched: tuple[Pass, TileChooser | None] | None = None
         self.loss_only_passes = LossOnly()
         self._covered_forward: Any = None
         self._notes: set[str] = set()
@@ -101,11 +103,11 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """The controller of a copy of the model: at the same step, with policies that remember no batch."""
         twin = memo[id(self)] = object.__new__(type(self))
-        anew = ("_policies", "_tile_policies", "_tiles")
+        anew = ("_policies", "_tile_policies", "_tiles", "_watched")
         plain = {name: value for name, value in self.__dict__.items() if name not in anew}
         twin.__dict__.update(copy.deepcopy(plain, memo))
         twin._policies, twin._tile_policies = twin._make_policies(), twin._make_tile_policies()
-        twin._tiles = None
+        twin._tiles = twin._watched = None
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -280,6 +282,11 @@ class Controller:
                     "needs a longer run, or a larger share"
                 )
 
+    def watch(self, on: bool) -> tuple[Pass, TileChooser | None] | None:
+        """Whether coming passes keep their lists for a report. Returns those of the last one that did, once."""
+        watched, self._watched, self._watching = self._watched, None, on
+        return watched
+
     # --- one training forward pass ---
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Step]:
@@ -301,6 +308,9 @@ class Controller:
             share = Share(self.sequence, inputs.packed.blocks)
         phase = self.schedule.phases[index]
         remember = not phase.exact and not again
+        kept = self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None
+        if self._watching and kept is None and not again:  # a pass that nothing repeats
+            kept = Pass(inputs.batch.detach(), inputs.packed.blocks.lengths)
         plan = Plan(
             phase=phase,
             policy=self._policies[index] if earlier is None else None,
@@ -310,7 +320,7 @@ class Controller:
             random=random,
             general=bool(loose),
             earlier=earlier,
-            remembered=self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None,
+            remembered=kept,
             share=share,
         )
         x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
@@ -318,6 +328,7 @@ class Controller:
             self.micro_batch += 1
             self.kept_ratios, self.mlp_kept_ratios = lists.kept_ratios, lists.mlp_kept_ratios
             self._loss_tokens, self._tiles = None, tiles
+            self._watched = (kept, tiles) if self._watching and kept is not None else None
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
         self._lengths, self._recomputed = tuple(blocks.lengths), plan.recompute

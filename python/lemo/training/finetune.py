@@ -4,6 +4,7 @@ A run folder holds
 
   run.json          the run's identity (lemo.training.run_folder), written before the first step, and what changed since
   log.jsonl         one line per logged step, and one per event (start, resume, held-out evaluation, end)
+  maps.jsonl        what layers kept at a few steps (lemo.training.maps), for `lemo report --html`
   checkpoint-STEP/  the last few complete checkpoints (lemo.training.checkpoint), in transformers' own layout
   adapter/          the finished PEFT adapter; exists only when the run is complete
 
@@ -26,6 +27,7 @@ from lemo.data import Documents, PackedWindows, split_held_out
 from lemo.engine.config import LemoConfig
 from lemo.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.training.evaluate import check_scorable
+from lemo.training.maps import MAPS_FILE, MapRecorder
 from lemo.training.processes import Processes
 from lemo.training.run_folder import (
     ADAPTER,
@@ -71,7 +73,7 @@ def _applied(model: Any, config: LemoConfig) -> Iterator[Any]:
         lemo.remove(model)
 
 
-def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
+def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     """The model wrapped by PEFT with a fresh LoRA adapter. Raises ValueError."""
     from peft import LoraConfig, get_peft_model
 
@@ -124,6 +126,7 @@ def finetune(
     keep_checkpoints: int = 2,
     log_every: int = 1,
     evaluate_every: int = 0,
+    maps: int = 0,
     progress: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> FinetuneResult:
@@ -134,6 +137,7 @@ def finetune(
     places "model", "tokenizer" and "data" may differ: what they hold is compared instead.
     save_every: steps between checkpoints, 0 = none.  log_every: steps per log line.
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
+    maps: steps at which kept blocks and tiles are recorded for the run's page, 0 = none.
     Started by torchrun or accelerate launch, each process trains on its own share of every step's windows (see
     `FinetuneSettings.batch`), and the first alone writes, logs and reports.
     Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed if another
@@ -152,7 +156,7 @@ def finetune(
             )
             check_same(processes, inputs.identity)
             set_seed(settings.seed)
-            wrapped = processes.together(lambda: _with_adapter(model, settings))
+            wrapped = processes.together(lambda: with_adapter(model, settings))
             controller = processes.together(lambda: applied.enter_context(_applied(wrapped, settings.lemo_config())))
             opened = processes.on_first(lambda: _open(lock, out, inputs.identity, resume, checkpoints, report))
             if opened.complete:
@@ -166,7 +170,9 @@ def finetune(
             run = RunInProgress(
                 wrapped, settings, log, controller, *data, log_every, evaluate_every, progress, processes
             )
-            _train(run, checkpoints, inputs.identity, save_every, start)
+            size = settings.block_size
+            recorder = MapRecorder(controller, out / MAPS_FILE, size, maps, processes.first, inputs.windows)
+            _train(run, checkpoints, inputs.identity, save_every, start, recorder)
         processes.on_first(lambda: write_folder(out / ADAPTER, wrapped.save_pretrained, manifest=False))
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
@@ -232,7 +238,10 @@ def _open(
         return _Opened(True, None)
     start = _begin(out, identity, resume, checkpoints, report)
     if resume:
-        RunLog(out / LOG_FILE).cut(start.step if start else 0, report)
+        last = start.step if start else 0
+        RunLog(out / LOG_FILE).cut(last, report)
+        if (out / MAPS_FILE).exists():
+            RunLog(out / MAPS_FILE).cut(last, report)
     return _Opened(False, start)
 
 
@@ -295,6 +304,7 @@ def _train(
     identity: dict[str, Any],
     save_every: int,
     start: Checkpoint | None,
+    recorder: MapRecorder,
 ) -> None:
     from transformers import PrinterCallback
 
@@ -302,7 +312,7 @@ def _train(
         model=run.model,
         args=training_arguments(run.settings, checkpoints.root, run.device, save_every, run.log_every),
         train_dataset=run.windows,
-        callbacks=[run.controller.callback(), Report(run)],
+        callbacks=[run.controller.callback(), Report(run), recorder],
         checkpoints=checkpoints,
         run=run,
         identity=identity,

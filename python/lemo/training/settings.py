@@ -116,7 +116,7 @@ class FinetuneSettings:
 
 # Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).
 _EXACT_SHARE = default_phases()[-1].share
-_PRESETS = {
+PRESETS = {
     "default": f"skip@{1 - _EXACT_SHARE:g},dense@{_EXACT_SHARE:g}",
     "low-memory": f"skip@{1 - 1.5 * _EXACT_SHARE:g},backward:weighted@{1.5 * _EXACT_SHARE:g}",
     "skip": "skip",
@@ -171,7 +171,7 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     gradient. `shared`: one draw for all layers of a step (random, sampled). Raises ValueError.
     """
     phases = []
-    for part in _PRESETS.get(text, text).split(","):
+    for part in PRESETS.get(text, text).split(","):
         description, at, share = part.strip().partition("@")
         mode, *options = description.split(":")
         values: dict[str, Any] = {"policy": policy} if mode == "skip" else {}
@@ -180,7 +180,7 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
         where = f"schedule {text!r}, phase {part.strip()!r}"
         if mode not in MODES:
             raise ValueError(
-                f"{where}: {mode!r} is neither a preset ({', '.join(_PRESETS)}) nor a mode ({', '.join(MODES)})"
+                f"{where}: {mode!r} is neither a preset ({', '.join(PRESETS)}) nor a mode ({', '.join(MODES)})"
             )
         try:
             settings = [_setting(option, mode) for option in options]
