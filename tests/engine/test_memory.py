@@ -8,7 +8,7 @@ from lemo.engine.attend import TileChoice, Tiles
 from lemo.engine.forward import forward
 from lemo.engine.memory import layer_shape, saved_bytes
 from lemo.engine.records import Record, SavedList
-from lemo.engine.tiles import lists_of
+from lemo.engine.tiles import TILE, capacity
 from support.models import ATTENTION, FAMILIES, LINEARS, base, lora
 
 BLOCK, CONTEXT, LAYERS = 8, 128, 3
@@ -100,10 +100,10 @@ def test_sparse(recompute, keep, monkeypatch):
     got, rows, everything = count(model, settings, monkeypatch, context=2048)
     assert rows == [keep * 2048] * LAYERS
     shape = layer_shape(model.config, element=4, lora_rank=4, lora_targets=ATTENTION["llama"])
-    tiles = lists_of((rows[0] // 2,) * 2, phase)
-    expected = saved_bytes(shape, rows[0], recompute=recompute, documents=2, everything=everything, tiles=tiles)
     # Documents of unknown lengths have room for the longest list everywhere.
-    assert 0 <= got - LAYERS * expected < LAYERS * 2 * 4 * tiles[0] * 2
+    tiles = (rows[0] // TILE + 2, capacity(rows[0], 2, rows[0] // 2, phase))
+    expected = saved_bytes(shape, rows[0], recompute=recompute, documents=2, everything=everything, tiles=tiles)
+    assert got == LAYERS * expected
     estimate = lemo.estimate(model, settings, 1024, batch=2, element=4, lora_rank=4)["phases"][0]
     assert estimate["saved"] == LAYERS * expected
 

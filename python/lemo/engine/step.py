@@ -49,6 +49,7 @@ class Step:
     the policy wants to know how much a layer added. borrowed: x belongs to someone else and is copied before it is
     updated. general: some modules are called as they are; what their graphs reach is then checked. tiles(i, x, rows):
     the choice of attention's tiles in layer i for its input x [M, d] and those rows; None: every tile in every layer.
+    recompute: of all layers, or of each.
     """
 
     family: Family
@@ -56,7 +57,7 @@ class Step:
     blocks: Blocks
     attention: Attention
     mode: Mode
-    recompute: Recompute
+    recompute: Recompute | Sequence[Recompute]
     choose: Callable[[int, Tensor], KeptPair]
     autocast: Autocast
     weighted: bool = False
@@ -79,6 +80,10 @@ class Step:
         """Layer i, while it is worked on. Every layer is entered once in a forward pass, in order, also if it keeps
         nothing; and once in the backward pass, in reverse order."""
         yield self.layers[i]
+
+    def recompute_of(self, i: int) -> Recompute:
+        """What layer i saves (mode "backward" always saves the same)."""
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[i]
 
     def saved_list(self, kept: Kept) -> SavedList:
         """`kept` as it is saved. Successive layers that share a list share its tensors."""

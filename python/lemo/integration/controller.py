@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lemo.engine import stack
 from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
-from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.config import LemoConfig, Phase
 from lemo.engine.families.base import Family
 from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
@@ -27,6 +27,7 @@ from lemo.integration.checks_peft import check_adapters, check_device, check_wei
 from lemo.integration.entries import controller_of
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
+from lemo.integration.saving import Savings
 from lemo.integration.schedule import Schedule
 from lemo.integration.trainers import refuse_comparisons, running_trainer
 from lemo.integration.training_pass import Inputs, Plan
@@ -70,6 +71,7 @@ class Controller:
         self.referring = False
         self._covered_forward: Any = None
         self._notes: set[str] = set()
+        self.savings = Savings(family, model, config, self.note)
 
     def _make_policies(self) -> list[Policy | None]:
         return [
@@ -86,11 +88,12 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """The controller of a copy of the model: at the same step, with policies that remember no batch."""
         twin = memo[id(self)] = object.__new__(type(self))
-        anew = ("_policies", "_tile_policies", "_tiles")
+        anew = ("_policies", "_tile_policies", "_tiles", "savings")
         plain = {name: value for name, value in self.__dict__.items() if name not in anew}
         twin.__dict__.update(copy.deepcopy(plain, memo))
         twin._policies, twin._tile_policies = twin._make_policies(), twin._make_tile_policies()
         twin._tiles = None
+        twin.savings = Savings(twin.family, twin.model, twin.config, twin.note)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -195,7 +198,7 @@ class Controller:
         loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. Of mode
         "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of
         tiles that causality allows, and covered, the share of attention that these hold, as the tile policy estimates
-        it (None: it does not).
+        it (None: it does not). memory: if a budget or offload decides, how many layers save what and its bytes.
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
@@ -214,6 +217,7 @@ class Controller:
             "mlp_kept": list(self.mlp_kept_ratios),
             "density": density,
             "covered": covered,
+            "memory": self.savings.report(),
         }
 
     def count_loss_tokens(self, count: Tensor) -> None:
@@ -272,7 +276,7 @@ class Controller:
             policy=self._policies[index] if earlier is None else None,
             tile_policy=self._tile_policies[index],
             seed=self._seed(draw),
-            recompute="full" if earlier is not None else self._recompute(),
+            saving=self.savings if earlier is None else None,
             random=random,
             general=bool(loose),
             earlier=earlier,
@@ -308,6 +312,3 @@ class Controller:
         # Rank 0 draws what a single process draws.
         seed = self.config.seed if rank == 0 else mix_seed(self.config.seed, rank)
         return mix_seed(seed, draw.step, draw.micro_batch)
-
-    def _recompute(self) -> Recompute:
-        return training_pass.recompute_of(self.model, self.config, self.note)

@@ -1,0 +1,181 @@
+"""What the layers of a pass save, and where: the model's setting, the run's, or a plan within its memory budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lemo.engine import budget
+from lemo.engine.budget import MemoryPlan, Needs
+from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.families.base import Family
+from lemo.engine.linear import ordinary, projection
+from lemo.engine.memory import LayerShape, frozen_bytes, layer_shape, quantized, trained_bytes
+from lemo.engine.offload import HostMemory, OffloadedRecords
+from lemo.engine.records import Records
+from lemo.engine.sizes import format_bytes
+from lemo.integration.replay import under_checkpoint
+
+# Activation functions whose graphs `saved_bytes` counts.
+_COUNTED = (
+    "torch.nn.modules.activation.SiLU",
+    "transformers.activations.SiLUActivation",
+    "torch.nn.modules.activation.ReLU",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Saving:
+    """recompute: by layer. offloaded: layers whose rows go to host memory."""
+
+    recompute: tuple[Recompute, ...]
+    offloaded: frozenset[int] = frozenset()
+    host: HostMemory | None = None
+
+    @classmethod
+    def full(cls, layers: int) -> Saving:
+        """Of passes without a backward pass."""
+        recompute: Recompute = "full"
+        return cls((recompute,) * layers)
+
+    def records(self) -> Records:
+        """Where a step's records go."""
+        return OffloadedRecords(self.host, self.offloaded) if self.host is not None and self.offloaded else Records()
+
+
+class Savings:
+    """Decides for every pass of one model. plan: the last one; None if there was none, or nothing to choose."""
+
+    def __init__(self, family: Family, model: Any, config: LemoConfig, note: Callable[[str], None]) -> None:
+        self.family, self.model, self.config, self.note = family, model, config, note
+        self.plan: MemoryPlan | None = None
+        count = len(family.layers(family.decoder(model)))
+        if config.offload is not True and config.offload != "auto" and config.offload > count:
+            raise ValueError(f"LemoConfig.offload: the model has {count} layers; got {config.offload}")
+        self._host = HostMemory(note)
+        self._plans: dict[Any, MemoryPlan] = {}
+        self._sizes: tuple[Any, tuple[LayerShape, ...], int, bool] | None = None
+
+    def of(self, phase: Phase, lengths: Sequence[int], element: int, required: bool) -> Saving:
+        """For a pass over documents of these lengths, in activations of `element` bytes. required: blocks are kept
+        beyond the budget, and only the device knows how many."""
+        config, count = self.config, len(self.family.layers(self.family.decoder(self.model)))
+        surrounded = under_checkpoint()
+        if surrounded and config.offload:
+            self.note("offload is off inside an activation checkpoint around the model, which recomputes all of it")
+        if surrounded or (config.budget is None and not config.offload):
+            return Saving((self.recompute(),) * count)
+        self.plan = plan = self.planned(phase, lengths, element, required)
+        return Saving(plan.recompute, plan.offloaded, self._host)
+
+    def planned(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> MemoryPlan:
+        """Raises ValueError if the budget is too small."""
+        self._measure(element)
+        assert self._sizes is not None
+        key = (id(phase), tuple(lengths), element, required, self._sizes[0])
+        if key not in self._plans:
+            if len(self._plans) > 256:
+                self._plans.clear()
+            self._plans[key] = self._make(phase, lengths, required)
+        return self._plans[key]
+
+    def _make(self, phase: Phase, lengths: Sequence[int], required: bool) -> MemoryPlan:
+        assert self._sizes is not None
+        _, shapes, weights, countable = self._sizes
+        config, tokens = self.config, sum(lengths)
+        needs = Needs(
+            shapes=shapes,
+            lists=tuple(budget.layer_lists(config, phase, lengths, len(shapes), required)),
+            phase=phase,
+            tokens=tokens,
+            weights=weights,
+            dequantizes=quantized(self.model),
+            logits=budget.logit_bytes(shapes[0], tokens) if config.return_logits else 0,
+            countable=countable,
+        )
+        if config.budget is None:
+            return budget.fixed(needs, self.recompute(), config.offload)
+        plan = budget.choose(needs, config.budget, config.offload)
+        if not countable and "none" not in plan.recompute and "full" not in plan.recompute:
+            self.note(
+                "memory_budget: this model's adapters or activations (dropout, DoRA, trained weights) save what lemo "
+                'cannot count, so no layer saves everything; if that fits, set recompute="none" in place of the budget'
+            )
+        return plan
+
+    def recompute(self) -> Recompute:
+        """What every layer saves, if there is neither a budget nor offload."""
+        # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
+        wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        chosen = self.config.recompute
+        if chosen == "auto":
+            return "full" if wanted else "none"
+        if wanted:
+            self.note(
+                "gradient checkpointing is switched on in the model; lemo runs the layers itself, with "
+                f'recompute="{chosen}"'
+            )
+        return chosen
+
+    def _measure(self, element: int) -> None:
+        """Sizes of the layers as they are now. Adapters are added and removed between steps at most."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        key = (element, len(trained), sum(p.numel() for p in trained))
+        if self._sizes is not None and self._sizes[0] == key:
+            return
+        layers = self.family.layers(self.family.decoder(self.model))
+        plain = dataclasses.replace(layer_shape(self.model.config, element=element), lora={})
+        shapes: dict[tuple[tuple[str, int], ...], LayerShape] = {}
+        found, countable = [], True
+        for layer in layers:
+            ranks, counted = _adapters(self.family, layer)
+            countable = countable and counted
+            ranked = tuple(sorted(ranks.items()))
+            found.append(shapes.setdefault(ranked, dataclasses.replace(plain, lora=ranks)))
+        weights = frozen_bytes(self.model) + trained_bytes(self.model)
+        self._sizes = (key, tuple(found), weights, countable)
+
+    def report(self) -> dict[str, Any]:
+        """The last plan in plain values; empty if there was nothing to choose."""
+        if self.plan is None:
+            return {}
+        return {
+            "layers": self.plan.layers,
+            "offloaded": len(self.plan.offloaded),
+            "saved_bytes": self.plan.saved,
+            "host_bytes": self.plan.host,
+            "estimated_peak_bytes": self.plan.peak,
+        }
+
+    def __str__(self) -> str:
+        if self.plan is None:
+            return "nothing planned"
+        layers = ", ".join(f"{count} {level}" for level, count in self.plan.layers.items())
+        host = f"; rows of {len(self.plan.offloaded)} layers in host memory" if self.plan.offloaded else ""
+        return f"layers save {layers}{host}; about {format_bytes(self.plan.peak)} a step"
+
+
+def _adapters(family: Family, layer: nn.Module) -> tuple[dict[str, int], bool]:
+    """Ranks of a layer's adapters by projection, and whether `saved_bytes` counts all that its graphs save."""
+    roles = {}
+    for path, module in layer.named_modules():
+        name = path.rpartition(".")[2]
+        if name in family.projections:
+            roles[id(module)] = family.projections[name]
+    ranks: dict[str, int] = {}
+    for module in (*family.attention_modules(layer), *family.mlp_modules(layer)):
+        role = roles.get(id(module))
+        if role is None:
+            if not (ordinary(module, *_COUNTED) or type(module).__name__.endswith("Norm")):
+                return ranks, False
+            continue
+        found = projection(module)
+        if found is None:
+            return ranks, False
+        if found.a is not None:
+            ranks[role] = found.a.shape[0]
+    return ranks, True
