@@ -218,14 +218,22 @@ class Needs:
     def of(self, layer: int, recompute: Recompute) -> LayerBytes:
         return self._bytes[layer][recompute]
 
-    def working(self, any_none: bool) -> int:
+    def working(self, recompute: Sequence[Recompute]) -> int:
         """What is needed at a time besides weights and saved rows, at most."""
-        largest = max(rows.most for rows in self.lists)
-        level = "none" if any_none else "full"
+        return max(self._working[level == "none"] for level in recompute)
+
+    @functools.cached_property
+    def _working(self) -> dict[bool, int]:
+        """For layers that save everything, and for others."""
+        largest = max(lists.most for lists in self.lists)
+        sparse = self.phase.mode == "sparse" and any(leaves_out(x.attention.longest, self.phase) for x in self.lists)
+        more = self.logits + (STRIP_BYTES if sparse else 0)
         kinds = {id(s): s for s in self.shapes}.values()
-        found = max(working_bytes(s, self.tokens, largest, self.phase.mode, level, self.dequantizes) for s in kinds)
-        sparse = self.phase.mode == "sparse" and any(leaves_out(r.attention.longest, self.phase) for r in self.lists)
-        return found + self.logits + (STRIP_BYTES if sparse else 0)
+        where = (self.tokens, largest, self.phase.mode)
+        return {
+            level == "none": more + max(working_bytes(s, *where, level, self.dequantizes) for s in kinds)
+            for level in ("none", "full")
+        }
 
     def plan(self, recompute: Sequence[Recompute], offloaded: frozenset[int]) -> MemoryPlan:
         sizes = [self.of(i, level) for i, level in enumerate(recompute)]
@@ -234,7 +242,7 @@ class Needs:
         # Of offloaded rows, those of two layers are on the device at a time: one is worked on, one is being copied.
         saved += sum(moved[:2])
         host = sum(moved)
-        return MemoryPlan(tuple(recompute), offloaded, self.weights, saved, self.working("none" in recompute), host)
+        return MemoryPlan(tuple(recompute), offloaded, self.weights, saved, self.working(recompute), host)
 
 
 def fixed(needs: Needs, recompute: Recompute, offload: Offload = False) -> MemoryPlan:
@@ -261,6 +269,9 @@ def choose(needs: Needs, budget: int, offload: Offload = False) -> MemoryPlan:
         raise ValueError(_too_small(needs, plan, budget, offload))
     if needs.phase.mode == "backward":  # what it saves does not depend on it
         return plan
+    everything = needs.plan(["none"] * count, offloaded)
+    if needs.countable and not offloaded and everything.peak <= budget:  # which may need less working memory
+        return everything
     order = sorted(range(count), key=lambda i: (-needs.lists[i].most, -i))
     steps: tuple[tuple[Recompute, Recompute], ...] = (("attention", "full"), ("none", "attention"))
     for level, before in steps:

@@ -13,6 +13,7 @@ _UNITS = {
     **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)},
 }
 _MIB = 1 << 20
+_SIZE = r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*"
 
 # GiB that torch reports for the GPU (`torch.cuda.get_device_properties`), less than what the vendor's name promises.
 GPUS = {
@@ -35,8 +36,8 @@ def parse_bytes(value: Any) -> int:
     """Bytes of an integer, or of a text like 40GiB, 512MiB or 40e9. Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", value) if value else None
-    if not isinstance(value, str) or found is None or found[2].upper() not in _UNITS:
+    found = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
+    if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"expected a number of bytes, like 40GiB, 512MiB or 40000000000; got {value!r}")
     return round(float(found[1]) * _UNITS[found[2].upper()])
 

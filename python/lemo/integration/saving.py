@@ -20,6 +20,8 @@ from lemo.engine.records import Records
 from lemo.engine.sizes import format_bytes
 from lemo.integration.replay import under_checkpoint
 
+# Plans for so many shapes of batches are remembered.
+_REMEMBERED = 256
 # Activation functions whose graphs `saved_bytes` counts.
 _COUNTED = (
     "torch.nn.modules.activation.SiLU",
@@ -58,7 +60,6 @@ class Savings:
             raise ValueError(f"LemoConfig.offload: the model has {count} layers; got {config.offload}")
         self._host = HostMemory(note)
         self._plans: dict[Any, MemoryPlan] = {}
-        self._sizes: tuple[Any, tuple[LayerShape, ...], int, bool] | None = None
 
     def of(self, phase: Phase, lengths: Sequence[int], element: int, required: bool) -> Saving:
         """For a pass over documents of these lengths, in activations of `element` bytes. required: blocks are kept
@@ -74,38 +75,24 @@ class Savings:
 
     def planned(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> MemoryPlan:
         """Raises ValueError if the budget is too small."""
-        self._measure(element)
-        assert self._sizes is not None
-        key = (id(phase), tuple(lengths), element, required, self._sizes[0])
+        key = (id(phase), tuple(lengths), element, required, self._adapted())
         if key not in self._plans:
-            if len(self._plans) > 256:
+            if len(self._plans) >= _REMEMBERED:
                 self._plans.clear()
-            self._plans[key] = self._make(phase, lengths, required)
+            needs, config = self.needs(phase, lengths, element, required), self.config
+            if config.budget is None:
+                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload)
+            else:
+                self._plans[key] = budget.choose(needs, config.budget, config.offload)
+                self._note_uncounted(needs)
         return self._plans[key]
 
-    def _make(self, phase: Phase, lengths: Sequence[int], required: bool) -> MemoryPlan:
-        assert self._sizes is not None
-        _, shapes, weights, countable = self._sizes
-        config, tokens = self.config, sum(lengths)
-        needs = Needs(
-            shapes=shapes,
-            lists=tuple(budget.layer_lists(config, phase, lengths, len(shapes), required)),
-            phase=phase,
-            tokens=tokens,
-            weights=weights,
-            dequantizes=quantized(self.model),
-            logits=budget.logit_bytes(shapes[0], tokens) if config.return_logits else 0,
-            countable=countable,
-        )
-        if config.budget is None:
-            return budget.fixed(needs, self.recompute(), config.offload)
-        plan = budget.choose(needs, config.budget, config.offload)
-        if not countable and "none" not in plan.recompute and "full" not in plan.recompute:
+    def _note_uncounted(self, needs: Needs) -> None:
+        if not needs.countable:
             self.note(
                 "memory_budget: this model's adapters or activations (dropout, DoRA, trained weights) save what lemo "
                 'cannot count, so no layer saves everything; if that fits, set recompute="none" in place of the budget'
             )
-        return plan
 
     def recompute(self) -> Recompute:
         """What every layer saves, if there is neither a budget nor offload."""
@@ -121,23 +108,31 @@ class Savings:
             )
         return chosen
 
-    def _measure(self, element: int) -> None:
-        """Sizes of the layers as they are now. Adapters are added and removed between steps at most."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        key = (element, len(trained), sum(p.numel() for p in trained))
-        if self._sizes is not None and self._sizes[0] == key:
-            return
-        layers = self.family.layers(self.family.decoder(self.model))
+    def needs(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> Needs:
+        """What a pass needs, see `of`."""
+        layers, tokens = self.family.layers(self.family.decoder(self.model)), sum(lengths)
         plain = dataclasses.replace(layer_shape(self.model.config, element=element), lora={})
         shapes: dict[tuple[tuple[str, int], ...], LayerShape] = {}
         found, countable = [], True
         for layer in layers:
             ranks, counted = _adapters(self.family, layer)
             countable = countable and counted
-            ranked = tuple(sorted(ranks.items()))
-            found.append(shapes.setdefault(ranked, dataclasses.replace(plain, lora=ranks)))
-        weights = frozen_bytes(self.model) + trained_bytes(self.model)
-        self._sizes = (key, tuple(found), weights, countable)
+            found.append(shapes.setdefault(tuple(sorted(ranks.items())), dataclasses.replace(plain, lora=ranks)))
+        return Needs(
+            shapes=tuple(found),
+            lists=tuple(budget.layer_lists(self.config, phase, lengths, len(layers), required)),
+            phase=phase,
+            tokens=tokens,
+            weights=frozen_bytes(self.model) + trained_bytes(self.model),
+            dequantizes=quantized(self.model),
+            logits=budget.logit_bytes(plain, tokens) if self.config.return_logits else 0,
+            countable=countable,
+        )
+
+    def _adapted(self) -> tuple[int, int]:
+        """What changes if adapters are added or removed between steps."""
+        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        return len(trained), sum(trained)
 
     def report(self) -> dict[str, Any]:
         """The last plan in plain values; empty if there was nothing to choose."""
