@@ -185,6 +185,11 @@ class MemoryPlan:
         """How many layers save what."""
         return {level: self.recompute.count(level) for level in _LEVELS if level in self.recompute}
 
+    def __str__(self) -> str:
+        layers = ", ".join(f'"{level}" in {count}' for level, count in self.layers.items())
+        host = f"; rows of {len(self.offloaded)} in host memory ({format_bytes(self.host)})" if self.offloaded else ""
+        return f"layers recompute {layers}{host}; about {format_bytes(self.peak)} a step"
+
 
 @dataclass(frozen=True)
 class Needs:

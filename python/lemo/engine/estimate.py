@@ -193,9 +193,16 @@ def longest(
 
 def _search(known: _Model, config: LemoConfig, phase: Phase, batch: int, left: int, window: int | None) -> int:
     """The largest multiple of _STEP whose step fits: a step's memory grows with its context."""
-    low, high = 0, min(_MOST // batch, window or _MOST) // _STEP + 1  # low fits, high does not
+
+    def fits(steps: int) -> bool:
+        return known.plan(config, phase, steps * _STEP, batch).peak <= left
+
+    most = min(_MOST // batch, window or _MOST) // _STEP
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)  # low fits, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        fits = known.plan(config, phase, middle * _STEP, batch).peak <= left
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low * _STEP

@@ -17,7 +17,6 @@ from lemo.engine.linear import ordinary, projection
 from lemo.engine.memory import LayerShape, frozen_bytes, layer_shape, quantized, trained_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords
 from lemo.engine.records import Records
-from lemo.engine.sizes import format_bytes
 from lemo.integration.replay import under_checkpoint
 
 # Plans for so many shapes of batches are remembered.
@@ -145,13 +144,6 @@ class Savings:
             "host_bytes": self.plan.host,
             "estimated_peak_bytes": self.plan.peak,
         }
-
-    def __str__(self) -> str:
-        if self.plan is None:
-            return "nothing planned"
-        layers = ", ".join(f"{count} {level}" for level, count in self.plan.layers.items())
-        host = f"; rows of {len(self.plan.offloaded)} layers in host memory" if self.plan.offloaded else ""
-        return f"layers save {layers}{host}; about {format_bytes(self.plan.peak)} a step"
 
 
 def _adapters(family: Family, layer: nn.Module) -> tuple[dict[str, int], bool]:
