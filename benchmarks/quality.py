@@ -3,7 +3,7 @@
 Three settings on one model; adapters (LoRA r=8 on q, k, v, o) are always evaluated on the dense model:
   A  extension: position interpolation to --context, trained on mixed text (train*.bin), perplexity by domain
   B  domain adaptation at the model's own length (adapt_DOMAIN.bin): perplexity there, and elsewhere
-  C  long-range tasks whose evidence is far from the answer (benchmarks/longrange.py): loss and accuracy of answers
+  C  long-range tasks whose evidence is far from the answer (lemo.data.questions): loss and accuracy of answers
 Every way of training (benchmarks/quality_schedules.py) gets the cost of --sequences dense sequences, by measured steps
 of a Llama-3-8B shape at 64K and at 256K tokens, which give it different numbers of steps. A small sweep finds each
 way's batch size and learning rate, on held-out text that the tables do not use; then it runs with every seed.

@@ -11,9 +11,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import longrange
 import numpy as np
 import torch
+from lemo.data import questions
+from lemo.training import longrange
 from quality_data import sequences, token_files, windows
 from quality_schedules import Segment
 from torch import Tensor
@@ -91,14 +92,14 @@ def train_files(task: Task) -> dict[str, np.ndarray]:
     return token_files(Path(task.tokens), f"adapt_{task.adapt}" if task.setting == "B" else "train")
 
 
-def question_source(task: Task, purpose: str) -> longrange.Source:
+def question_source(task: Task, purpose: str) -> questions.Source:
     """Filler of the study's text if there is a tokenizer; of random ids if the model has none."""
     from transformers import AutoConfig, AutoTokenizer
 
     if task.tokens is None:
-        return longrange.raw_source(AutoConfig.from_pretrained(task.model).vocab_size)
+        return questions.raw_source(AutoConfig.from_pretrained(task.model).vocab_size)
     files = train_files(task) if purpose == "train" else token_files(Path(task.tokens), "dev_")
-    return longrange.tokenizer_source(
+    return questions.tokenizer_source(
         AutoTokenizer.from_pretrained(task.model), np.concatenate(list(files.values())).astype(np.int64)
     )
 
@@ -116,7 +117,7 @@ def batches(task: Task, spec: Spec) -> Iterator[dict[str, Tensor]]:
             for _ in range(spec.batch):
                 offset = int(rng.integers(0, task.context - length + 1))
                 if source is not None:  # a shorter document with the same questions, at shifted positions
-                    made = longrange.document(source, length, spec.seed, index)
+                    made = questions.document(source, length, spec.seed, index)
                     rows.append(made.ids)
                     labels.append(made.labels)
                 else:
@@ -156,7 +157,7 @@ def evaluate(task: Task, model: Any, purpose: str) -> dict[str, dict[str, list[f
     if task.setting == "C":
         source = question_source(task, purpose)
         seed = 900_001 if final else 900_002
-        made = [longrange.document(source, task.context, seed, i) for i in range(task.items)]
+        made = [questions.document(source, task.context, seed, i) for i in range(task.items)]
         return longrange.evaluate(model, made)
     assert task.tokens is not None
     files = token_files(Path(task.tokens), "dev_")

@@ -262,6 +262,10 @@ def sparse_loss() -> list[str]:
     name = "sparse-smollm2"
     if (result := load(name)) is None:
         return []
+
+    def with_half(value: float, half: float | None) -> str:
+        return f"{value:+.3f}" + (f" ± {half:.3f}" if half is not None else "")
+
     rows = [
         [
             row["limit"],
@@ -269,15 +273,19 @@ def sparse_loss() -> list[str]:
             f"{100 * row['computed']:.1f} %",
             f"{100 * row['covered']:.1f} %" if row["covered"] is not None else "",
             f"{row['loss']:.3f}",
-            f"{row['excess']:+.3f}" if row["excess"] else "",
+            with_half(row["excess"], row["excess_half"]) if row["policy"] else "",
+            with_half(row["over_default"], row["over_half"]) if row["over_default"] else "",
         ]
         for row in result["rows"]
     ]
     same = result["settings"]
     header = ["limit", "tile policy", "pairs of tiles", "attention covered, by the policy", "loss", "more than exact"]
+    header.append("more than the default policy")
+    several = same["documents"] > 1
     title = (
-        f"**SmolLM2-135M in mode `sparse`, without training** (loss of {same['documents']} document(s) of "
-        f"{in_thousands(same['context'])} tokens of source code)"
+        f"**SmolLM2-135M in mode `sparse`, without training** (loss of {same['documents']} document{'s' * several} of "
+        f"{in_thousands(same['context'])} tokens of source code"
+        f"{'; 95 % intervals over documents, paired' * several})"
     )
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 

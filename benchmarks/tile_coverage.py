@@ -159,7 +159,7 @@ def mass_of(q: Tensor, k: Tensor, scale: float, probes: int = TILE) -> Tensor:
     ends, tiles = torch.tensor([0, n], dtype=torch.int32, device=q.device), n // TILE
     return torch.stack(
         [
-            ops.tile_scores(q[h, :, None], k[h // group, :, None], ends, None, n, scale, probes, 0, tiles, tiles)
+            ops.tile_scores(q[h, :, None], k[h // group, :, None], ends, None, n, scale, probes, 0, tiles, tiles)[0]
             for h in range(q.shape[0])
         ]
     )

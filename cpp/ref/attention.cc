@@ -1,6 +1,7 @@
 // Attention forward in tiles with a running maximum and sum of every row, so that no row of P exists as a whole.
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "ref/attention_tiles.h"
 #include "ref/ops.h"
@@ -11,17 +12,17 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// What a worker needs for one tile of queries.
+// What a worker needs for one tile of queries. A sink is a key that every row has seen at the start, its value 0.
 struct QueryTile {
-  QueryTile(float* memory, int64_t width)
+  QueryTile(float* memory, int64_t width, float sink)
       : queries(memory),
         sums(queries + kQueries * width),
         tile(sums + kQueries * width),
         highest(tile + kQueries * kKeys),
         total(highest + kQueries) {
     std::fill_n(sums, kQueries * width, 0.0f);
-    std::fill_n(highest, kQueries, -kInfinity);
-    std::fill_n(total, kQueries, 0.0f);
+    std::fill_n(highest, kQueries, sink);
+    std::fill_n(total, kQueries, sink == -kInfinity ? 0.0f : 1.0f);
   }
   static Size floats(int64_t width) { return (Size(2) * width + kKeys + 2) * kQueries; }
   float* queries;  // [kQueries, width], scaled
@@ -31,15 +32,23 @@ struct QueryTile {
   float* total;    // running sum of exponentials
 };
 
-// Turns the scores of `count` rows into probabilities against the running maximum. Row i sees the first
-// `visible + i` keys of the tile, rows [hidden, hidden_end) none.
-void online_softmax(QueryTile& s, int64_t count, int64_t visible, int64_t hidden, int64_t hidden_end, int64_t width) {
+// Turns the scores of `count` rows into probabilities against the running maximum. Row i sees the keys
+// [keys(i).first, keys(i).second) of the tile.
+template <class KeysOf>
+void online_softmax(QueryTile& s, int64_t count, int64_t width, float softcap, const KeysOf& keys) {
   const Simd& f = simd();
   for (int64_t i = 0; i < count; ++i) {
     float* scores = s.tile + i * kKeys;
-    const int64_t n = i >= hidden && i < hidden_end ? 0 : std::clamp<int64_t>(visible + i, 0, kKeys);
-    std::fill(scores + n, scores + kKeys, 0.0f);
-    if (n == 0) continue;
+    const auto [begin, end] = keys(i);
+    if (begin >= end) {
+      std::fill(scores, scores + kKeys, 0.0f);
+      continue;
+    }
+    std::fill(scores, scores + begin, 0.0f);
+    std::fill(scores + end, scores + kKeys, 0.0f);
+    scores += begin;
+    const int64_t n = end - begin;
+    if (softcap > 0) f.softcap(n, scores, softcap, nullptr);
     const float found = f.max(n, scores);
     const float highest = found > s.highest[i] || std::isnan(found) ? found : s.highest[i];
     const float keep = std::exp(s.highest[i] - highest);
@@ -59,6 +68,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   const int32_t* rows = ints(a.rows);
   const KeyRows key_side = key_rows(a);
   const Tiling tiling(a.cu_seqlens, key_side.cu_seqlens);
+  const FirstKeys first_keys(a, tiling.documents);
   const auto num_tiles = static_cast<int64_t>(tiling.keys.size());
   const auto num_query_tiles = static_cast<int64_t>(tiling.queries.size());
 
@@ -85,27 +95,31 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     const int64_t count = std::min(kQueries, document.queries.length - first);
     const int64_t seen = first + document.offset();  // the last key that the first row sees
     const int64_t base = (head / group * num_tiles + document.first_tile) * tile_size;
-    QueryTile s(scratch.of(worker), width);
+    QueryTile s(scratch.of(worker), width, present(a.sinks) ? floats(a.sinks)[head] : -kInfinity);
     collect_rows(a.q, rows, head, document.queries.start + first, count, a.scale, width, s.queries);
     // These rows lie in at most two tiles of the tile lists.
     const int64_t list_tile = first / LEMO_TILE_ROWS;
     const int64_t upper = std::min(count, (list_tile + 1) * LEMO_TILE_ROWS - first);
     const TileList upper_list(a.tile_offsets, a.tiles, document, tile.document, list_tile);
     const TileList lower_list(a.tile_offsets, a.tiles, document, tile.document, list_tile + (upper < count ? 1 : 0));
-    for (int64_t j = 0; j * kKeys < seen + count; ++j) {
+    for (int64_t j = first_keys.of(document.queries.start + first) / kKeys; j * kKeys < seen + count; ++j) {
       const int64_t key_tile = j * kKeys / LEMO_TILE_ROWS;
       const bool upper_sees = upper_list.sees(key_tile), lower_sees = upper < count && lower_list.sees(key_tile);
       if (!upper_sees && !lower_sees) continue;
       poll();
       f.matmul(count, kKeys, d, s.queries, width, 1, keys + base + j * tile_size, kKeys, s.tile, kKeys, false);
-      online_softmax(s, count, seen - j * kKeys + 1, upper_sees ? upper : 0, lower_sees ? upper : count, width);
+      online_softmax(s, count, width, a.softcap, [&](int64_t i) {
+        const int64_t begin = first_keys.of(document.queries.start + first + i) - j * kKeys;
+        const int64_t end = (i < upper ? upper_sees : lower_sees) ? seen + i - j * kKeys + 1 : 0;
+        return std::pair(std::max<int64_t>(begin, 0), std::min(end, kKeys));
+      });
       f.matmul(count, width, std::min(kKeys, seen + count - j * kKeys), s.tile, kKeys, 1, values + base + j * tile_size,
                width, s.sums, width, true);
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t packed = document.queries.start + first + i;
       float* out = row(a.out, rows == nullptr ? packed : rows[packed], head);
-      const float total = seen + i < 0 ? 1.0f : s.total[i];  // a row without keys: 0 / 1, -infinity + log 1
+      const float total = s.total[i] == 0 ? 1.0f : s.total[i];  // a row that sees nothing: 0 / 1, -infinity + log 1
       for (int64_t c = 0; c < d; ++c) out[c] = s.sums[i * width + c] / total;
       floats(a.lse)[head * a.lse.stride[0] + packed] = s.highest[i] + std::log(total);
     }

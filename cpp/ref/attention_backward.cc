@@ -1,5 +1,8 @@
 // Attention backward in tiles. Each task owns one query head of one document and walks its tiles in a fixed order;
 // the key and value gradients of the query heads that share a key head are added up afterwards, in order.
+#include <cmath>
+#include <limits>
+
 #include "ref/attention_tiles.h"
 #include "ref/ops.h"
 #include "src/key_rows.h"
@@ -103,16 +106,17 @@ void collect(const lemo_exec& exec, const lemo_attention_backward_args& a, const
 
 // All tiles of one query head of one document.
 void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, const Buffers& b,
-                   const Document& document, int64_t document_index, int64_t head) {
+                   const FirstKeys& first_keys, const Document& document, int64_t document_index, int64_t head) {
   const Simd& f = simd();
   const int64_t width = sizes.width;
   const int64_t tile_size = kKeys * width;
   const int64_t key_base =
       (head / (sizes.query_heads / sizes.key_heads) * sizes.tiles + document.first_tile) * tile_size;
   const int64_t gradient_base = (head * sizes.tiles + document.first_tile) * tile_size;
-  std::vector<float> scratch(static_cast<size_t>(2 * kQueries * kKeys));
+  std::vector<float> scratch(static_cast<size_t>((2 * kQueries + 1) * kKeys));
   float* p = scratch.data();
   float* ds = p + kQueries * kKeys;
+  float* slope = ds + kQueries * kKeys;
   const int64_t offset = document.offset();
   for (int64_t j = 0; j * kKeys < document.keys.length; ++j) {
     const int64_t keys = std::min(kKeys, document.keys.length - j * kKeys);
@@ -129,6 +133,7 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
       const int64_t first = tile * kQueries;
       const int64_t count = std::min(kQueries, document.queries.length - first);
       const int64_t at = head * sizes.capacity + document.queries.start + first;
+      if (first_keys.of(document.queries.start + first) >= j * kKeys + keys) break;  // outside all further windows
       poll();
       const float* q = b.queries + at * width;
       const float* dout = b.dout + at * width;
@@ -137,13 +142,24 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
       const float* lse = floats(a.lse) + head * a.lse.stride[0] + document.queries.start + first;
       for (int64_t i = 0; i < count; ++i) {
         const bool seen = list.sees((first + i) / LEMO_TILE_ROWS);
-        const int64_t n = seen ? std::clamp<int64_t>(first + i + offset - j * kKeys + 1, 0, keys) : 0;
+        const int64_t end = seen ? std::clamp<int64_t>(first + i + offset - j * kKeys + 1, 0, keys) : 0;
+        const int64_t begin =
+            std::clamp<int64_t>(first_keys.of(document.queries.start + first + i) - j * kKeys, 0, end);
+        const int64_t n = end - begin;
         float* p_row = p + i * kKeys;
         float* ds_row = ds + i * kKeys;
+        std::fill_n(p_row, begin, 0.0f);
+        std::fill_n(ds_row, begin, 0.0f);
+        std::fill(p_row + end, p_row + kKeys, 0.0f);
+        std::fill(ds_row + end, ds_row + kKeys, 0.0f);
+        p_row += begin;
+        ds_row += begin;
+        if (a.softcap > 0) f.softcap(n, p_row, a.softcap, slope);
         f.exp(n, p_row, 1.0f, lse[i]);
         f.softmax_backward(n, p_row, ds_row, b.delta[at + i], ds_row);
-        std::fill(p_row + n, p_row + kKeys, 0.0f);
-        std::fill(ds_row + n, ds_row + kKeys, 0.0f);
+        if (a.softcap > 0) {
+          for (int64_t c = 0; c < n; ++c) ds_row[c] *= slope[c];
+        }
       }
       if (present(a.key_weights)) {
         const lemo_tensor& key_slots = key_rows(a).separate ? a.row_slots_k : a.row_slots;
@@ -157,6 +173,22 @@ void backward_head(const lemo_attention_backward_args& a, const Sizes& sizes, co
   }
 }
 
+// A sink has the value 0, so that of its dS only -P D_i is left.
+void sink_gradients(const lemo_exec& exec, const lemo_attention_backward_args& a, const Tiling& tiling,
+                    const Sizes& sizes, const Buffers& b) {
+  const int64_t rows = tiling.documents.back().queries.start + tiling.documents.back().queries.length;
+  parallel_for(exec, sizes.query_heads, [&](int64_t head) {
+    const float sink = floats(a.sinks)[head];
+    const float* lse = floats(a.lse) + head * a.lse.stride[0];
+    const float* delta = b.delta + head * sizes.capacity;
+    double sum = 0;
+    if (sink != -std::numeric_limits<float>::infinity()) {
+      for (int64_t i = 0; i < rows; ++i) sum -= std::exp(static_cast<double>(sink) - lse[i]) * delta[i];
+    }
+    floats(a.dsinks)[head] = static_cast<float>(sum);
+  });
+}
+
 }  // namespace
 
 void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& a) {
@@ -164,11 +196,14 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   const KeyRows key_side = key_rows(a);
   const Tiling tiling(a.cu_seqlens, key_side.cu_seqlens);
   const Buffers b(static_cast<float*>(exec.workspace), sizes);
+  const FirstKeys first_keys(a, tiling.documents);
   collect(exec, a, tiling, sizes, b);
+  if (present(a.dsinks)) sink_gradients(exec, a, tiling, sizes, b);
   const auto num_documents = static_cast<int64_t>(tiling.documents.size());
   parallel_for(exec, num_documents * sizes.query_heads, [&](int64_t task) {
     const int64_t document = task / sizes.query_heads;
-    backward_head(a, sizes, b, tiling.documents[static_cast<size_t>(document)], document, task % sizes.query_heads);
+    backward_head(a, sizes, b, first_keys, tiling.documents[static_cast<size_t>(document)], document,
+                  task % sizes.query_heads);
   });
 
   const int32_t *rows = ints(a.rows), *rows_k = ints(key_side.rows);

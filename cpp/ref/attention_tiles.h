@@ -56,6 +56,32 @@ struct Tiling {
 // The most key tiles that `capacity` rows in `documents` documents can make.
 inline int64_t max_key_tiles(int64_t capacity, int64_t documents) { return capacity / kKeys + documents; }
 
+// The first key of its document that each query sees: the first one within its window.
+class FirstKeys {
+ public:
+  template <class Args>
+  FirstKeys(const Args& a, const std::vector<Document>& documents) {
+    if (a.window <= 0) return;
+    const bool separate = present(a.cu_seqlens_k), placed = present(a.places);
+    const int32_t* places = placed ? ints(a.places) : ints(a.rows);
+    const int32_t* places_k = separate ? ints(a.places_k) : places;
+    const auto place = [](const int32_t* list, int64_t i) { return list == nullptr ? i : int64_t{list[i]}; };
+    for (const Document& document : documents) {
+      first_.resize(static_cast<size_t>(document.queries.start), 0);
+      for (int64_t i = 0, j = 0; i < document.queries.length; ++i) {
+        const int64_t hidden = place(places, document.queries.start + i) - a.window;  // the last place it does not see
+        while (j < document.keys.length && place(places_k, document.keys.start + j) <= hidden) ++j;
+        first_.push_back(static_cast<int32_t>(j));
+      }
+    }
+  }
+  // Of a packed query row. Ascends within a document.
+  int64_t of(int64_t query) const { return first_.empty() ? 0 : first_[static_cast<size_t>(query)]; }
+
+ private:
+  std::vector<int32_t> first_;  // empty without a window
+};
+
 // What one tile of LEMO_TILE_ROWS rows sees of its document besides itself: the tiles of its list, or all without
 // lists.
 class TileList {

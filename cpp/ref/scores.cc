@@ -51,19 +51,29 @@ void scores(const lemo_exec& exec, const lemo_scores_args& a) {
       }
     }
     double total = 0;
-    for (int64_t m = n; m < last; ++m) {
+    int64_t terms = 0;
+    for (int64_t m = n; m < last; ++m, ++terms) {
       const int64_t count = offsets[m + 1] - offsets[m];
+      // The first key that the first row sees, counted from this block's; one more is hidden from each further row.
+      const int64_t first_key = a.window > 0 ? offsets[m] - a.window + 1 - offsets[n] : -size;
+      if (first_key >= keys) break;
       poll();
       std::fill_n(mean, count * width, 0.0f);
       for (int64_t head = 0; head < query_heads; ++head) {
         collect_rows(a.q, nullptr, head, offsets[m], count, 1.0f, d, queries);
         f.matmul(count, width, d, queries, d, 1, keys_transposed + head / (query_heads / key_heads) * d * width, width,
                  products, width, false);
-        f.add_positive(count * width, mean, products, a.scale);
+        if (a.softcap > 0) {
+          f.multiply(count * width, products, a.scale);
+          f.softcap(count * width, products, a.softcap, nullptr);
+        }
+        f.add_positive(count * width, mean, products, a.softcap > 0 ? 1.0f : a.scale);
       }
       float highest = 0.0f;  // S is at least 0 everywhere
       for (int64_t i = 0; i < count; ++i) {
-        const float found = f.max(m == n ? std::min(keys, i + 1) : keys, mean + i * width);
+        const int64_t end = m == n ? std::min(keys, i + 1) : keys;
+        const int64_t begin = std::clamp<int64_t>(first_key + i, 0, end);
+        const float found = f.max(end - begin, mean + i * width + begin);
         if (found > highest || found != found) highest = found;
         if (found != found) break;
       }
@@ -71,7 +81,7 @@ void scores(const lemo_exec& exec, const lemo_scores_args& a) {
       if (present(a.map)) row(a.map, m)[n] = value;
       total += value;
     }
-    if (a.normalize != 0) total /= static_cast<double>(last - n);
+    if (a.normalize != 0) total /= static_cast<double>(terms);
     floats(a.scores)[n] = static_cast<float>(total);
   });
 }

@@ -34,6 +34,8 @@ struct Simd {
   void (*add)(int64_t n, float* y, const float* x, float scale);
   // ds[i] = p[i] * (dp[i] - delta)
   void (*softmax_backward)(int64_t n, const float* p, const float* dp, float delta, float* ds);
+  // a[i] = cap tanh(a[i] / cap); slope (optional): the derivative 1 - tanh(a[i] / cap)^2
+  void (*softcap)(int64_t n, float* a, float cap, float* slope);
   // y[i] += max(x[i] * scale, 0); NaN stays NaN
   void (*add_positive)(int64_t n, float* y, const float* x, float scale);
 };

@@ -64,6 +64,15 @@ struct ProbeRows {
   int64_t counts_[kTile] = {};
 };
 
+// What a worker adds up for one query tile, each [tiles].
+struct Totals {
+  Totals(double* memory, int64_t tiles) : head(memory), all(head + tiles), peaks(all + tiles) {}
+  static constexpr int64_t kArrays = 3;
+  double* head;   // over the probes of one head
+  double* all;    // over all heads
+  double* peaks;  // the maximum over heads
+};
+
 // totals[n] += count * sum over keys of tile n of the row's probabilities.
 void add_masses(const float* highest, const float* sums, int64_t tiles, int64_t count, double* totals) {
   const float top = simd().max(tiles, highest);
@@ -73,9 +82,9 @@ void add_masses(const float* highest, const float* sums, int64_t tiles, int64_t 
   for (int64_t n = 0; n < tiles; ++n) totals[n] += factor * sums[n] * std::exp(static_cast<double>(highest[n]) - top);
 }
 
-// Adds up the masses of one query tile over the heads of one key head; `keys`: its tiles, [D, kTile] each.
+// Adds the heads of one key head to the totals of one query tile; `keys`: its tiles, [D, kTile] each.
 void add_group(const lemo_tile_scores_args& a, const Sizes& s, const TileSlot& tile, const ProbeRows& probes,
-               int64_t key_head, const float* keys, const Probes& memory, double* totals) {
+               int64_t key_head, const float* keys, const Probes& memory, const Totals& totals) {
   const Simd& f = simd();
   const int64_t count = probes.size();
   const int64_t first = tile.start + tile.index * kTile;
@@ -97,9 +106,18 @@ void add_group(const lemo_tile_scores_args& a, const Sizes& s, const TileSlot& t
       memory.sums[i * s.tiles + n] = f.exp_sum(seen, products, 1.0f, highest);
     }
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    add_masses(memory.highest + i * s.tiles, memory.sums + i * s.tiles, tile.index + 1, probes.count(i % count),
-               totals);
+  const int64_t tiles = tile.index + 1;
+  for (int64_t g = 0; g < s.group; ++g) {
+    std::fill_n(totals.head, tiles, 0.0);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t i = (g * count + p) * s.tiles;
+      add_masses(memory.highest + i, memory.sums + i, tiles, probes.count(p), totals.head);
+    }
+    for (int64_t n = 0; n < tiles; ++n) {
+      const double head = totals.head[n];
+      totals.all[n] += head;
+      if (head > totals.peaks[n] || std::isnan(head)) totals.peaks[n] = head;  // NaN stays
+    }
   }
 }
 
@@ -145,11 +163,14 @@ void tile_scores(const lemo_exec& exec, const lemo_tile_scores_args& a) {
   const int64_t rows = s.group * a.probes, tile_size = s.d * kTile;
   const Scratch scratch(exec, num_queries, "q", Probes::floats(s, rows));
   const int64_t workers = worker_count(exec, num_queries);
-  std::vector<double> totals(static_cast<size_t>((Size(workers) * s.tiles).count("scores")));
+  std::vector<double> totals(static_cast<size_t>((Size(workers) * Totals::kArrays * s.tiles).count("scores")));
   const int64_t slots = (present(a.rows) ? a.rows.shape[0] : a.q.shape[0]) / kTile + a.cu_seqlens.shape[0] - 1;
   auto* keys = static_cast<float*>(exec.workspace);  // [Hk, slots, D, kTile]; slots without a tile stay unused
 
-  for (int64_t i = 0; i < a.scores.shape[0]; ++i) std::fill_n(row(a.scores, i), a.scores.shape[1], 0.0f);
+  for (int64_t i = 0; i < a.scores.shape[0]; ++i) {
+    std::fill_n(row(a.scores, i), a.scores.shape[1], 0.0f);
+    if (present(a.peaks)) std::fill_n(row(a.peaks, i), a.peaks.shape[1], 0.0f);
+  }
   parallel_for(exec, s.key_heads * num_keys, [&](int64_t task) {
     const int64_t head = task / num_keys;
     const TileSlot& tile = work.keys[static_cast<size_t>(task % num_keys)];
@@ -160,15 +181,19 @@ void tile_scores(const lemo_exec& exec, const lemo_tile_scores_args& a) {
     const TileSlot& tile = work.queries[static_cast<size_t>(num_queries - 1 - task)];
     const ProbeRows probes(std::min(kTile, tile.length - tile.index * kTile), a.probes);
     const Probes memory(scratch.of(worker), s, rows);
-    double* total = totals.data() + worker * s.tiles;
-    std::fill_n(total, tile.index + 1, 0.0);
+    const Totals total(totals.data() + worker * Totals::kArrays * s.tiles, s.tiles);
+    std::fill_n(total.all, tile.index + 1, 0.0);
+    std::fill_n(total.peaks, tile.index + 1, 0.0);
     for (int64_t head = 0; head < s.key_heads; ++head) {
       const float* own = keys + (head * slots + tile.slot - tile.index) * tile_size;
       add_group(a, s, tile, probes, head, own, memory, total);
     }
+    const double probe_share = 1.0 / a.probes, share = probe_share / static_cast<double>(a.q.shape[1]);
     float* out = row(a.scores, tile.slot - a.first_slot);
-    const double share = 1.0 / (static_cast<double>(a.q.shape[1]) * a.probes);
-    for (int64_t n = 0; n <= tile.index; ++n) out[n] = static_cast<float>(share * total[n]);
+    for (int64_t n = 0; n <= tile.index; ++n) out[n] = static_cast<float>(share * total.all[n]);
+    if (!present(a.peaks)) return;
+    out = row(a.peaks, tile.slot - a.first_slot);
+    for (int64_t n = 0; n <= tile.index; ++n) out[n] = static_cast<float>(probe_share * total.peaks[n]);
   });
 }
 

@@ -20,10 +20,10 @@ struct Candidate {
   int64_t tile;
 };
 
-// A score as the sum counts it. NaN counts as 0.
-uint64_t units(float score) {
-  if (!(score > 0.0f)) return 0;
-  return static_cast<uint64_t>(std::min(static_cast<double>(score), 1.0) * kUnits);  // a power of 2: exact until cut
+// A mass as the sum counts it. NaN counts as 0.
+uint64_t units(float mass) {
+  if (!(mass > 0.0f)) return 0;
+  return static_cast<uint64_t>(std::min(static_cast<double>(mass), 1.0) * kUnits);  // a power of 2: exact until cut
 }
 
 // The most tiles that query tile `own` sees, itself included, unless more are always there.
@@ -35,16 +35,16 @@ int64_t budget(const lemo_select_tiles_args& a, int64_t own) {
 
 // Sets the bits of one query tile's row, which is zero; returns the sum in units. `candidates` has room for `own`
 // tiles.
-uint64_t choose(const lemo_select_tiles_args& a, int64_t own, const float* scores, Candidate* candidates,
-                int32_t* bits) {
+uint64_t choose(const lemo_select_tiles_args& a, int64_t own, const float* scores, const float* masses,
+                Candidate* candidates, int32_t* bits) {
   const auto set = [&](int64_t n) { reinterpret_cast<uint32_t*>(bits)[n / 32] |= uint32_t{1} << (n % 32); };
   int64_t count = 1, rest = 0;
-  uint64_t sum = units(scores[own]);
+  uint64_t sum = units(masses[own]);
   for (int64_t n = 0; n < own; ++n) {
     if (n < a.first || own - n <= a.local) {
       set(n);
       ++count;
-      sum += units(scores[n]);
+      sum += units(masses[n]);
     } else {
       const float score = std::isnan(scores[n]) ? -std::numeric_limits<float>::infinity() : scores[n];
       candidates[rest++] = {score, n};
@@ -59,7 +59,7 @@ uint64_t choose(const lemo_select_tiles_args& a, int64_t own, const float* score
                                          : static_cast<uint64_t>(std::ceil(static_cast<double>(a.mass) * kUnits));
   for (int64_t i = 0; i < wanted && sum < enough; ++i) {
     set(candidates[i].tile);
-    sum += units(candidates[i].score);
+    sum += units(masses[candidates[i].tile]);
   }
   return sum;
 }
@@ -83,7 +83,9 @@ void select_tiles(const lemo_exec& exec, const lemo_select_tiles_args& a) {
     int32_t* bits = int_row(a.chosen, a.first_slot + i);
     std::fill_n(bits, a.chosen.shape[1], 0);
     const int64_t tile = own[static_cast<size_t>(i)];
-    const uint64_t sum = tile < 0 ? 0 : choose(a, tile, row(a.scores, i), candidates.data() + worker * longest, bits);
+    const float* masses = row(present(a.masses) ? a.masses : a.scores, i);
+    const uint64_t sum =
+        tile < 0 ? 0 : choose(a, tile, row(a.scores, i), masses, candidates.data() + worker * longest, bits);
     if (present(a.covered)) floats(a.covered)[i] = static_cast<float>(static_cast<double>(sum) / kUnits);
   });
 }

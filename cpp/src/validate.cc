@@ -37,6 +37,14 @@ void check_norm(int32_t norm, float eps) {
 
 void check_scale(float scale) { check_range("scale", std::isfinite(scale), "a finite number", scale); }
 
+void check_softcap(float softcap) {
+  check_range("softcap", std::isfinite(softcap) && softcap >= 0, "a finite number of at least 0", softcap);
+}
+
+void check_window(int64_t window) {
+  check_range("window", window >= 0, "at least 0 (0: no window)", static_cast<double>(window));
+}
+
 // Returns the number of blocks.
 int64_t check_blocks(const Checker& check, const lemo_blocks& blocks, int64_t num_tokens) {
   check.typed("offsets", blocks.offsets, LEMO_I32, {{"num_blocks + 1", kAny}});
@@ -240,6 +248,8 @@ void validate(const lemo_exec& exec, const lemo_scores_args& a, Purpose purpose)
   check_heads(a.q.shape[1], a.k.shape[1]);
   const int64_t n = check_blocks(check, a.blocks, t);
   check_scale(a.scale);
+  check_softcap(a.softcap);
+  check_window(a.window);
   check_flag("normalize", a.normalize);
   check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", n}}, Role::kOutput);
   if (present(a.map)) check.typed("map", a.map, LEMO_F32, {{"num_blocks", n}, {"num_blocks", n}}, Role::kOutput);
@@ -297,6 +307,38 @@ struct Capacities {
   int64_t queries, keys;
 };
 
+// The places of one side's packed rows; `side` as above.
+void check_places(const Checker& check, const char* name, const lemo_tensor& places, const lemo_tensor& cu_seqlens,
+                  Dim capacity) {
+  check.typed(name, places, LEMO_I32, {capacity});
+  if (check.values()) check_places_values(name, places, cu_seqlens);
+}
+
+// The options of a model's attention, of either pass.
+template <class Args>
+void check_options(const Checker& check, const Args& a, const Capacities& capacities) {
+  check_softcap(a.softcap);
+  check_window(a.window);
+  if (present(a.sinks)) check.typed("sinks", a.sinks, LEMO_F32, {{"Hq", a.q.shape[1]}});
+  const bool own_keys = present(a.cu_seqlens_k);
+  if (!present(a.places)) {
+    if (present(a.places_k)) invalid("places_k: expected places with it, got no tensor for places");
+    if (own_keys && a.window > 0) {
+      invalid(
+          "places: expected the places of the query rows, and places_k, with window and cu_seqlens_k (the storage rows "
+          "of q and of k need not be places in one sequence), got no tensor");
+    }
+    return;
+  }
+  check_range("window", a.window > 0, "at least 1 with places", static_cast<double>(a.window));
+  check_places(check, "places", a.places, a.cu_seqlens, {"capacity", capacities.queries});
+  if (own_keys) {
+    check_places(check, "places_k", a.places_k, a.cu_seqlens_k, {"capacity_k", capacities.keys});
+  } else if (present(a.places_k)) {
+    invalid("places_k: expected cu_seqlens_k with it, got no tensor for cu_seqlens_k");
+  }
+}
+
 // What forward and backward share.
 template <class Args>
 Capacities check_attention(const Checker& check, const Args& a) {
@@ -311,9 +353,15 @@ Capacities check_attention(const Checker& check, const Args& a) {
   check_heads(a.q.shape[1], a.k.shape[1]);
   check_scale(a.scale);
   const int64_t queries = check_packed_rows(check, "", a.q, a.cu_seqlens, {"D + 1", kAny}, a.rows, a.max_seqlen);
+  if (present(a.tile_offsets) && a.window > 0) {
+    throw Error(LEMO_UNSUPPORTED,
+                "tile_offsets: expected no tile lists with window: a query sees its whole window, got both; leave out "
+                "one of them");
+  }
   if (!own_keys) {
     if (present(a.rows_k)) invalid("rows_k: expected cu_seqlens_k with it, got no tensor for cu_seqlens_k");
     check_range("max_seqlen_k", a.max_seqlen_k == 0, "0 without cu_seqlens_k", static_cast<double>(a.max_seqlen_k));
+    check_options(check, a, {queries, queries});
     return {queries, queries};
   }
   if (present(a.tile_offsets)) {
@@ -322,7 +370,9 @@ Capacities check_attention(const Checker& check, const Args& a) {
                 "keys share, got both; leave out one of them");
   }
   const Dim documents = {"D + 1", a.cu_seqlens.shape[0]};
-  return {queries, check_packed_rows(check, "_k", a.k, a.cu_seqlens_k, documents, a.rows_k, a.max_seqlen_k)};
+  const int64_t keys = check_packed_rows(check, "_k", a.k, a.cu_seqlens_k, documents, a.rows_k, a.max_seqlen_k);
+  check_options(check, a, {queries, keys});
+  return {queries, keys};
 }
 
 // The block slots of queries and keys, with key_weights.
@@ -391,6 +441,10 @@ void validate(const lemo_exec& exec, const lemo_attention_backward_args& a, Purp
   check.like("dq", a.dq, "q", a.q, {r, hq, d}, Role::kOutput);
   check.like("dk", a.dk, "q", a.q, {rk, hk, d}, Role::kOutput);
   check.like("dv", a.dv, "q", a.q, {rk, hk, d}, Role::kOutput);
+  if (present(a.dsinks)) {
+    if (!present(a.sinks)) invalid("dsinks: expected sinks with it, got no tensor for sinks");
+    check.typed("dsinks", a.dsinks, LEMO_F32, {{"Hq", a.q.shape[1]}}, Role::kOutput);
+  }
   check_tile_lists(check, a.tile_offsets, a.tiles, a.cu_seqlens, capacities.queries, true);
 }
 
@@ -437,12 +491,18 @@ void validate(const lemo_exec& exec, const lemo_tile_scores_args& a, Purpose pur
     invalid("scores: expected W >= " + std::to_string(tiles) +
             ", the tiles of max_seqlen = " + std::to_string(a.max_seqlen) + " rows, got " + describe(a.scores));
   }
+  if (present(a.peaks)) {
+    check.typed("peaks", a.peaks, LEMO_F32, {{"C", a.scores.shape[0]}, {"W", a.scores.shape[1]}}, Role::kOutput);
+  }
   check_strip(a.first_slot, a.scores.shape[0], capacity / LEMO_TILE_ROWS + a.cu_seqlens.shape[0] - 1);
 }
 
 void validate(const lemo_exec& exec, const lemo_select_tiles_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.typed("scores", a.scores, LEMO_F32, {{"C", kAny}, {"W", kAny}});
+  if (present(a.masses)) {
+    check.typed("masses", a.masses, LEMO_F32, {{"C", a.scores.shape[0]}, {"W", a.scores.shape[1]}});
+  }
   check_chosen(check, a.chosen, a.cu_seqlens, Role::kOutput);
   check_strip(a.first_slot, a.scores.shape[0], a.chosen.shape[0]);
   const int64_t width = a.scores.shape[1], words = width / 32 + (width % 32 != 0 ? 1 : 0);
@@ -493,7 +553,7 @@ void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Pu
     invalid("lora_b: expected lora_a with it, got no tensor for lora_a");
   }
   check.typed("targets", a.targets, LEMO_I64, {n});
-  check_range("softcap", std::isfinite(a.softcap) && a.softcap >= 0, "a finite number of at least 0", a.softcap);
+  check_softcap(a.softcap);
   check_range("reduction", a.reduction == LEMO_REDUCE_MEAN || a.reduction == LEMO_REDUCE_SUM,
               "LEMO_REDUCE_MEAN (0) or LEMO_REDUCE_SUM (1)", a.reduction);
   check_range("segment_rows", a.segment_rows >= 0, "at least 0 (0 = chosen)", a.segment_rows);

@@ -24,6 +24,8 @@ void check_rows_values(const lemo_tensor& rows, int64_t count, int64_t num_rows,
 void check_slots_values(const char* name, const lemo_tensor& slots, int64_t count, int64_t num_slots,
                         const lemo_tensor& rows);
 void check_rows_ascend(const char* name, const lemo_tensor& rows, const lemo_tensor& cu_seqlens);  // in every document
+// Every place is at least 0, and they ascend in every document.
+void check_places_values(const char* name, const lemo_tensor& places, const lemo_tensor& cu_seqlens);
 // Returns M. `side`: of the arguments' names, "" or "_k".
 int64_t check_cu_seqlens_values(const char* side, const lemo_tensor& cu_seqlens, int64_t capacity, int64_t max_seqlen);
 void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,

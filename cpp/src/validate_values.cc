@@ -124,6 +124,15 @@ void check_rows_ascend(const char* name, const lemo_tensor& rows, const lemo_ten
   }
 }
 
+void check_places_values(const char* name, const lemo_tensor& places, const lemo_tensor& cu_seqlens) {
+  const int32_t* list = ints(places);
+  const int64_t count = ints(cu_seqlens)[cu_seqlens.shape[0] - 1];
+  for (int64_t i = 0; i < count; ++i) {
+    if (list[i] < 0) invalid(name, ": expected places of at least 0, got ", list[i], " at position ", i);
+  }
+  check_rows_ascend(name, places, cu_seqlens);
+}
+
 void check_tile_lists_values(const lemo_tensor& offsets, const lemo_tensor& tiles, const lemo_tensor& cu_seqlens,
                              bool transposed) {
   const int32_t* begin = ints(offsets);

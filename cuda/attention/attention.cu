@@ -1,5 +1,6 @@
 // The attention entries of the backend table: arguments to kernel parameters, workspace, choice of the kernel.
 #include <cmath>
+#include <string>
 
 #include "attention/params.h"
 #include "common/check.h"
@@ -34,11 +35,28 @@ bool no_pairs(const Documents& queries, const Documents& keys) {
   return queries.count <= 0 || queries.capacity <= 0 || keys.capacity <= 0;
 }
 
-void check_scale(const char* operation, float scale) {
+[[noreturn]] void unsupported(const char* operation, const std::string& what) {
+  throw Error(LEMO_UNSUPPORTED, std::string(operation) + ": " + what);
+}
+
+// What the rules for arguments allow and no kernel computes. Before anything is written.
+template <class Args>
+void check_supported(const char* operation, const Args& args) {
   // The running maximum is kept in units of q.k, which a negative scale would turn into a minimum.
-  if (std::isfinite(scale) && scale >= 0.0f) return;
-  throw Error(LEMO_UNSUPPORTED,
-              std::string(operation) + ": scale: expected a finite value >= 0, got " + std::to_string(scale));
+  if (!std::isfinite(args.scale) || args.scale < 0.0f) {
+    unsupported(operation, "scale: expected a finite value >= 0, got " + std::to_string(args.scale));
+  }
+  constexpr const char* kNone = " on CUDA, whose kernels do not have it yet (the CPU backend does), got ";
+  if (args.window > 0) {
+    unsupported(operation, std::string("window: expected 0") + kNone + std::to_string(args.window));
+  }
+  if (args.softcap > 0) {
+    unsupported(operation, std::string("softcap: expected 0") + kNone + std::to_string(args.softcap));
+  }
+  if (present(args.sinks)) {
+    unsupported(operation, std::string("sinks: expected no tensor") + kNone + "one");
+  }
+  with_head_dim(operation, args.q.shape[2], [](auto) {});
 }
 
 // Whether the sm_90a kernels are used: if both the build and the device have them. LEMO_CUDA_CAPABILITY=80 turns them
@@ -104,7 +122,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
 
 void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args& args) {
   constexpr const char* kName = "attention_forward";
-  check_scale(kName, args.scale);
+  check_supported(kName, args);
   ForwardParams params{};
   params.q = view_of(args.q);
   params.k = view_of(args.k);
@@ -146,7 +164,7 @@ uint64_t attention_forward_workspace(const lemo_exec& exec, const lemo_attention
 
 void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& args) {
   constexpr const char* kName = "attention_backward";
-  check_scale(kName, args.scale);
+  check_supported(kName, args);
   BackwardParams params{};
   params.dout = view_of(args.dout);
   params.q = view_of(args.q);

@@ -81,6 +81,13 @@ void scores(const lemo_exec& exec, const lemo_scores_args& args) {
     throw Error(LEMO_UNSUPPORTED, "scores: blocks.block_size: expected at most " + std::to_string(scoring::kMaxBlock) +
                                       ", got " + std::to_string(args.blocks.block_size));
   }
+  if (args.window > 0 || args.softcap > 0) {
+    throw Error(LEMO_UNSUPPORTED,
+                "scores: window, softcap: expected 0 on CUDA, whose kernel does not have them yet (the CPU backend "
+                "does), got " +
+                    std::to_string(args.window) + " and " + std::to_string(args.softcap));
+  }
+  with_head_dim("scores", args.q.shape[2], [](auto) {});  // refuses other sizes before anything is written
   Params params{};
   params.q = {args.q.data, args.q.stride[0], args.q.stride[1]};
   params.k = {args.k.data, args.k.stride[0], args.k.stride[1]};

@@ -32,6 +32,8 @@ struct ScoreParams {
   int32_t chunks;    // of kChunk key tiles
   float* scores;
   int64_t scores_stride;
+  float* peaks;  // or null
+  int64_t peaks_stride;
   int64_t width;  // W
 };
 

@@ -1,4 +1,5 @@
-// From sums per probe row and key tile to the mean attention mass of key tiles, in two stages with a fixed order.
+// From sums per probe row and key tile to the attention mass of key tiles, mean and maximum over heads, in two stages
+// with a fixed order.
 #pragma once
 
 #include "common/document_tiles.cuh"
@@ -20,6 +21,12 @@ __device__ __forceinline__ float log2_sum(int count, At at) {
 #pragma unroll 8
   for (int i = 0; i < count; ++i) sum += exp2_fast(at(i) - exponent);
   return exponent + log2f(sum);
+}
+
+__device__ __forceinline__ float warp_max_nan(float v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) v = max_nan(v, __shfl_xor_sync(kFullWarp, v, offset));
+  return v;
 }
 
 // `sums` of chunk blockIdx.y of the query tile in slot blockIdx.x. Neighboring threads read neighboring probe rows; if
@@ -51,46 +58,60 @@ __global__ void __launch_bounds__(kReduceThreads) sum_chunks(const __grid_consta
   }
 }
 
-// Scores of the key tiles of chunk blockIdx.y, for the query tile in slot blockIdx.x. A warp sums the rows of every
-// eighth tile.
-__global__ void __launch_bounds__(kReduceThreads) mean_masses(const __grid_constant__ ScoreParams params) {
-  constexpr int kWarps = kReduceThreads / 32, kWarpTiles = kChunk / kWarps, kCached = 1024;
+// Scores and peaks of the key tiles of chunk blockIdx.y, for the query tile in slot blockIdx.x. A warp takes every
+// eighth tile; each of its lanes has every 32nd head and sums that head's probes.
+__global__ void __launch_bounds__(kReduceThreads) sum_masses(const __grid_constant__ ScoreParams params) {
+  constexpr int kWarps = kReduceThreads / 32, kWarpTiles = kChunk / kWarps, kCached = 4096;
   __shared__ float row_sums[kCached];
   const int slot = static_cast<int>(blockIdx.x), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * kChunk;
   const Tile tile = locate_tile(params.documents, kTile, static_cast<int>(params.first_slot + slot));
   const int seen = tile.index < tile.count && tile.index >= begin ? static_cast<int>(tile.index - begin) + 1 : 0;
-  float masses[kWarpTiles];
+  float masses[kWarpTiles], peaks[kWarpTiles];
 #pragma unroll
-  for (int i = 0; i < kWarpTiles; ++i) masses[i] = 0.0f;
+  for (int i = 0; i < kWarpTiles; ++i) masses[i] = peaks[i] = 0.0f;
   if (seen > 0) {
-    const int rows = params.heads * params.probes, chunks = tile.index / kChunk + 1;
+    const int group = params.group, probes = params.probes, rows = params.heads * probes;
+    const int chunks = tile.index / kChunk + 1, cached_heads = kCached / probes;
+    const auto row_of = [&](int head, int probe) { return (head / group * probes + probe) * group + head % group; };
     const float* partial = params.partial + (static_cast<int64_t>(slot) * params.key_tiles + begin) * rows;
     const float* sums = params.sums + static_cast<int64_t>(slot) * params.chunks * rows;
-    for (int first = 0; first < rows; first += kCached) {
-      const int cached = min(kCached, rows - first);
+    for (int first = 0; first < params.heads; first += cached_heads) {
+      const int heads = min(cached_heads, params.heads - first);
       __syncthreads();
-      for (int row = threadIdx.x; row < cached; row += kReduceThreads) {
-        row_sums[row] = log2_sum(chunks, [&](int i) { return sums[static_cast<int64_t>(i) * rows + first + row]; });
+      for (int i = threadIdx.x; i < heads * probes; i += kReduceThreads) {  // [probe][head]
+        const int row = row_of(first + i % heads, i / heads);
+        row_sums[i] = log2_sum(chunks, [&](int c) { return sums[static_cast<int64_t>(c) * rows + row]; });
       }
       __syncthreads();
-      for (int row = lane; row < cached; row += 32) {
-        const float sum = row_sums[row];
+      for (int head = lane; head < heads; head += 32) {
+        const float* row = partial + row_of(first + head, 0);
 #pragma unroll
         for (int i = 0; i < kWarpTiles; ++i) {
           const int n = i * kWarps + warp;
-          if (n < seen) masses[i] += exp2_fast(partial[static_cast<int64_t>(n) * rows + first + row] - sum);
+          if (n >= seen) continue;
+          float mass = 0.0f;
+#pragma unroll 4
+          for (int probe = 0; probe < probes; ++probe) {
+            mass += exp2_fast(row[static_cast<int64_t>(n) * rows + probe * group] - row_sums[probe * heads + head]);
+          }
+          masses[i] += mass;
+          peaks[i] = max_nan(peaks[i], mass);
         }
       }
     }
   }
-  const float weight = 1.0f / (static_cast<float>(params.heads) * static_cast<float>(params.probes));
+  const float probe_weight = 1.0f / static_cast<float>(params.probes);
+  const float weight = probe_weight / static_cast<float>(params.heads);
   float* scores = params.scores + slot * params.scores_stride + begin;
+  float* tops = params.peaks == nullptr ? nullptr : params.peaks + slot * params.peaks_stride + begin;
 #pragma unroll
   for (int i = 0; i < kWarpTiles; ++i) {
-    const float mass = warp_sum(masses[i]) * weight;
+    const float mass = warp_sum(masses[i]) * weight, peak = warp_max_nan(peaks[i]) * probe_weight;
     const int n = i * kWarps + warp;
-    if (lane == 0 && begin + n < params.width) scores[n] = mass;
+    if (lane != 0 || begin + n >= params.width) continue;
+    scores[n] = mass;
+    if (tops != nullptr) tops[n] = peak;
   }
 }
 

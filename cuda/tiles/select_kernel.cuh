@@ -16,6 +16,8 @@ constexpr uint64_t kNoLimit = UINT64_MAX;
 struct SelectParams {
   const float* scores;
   int64_t scores_stride;
+  const float* masses;  // the scores themselves if there are no others
+  int64_t masses_stride;
   Documents documents;
   int64_t first_slot;
   int32_t most;  // tiles, however many there are
@@ -34,9 +36,9 @@ __device__ __forceinline__ uint32_t order_of(float score) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// A score in units of 2^-40, cut to [0, 1]; NaN is 0.
-__device__ __forceinline__ uint64_t units_of(float score) {
-  return static_cast<uint64_t>(fminf(fmaxf(score, 0.0f), 1.0f) * 0x1p40f);
+// A mass in units of 2^-40, cut to [0, 1]; NaN is 0.
+__device__ __forceinline__ uint64_t units_of(float mass) {
+  return static_cast<uint64_t>(fminf(fmaxf(mass, 0.0f), 1.0f) * 0x1p40f);
 }
 
 struct SelectShared {
@@ -48,6 +50,7 @@ struct SelectShared {
   int bin, count;  // bin -1: all of them fit
   int before;      // tiles and units in the bins above it
   uint64_t before_sum;
+  int ties;  // what count_ties finds
 };
 
 // A 64-bit sum out of 32-bit operations, which shared memory has in hardware: every overflow of the lower half is
@@ -116,6 +119,31 @@ __device__ __forceinline__ void find_bin(SelectShared& shared, int wanted, uint6
   }
 }
 
+// Tiles of equal scores: how many of them, from the nearest on, reach `wanted` tiles or `mass` units. By one warp.
+__device__ __forceinline__ int count_ties(const float* scores, const float* masses, int begin, int end, uint32_t order,
+                                          int wanted, uint64_t mass) {
+  const int lane = threadIdx.x;
+  int ties = 0;
+  uint64_t sum = 0;
+  for (int top = end - 1; top >= begin; top -= 32) {
+    const int n = top - lane;
+    const bool tie = n >= begin && order_of(scores[n]) == order;
+    uint64_t through = tie ? units_of(masses[n]) : 0;  // of the ties up to this lane's
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint64_t other = __shfl_up_sync(kFullWarp, through, step);
+      if (lane >= step) through += other;
+    }
+    const unsigned tied = __ballot_sync(kFullWarp, tie);
+    const int rank = ties + __popc(tied & ((2u << lane) - 1));
+    const unsigned reaching = __ballot_sync(kFullWarp, tie && (rank >= wanted || sum + through >= mass));
+    if (reaching != 0) return __shfl_sync(kFullWarp, rank, __ffs(static_cast<int>(reaching)) - 1);
+    ties += __popc(tied);
+    sum += __shfl_sync(kFullWarp, through, 31);
+  }
+  return ties;
+}
+
 // What is chosen among the candidates: order >> shift above `threshold`, and the `ties` nearest of those equal to it.
 struct Threshold {
   uint32_t value;
@@ -124,8 +152,8 @@ struct Threshold {
 };
 
 // The candidates are scores[begin] to scores[end - 1]. `wanted` and `mass` are what is left to reach; both are above 0.
-__device__ __forceinline__ Threshold find_threshold(const float* scores, int begin, int end, int wanted, uint64_t mass,
-                                                    SelectShared& shared) {
+__device__ __forceinline__ Threshold find_threshold(const float* scores, const float* masses, int begin, int end,
+                                                    int wanted, uint64_t mass, SelectShared& shared) {
   const bool limited = mass != kNoLimit;
   uint32_t prefix = 0;
   for (int shift = 24;; shift -= 8) {
@@ -136,12 +164,11 @@ __device__ __forceinline__ Threshold find_threshold(const float* scores, int beg
     __syncthreads();
 #pragma unroll 4
     for (int n = begin + static_cast<int>(threadIdx.x); n < end; n += kSelectThreads) {
-      const float score = scores[n];
-      const uint32_t order = order_of(score);
+      const uint32_t order = order_of(scores[n]);
       if (shift < 24 && order >> (shift + 8) != prefix) continue;
       const uint32_t bin = order >> shift & (kBins - 1);
       atomicAdd(&shared.counts[bin], 1);
-      if (limited) add_units(shared.sums_low[bin], shared.sums_high[bin], units_of(score));
+      if (limited) add_units(shared.sums_low[bin], shared.sums_high[bin], units_of(masses[n]));
     }
     __syncthreads();
     if (threadIdx.x < 32) find_bin(shared, wanted, mass);
@@ -153,15 +180,18 @@ __device__ __forceinline__ Threshold find_threshold(const float* scores, int beg
     if (shared.count == 1) return {prefix, shift, 1};
     if (shift == 0) break;
   }
-  // The tiles left have one score.
-  const uint32_t bits = prefix >> 31 ? prefix & 0x7fffffffu : ~prefix;
-  const uint64_t units = units_of(__uint_as_float(bits));
-  int ties = wanted;
-  if (limited && units > 0) ties = static_cast<int>(min(static_cast<uint64_t>(ties), (mass - 1) / units + 1));
-  return {prefix, 0, ties};
+  // The tiles left have one score, but not one mass.
+  if (!limited) return {prefix, 0, wanted};
+  if (threadIdx.x < 32) {
+    const int ties = count_ties(scores, masses, begin, end, prefix, wanted, mass);
+    if (threadIdx.x == 0) shared.ties = ties;
+  }
+  __syncthreads();
+  return {prefix, 0, shared.ties};
 }
 
-__global__ void __launch_bounds__(kSelectThreads) choose_tiles(const __grid_constant__ SelectParams params) {
+// The second bound keeps the assembler from aiming for 32 registers, with which the sm_80 kernel would spill.
+__global__ void __launch_bounds__(kSelectThreads, 2) choose_tiles(const __grid_constant__ SelectParams params) {
   __shared__ SelectShared shared;
   const int strip_slot = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int64_t slot = params.first_slot + strip_slot;
@@ -177,31 +207,31 @@ __global__ void __launch_bounds__(kSelectThreads) choose_tiles(const __grid_cons
 
   // Tiles before `begin` and from `end` on are always there; the query tile itself is one of them.
   const float* scores = params.scores + strip_slot * params.scores_stride;
+  const float* masses = params.masses + strip_slot * params.masses_stride;
   const int begin = min(params.first, own), end = max(begin, own - min(params.local, own));
   const int count = begin + own - end + 1;
   const double share = floor(params.density * (own + 1) + 0.5);
   const int limit = min(params.most, static_cast<int>(share));
   uint64_t sum = 0;
   if (params.mass != kNoLimit) {
-    for (int n = thread; n < begin; n += kSelectThreads) sum += units_of(scores[n]);
-    for (int n = end + thread; n <= own; n += kSelectThreads) sum += units_of(scores[n]);
+    for (int n = thread; n < begin; n += kSelectThreads) sum += units_of(masses[n]);
+    for (int n = end + thread; n <= own; n += kSelectThreads) sum += units_of(masses[n]);
     sum = block_sum(sum, shared.warp_sums);
   }
   Threshold threshold{UINT32_MAX, 0, 0};
   if (begin < end && count < limit && sum < params.mass) {
     const uint64_t mass = params.mass == kNoLimit ? kNoLimit : params.mass - sum;
-    threshold = find_threshold(scores, begin, end, limit - count, mass, shared);
+    threshold = find_threshold(scores, masses, begin, end, limit - count, mass, shared);
   }
 
   // Bits, from the nearest tile down, so that ties are counted in their order.
   const int warp = thread / 32, lane = thread % 32;
   int ties_above = 0;
-  uint64_t covered = thread == 0 ? units_of(scores[own]) : 0;
+  uint64_t covered = thread == 0 ? units_of(masses[own]) : 0;
   for (int top = used - 1, pass = 0; top >= 0; top -= kSelectWarps, pass ^= 1) {
     const int word = top - warp, n = word * 32 + lane;
     const bool exists = word >= 0 && n < own, forced = exists && (n < begin || n >= end);
-    const float score = exists ? scores[n] : 0.0f;
-    const uint32_t order = order_of(score) >> threshold.shift;
+    const uint32_t order = order_of(exists ? scores[n] : 0.0f) >> threshold.shift;
     const bool tie = exists && !forced && order == threshold.value && threshold.ties > 0;
     const unsigned tied = __ballot_sync(kFullWarp, tie);
     if (lane == 0) shared.warp_ties[pass][warp] = __popc(tied);
@@ -216,7 +246,7 @@ __global__ void __launch_bounds__(kSelectThreads) choose_tiles(const __grid_cons
     const bool above = exists && !forced && threshold.ties > 0 && order > threshold.value;
     const bool taken = forced || above || (tie && rank < threshold.ties);
     const unsigned bits = __ballot_sync(kFullWarp, taken);
-    if (taken) covered += units_of(score);
+    if (taken) covered += units_of(masses[n]);
     if (lane == 0 && word >= 0) chosen[word] = static_cast<int32_t>(bits);
   }
   if (params.covered == nullptr) return;

@@ -57,6 +57,8 @@ void tile_scores(const lemo_exec& exec, const lemo_tile_scores_args& args) {
   params.scale_log2 = std::max(args.scale * kLog2E, 1e-30f);
   params.scores = data<float>(args.scores);
   params.scores_stride = row_stride(args.scores);
+  params.peaks = data<float>(args.peaks);
+  params.peaks_stride = present(args.peaks) ? row_stride(args.peaks) : 0;
   params.width = args.scores.shape[1];
   if (params.slots <= 0 || params.width <= 0) return;
   const DeviceGuard guard(exec.device_index);
@@ -70,7 +72,7 @@ void tile_scores(const lemo_exec& exec, const lemo_tile_scores_args& args) {
     });
     launch(kName, tiling::sum_chunks, grid(params.chunks), tiling::kReduceThreads, 0, stream, params);
   }
-  launch(kName, tiling::mean_masses, grid(ceil_div(params.width, tiling::kChunk)), tiling::kReduceThreads, 0, stream,
+  launch(kName, tiling::sum_masses, grid(ceil_div(params.width, tiling::kChunk)), tiling::kReduceThreads, 0, stream,
          params);
 }
 
@@ -79,6 +81,9 @@ void select_tiles(const lemo_exec& exec, const lemo_select_tiles_args& args) {
   SelectParams params{};
   params.scores = data<const float>(args.scores);
   params.scores_stride = row_stride(args.scores);
+  const lemo_tensor& masses = present(args.masses) ? args.masses : args.scores;
+  params.masses = data<const float>(masses);
+  params.masses_stride = row_stride(masses);
   params.documents = documents_of(args.cu_seqlens, {}, 0);
   params.first_slot = args.first_slot;
   params.most = static_cast<int32_t>(std::min<int64_t>((args.keys - 1) / kTile + 1, INT32_MAX));

@@ -71,14 +71,16 @@ def has_backend(device: str) -> bool:
 def call(name: str, device: torch.device, arguments: Mapping[str, object], *, deterministic: bool = False) -> None:
     """Runs ``lemo_<name>`` on the current stream of ``device``, with as much workspace as it asks for.
 
-    arguments: the fields of the argument struct by name, in any order; tensors that are left out are absent. Raises
-    ValueError (argument), NotImplementedError (no such kernel), FloatingPointError (scores) or RuntimeError (device),
-    with the argument's name, what was expected and what was given.
+    arguments: the fields of the argument struct by name, in any order; tensors that are left out are absent, and
+    numbers 0, as in a struct that was zero-initialized. Raises ValueError (argument), NotImplementedError (no such
+    kernel), FloatingPointError (scores) or RuntimeError (device), with the argument's name, what was expected and what
+    was given.
     """
     known = fields(name)
     if not arguments.keys() <= known.keys():
         raise TypeError(f"{name}: expected fields of lemo_{name}_args, got {sorted(arguments.keys() - known.keys())}")
-    run(name, device, [arguments.get(key) for key in known], deterministic)
+    values = [arguments.get(key, 0 if role == "value" else None) for key, role in known.items()]
+    run(name, device, values, deterministic)
 
 
 def run(name: str, device: torch.device, values: Iterable[object], deterministic: bool = False) -> None:

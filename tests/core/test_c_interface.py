@@ -53,15 +53,12 @@ def test_struct_sizes_are_those_of_the_header(tmp_path: Path) -> None:
 
 def test_the_last_error_stays_where_it_is() -> None:
     """A pointer taken before a call, as in printf("%d %s", lemo_gather(...), lemo_last_error()), is still readable."""
-    call = forward(reserved=12345)
+    call = forward(window=-12345)
     address = ctypes.CFUNCTYPE(ctypes.c_void_p)(("lemo_last_error", call.lib))
     before = address()
     assert before is not None and call.run() == capi.INVALID
     assert address() == before
-    assert (
-        ctypes.string_at(before)
-        == b"attention_forward: args.reserved: expected 0, got 12345; zero-initialize the struct"
-    )
+    assert ctypes.string_at(before) == b"attention_forward: window: expected at least 0 (0: no window), got -12345"
 
 
 def test_older_and_newer_structs() -> None:
@@ -102,8 +99,6 @@ def test_an_older_exec_cannot_be_cancelled() -> None:
 
 
 def test_reserved_fields_are_zero() -> None:
-    call = forward(reserved=12345)
-    assert call.run() == capi.INVALID and "reserved" in call.message() and "12345" in call.message()
     x = torch.zeros(4, 1, DIM)
     lists = capi.blocks(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32), 4)
     lists.reserved = 1
@@ -111,6 +106,10 @@ def test_reserved_fields_are_zero() -> None:
     call = Call("scores", make(capi.Scores, q=view(x), k=view(x), blocks=lists, scale=1.0, scores=view(scores)))
     for status in (call.run(), call.workspace()[0]):
         assert status == capi.INVALID and "blocks.reserved" in call.message()
+    call.args.blocks.reserved = 0
+    call.args.reserved = 12345
+    assert call.run() == capi.INVALID
+    assert call.message() == "scores: args.reserved: expected 0, got 12345; zero-initialize the struct"
 
 
 def predict(**changes: object) -> Call:

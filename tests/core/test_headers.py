@@ -118,8 +118,8 @@ def without(operation: str, arguments: dict[str, Any], field: str) -> dict[str, 
     return arguments | dict.fromkeys([field, *gone])
 
 
-# In their absence the identity takes their place, which has other sizes.
-MAPS = ("rows", "rows_k", "cu_seqlens_k")
+# In their absence the identity takes their place, which has other sizes; places of separate key rows have no default.
+MAPS = ("rows", "rows_k", "cu_seqlens_k", "places")
 CASES = [
     *SOME,
     cases.Norm("documents", 24, residual=True, bias=True),

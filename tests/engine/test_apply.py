@@ -11,7 +11,7 @@ import torch
 import transformers
 from lemo.engine.layout import Blocks
 from lemo.engine.policies import StepContext, make_policy, mix_seed
-from support.models import ATTENTION, FAMILIES, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, LAYERS, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 ONE = [lemo.Phase("skip", keep=0.5, policy="random")]
 
@@ -20,7 +20,7 @@ def settings(**options):
     return lemo.LemoConfig(**{"block_size": 8, "phases": ONE, **options})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_remove_restores(family):
     model, inputs = tuned(family), batch("right")
     inner = model.get_base_model()
@@ -37,7 +37,7 @@ def test_remove_restores(family):
     assert all(torch.equal(got[name], g) for name, g in expected.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_evaluation_and_generation_are_untouched(family):
     model, inputs = tuned(family).eval(), batch("plain")
     expected = model(**inputs)

@@ -3,12 +3,12 @@
 import lemo
 import pytest
 import torch
-from engine.test_memory import count
 from lemo.engine import budget
 from lemo.engine.budget import LayerLists, ListSize, Needs
 from lemo.engine.memory import LayerShape
 from lemo.engine.sizes import GPUS, gpu_bytes, left_for_steps, parse_bytes, rounded_up
 from support.models import ATTENTION, LINEARS, base, batch, gradients, lora, tuned
+from support.saved import count
 
 LAYERS, BLOCK = 4, 8
 SHAPE = LayerShape(LAYERS, 4096, 32, 8, 128, 14336, 128256, lora={"q": 8, "k": 8, "v": 8, "o": 8})

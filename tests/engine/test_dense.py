@@ -3,14 +3,14 @@
 import lemo
 import pytest
 import torch
-from support.models import FAMILIES, LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
+from support.models import FAMILIES, LAYERS, LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
 
 
 def config(mode="dense", recompute="none", block_size=8, **options):
     return lemo.LemoConfig(block_size=block_size, recompute=recompute, phases=[lemo.Phase(mode, keep=1.0)], **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("kind", ["plain", "right", "left", "packed", "lengths"])
 def test_keep_all_is_dense(family, recompute, kind):
@@ -24,7 +24,7 @@ def test_keep_all_is_dense(family, recompute, kind):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("mode", ["skip", "backward"])
 def test_modes_with_everything_kept(family, mode):
     model, inputs = tuned(family), batch("right")
@@ -35,7 +35,7 @@ def test_modes_with_everything_kept(family, mode):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_packed_documents_equal_separate_rows(family):
     model = tuned(family)
     lengths = (17, 1, 32)
@@ -55,7 +55,7 @@ def test_packed_documents_equal_separate_rows(family):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_logits(family):
     model, inputs = tuned(family), batch("right")
     del inputs["labels"]
@@ -66,7 +66,7 @@ def test_logits(family):
     torch.testing.assert_close(got[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 def test_lora_on_all_linears(family, recompute):
     model, inputs = lora(base(family), [*LINEARS[family], "lm_head"]).train(), batch("right")
@@ -78,7 +78,7 @@ def test_lora_on_all_linears(family, recompute):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_trained_head_and_embeddings(family):
     model = lora(base(family, tie_word_embeddings=False), LINEARS[family], modules_to_save=["lm_head", "embed_tokens"])
     inputs = batch("right")
@@ -90,7 +90,7 @@ def test_trained_head_and_embeddings(family):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("recompute", ["none", "attention"])
 def test_all_parameters_train(family, recompute):
     """Weights, biases and norms of the base model itself: the general path of every module."""

@@ -1,4 +1,5 @@
-"""What families say about their models, and what they refuse: windows that would cut attention, other models."""
+"""What families say about their models, windows of attention, and what is refused: other models, and those that store
+what a family's do otherwise."""
 
 from functools import cached_property
 
@@ -11,9 +12,18 @@ from lemo.engine.families import FAMILIES as KNOWN
 from lemo.engine.families import UnsupportedModelError
 from lemo.engine.families.llama import Llama
 from lemo.engine.memory import layer_shape
-from support.models import ATTENTION, FAMILIES, LINEARS, assert_close, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, FAMILIES, LAYERS, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
-from transformers import Gemma2Config, GemmaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GptOssConfig,
+    MistralConfig,
+)
 
 
 def settings(**options):
@@ -25,7 +35,7 @@ def test_every_family_is_tested():
     assert [family.model_type for family in KNOWN] == [tiny.config.model_type for tiny in FAMILIES.values()]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("biases", [False, True])
 def test_shape(name, biases):
     """Sizes, projections and biases are those of the model's own modules."""
@@ -91,46 +101,126 @@ def test_soft_caps():
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_window_that_no_document_exceeds_changes_nothing():
-    model, inputs = tuned("mistral", sliding_window=37), batch("plain")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mistral", {"sliding_window": 12}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}),
+        # Heads as wide as those of the published models.
+        ("gemma3_text", {"head_dim": 256}),
+    ],
+)
+@pytest.mark.parametrize(("recompute", "kind"), [("none", "left"), ("attention", "packed")])
+def test_documents_beyond_the_window(family, options, recompute, kind):
+    model, inputs = tuned(family, **options), batch(kind)
     loss, expected = gradients(model, inputs)
-    lemo.apply(model, settings())
+    lemo.apply(model, settings(recompute=recompute))
     ours, got = gradients(model, inputs)
     torch.testing.assert_close(ours, loss, rtol=1e-5, atol=0)
     assert_close(got, expected)
-    packed = batch("packed")  # 50 tokens, of which the longest document has 32
-    loss, _ = gradients(tuned("mistral", sliding_window=37), packed)
-    torch.testing.assert_close(gradients(model, packed)[0], loss, rtol=1e-5, atol=0)
+    lemo.remove(model)
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.config.sliding_window = layer.self_attn.sliding_window = 1000
+    assert (gradients(model, inputs)[0] - loss).abs() > 1e-4  # the window does hide something
 
 
-def test_documents_beyond_the_window_are_refused():
-    model, inputs = tuned("mistral", sliding_window=36), batch("plain")
+def windows_of_calls(model, inputs, monkeypatch):
+    """The window of every call of the attention operator in one step."""
+    seen, attention = [], lemo.ops.attention
+    with monkeypatch.context() as m:
+        m.setattr(lemo.ops, "attention", lambda *a, **k: seen.append(k.get("window") or None) or attention(*a, **k))
+        gradients(model, inputs)
+    return seen
+
+
+def test_a_window_that_no_document_exceeds_is_no_option_of_attention(monkeypatch):
+    """As before there were windows, so that kernels without them serve such batches."""
+    model = tuned("mistral", sliding_window=36)
     lemo.apply(model, settings())
-    match = (
-        r"sliding-window attention \(sliding_window=36 of MistralForCausalLM, in a document of 37 tokens\).*at most 36"
-    )
-    with pytest.raises(UnsupportedModelError, match=match):
-        model(**inputs)
-    model.get_base_model().config.sliding_window = None  # as the message says
-    model(**inputs).loss.backward()
+    packed = batch("packed")  # 50 tokens, of which the longest document has 32
+    assert windows_of_calls(model, packed, monkeypatch) == [None] * 3
+    assert windows_of_calls(model, batch("plain"), monkeypatch) == [36] * 3  # documents of 37 tokens
+    model.get_base_model().config.sliding_window = 37
+    assert windows_of_calls(model, batch("plain"), monkeypatch) == [None] * 3
 
 
-def test_windows_are_refused_before_a_run():
-    """By the estimate, by calibration, and for Qwen2, whose layers may differ, by apply."""
-    from lemo.predictors.teacher import Teacher
-
-    with pytest.raises(UnsupportedModelError, match=r"sliding_window=4096 .* a document of 8192 tokens"):
-        lemo.estimate(MistralConfig(), lemo.LemoConfig(), 8192)
-    assert lemo.estimate(MistralConfig(), lemo.LemoConfig(), 4096, batch=4)["peak"] > 0
-    teacher = Teacher(base("mistral", sliding_window=16), 8, False)
-    for read in (teacher.read, lambda ids, consume: teacher.read_eliminating(ids, consume, 0.5)):
-        with pytest.raises(UnsupportedModelError, match="at most 16 tokens"):
-            read(torch.randint(3, 80, (17,)), lambda *_: None)
+def test_what_kernels_do_not_compute_is_refused_before_a_run():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    mistral = families.of(MistralConfig())
+    mistral.check_kernels(MistralConfig(), 8192, cpu)
+    mistral.check_kernels(MistralConfig(), 4096, cuda)
     with pytest.raises(
-        UnsupportedModelError, match=r"use_sliding_window=True of Qwen2ForCausalLM.*use_sliding_window=False"
+        UnsupportedModelError,
+        match=r"a sliding window of 4096 in documents of 8192 tokens on CUDA \(MistralFor.*; .*at most 4096 tokens",
     ):
-        lemo.apply(base("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1))
-    assert lemo.estimate(Qwen2Config(sliding_window=128), lemo.LemoConfig(), 4096)["peak"] > 0  # which it does not use
+        mistral.check_kernels(MistralConfig(), 8192, cuda)
+    for config, what in ((Gemma2Config(), "soft-capped scores"), (GptOssConfig(), "sinks")):
+        with pytest.raises(UnsupportedModelError, match=f"{what}.* on CUDA .*; train on the CPU \\(--device cpu\\)$"):
+            families.of(config).check_kernels(config, 64, cuda)
+    with pytest.raises(UnsupportedModelError, match=r"heads of 256 values on CUDA \(Gemma3ForCausalLM\)"):
+        families.of(Gemma3TextConfig()).check_kernels(Gemma3TextConfig(), 64, cuda)
+
+
+def test_layers_with_a_window_have_no_lists_of_tiles_to_save():
+    config = FAMILIES["ministral"].config
+    sizes = {**FAMILIES["ministral"].options, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
+    sparse = settings(phases=[lemo.Phase("sparse", keys=256)])
+    layers = {
+        kind: lemo.estimate(config(**{**sizes, "layer_types": [kind] * 3}), sparse, 1024)["phases"][0]["saved"]
+        for kind in ("full_attention", "sliding_attention")
+    }
+    mixed = lemo.estimate(config(**sizes), sparse, 1024)["phases"][0]["saved"]
+    assert layers["sliding_attention"] < layers["full_attention"]
+    assert 3 * mixed == 2 * layers["sliding_attention"] + layers["full_attention"]
+
+
+# --- models that hold a family's, or store it otherwise ---------------------------------------------------------------
+
+
+def test_the_language_model_of_gemma_3_loads_alone(tmp_path):
+    """As the refusal of the whole says, and as the commands do."""
+    from lemo.cli.common import load_config
+
+    text = base("gemma3_text").config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    whole = Gemma3ForConditionalGeneration(config)
+    match = r"lemo does not support Gemma3ForConditionalGeneration: .*Gemma3ForCausalLM\.from_pretrained.*key_mapping="
+    with pytest.raises(UnsupportedModelError, match=match):
+        lemo.apply(whole)
+    with pytest.raises(UnsupportedModelError, match=r"Gemma3Config .*key_mapping="):
+        lemo.estimate(config, lemo.LemoConfig(), 64)
+    whole.save_pretrained(tmp_path)
+    read = load_config(str(tmp_path), 64, False)
+    assert families.of(read).model_class == "Gemma3ForCausalLM"
+    alone = Gemma3ForCausalLM.from_pretrained(tmp_path, config=read, **families.loading(read))
+    expected = whole.model.language_model.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in alone.model.state_dict().items())
+    lemo.apply(alone, settings())
+
+
+def test_positions_of_layers_without_a_window_are_stretched(tmp_path):
+    from lemo.cli.common import load_config
+
+    base("gemma3_text", max_position_embeddings=64).config.save_pretrained(tmp_path)
+    before = load_config(str(tmp_path), 64, False).rope_parameters
+    after = load_config(str(tmp_path), 256, True).rope_parameters
+    assert after["sliding_attention"] == before["sliding_attention"]
+    assert after["full_attention"] == {**before["full_attention"], "rope_type": "linear", "factor": 4.0}
+
+
+def test_experts_in_mxfp4_are_refused():
+    model = base("gpt_oss")
+    model.model.layers[1].mlp.experts.__class__ = type("Mxfp4GptOssExperts", (nn.Module,), {})
+    with pytest.raises(
+        UnsupportedModelError, match=r"experts in mxfp4 \(model\.layers\.1\.mlp\.experts\).*dequantize=True"
+    ):
+        lemo.apply(model, settings())
+    config = base("gpt_oss").config
+    assert "quantization_config" not in families.loading(config)
+    config.quantization_config = {"quant_method": "mxfp4"}
+    assert families.loading(config)["quantization_config"].dequantize
 
 
 @pytest.mark.parametrize("targets", [ATTENTION["llama"], LINEARS["llama"]], ids=["attention", "all"])

@@ -9,7 +9,7 @@ import torch
 import transformers
 from lemo.engine.layout import Blocks, Kept
 from lemo.engine.participation import Participation
-from support.models import FAMILIES, LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from support.models import LAYERS, LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
 
 MODES = [
     lemo.Phase("dense"),
@@ -95,7 +95,7 @@ def items(*batches):
     return sum((b["labels"][:, 1:] != -100).sum() for b in batches)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("mean", [True, False])
 def test_padding_on_either_side_is_one_loss(family, mean):
     model, right, left = tuned(family), padded("right"), padded("left")
@@ -355,7 +355,7 @@ def test_second_derivatives_of_a_step_are_refused(phase, path):
             function()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("where", ["module", "peft"])
 def test_who_keeps_the_embeddings_output_finds_it_unchanged(family, where):
     model, inputs, seen = tuned(family), batch("plain"), []

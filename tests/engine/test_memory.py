@@ -4,78 +4,28 @@ import json
 from pathlib import Path
 
 import lemo
-import lemo.engine.stack
 import pytest
-import torch
-from lemo.engine.attend import TileChoice, Tiles
-from lemo.engine.forward import forward
 from lemo.engine.memory import layer_shape, saved_bytes
-from lemo.engine.records import Record, SavedList
 from lemo.engine.sizes import gpu_bytes, left_for_steps
 from lemo.engine.tiles import TILE, capacity
-from support.models import ATTENTION, FAMILIES, LINEARS, base, lora
+from support.models import ATTENTION, LAYERS, LINEARS, base, lora
+from support.saved import count
 
-BLOCK, CONTEXT, LAYERS = 8, 128, 3
-
-
-def tensors_of(value, seen):
-    """Tensors reachable from records, without looking into the model."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from tensors_of(v, seen)
-    elif isinstance(value, (Record, SavedList, TileChoice, Tiles)) and id(value) not in seen:
-        seen.add(id(value))
-        for v in vars(value).values():
-            yield from tensors_of(v, seen)
+BLOCK, CONTEXT, DEPTH = 8, 128, 3
 
 
-def count(model, settings, monkeypatch, context=CONTEXT):
-    """Bytes of unique storages that the layers hold after a forward pass: graphs' saved tensors and the records'.
-
-    Storages that died in the forward pass are not saved; parameters and what belongs to the step are not the layers'.
-    """
-    packs: list[torch.Tensor] = []
-    records: list[Record] = []
-
-    def spy(step, x):
-        def pack(t):
-            packs.append(t.detach())
-            return len(packs) - 1
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: packs[i]):
-            forward(step, x)
-        shared.extend([x, *(step.attention.tables or ())])
-        records.extend(step.records)
-
-    shared = list(model.parameters())
-    monkeypatch.setattr(lemo.engine.stack, "forward", spy)
-    controller = lemo.apply(model, settings)
-    ids = torch.randint(3, 80, (2, context // 2))
-    model(input_ids=ids, labels=ids)
-    everything = all(r == 1.0 for r in controller.kept_ratios)
-    held = [*packs, *tensors_of(records, set())]
-    if everything:  # the lists are the step's then
-        shared.extend(t for r in records for t in (r.saved_list.rows, r.saved_list.cu_seqlens))
-    owned = {t.untyped_storage().data_ptr() for t in shared}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t.numel()}
-    rows = [r.saved_list.count for r in records]
-    return sum(n for p, n in storages.items() if p not in owned), rows, everything
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("where", ["attention", "all"])
 def test_skip(family, recompute, keep, where, monkeypatch):
     targets = ATTENTION[family] if where == "attention" else LINEARS[family]
-    model = lora(base(family, layers=LAYERS), targets).train()
+    model = lora(base(family, layers=DEPTH), targets).train()
     phase = lemo.Phase("skip", keep=keep, policy="random")
     got, rows, everything = count(
         model, lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[phase]), monkeypatch
     )
-    assert rows == [keep * CONTEXT] * LAYERS
+    assert rows == [keep * CONTEXT] * DEPTH
     shape = layer_shape(model.config, element=4, lora_rank=4, lora_targets=targets)
     expected = [saved_bytes(shape, m, recompute=recompute, documents=2, everything=everything) for m in rows]
     assert got == sum(expected)
@@ -84,7 +34,7 @@ def test_skip(family, recompute, keep, where, monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("keep", [0.5, 0.25])
 def test_backward(weighted, keep, monkeypatch):
-    model = lora(base("llama", layers=LAYERS), ATTENTION["llama"]).train()
+    model = lora(base("llama", layers=DEPTH), ATTENTION["llama"]).train()
     phase = lemo.Phase("backward", keep=keep, policy="random", weighted=weighted)
     got, rows, _ = count(model, lemo.LemoConfig(block_size=BLOCK, phases=[phase]), monkeypatch)
     shape = layer_shape(model.config, element=4, lora_rank=4, lora_targets=ATTENTION["llama"])
@@ -98,18 +48,18 @@ def test_backward(weighted, keep, monkeypatch):
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_sparse(recompute, keep, monkeypatch):
-    model = lora(base("llama", layers=LAYERS, max_position_embeddings=1024), ATTENTION["llama"]).train()
+    model = lora(base("llama", layers=DEPTH, max_position_embeddings=1024), ATTENTION["llama"]).train()
     phase = lemo.Phase("sparse", keys=256, keep=keep, policy=None if keep == 1.0 else "random")
     settings = lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[phase])
     got, rows, everything = count(model, settings, monkeypatch, context=2048)
-    assert rows == [keep * 2048] * LAYERS
+    assert rows == [keep * 2048] * DEPTH
     shape = layer_shape(model.config, element=4, lora_rank=4, lora_targets=ATTENTION["llama"])
     # Documents of unknown lengths have room for the longest list everywhere.
     tiles = (rows[0] // TILE + 2, capacity(rows[0], 2, rows[0] // 2, phase))
     expected = saved_bytes(shape, rows[0], recompute=recompute, documents=2, everything=everything, tiles=tiles)
-    assert got == LAYERS * expected
+    assert got == DEPTH * expected
     estimate = lemo.estimate(model, settings, 1024, batch=2, element=4, lora_rank=4)["phases"][0]
-    assert estimate["saved"] == LAYERS * expected
+    assert estimate["saved"] == DEPTH * expected
 
 
 def test_a_weighted_phase_is_estimated_with_room_for_its_draw():
@@ -168,7 +118,7 @@ def test_the_longest_context_fits_and_the_next_does_not():
 
 def test_an_estimate_with_a_budget_is_the_plan_of_a_run():
     """By the configuration alone, and in the run."""
-    model = lora(base("llama", layers=LAYERS), ATTENTION["llama"]).train()
+    model = lora(base("llama", layers=DEPTH), ATTENTION["llama"]).train()
     phases = [lemo.Phase("skip", policy="random"), lemo.Phase("backward")]
     settings = lemo.LemoConfig(block_size=BLOCK, phases=phases, memory_budget="150MiB", offload=1)
     found = lemo.estimate(model, settings, CONTEXT // 2, batch=2, element=4, lora_rank=4)

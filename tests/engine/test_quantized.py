@@ -2,9 +2,12 @@
 
 import copy
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import lemo
 import lemo.engine.linear
+import lemo.engine.memory
 import lemo.engine.stack
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from lemo.engine.forward import forward
 from lemo.engine.linear import Form, projection
 from lemo.engine.memory import layer_shape, stored_bytes
-from support.models import FAMILIES, LINEARS, assert_close, base, batch, gradients, lora
+from support.models import LAYERS, LINEARS, assert_close, base, batch, gradients, lora
 from torch import nn
 
 
@@ -60,7 +63,7 @@ def settings(recompute="none", mode="dense", **options):
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_gradients_are_those_of_plain_training(family, recompute, known):
     model = lora(quantize(base(family), [*LINEARS[family], "lm_head"]), LINEARS[family]).train()
     inputs = batch("right")
@@ -127,28 +130,94 @@ def test_memory_counts_weights_as_they_are_stored():
     assert stored["working"] >= dense["working"]
 
 
-def test_four_bit_weights_of_bitsandbytes():
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    model = base("llama", hidden_size=64, intermediate_size=128)
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if type(child) is nn.Linear and name in LINEARS["llama"]:
-                four = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
-                )
-                four.weight = bnb.nn.Params4bit(child.weight.detach(), requires_grad=False, quant_type="nf4")
-                module._modules[name] = four.to("cpu")
-    model = lora(model, LINEARS["llama"]).train()
-    found = projection(model.get_base_model().model.layers[0].mlp.up_proj)
+# --- libraries that quantize ------------------------------------------------------------------------------------------
+
+
+def bitsandbytes(bits: int) -> Callable[[Any], Any]:
+    """Every linear layer of the layers in 4 or 8 bits of bitsandbytes, which runs on the CPU too."""
+
+    def change(model: Any) -> Any:
+        bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        for module in list(model.modules()):
+            for name, child in list(module._modules.items()):
+                if type(child) is not nn.Linear or name not in LINEARS["llama"]:
+                    continue
+                sizes, weight = (child.in_features, child.out_features), child.weight.detach()
+                if bits == 4:
+                    made = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+                    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+                else:
+                    made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+                    made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+                module._modules[name] = made.to("cpu")
+        setattr(model, f"is_loaded_in_{bits}bit", True)  # as from_pretrained does; PEFT looks for it
+        return model
+
+    return change
+
+
+def torchao(config: str, **options: Any) -> Callable[[Any], Any]:
+    """Every linear layer, the head included, by torchao."""
+
+    def change(model: Any) -> Any:
+        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        if not hasattr(quantization, config):
+            pytest.skip(f"this torchao has no {config}")
+        quantization.quantize_(model, getattr(quantization, config)(**options))
+        return model
+
+    return change
+
+
+LIBRARIES = {
+    "bitsandbytes 4": bitsandbytes(4),
+    "bitsandbytes 8": bitsandbytes(8),
+    "torchao int8": torchao("Int8WeightOnlyConfig"),
+    "torchao int4": torchao("IntxWeightOnlyConfig", weight_dtype=getattr(torch, "int4", None)),
+    "torchao float8": torchao("Float8WeightOnlyConfig"),
+}
+
+
+def quantized(library: str, **options: Any) -> Any:
+    model = LIBRARIES[library](base("llama", hidden_size=64, intermediate_size=128))
+    return lora(model, LINEARS["llama"], **options).train()
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated", "ignore:Merge lora", "ignore:Unmerge lora")
+@pytest.mark.parametrize(("library", "dora"), [(name, False) for name in LIBRARIES] + [("bitsandbytes 4", True)])
+def test_libraries_that_quantize(library: str, dora: bool) -> None:
+    """Loss and gradients of PEFT, before and after the first call, at which some of them change their state."""
+    model, inputs = quantized(library, use_dora=dora), batch("right")
+    module = model.get_base_model().model.layers[0].mlp.up_proj
+    found = projection(module)
     assert found is not None and found.dense_weight().shape == (128, 64) == (found.width, 64)
-    assert found.weight.numel() == 128 * 64 // 2
-    inputs = batch("right")
     loss, expected = gradients(model, inputs)
     for recompute in ("none", "full"):
-        lemo.apply(model, settings(recompute))
+        controller = lemo.apply(model, settings(recompute, "skip", keep=1.0))
         ours, got = gradients(model, inputs)
         torch.testing.assert_close(ours, loss, rtol=1e-4, atol=0)
         assert_close(got, expected, 1e-4)
+        assert not controller._notes  # the segmented loss covers the head too
         lemo.remove(model)
+    fresh = quantized(library, use_dora=dora)
+    lemo.apply(fresh, settings())
+    torch.testing.assert_close(gradients(fresh, inputs)[0], loss, rtol=1e-4, atol=0)
     dense = base("llama", hidden_size=64, intermediate_size=128)
-    assert stored_bytes(model) < 0.5 * stored_bytes(dense)
+    assert stored_bytes(model) < 0.6 * stored_bytes(dense)
+    assert lemo.engine.memory.quantized(model) and not lemo.engine.memory.quantized(dense)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora", "ignore:Unmerge lora")
+@pytest.mark.parametrize("library", ["bitsandbytes 4", "bitsandbytes 8"])
+def test_merged_into_a_quantized_base(library: str) -> None:
+    """Weights are read when they are used: after a merge the merged ones, and after its end the adapter's too."""
+    model, inputs = quantized(library, modules_to_save=["norm"]), batch("right")
+    for merge in (model.merge_adapter, model.unmerge_adapter):
+        merge()
+        loss, expected = gradients(model, inputs)
+        lemo.apply(model, settings())
+        ours, got = gradients(model, inputs)
+        torch.testing.assert_close(ours, loss, rtol=1e-4, atol=0)
+        assert_close(got, expected, 1e-4)
+        assert any("lora_A" in name for name in got) == (merge == model.unmerge_adapter)
+        lemo.remove(model)

@@ -12,7 +12,8 @@ from lemo.engine.attend import PackedRows
 from lemo.engine.config import _TILE, TILE_OPTIONS
 from lemo.engine.tiles import TILE, LayerRows, TileChooser, budget, make_tile_policy
 from support import reference
-from support.models import FAMILIES, LAYERS, LINEARS, assert_close, base, clone, gradients, lora, tuned
+from support.models import LAYERS, LINEARS, assert_close, base, clone, gradients, lora, tuned
+from support.tile_pairs import pairs_of
 
 LENGTHS = (640, 129, 431)  # tiles of 128: whole, one row more, a part
 
@@ -38,7 +39,7 @@ def batch(kind="packed"):
 
 def long(family):
     """What a tiny model of the family needs for documents of these lengths."""
-    return {"max_position_embeddings": 1024, **({"sliding_window": None} if family == "mistral" else {})}
+    return {"max_position_embeddings": 1024}
 
 
 def packed(family, inputs):
@@ -68,20 +69,6 @@ def chosen(monkeypatch):
     return found
 
 
-def pairs_of(rows: PackedRows, tiles) -> torch.Tensor:
-    """bool [M, M]: whether row i may see row j, causality within a tile aside."""
-    cu = rows.cu_seqlens.tolist()
-    seen = torch.zeros(cu[-1], cu[-1], dtype=torch.bool)
-    offsets, listed = tiles.offsets.tolist(), tiles.tiles.tolist()
-    for d, (a, b) in enumerate(itertools.pairwise(cu)):
-        for m in range(-(-(b - a) // TILE)):
-            slot = a // TILE + d + m
-            own = slice(a + m * TILE, min(a + (m + 1) * TILE, b))
-            for n in [m, *listed[offsets[slot] : offsets[slot + 1]]]:
-                seen[own, a + n * TILE : min(a + (n + 1) * TILE, b)] = True
-    return seen
-
-
 class Sparse(reference.Model):
     """A model whose layers see the chosen tiles only; choices by layer, None: all tiles."""
 
@@ -108,7 +95,7 @@ def everything(ids):
     return [(torch.arange(len(ids)),) * 2] * 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("kind", ["packed", "right", "left"])
 def test_sparse(family, recompute, kind, chosen):
@@ -256,15 +243,53 @@ def test_strips(policy, monkeypatch):
                 assert sorted({0, *range(m - len(listed) + 1, m)} if listed else []) == listed
 
 
-def test_long_documents_are_probed_at_one_row(monkeypatch):
-    torch.manual_seed(0)
-    q, k = torch.randn(1000, 4, 8), torch.randn(1000, 2, 8)
-    layer = LayerRows(0, q, q, k, PackedRows(torch.tensor([0, 1000], dtype=torch.int32), 1000), 0.3)
-    one, two = (make_tile_policy("probe", {"rows": n}, None).scorer(layer)(0, 8, 8) for n in (1, 2))
-    assert not torch.equal(one, two)
-    assert torch.equal(make_tile_policy("probe", {}, None).scorer(layer)(0, 8, 8), two)
-    monkeypatch.setattr(engine_tiles, "LONG_ROWS", 999)
-    assert torch.equal(make_tile_policy("probe", {}, None).scorer(layer)(0, 8, 8), one)
+def probed(options, tokens=1000):
+    """What probing ranks one document by, and its masses."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (2 * torch.randn(1000, heads, 8, generator=generator) for heads in (4, 2))
+    layer = LayerRows(0, q, q, k, PackedRows(torch.tensor([0, 1000], dtype=torch.int32), tokens), 0.3)
+    return make_tile_policy("probe", options, None).scorer(layer)(0, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(1000, 3), (1001, 2), (2000, 2), (2001, 1), (10**6, 1)], ids=lambda n: str(n)
+)
+def test_the_longer_a_document_the_fewer_rows_are_probed(tokens, rows, monkeypatch):
+    monkeypatch.setattr(engine_tiles, "PROBED_ROWS", ((1000, 3), (2000, 2)))
+    monkeypatch.setattr("lemo.ops.tile_scores", lambda *args: (args[6], None))
+    assert probed({"rank": "mean"}, tokens) == (rows, None)
+    assert probed({"rank": "mean", "rows": 7}, tokens) == (7, None)
+
+
+def test_probed_tiles_are_ranked_by_the_head_that_needs_them_most():
+    peaks, masses = probed({"rows": 4})
+    means, nothing = probed({"rows": 4, "rank": "mean"})
+    assert nothing is None and torch.equal(means, masses)
+    assert (peaks >= masses).all() and (peaks > masses).any() and masses[7].sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "limits", "listed", "share"),
+    [
+        ("peak", {"density": 0.5}, [0, 1], 0.25),
+        ("mean", {"density": 0.5}, [0, 2], 0.39),
+        ("peak", {"mass": 0.6}, [0, 1, 2], 0.64),  # of the largest masses, tile 1 would be enough
+        ("mean", {"mass": 0.6}, [0, 2, 3], 0.75),
+    ],
+)
+def test_the_rank_chooses_and_the_mass_limits(rank, limits, listed, share):
+    """One head of four looks at tile 1 alone; three look at tile 2, and a little less at tile 3."""
+    q, k = torch.zeros(6 * TILE, 4, 8), torch.zeros(6 * TILE, 4, 8)
+    q[:, :, 0] = 30.0
+    k[TILE : 2 * TILE, 0, 0] = 1.0
+    k[2 * TILE : 3 * TILE, 1:, 0] = 1.0
+    k[3 * TILE : 4 * TILE, 1:, 0] = 1.0 + math.log(0.36 / 0.39) / 30
+    rows = PackedRows(torch.tensor([0, 6 * TILE], dtype=torch.int32), 6 * TILE)
+    phase = lemo.Phase("sparse", local=0, tile_options={"rank": rank}, **limits)
+    chooser = TileChooser(make_tile_policy("probe", phase.tile_options, None), phase, 1)
+    tiles = chooser.choose(LayerRows(0, q, q, k, rows, 1.0))
+    assert tiles.tiles[tiles.offsets[5] : tiles.offsets[6]].tolist() == listed
+    assert chooser.chosen[0].covered[5] == pytest.approx(share, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +307,7 @@ def test_long_documents_are_probed_at_one_row(monkeypatch):
         ({"policy": "random"}, "Phase.policy chooses the blocks that a layer keeps, and mode 'sparse' with keep=1"),
         ({"policy_options": {"shared": True}}, "Phase.policy_options chooses the blocks"),
         ({"mode": "dense", "policy": "random"}, "Phase.policy chooses the blocks"),
-        ({"tile_options": {"row": 4}}, "Phase.tile_options: tile_policy 'probe' has no option row; it has rows"),
+        ({"tile_options": {"row": 4}}, "Phase.tile_options: tile_policy 'probe' has no option row; it has rows, rank"),
         ({"tile_policy": "recent", "tile_options": {"rows": 2}}, "'recent' has no option rows; it has none"),
         ({"mass": 0.0}, "Phase.mass"),
         ({"mass": 0.9, "tile_policy": "recent"}, "Phase.mass needs a tile_policy that estimates attention"),
@@ -304,6 +329,8 @@ def test_bad_options():
     model = tuned("llama")
     with pytest.raises(ValueError, match="rows must be an integer from 1 to 128, or None; got 0"):
         lemo.apply(model, config(tile_options={"rows": 0}))
+    with pytest.raises(ValueError, match="rank must be one of peak, mean; got 'max'"):
+        lemo.apply(model, config(tile_options={"rank": "max"}))
     with pytest.raises(ValueError, match=r'tile_policy "predictors" needs LemoConfig\.calibration'):
         config(tile_policy="predictors")
 

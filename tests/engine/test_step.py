@@ -59,7 +59,7 @@ def assert_same(got, expected, tolerance=1e-5):
 class PlainAttention(Attention):
     """Dense matrices in plain torch. Documents are aligned at their ends, so queries may be fewer than keys."""
 
-    def scores(self, q, k, queries, keys, scale):
+    def scores(self, q, k, queries, keys, options):
         def places(rows):
             lengths = rows.cu_seqlens.diff().long()
             document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -69,17 +69,17 @@ class PlainAttention(Attention):
         (document, end), (document_k, end_k) = places(queries), places(keys)
         seen = (document[:, None] == document_k) & (end_k >= end[:, None])
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        return torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~seen, -torch.inf)
+        return torch.einsum("ihd,jhd->hij", q, k).mul(options.scale).masked_fill(~seen, -torch.inf)
 
-    def attend(self, q, k, v, queries, keys, scale, tiles=None):
-        s = self.scores(q, k, queries, keys, scale)
+    def attend(self, q, k, v, queries, keys, options, tiles=None):
+        s = self.scores(q, k, queries, keys, options)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
         return torch.einsum("hij,jhd->ihd", s.softmax(-1), v), s.logsumexp(-1)
 
-    def attend_with_gradient(self, q, k, v, queries, keys, scale, tiles, out, lse):
+    def attend_with_gradient(self, q, k, v, queries, keys, options, tiles, out, lse):
         if out is None:
-            out, lse = self.attend(q.detach(), k.detach(), v.detach(), queries, keys, scale)
-        s, v = self.scores(q, k, queries, keys, scale), v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+            out, lse = self.attend(q.detach(), k.detach(), v.detach(), queries, keys, options)
+        s, v = self.scores(q, k, queries, keys, options), v.repeat_interleave(q.shape[1] // v.shape[1], 1)
         p = (s.detach() - lse[..., None]).exp()
         if keys.weights is not None:
             other = queries.slots[:, None] != keys.slots
@@ -93,9 +93,11 @@ class PlainAttention(Attention):
 def one_sided(rows: PackedRows, document: int, first: int, last: int) -> PackedRows:
     """Rows first to last of one document."""
     start = int(rows.cu_seqlens[document])
-    slots = None if rows.slots is None else rows.slots[start + first : start + last]
+    own = slice(start + first, start + last)
+    slots = None if rows.slots is None else rows.slots[own]
+    tokens = (torch.arange(int(rows.cu_seqlens[-1])).int() if rows.table_rows is None else rows.table_rows)[own]
     cu_seqlens = torch.tensor([0, last - first], dtype=torch.int32)
-    return PackedRows(cu_seqlens, last - first, weights=rows.weights, slots=slots)
+    return PackedRows(cu_seqlens, last - first, tokens, rows.weights, slots)
 
 
 class Chunks(Attention):
@@ -108,20 +110,20 @@ class Chunks(Attention):
                 own, seen = slice(start + first, start + last), slice(start, start + last)
                 yield own, seen, one_sided(rows, document, first, last), one_sided(rows, document, 0, last)
 
-    def attend(self, q, k, v, queries, keys, scale, tiles=None):
+    def attend(self, q, k, v, queries, keys, options, tiles=None):
         if queries is not keys:  # a chunk
-            return super().attend(q, k, v, queries, keys, scale)
+            return super().attend(q, k, v, queries, keys, options)
         parts = [
-            super(Chunks, self).attend(q[own], k[seen], v[seen], chunk, so_far, scale)
+            super(Chunks, self).attend(q[own], k[seen], v[seen], chunk, so_far, options)
             for own, seen, chunk, so_far in self.chunks(queries)
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
-    def attend_with_gradient(self, q, k, v, queries, keys, scale, tiles, out, lse):
+    def attend_with_gradient(self, q, k, v, queries, keys, options, tiles, out, lse):
         parts = []
         for own, seen, chunk, so_far in self.chunks(queries):
             saved = (None, None) if out is None else (out[own], lse[:, own])
-            given = (q[own], k[seen], v[seen], chunk, so_far, scale, tiles)
+            given = (q[own], k[seen], v[seen], chunk, so_far, options, tiles)
             parts.append(super().attend_with_gradient(*given, *saved))
         return torch.cat(parts)
 

@@ -1,6 +1,7 @@
 // Valid random arguments of every operation.
 #pragma once
 
+#include <limits>
 #include <string>
 
 #include "lemo/operations.h"
@@ -202,6 +203,8 @@ inline void fill(Random& random, Memory& m, lemo_scores_args& a) {
   a.blocks = p.blocks(m);
   a.scale = random.number();
   a.normalize = static_cast<int32_t>(random.in(0, 1));
+  if (random.once_in(2)) a.window = random.once_in(4) ? std::numeric_limits<int64_t>::max() : random.in(1, 30);
+  if (random.once_in(3)) a.softcap = 3.0f;
   a.scores = m.floats({n});
   if (random.once_in(2)) a.map = m.floats({n, n});
 }
@@ -237,6 +240,10 @@ struct Attention {
   // Of keys: those of the queries, or separate ones.
   int64_t key_storage, key_capacity, longest_k = 0;
   lemo_tensor cu_seqlens_k{}, rows_k{};
+  // Options.
+  int64_t window = 0;
+  float softcap = 0;
+  lemo_tensor places{}, places_k{}, sinks{};
 
   Attention(Random& random, Memory& m, bool transposed) : packing(random, 4, random.once_in(4) ? 200 : 20) {
     packed = random.once_in(3);
@@ -256,6 +263,25 @@ struct Attention {
     } else if (random.once_in(2)) {
       separate_keys(random, m);
     }
+    options(random, m);
+  }
+
+  void options(Random& random, Memory& m) {
+    if (random.once_in(3)) softcap = 3.0f;
+    if (random.once_in(3)) sinks = m.floats({query_heads});
+    if (tiles.ndim != 0 || random.once_in(2)) return;
+    window = random.once_in(4) ? std::numeric_limits<int64_t>::max() : random.in(1, 60);
+    const bool separate = cu_seqlens_k.ndim != 0;
+    const auto list = [&](int64_t size) {
+      std::vector<int32_t> numbers;
+      for (int64_t i = 0; i < size; ++i) {
+        numbers.push_back(static_cast<int32_t>(random.in(1, 3)) + (numbers.empty() ? -1 : numbers.back()));
+      }
+      return m.ints(numbers);
+    };
+    if (!separate && random.once_in(2)) return;
+    places = list(capacity);
+    if (separate) places_k = list(key_capacity);
   }
 
   void separate_keys(Random& random, Memory& m) {
@@ -311,6 +337,11 @@ inline void fill(Random& random, Memory& m, lemo_attention_forward_args& a) {
   a.rows = t.rows;
   a.max_seqlen = t.packing.longest;
   a.scale = random.number();
+  a.softcap = t.softcap;
+  a.window = t.window;
+  a.places = t.places;
+  a.places_k = t.places_k;
+  a.sinks = t.sinks;
   a.out = m.floats({t.storage, t.query_heads, t.d});
   a.lse = m.floats({t.query_heads, t.capacity});
   a.tile_offsets = t.tile_offsets;
@@ -344,6 +375,12 @@ inline void fill(Random& random, Memory& m, lemo_attention_backward_args& a) {
   }
   a.max_seqlen = t.packing.longest;
   a.scale = 0.1f;
+  a.softcap = t.softcap;
+  a.window = t.window;
+  a.places = t.places;
+  a.places_k = t.places_k;
+  a.sinks = t.sinks;
+  if (t.sinks.ndim != 0 && random.once_in(2)) a.dsinks = m.floats({t.query_heads});
   a.dq = m.floats({t.storage, t.query_heads, t.d});
   a.dk = m.floats({t.key_storage, t.key_heads, t.d});
   a.dv = m.floats({t.key_storage, t.key_heads, t.d});
@@ -372,6 +409,7 @@ inline void fill(Random& random, Memory& m, lemo_tile_scores_args& a) {
   a.probes = static_cast<int32_t>(random.once_in(4) ? LEMO_TILE_ROWS : random.in(1, 4));
   a.scores = m.floats(
       {random.in(0, slots - a.first_slot), (p.longest + LEMO_TILE_ROWS - 1) / LEMO_TILE_ROWS + random.in(0, 2)});
+  if (random.once_in(2)) a.peaks = m.floats({a.scores.shape[0], a.scores.shape[1]});
 }
 
 // Documents of a few tiles, and slots for these.
@@ -402,6 +440,7 @@ inline void fill(Random& random, Memory& m, lemo_select_tiles_args& a) {
   a.local = static_cast<int32_t>(random.in(0, 2));
   a.chosen = m.tensor(LEMO_I32, {t.slots, (width + 31) / 32 + random.in(0, 1)});
   if (random.once_in(2)) a.covered = m.tensor(LEMO_F32, {count});
+  if (random.once_in(2)) a.masses = m.floats({count, width});
 }
 
 inline void fill(Random& random, Memory& m, lemo_list_tiles_args& a) {

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from lemo.integration.trainers import running_trainer
-from support.models import ATTENTION, FAMILIES, VOCAB, base, batch, gradients, lora, tuned
+from support.models import ATTENTION, LAYERS, VOCAB, base, batch, gradients, lora, tuned
 
 SKIP = [lemo.Phase("skip", keep=0.5, policy="update_norm")]
 
@@ -75,8 +75,33 @@ def test_tensorboard(tmp_path):
     (file,) = (tmp_path / "events").rglob("events*")
     events = EventAccumulator(str(file))
     events.Reload()
-    assert {"train/lemo_kept", "train/lemo_phase"} <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("train/lemo_phase")] == [0, 0]
+    scalars = {name: events.Scalars(f"train/lemo_{name}") for name in ("kept", "phase", "loss_tokens", "cost")}
+    assert [event.value for event in scalars["phase"]] == [0, 0]
+    assert [event.step for event in scalars["loss_tokens"]] == [1, 2]
+    assert all(0 < event.value < 2 * 23 for event in scalars["loss_tokens"])
+    assert all(0.1 < event.value < 1 for event in scalars["cost"])
+
+
+@pytest.mark.parametrize("density", [0.25, 1.0])
+def test_an_integration_that_transformers_knows(tmp_path, density):
+    """Whatever `report_to` names is made by transformers and stands before the callbacks of users."""
+    seen = []
+
+    class Integration(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    model = tuned("llama", max_position_embeddings=2048)
+    controller = lemo.apply(model, settings(phases=[lemo.Phase("sparse", density=density)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "ours", Integration)
+        made = trainer(model, tmp_path, [controller.callback()], report_to=["ours"], max_steps=1)
+        made.train_dataset = [{"input_ids": [3] * 1024, "labels": [3] * 1024}] * 2
+        made.train()
+    (log,) = (log for log in seen if "loss" in log)
+    assert log["lemo_kept"] == 1.0 and log["lemo_loss_tokens"] == 2 * 1023
+    assert (log["lemo_density"] < 1) == (log["lemo_cost"] < 1) == (density < 1)
+    assert 0 < log["lemo_covered"] <= 1
 
 
 def test_looking_for_the_trainer_holds_nothing():
@@ -170,7 +195,7 @@ def test_mixed_precision_training_twice(tmp_path):
 # --- hooks on the embedding -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYERS)
 def test_hooks_on_the_embedding_see_the_batch(family):
     model, inputs = tuned(family), batch("right")
     shapes = []

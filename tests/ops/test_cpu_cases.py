@@ -9,12 +9,12 @@ import torch
 from lemo import _native, ops
 from lemo.engine.layout import Kept, select
 from support import oracle
-from support.cases import CASES, DIMS, PACKINGS, SELECT, Attention, name_of
+from support.cases import CASES, CPU_CASES, DIMS, PACKINGS, SELECT, Attention, name_of
 from support.compare import check_single
 from support.elementwise_cases import Rotary, SwiGLU
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", [*CASES, *CPU_CASES], ids=name_of)
 def test_against_the_oracle(case) -> None:
     check_single(case)
 

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from lemo import ops
+from lemo import _native, ops
 from lemo._native import constant
 from ops.test_cpu_cases import UNNAMED, unnamed_rows_stay
 from support.cases import ATTENTION, DIMS, Attention, Results, name_of
@@ -151,7 +151,7 @@ def test_65536_tokens(dim, listed) -> None:
     cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
     rows = torch.arange(n, dtype=torch.int32, device="cuda") if listed else None
     out, lse = ops.attention_forward(q, k, v, cu, rows, n, dim**-0.5)
-    dq, dk, dv = ops.attention_backward(dout, q, k, v, out, lse, cu, rows, None, None, n, dim**-0.5)
+    dq, dk, dv, _ = ops.attention_backward(dout, q, k, v, out, lse, cu, rows, None, None, n, dim**-0.5)
     actual = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
 
@@ -174,12 +174,12 @@ def test_tile_lists_of_15900_tokens(dim, deterministic, density) -> None:
     lists = (offsets, listed.nonzero()[:, 1].int())
     out, lse = ops.attention_forward(q, k, v, cu, None, n, dim**-0.5, *lists)
     more = (cu, None, None, None, n, dim**-0.5, deterministic, *ops.transpose_tile_lists(*lists, cu))
-    gradients = ops.attention_backward(dout, q, k, v, out, lse, *more)
+    gradients = ops.attention_backward(dout, q, k, v, out, lse, *more)[:3]
     actual = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     seen = listed | torch.eye(slots, dtype=torch.bool, device="cuda")
     judge(actual, *(in_strips(q, k, v, dout, t, seen) for t in (torch.float32, dtype)), dtype)
     for _ in range(20 if deterministic else 0):
-        again = ops.attention_backward(dout, q, k, v, out, lse, *more)
+        again = ops.attention_backward(dout, q, k, v, out, lse, *more)[:3]
         assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
 
 
@@ -198,11 +198,42 @@ def test_chunks_of_queries_of_9000_tokens(dim, deterministic) -> None:
         own = (q[a:b], k[:b], v[:b])
         out, lse = ops.attention_forward(*own, size, None, b - a, dim**-0.5, **keys)
         more = (size, None, None, None, b - a, dim**-0.5, deterministic)
-        dq, dk, dv = ops.attention_backward(dout[a:b], *own, out, lse, *more, **keys)
+        dq, dk, dv, _ = ops.attention_backward(dout[a:b], *own, out, lse, *more, **keys)
         actual["out"][a:b], actual["lse"][:, a:b], actual["dq"][a:b] = out, lse, dq
         actual["dk"][:b] += dk
         actual["dv"][:b] += dv
     judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 3}, "window: expected 0 on CUDA.*got 3"),
+        ({"softcap": 2.0}, "softcap: expected 0 on CUDA.*got 2"),
+        ({"sinks": torch.zeros(2)}, "sinks: expected no tensor on CUDA"),
+        ({"dim": 256}, "head_dim 64.*got 256"),
+    ],
+    ids=("window", "softcap", "sinks", "head_dim"),
+)
+def test_what_the_kernels_lack_is_refused_before_anything_is_written(options, words) -> None:
+    options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    x = torch.ones(6, 2, options.pop("dim", 64), device="cuda", dtype=torch.bfloat16)
+    cu, cu_k, *places = (
+        torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([0, 6], [0, 4], range(6), range(4))
+    )
+    if "window" in options:
+        options |= dict(zip(("places", "places_k"), places, strict=True))
+    # Separate keys, fewer than queries: rows that see none would be blanked first.
+    where = {"cu_seqlens": cu, "max_seqlen": 6, "cu_seqlens_k": cu_k, "max_seqlen_k": 4, "scale": 0.5}
+    inputs = {"q": x, "k": x[:4], "v": x[:4]} | where | options
+    lse = torch.full((2, 6), 7.0, device="cuda")
+    out, dq, dk, dv = (torch.full_like(t, 7.0) for t in (x, x, x[:4], x[:4]))
+    with pytest.raises(NotImplementedError, match=words):
+        _native.call("attention_forward", x.device, inputs | {"out": out, "lse": lse})
+    gradients = {"dq": dq, "dk": dk, "dv": dv}
+    with pytest.raises(NotImplementedError, match=words):
+        _native.call("attention_backward", x.device, inputs | {"dout": x, "out": out, "lse": lse} | gradients)
+    assert all((t == 7.0).all() for t in (out, lse, *gradients.values()))
 
 
 @pytest.mark.parametrize("case", [c for c in RACES if not (c.lists or c.given or c.split)], ids=name_of)
@@ -214,7 +245,8 @@ def test_equal_keys_of_their_own_change_no_bit(case) -> None:
     for given in ({}, keys):
         out, lse = ops.attention_forward(t["q"], t["k"], t["v"], *lists, **given)
         more = (*lists[:2], None, None, *lists[2:], True)
-        found.append((out, lse, *ops.attention_backward(t["dout"], t["q"], t["k"], t["v"], out, lse, *more, **given)))
+        gradients = ops.attention_backward(t["dout"], t["q"], t["k"], t["v"], out, lse, *more, **given)[:3]
+        found.append((out, lse, *gradients))
     for shared, own in zip(*found, strict=True):
         assert torch.equal(shared, own)
 
@@ -244,7 +276,7 @@ def test_lists_of_over_a_thousand_tiles(dim, deterministic) -> None:
         out, lse = ops.attention_forward(q, k, v, cu, None, n, dim**-0.5, *given)
         transposed = given if given[0] is None else ops.transpose_tile_lists(*given, cu)
         more = (cu, None, None, None, n, dim**-0.5, deterministic, *transposed)
-        found.append((out, lse, *ops.attention_backward(dout, q, k, v, out, lse, *more)))
+        found.append((out, lse, *ops.attention_backward(dout, q, k, v, out, lse, *more)[:3]))
     for dense, with_lists in zip(*found, strict=True):
         assert error(with_lists, dense) <= 2 * torch.finfo(torch.bfloat16).eps * dense.abs().max().item()
 
@@ -269,6 +301,6 @@ def test_a_million_rows(dim) -> None:
     out, lse = ops.attention_forward(q, k, v, cu, rows.int(), m, dim**-0.5)
     found = {"out": out[rows], "lse": lse}
     assert not out[200 : 2**19 - 64].any()
-    gradients = ops.attention_backward(dout, q, k, v, out, lse, cu, rows.int(), None, None, m, dim**-0.5)
+    gradients = ops.attention_backward(dout, q, k, v, out, lse, cu, rows.int(), None, None, m, dim**-0.5)[:3]
     found |= {name: t[rows] for name, t in zip(("dq", "dk", "dv"), gradients, strict=True)}
     judge(found, *(in_strips(*packed, t) for t in (torch.float32, dtype)), dtype)

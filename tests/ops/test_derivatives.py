@@ -7,6 +7,7 @@ import torch
 from lemo import ops
 from lemo.engine.elementwise import ReLU, UnreadSwiGLU
 from lemo.engine.layout import Blocks
+from support import oracle
 from support.cases import Attention, Draw
 from support.compare import error
 from torch.autograd import gradcheck, gradgradcheck
@@ -109,6 +110,24 @@ def test_the_gradient_of_lse(storage, with_output) -> None:
             assert got.grad is None
         else:
             assert error(got.grad, want.grad) <= 1e-4 * want.grad.abs().max()
+
+
+def test_the_gradient_of_lse_with_options() -> None:
+    case = Attention("chunks", 4, 2, 32, "rows", window=150, softcap=3.0, sinks=True)
+    t = case.inputs("cpu", torch.float32)
+    names = ("q", "k", "v", "sinks")
+    own = {n: t[n].clone().requires_grad_() for n in names}
+    where = (t["cu_seqlens"], t["rows"], case.max_seqlen, case.dim**-0.5)
+    out, lse = ops.attention_forward(own["q"], own["k"], own["v"], *where, **case.key_rows(t | own))
+    dlse = Draw("cpu", torch.float32).normal(*lse.shape)
+    exact = {n: t[n].double().requires_grad_() for n in names}
+    packed = [exact[n][t["rows" if n == "q" else "rows_k"].long()] for n in "qkv"]
+    ends = (t["cu_seqlens"].tolist(), case.dim**-0.5, None, t["cu_seqlens_k"].tolist())
+    expected = oracle.attention(*packed, *ends, case.options(t | exact))
+    ((lse * dlse).sum() + out.square().sum()).backward()
+    ((expected[1] * dlse.double()).sum() + expected[0].square().sum()).backward()
+    for n in names:
+        assert error(own[n].grad, exact[n].grad) <= 1e-4 * exact[n].grad.abs().max()
 
 
 # --- no second derivative: an error, and only where it is needed ---

@@ -25,6 +25,7 @@ SOME = [
     cases.Attention("documents", 2, 1, 16, "rows", given=True),
     cases.Attention("more_queries", 2, 1, 16),
     cases.Attention("chunks", 2, 1, 16, "rows", given=True),
+    cases.Attention("chunks", 2, 1, 16, "rows", window=70, softcap=3.0, sinks=True),
     cases.Scores("documents", 4, 2, 16),
     cases.Predict("documents", 24),
     cases.Loss(20, 16, 40, bias=True, rank=4, dweight=True, segment=8),
@@ -86,10 +87,12 @@ def test_opcheck_select() -> None:
 @pytest.mark.parametrize("op", ["gather", "gather_norm", "swiglu", "attention_forward"])
 def test_opcheck_with_gradients(op) -> None:
     table: dict[str, Any] = {"gather": SOME[0], "gather_norm": SOME[2], "swiglu": SwiGLU(5, 24)}
-    case = (table | {"attention_forward": cases.Attention("documents", 2, 1, 16)})[op]
+    case = (table | {"attention_forward": cases.Attention("documents", 2, 1, 16, sinks=True, window=20)})[op]
     for func, args in calls_of(lambda: case.run(case.inputs("cpu", torch.float32))):
         if func._schema.name == f"lemo::{op}":
-            args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]
+            floats = [isinstance(a, torch.Tensor) and a.is_floating_point() and len(a) > 1 for a in args]
+            assert sum(floats) >= 2 - (op == "gather")
+            args = [a.requires_grad_() if float_ else a for a, float_ in zip(args, floats, strict=True)]
             torch.library.opcheck(func, tuple(args))
 
 

@@ -78,13 +78,17 @@ def test_teacher_scores_match_the_full_matrix(family):
     for i, (x, exact) in seen.items():
         torch.testing.assert_close(x, hidden[i][0], atol=1e-6, rtol=1e-5)
         q, k = _queries_keys(model, i, ids)
-        s = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * q.shape[2] ** -0.5
+        s = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * _scale(model)
         s = s.relu().mean(0).tril()
         n = len(exact)
         full = torch.zeros(n * BLOCK, n * BLOCK)
         full[: len(ids), : len(ids)] = s
         expected = full.view(n, BLOCK, n, BLOCK).amax((1, 3)).sum(0)
         torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)
+
+
+def _scale(model):
+    return model.get_decoder().layers[0].self_attn.scaling
 
 
 def _queries_keys(model, layer, ids):
@@ -106,9 +110,8 @@ def _queries_keys(model, layer, ids):
     finally:
         model.config._attn_implementation = before
     q, k = caught[layer]
-    scaling = (model.model.decoder if hasattr(model.model, "decoder") else model.model).layers[0].self_attn.scaling
     if hasattr(model.model, "decoder"):  # OPT scales its queries before the attention function
-        q = q / scaling
+        q = q / _scale(model)
     return q, k
 
 

@@ -153,16 +153,6 @@ COMMANDS: list[tuple[str, Callable[[World], list[str]], tuple[str, ...]]] = [
         lambda w: ["estimate", "--model", w.another_model("gemma"), "--context", "64"],
         ("GemmaConfig", "'gemma'", "LlamaForCausalLM", "Qwen2ForCausalLM"),
     ),
-    (
-        "a context beyond a sliding window",
-        lambda w: w.finetune(model=w.another_model("mistral", sliding_window=16), data="nowhere.txt"),
-        ("sliding_window=16", "MistralForCausalLM", "at most 16 tokens"),
-    ),
-    (
-        "a context beyond a sliding window, its memory",
-        lambda w: ["estimate", "--model", w.another_model("mistral", sliding_window=16), "--context", "64"],
-        ("sliding_window=16", "a document of 64 tokens", "null"),
-    ),
     ("a model of no text", lambda w: w.finetune(model=w.settings_alone(model_type="vit")), ("'vit'", "not support")),
     (
         "a head of another task",

@@ -28,6 +28,7 @@ P = PACKINGS["documents"]
 T, M, NB = P.tokens, len(P.layout["rows"]), sum(len(document) for document in P.documents)
 SPLIT = Attention("kept_of_both", 4, 2, 16, "rows", given=True)
 TK, MK, DOCUMENTS = SPLIT.keys.tokens, len(SPLIT.keys.layout["rows"]), len(SPLIT.keys.documents)
+MQ = len(SPLIT.layout.layout["rows"])
 NAN, INF = float("nan"), float("inf")
 HALF = (NotImplementedError, ("float32", "bfloat16"))
 
@@ -283,6 +284,45 @@ OPERATIONS = [
         NotImplementedError,
         {"cu_seqlens_k": torch.tensor([0, 192, 512], dtype=torch.int32), "max_seqlen_k": 320},
     ),
+    # window, soft-cap, sinks
+    *(
+        bad
+        for op in ("attention_forward:window", "attention_backward:window")
+        for bad in (
+            wrong(op, "window", value(-1), ("at least 0", "got -1")),
+            wrong(op, "window", value(0), ("at least 1 with places", "got 0")),
+            wrong(op, "softcap", value(-0.5), ("at least 0", "got -0.5")),
+            wrong(op, "softcap", value(NAN), ("finite",)),
+            wrong(op, "sinks", to(torch.float64), ("float32", "got float64")),
+            wrong(op, "sinks", longer, ("Hq=4", "got float32 [5]")),
+            wrong(op, "places", value(None), ("places_k", "no tensor")),
+            wrong(op, "places", value(None), ("window and cu_seqlens_k",), others={"places_k": None}),
+            wrong(op, "places", longer, (f"capacity={MQ}", f"[{MQ + 1}]")),
+            wrong(op, "places", swapped, ("ascending", "position 1")),
+            wrong(op, "places_k", value(None), (f"capacity_k={MK}", "no tensor")),
+            wrong(op, "places_k", to(torch.int64), ("int32", "got int64")),
+            wrong(op, "places_k", put(0, -1), ("at least 0", "got -1", "position 0")),
+        )
+    ),
+    wrong("attention_forward", "places_k", value(P.tensor("rows", "cpu")), ("expected places",)),
+    wrong(
+        "attention_forward",
+        "places_k",
+        value(P.tensor("rows", "cpu")),
+        ("cu_seqlens_k",),
+        others={"window": 3, "places": P.tensor("rows", "cpu")},
+    ),
+    wrong(
+        "attention_forward:lists",
+        "tile_offsets",
+        lambda o: o,
+        ("window", "leave out"),
+        NotImplementedError,
+        {"window": 3},
+    ),
+    wrong("attention_backward:window", "sinks", value(None), ("want_dsinks",)),
+    wrong("block_scores", "window", value(-1), ("at least 0", "got -1")),
+    wrong("block_scores", "softcap", value(INF), ("finite",)),
     # the choice of tiles: documents of 300, 0 and 500 rows, so 9 slots and 4 tiles at most
     wrong("tile_scores", "k", to(torch.float16), ("float32", "got float16")),
     wrong("tile_scores", "k", lambda x: x[:, [0, 1, 0]], ("divides", "4", "3")),
@@ -306,7 +346,16 @@ OPERATIONS = [
     wrong("tile_scores", "width", value(3), ("scores", "W >= 4", "got float32 [4, 3]")),
     wrong("select_tiles_", "scores", to(torch.float16), ("float32", "got float16")),
     wrong("select_tiles_", "scores", lambda x: x[0], ("expected shape [C, W]", "got [40]")),
-    wrong("select_tiles_", "scores", lambda x: x[:, :3], ("W >= 4", "document 2", "got W = 3")),
+    wrong(
+        "select_tiles_",
+        "scores",
+        lambda x: x[:, :3],
+        ("W >= 4", "document 2", "got W = 3"),
+        others={"masses": None},
+    ),
+    wrong("select_tiles_", "masses", to(torch.float16), ("float32", "got float16")),
+    wrong("select_tiles_", "masses", lambda x: x[:5], ("masses", "C=6", "got float32 [5, 40]")),
+    wrong("select_tiles_", "masses", lambda x: x[:, :39], ("masses", "W=40", "got float32 [6, 39]")),
     wrong("select_tiles_", "chosen", to(torch.int64), ("int32", "got int64")),
     wrong("select_tiles_", "chosen", lambda x: x[:, :1], ("B >= 2", "W = 40", "got int32 [9, 1]")),
     wrong("select_tiles_", "chosen", expanded, ("overlapping",)),
@@ -446,7 +495,6 @@ MODELS = [
     ("post_norm", ("do_layer_norm_before", "350m")),
     ("projected", ("word_embed_proj_dim",)),
     ("layerdrop", ("LayerDrop", "0")),
-    ("window", ("use_sliding_window=True", "Qwen2ForCausalLM", "use_sliding_window=False")),
     ("attention_dropout", ("attention_dropout=0.1", "0")),
 ]
 

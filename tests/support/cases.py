@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lemo import ops
@@ -129,7 +130,8 @@ class Attention:
     storage: "packed" rows; "rows": original offsets, where rows that are not named hold NaN; "strided": packed views of
     one fused [M, Hq + 2 Hk, D] tensor. given: output and LSE come from attention over everything, keys carry weights
     (mode `backward`). magnitude: of queries and keys; its square is that of the scores. lists: about half of the
-    earlier tiles are seen. A packing of SPLIT_PACKINGS gives queries and keys separate rows.
+    earlier tiles are seen. A packing of SPLIT_PACKINGS gives queries and keys separate rows. window, softcap, sinks: as
+    the operator has them.
     """
 
     packing: str
@@ -140,6 +142,9 @@ class Attention:
     given: bool = False
     magnitude: float = 1.0
     lists: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
 
     @property
     def split(self) -> bool:
@@ -154,6 +159,26 @@ class Attention:
     def keys(self) -> Packing:
         return SPLIT_PACKINGS[self.packing][1] if self.split else self.layout
 
+    def places(self, device: str) -> tuple[Tensor, Tensor]:
+        """Of all tokens, queries and keys: those of a document are aligned at its end."""
+        places: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for nq, nk in zip(self.layout.lengths, self.keys.lengths, strict=True):
+            places[0].append(torch.arange(nk - nq, nk) + 1000)
+            places[1].append(torch.arange(nk) + 1000)
+        queries, keys = (torch.cat(side).int().to(device) for side in places)
+        return queries, keys
+
+    def options(self, t: Inputs, everything: bool = False) -> oracle.Options:
+        """For the packed rows, or for all tokens."""
+        device = t["q"].device.type
+        queries, keys = self.places(device)
+        if not everything:
+            queries, keys = (
+                places[side.tensor("rows", device).long()]
+                for places, side in ((queries, self.layout), (keys, self.keys))
+            )
+        return oracle.Options(self.window, self.softcap, t.get("sinks"), queries, keys)
+
     def inputs(self, device: str, dtype: torch.dtype) -> Inputs:
         draw, p, keys = Draw(device, dtype, 2), self.layout, self.keys
         tensors = {
@@ -162,9 +187,11 @@ class Attention:
             "v": draw.normal(keys.tokens, self.kv_heads, self.dim),
             "dout": draw.normal(p.tokens, self.heads, self.dim),
         }
+        if self.sinks:
+            tensors["sinks"] = draw.normal(self.heads, dtype=torch.float32)
         if self.given:
             starts_k = keys.starts if self.split else None
-            args = (p.starts, self.dim**-0.5, None, starts_k)
+            args = (p.starts, self.dim**-0.5, None, starts_k, self.options(tensors, everything=True))
             out, lse = oracle.attention(tensors["q"], tensors["k"], tensors["v"], *args)
             tensors["out"] = out.to(dtype)
             tensors["lse"] = lse[:, p.tensor("rows", device).long()].float().contiguous()
@@ -194,6 +221,10 @@ class Attention:
             tensors["cu_seqlens_k"] = keys.tensor("cu_seqlens", device)
             if self.storage == "rows":
                 tensors["rows_k"] = keys.tensor("rows", device)
+        if self.window and (self.split or self.storage != "rows"):  # else they are the storage rows
+            for name, side, places in zip(("places", "places_k"), (p, keys), self.places(device), strict=True):
+                if name == "places" or self.split:
+                    tensors[name] = places[side.tensor("rows", device).long()]
         if self.lists:
             lengths = [len(tiles) for tiles in self.tile_lists]
             offsets = [0, *itertools.accumulate(lengths)]
@@ -216,12 +247,14 @@ class Attention:
     def max_seqlen(self) -> int:
         return self.layout.layout["max_seqlen"][0]
 
-    def key_rows(self, t: Inputs) -> dict[str, Tensor | int | None]:
-        """Keyword arguments of the forward pass for keys with separate rows."""
+    def key_rows(self, t: Inputs) -> dict[str, Any]:
+        """Keyword arguments of the forward pass: of keys with separate rows, and options."""
+        given = {n: t[n] for n in ("sinks", "places", "places_k") if n in t}
+        given |= {n: value for n in ("window", "softcap") if (value := getattr(self, n))}
         if not self.split:
-            return {}
+            return given
         names = ("cu_seqlens_k", "rows_k")
-        return {n: t.get(n) for n in names} | {"max_seqlen_k": self.keys.layout["max_seqlen"][0]}
+        return given | {n: t.get(n) for n in names} | {"max_seqlen_k": self.keys.layout["max_seqlen"][0]}
 
     def run(self, t: Inputs, deterministic: bool = False) -> Results:
         scale, rows, cu = self.dim**-0.5, t.get("rows"), t["cu_seqlens"]
@@ -233,7 +266,7 @@ class Attention:
             out, lse = ops.attention_forward(t["q"], t["k"], t["v"], cu, rows, self.max_seqlen, scale, *lists, **keys)
             results = {"out": out, "lse": lse}
         transposed = ops.transpose_tile_lists(*lists, cu) if lists else ()
-        dq, dk, dv = ops.attention_backward(
+        dq, dk, dv, dsinks = ops.attention_backward(
             t["dout"],
             t["q"],
             t["k"],
@@ -249,12 +282,13 @@ class Attention:
             deterministic,
             *transposed,
             **keys | ({"row_slots_k": t.get("row_slots_k")} if self.split else {}),
+            **({"want_dsinks": True} if self.sinks else {}),
         )
-        return results | {"dq": dq, "dk": dk, "dv": dv}
+        return results | {"dq": dq, "dk": dk, "dv": dv} | ({} if dsinks is None else {"dsinks": dsinks})
 
     def expect(self, t: Inputs) -> Results:
         scale, rows, cu = self.dim**-0.5, t.get("rows"), t["cu_seqlens"].tolist()
-        lists = self.tile_lists if self.lists else None
+        lists, options = self.tile_lists if self.lists else None, self.options(t)
         rows_k = t.get("rows_k") if self.split else rows
         cu_k = t["cu_seqlens_k"].tolist() if self.split else None
         side = {"k": rows_k, "v": rows_k, "dk": rows_k, "dv": rows_k}
@@ -277,17 +311,23 @@ class Attention:
                 lists,
                 cu_k,
                 t.get("row_slots_k"),
+                options,
             )
             results = {"dq": dq, "dk": dk, "dv": dv}
+            if self.sinks:
+                results["dsinks"] = oracle.sink_gradient(packed["dout"], out, t["lse"], t["sinks"])
         else:
             q, k, v = leaf(packed["q"]), leaf(packed["k"]), leaf(packed["v"])
-            out, lse = oracle.attention(q, k, v, cu, scale, lists, cu_k)
-            dq, dk, dv = grads([out], [packed["dout"]], q, k, v)
+            sinks = [leaf(t["sinks"])] if self.sinks else []
+            options = dataclasses.replace(options, sinks=sinks[0] if sinks else None)
+            out, lse = oracle.attention(q, k, v, cu, scale, lists, cu_k, options)
+            dq, dk, dv, *dsinks = grads([out], [packed["dout"]], q, k, v, *sinks)
             results = {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+            results |= dict(zip(["dsinks"], dsinks, strict=False))
         if rows is None:
             return results
         spread = {}
-        for name in results.keys() - {"lse"}:
+        for name in results.keys() - {"lse", "dsinks"}:
             whole, named = t["k" if name in side else "q"], side.get(name, rows)
             spread[name] = results[name].new_zeros(whole.shape[0], *results[name].shape[1:])
             spread[name][named.long()] = results[name]
@@ -301,6 +341,8 @@ class Scores:
     kv_heads: int = 2
     dim: int = 64
     normalize: bool = False
+    window: int = 0
+    softcap: float = 0.0
 
     def inputs(self, device: str, dtype: torch.dtype) -> Inputs:
         draw, p = Draw(device, dtype, 3), PACKINGS[self.packing]
@@ -310,14 +352,16 @@ class Scores:
     def run(self, t: Inputs) -> Results:
         b = PACKINGS[self.packing].blocks(t["q"].device.type)
         arguments = (t["q"], t["k"], b.offsets, b.documents, b.block_size, self.dim**-0.5, self.normalize)
-        scores, block_map = ops.block_scores(*arguments, want_map=True)
-        alone, _ = ops.block_scores(*arguments)
+        options = {"window": self.window, "softcap": self.softcap}
+        scores, block_map = ops.block_scores(*arguments, want_map=True, **options)
+        alone, _ = ops.block_scores(*arguments, **options)
         assert block_map is not None
         return {"scores": scores, "map": block_map, "scores_alone": alone}
 
     def expect(self, t: Inputs) -> Results:
         documents = PACKINGS[self.packing].documents
-        scores, block_map = oracle.block_scores(t["q"], t["k"], documents, self.dim**-0.5, self.normalize)
+        options = (self.dim**-0.5, self.normalize, self.window, self.softcap)
+        scores, block_map = oracle.block_scores(t["q"], t["k"], documents, *options)
         return {"scores": scores, "map": block_map, "scores_alone": scores}
 
 
@@ -501,6 +545,27 @@ ATTENTION = [
     *(Attention("chunks", hq, hk, 64) for hq, hk in ((2, 2), (6, 2), (8, 1))),
     *(Attention("more_queries", hq, hk, 64) for hq, hk in ((2, 2), (8, 1))),
 ]
+# What the kernels on CUDA do not have yet.
+CPU_ATTENTION = [
+    *(Attention("documents", 4, 2, dim, "rows", given) for dim in (160, 192, 256) for given in (False, True)),
+    *(Attention(p, 4, 2, 32, "packed", window=w) for p in ("documents", "gap_64", "ragged_128") for w in (2, 40, 130)),
+    *(Attention("gap_128", 4, 2, 32, s, g, window=97) for s in ("rows", "strided") for g in (False, True)),
+    *(Attention(p, 4, 2, 32, window=64) for p in SPLIT_PACKINGS),
+    *(Attention(p, 4, 1, 32, "rows", True, window=200) for p in ("chunks", "kept_of_both")),
+    *(Attention("gap_64", 4, 2, 64, "rows", given, 4.0, softcap=5.0) for given in (False, True)),
+    Attention("gap_128", 4, 2, 64, "rows", True, lists=True, softcap=1.0, sinks=True),
+    *(Attention("gap_64", 8, 2, 32, "rows", given, sinks=True) for given in (False, True)),
+    Attention("more_queries", 4, 2, 32, sinks=True),
+    Attention("keep_none", sinks=True, window=5),
+    *(Attention("gap_128", 4, 2, 256, "rows", g, window=150, softcap=3.0, sinks=True) for g in (False, True)),
+    Attention("chunks", 4, 2, 32, "rows", True, window=150, softcap=3.0, sinks=True),
+]
+CPU_SCORES = [
+    *(Scores(p, 4, 2, 32, normalize, window=w) for p in PACKINGS for normalize, w in ((False, 40), (True, 17))),
+    Scores("documents", 4, 2, 32, softcap=2.0),
+    Scores("long", 4, 2, 32, True, window=1, softcap=2.0),
+    Scores("long", 4, 2, 32, True, window=2**40),
+]
 SCORES = [
     *(Scores(p) for p in PACKINGS),
     *(Scores("documents", 4, 1, dim, normalize=True) for dim in (64, 80, 96, 128)),
@@ -526,6 +591,7 @@ LOSS = [
     Loss(33, 32, 64, ignored="all", reduction="sum"),
     Loss(64, 48, 100, ignore_index=0, dweight=True),
 ]
+CPU_CASES = [*CPU_ATTENTION, *CPU_SCORES]
 CASES = [*ROWS, *NORMS, *ROTARY, *SWIGLU, *ATTENTION, *SCORES, *PREDICT, *LOSS, *TILE_SCORES]
 
 

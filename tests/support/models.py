@@ -10,14 +10,32 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB = 89
@@ -25,7 +43,8 @@ VOCAB = 89
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family's tiny model. separates: whether transformers itself keeps packed documents apart."""
+    """A family's tiny model. separates: whether transformers itself keeps packed documents apart; counts_padding:
+    whether it gives padding on the left a position; kernels: options of a model whose heads the CUDA kernels have."""
 
     model: Any
     config: Any
@@ -33,19 +52,40 @@ class Tiny:
     mlp: list[str]
     options: dict[str, Any] = field(default_factory=dict)
     separates: bool = True
+    counts_padding: bool = True
+    kernels: dict[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 1})
 
 
 ROTARY: dict[str, Any] = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
+# A head size that the kernels have, for families whose head size is a setting.
+HEADS_OF_128 = {"num_key_value_heads": 1, "head_dim": 128}
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
-# Every family that lemo supports: a new one is a line here, and all tests of families run with it.
+# Windows that documents of these tests exceed, in some of the layers.
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = {**GATED, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24, "layer_types": ALTERNATING}
+# Every family that lemo supports; a new one is a line here. tests/engine/test_every_family.py compares each one with
+# transformers' own layers, in every mode, with a few combinations of options that together touch everything a family
+# defines (about 4 seconds a family). Give the model what sets the family apart: heads wider than hidden / heads, layers
+# that differ, a window.
 FAMILIES = {
     "llama": Tiny(LlamaForCausalLM, LlamaConfig, **ROTARY, options=GATED),
-    # Heads wider than hidden / heads, and a window that no document of these tests reaches.
+    # Heads wider than hidden / heads, and a window that no document of these tests reaches (test_families.py has those
+    # that do).
     "mistral": Tiny(
-        MistralForCausalLM, MistralConfig, **ROTARY, options={**GATED, "head_dim": 16, "sliding_window": 512}
+        MistralForCausalLM,
+        MistralConfig,
+        **ROTARY,
+        options={**GATED, "head_dim": 16, "sliding_window": 1024},
+        kernels={**HEADS_OF_128, "sliding_window": None},
+    ),
+    "ministral": Tiny(
+        MinistralForCausalLM,
+        MinistralConfig,
+        **ROTARY,
+        options={**GATED, "head_dim": 8, "sliding_window": 12, "layer_types": ALTERNATING},
     ),
     "opt": Tiny(
         OPTForCausalLM,
@@ -54,10 +94,91 @@ FAMILIES = {
         ["fc1", "fc2"],
         {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32, "init_std": 0.2, "max_position_embeddings": 128},
         separates=False,
+        counts_padding=False,
+        kernels={"word_embed_proj_dim": 128, "max_position_embeddings": 1024},
     ),
     "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
+    "qwen3": Tiny(Qwen3ForCausalLM, Qwen3Config, **ROTARY, options={**GATED, "head_dim": 16}, kernels=HEADS_OF_128),
+    # Layers with experts, and one with an MLP.
+    "qwen3_moe": Tiny(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        ROTARY["attention"],
+        [],  # PEFT takes the names of an MLP's projections for those of experts
+        options={
+            **GATED,
+            "head_dim": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        kernels=HEADS_OF_128,
+    ),
+    "gemma2": Tiny(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        **ROTARY,
+        options={**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA),
+    # Gates that are clamped, sinks that matter.
+    "gpt_oss": Tiny(
+        GptOssForCausalLM,
+        GptOssConfig,
+        ROTARY["attention"],
+        [],
+        options={
+            **GATED,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "layer_types": ALTERNATING,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+        },
+        separates=False,
+    ),
+    "granite": Tiny(
+        GraniteForCausalLM,
+        GraniteConfig,
+        **ROTARY,
+        options={
+            **GATED,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+        },
+    ),
+    # Half of a head is rotated.
+    "phi3": Tiny(
+        Phi3ForCausalLM,
+        Phi3Config,
+        ["qkv_proj", "o_proj"],
+        ["gate_up_proj", "down_proj"],
+        {
+            **GATED,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    # The second layer has no position embedding.
+    "smollm3": Tiny(
+        SmolLM3ForCausalLM, SmolLM3Config, **ROTARY, options={**GATED, "pad_token_id": 0, "no_rope_layer_interval": 2}
+    ),
 }
-# One for each implementation of a layer, for the widest products: families derived from it run the same code.
+# The families that the tests of the engine run with: combinations of mode, recomputation, packing, adapters and
+# surroundings depend on the engine, not on the family. Two suffice: one with rotary positions, a gated MLP and grouped
+# queries, and one with none of these. Another joins them only if the engine itself takes another path for it.
 LAYERS = ("llama", "opt")
 ATTENTION = {name: tiny.attention for name, tiny in FAMILIES.items()}
 LINEARS = {name: [*tiny.attention, *tiny.mlp] for name, tiny in FAMILIES.items()}
@@ -71,8 +192,10 @@ def base(family: str, layers: int = 3, **options: Any) -> Any:
     model = tiny.model(tiny.config(**{**tiny.options, **common, **options}))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(".bias"):  # transformers makes them zero
+            if name.endswith(("bias", "sinks")):  # transformers makes them zero, or small
                 p.normal_(std=0.2)
+            elif "norm" in name:  # and these all alike
+                p.add_(torch.randn_like(p), alpha=0.2)
     return model
 
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -102,13 +103,21 @@ def swiglu(gate: Tensor, up_: Tensor) -> Tensor:
 
 
 def block_scores(
-    q: Tensor, k: Tensor, documents: list[list[tuple[int, int]]], scale: float, normalize: bool
+    q: Tensor,
+    k: Tensor,
+    documents: list[list[tuple[int, int]]],
+    scale: float,
+    normalize: bool,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(scores, map)"""
     heads = q.shape[1]
     q, k = up(q), up(k).repeat_interleave(heads // k.shape[1], dim=1)
     tokens = torch.arange(q.shape[0], device=q.device)
-    s = (torch.einsum("ihd,jhd->hij", q, k) * scale).clamp(min=0).mean(0) * (tokens[:, None] >= tokens[None, :])
+    seen = (tokens[:, None] >= tokens[None, :]) & (tokens[None, :] > tokens[:, None] - (window or len(tokens)))
+    s = torch.einsum("ihd,jhd->hij", q, k) * scale
+    s = (softcap * torch.tanh(s / softcap) if softcap else s).clamp(min=0).mean(0).where(seen, 0.0)
     blocks = sum(len(document) for document in documents)
     block_map = torch.zeros(blocks, blocks, dtype=_precision, device=q.device)
     first = 0
@@ -117,7 +126,12 @@ def block_scores(
             for n, (j0, j1) in enumerate(document[: m + 1]):
                 block_map[first + m, first + n] = s[i0:i1, j0:j1].max()
         first += len(document)
-    return _column_sums(block_map, documents, normalize), block_map
+    if not (window and normalize):
+        return _column_sums(block_map, documents, normalize), block_map
+    terms = [
+        sum(bool(seen[i0:i1, j0:j1].any()) for i0, i1 in document) for document in documents for j0, j1 in document
+    ]
+    return _column_sums(block_map, documents, False) / torch.tensor(terms, device=q.device), block_map
 
 
 def _column_sums(block_map: Tensor, documents: list[list[tuple[int, int]]], normalize: bool) -> Tensor:
@@ -266,6 +280,29 @@ def visible(
     return torch.tril(seen).to(device)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a model's attention may have. places: of packed rows [M] and of packed key rows [Mk], with a window."""
+
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None  # [Hq]
+    places: Tensor | None = None
+    places_k: Tensor | None = None
+
+    def capped(self, s: Tensor) -> Tensor:
+        return self.softcap * torch.tanh(s / self.softcap) if self.softcap else s
+
+    def near(self, seen: Tensor) -> Tensor:
+        """`seen` bool [M, Mk], within the window."""
+        if not self.window:
+            return seen
+        return seen & (self.places_k[None, :] > self.places[:, None] - self.window)
+
+
+PLAIN = Options()
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -274,14 +311,19 @@ def attention(
     scale: float,
     lists: TileLists | None = None,
     cu_seqlens_k: list[int] | None = None,
+    options: Options = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """(out [M, Hq, D], lse [Hq, M]) of packed rows; 0 and -inf in rows that see nothing."""
     group = q.shape[1] // k.shape[1]
     q = up(q)
     k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
-    s = torch.einsum("ihd,jhd->hij", q, k) * scale
-    seen = visible(cu_seqlens, q.device, lists, cu_seqlens_k)
+    s = options.capped(torch.einsum("ihd,jhd->hij", q, k) * scale)
+    seen = options.near(visible(cu_seqlens, q.device, lists, cu_seqlens_k))
     s = s.masked_fill(~seen, -math.inf)
+    if options.sinks is not None:  # a key that all see, with the value 0
+        s = torch.cat((s, up(options.sinks)[:, None, None].expand(-1, s.shape[1], 1)), -1)
+        v = torch.cat((v, torch.zeros_like(v[:1] if v.shape[0] else q[:1])))
+        seen = torch.cat((seen, torch.ones_like(seen[:, :1] if seen.shape[1] else q[:, 0, :1].bool())), 1)
     p = torch.softmax(s.masked_fill(~seen.any(1, keepdim=True), 0.0), -1) * seen
     return torch.einsum("hij,jhd->ihd", p, v), torch.logsumexp(s, -1)
 
@@ -300,14 +342,16 @@ def attention_backward(
     lists: TileLists | None = None,
     cu_seqlens_k: list[int] | None = None,
     row_slots_k: Tensor | None = None,
+    options: Options = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of packed rows by the header's formulas, with a given output and LSE."""
     hk = k.shape[1]
     group = q.shape[1] // hk
     dout, q, out, lse = (up(t) for t in (dout, q, out, lse))
     k, v = (up(t).repeat_interleave(group, dim=1) for t in (k, v))
-    p = torch.exp(torch.einsum("ihd,jhd->hij", q, k) * scale - lse[:, :, None])
-    p = torch.where(visible(cu_seqlens, q.device, lists, cu_seqlens_k), p, 0.0)
+    s = torch.einsum("ihd,jhd->hij", q, k) * scale
+    p = torch.exp(options.capped(s) - lse[:, :, None])
+    p = torch.where(options.near(visible(cu_seqlens, q.device, lists, cu_seqlens_k)), p, 0.0)
     ds = p * (torch.einsum("ihd,jhd->hij", dout, v) - (dout * out).sum(-1).T[:, :, None])
     w = torch.ones_like(p[0])
     if key_weights is not None:
@@ -315,10 +359,17 @@ def attention_backward(
         key_slots = slots if cu_seqlens_k is None else row_slots_k.long()
         w = up(key_weights)[key_slots][None, :].expand_as(w)
         w = torch.where(slots[:, None] == key_slots[None, :], 1.0, w)
+    dv = torch.einsum("hij,ihd->jhd", w * p, dout)
+    if options.softcap:
+        ds = ds * (1 - torch.tanh(s / options.softcap).square())
     dq = scale * torch.einsum("hij,jhd->ihd", w * ds, k)
     dk = scale * torch.einsum("hij,ihd->jhd", w * ds, q)
-    dv = torch.einsum("hij,ihd->jhd", w * p, dout)
     return dq, dk.unflatten(1, (hk, group)).sum(2), dv.unflatten(1, (hk, group)).sum(2)
+
+
+def sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """dsinks [Hq] by the header's formula, of packed rows."""
+    return -(torch.exp(up(sinks)[:, None] - up(lse)) * (up(dout) * up(out)).sum(-1).T).sum(1)
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------
@@ -335,31 +386,34 @@ def tiles_of(cu_seqlens: list[int]) -> list[tuple[int, int, int, int]]:
 
 def tile_scores(
     q: Tensor, k: Tensor, cu_seqlens: list[int], scale: float, probes: int, slots: int, width: int
-) -> Tensor:
-    """[slots, width], of packed rows."""
+) -> tuple[Tensor, Tensor]:
+    """(scores, peaks), each [slots, width], of packed rows."""
     s = torch.einsum("ihd,jhd->hij", up(q), up(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)) * scale
-    p = torch.softmax(s.masked_fill(~visible(cu_seqlens, q.device), -math.inf), -1).mean(0)
+    p = torch.softmax(s.masked_fill(~visible(cu_seqlens, q.device), -math.inf), -1)
     tiles = tiles_of(cu_seqlens)
-    scores = torch.zeros(slots, width, dtype=p.dtype, device=p.device)
+    scores, peaks = torch.zeros(2, slots, width, dtype=p.dtype, device=p.device)
     for slot, tile, first, last in tiles:
         rows = [first + (2 * r + 1) * (last - first) // (2 * probes) for r in range(probes)]
-        mass = p[rows].mean(0)
+        mass = p[:, rows].mean(1)
         for other, n, start, end in tiles:
             if other - n == slot - tile:  # of the same document
-                scores[slot, n] = mass[start:end].sum()
-    return scores
+                heads = mass[:, start:end].sum(1)
+                scores[slot, n], peaks[slot, n] = heads.mean(), heads.amax()
+    return scores, peaks
 
 
 def select_tiles(
-    scores: Tensor, cu_seqlens: list[int], keys: int, density: float, mass: float, first: int, local: int
+    scores: Tensor, masses: Tensor, cu_seqlens: list[int], rule: tuple[int, float, float, int, int]
 ) -> tuple[TileLists, list[float]]:
-    """(lists, covered), both by slot, from scores of all slots."""
+    """(lists, covered), both by slot, from scores and masses of all slots; rule: keys, density, mass, first, local."""
+    keys, density, mass, first, local = rule
     density, mass = (torch.tensor(x, dtype=torch.float32).item() for x in (density, mass))
     lists: TileLists = [[] for _ in range(scores.shape[0])]
     covered = [0.0] * scores.shape[0]
     for slot, m, _, _ in tiles_of(cu_seqlens):
         values = [-math.inf if math.isnan(x) else x for x in scores[slot, : m + 1].tolist()]
-        units = [math.floor(min(max(x, 0.0), 1.0) * 2**40) for x in values]
+        held = [0.0 if math.isnan(x) else x for x in masses[slot, : m + 1].tolist()]
+        units = [math.floor(min(max(x, 0.0), 1.0) * 2**40) for x in held]
         limit = min(math.ceil(keys / TILE), math.floor(density * (m + 1) + 0.5))
         chosen = [n for n in range(m + 1) if n == m or n < first or m - n <= local]
         for n in sorted({*range(m)} - {*chosen}, key=lambda n: (-values[n], -n)):

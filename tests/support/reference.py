@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from lemo.engine.families.base import AttentionOptions
 from torch import Tensor
 
 Lists = list[tuple[Tensor | None, Tensor | None]]
@@ -42,12 +43,28 @@ class Model:
             q, k = rotate(q, self.cos[rows], self.sin[rows]), rotate(k, self.cos[rows], self.sin[rows])
         return q, k.repeat_interleave(self.heads // k.shape[1], 1), v.repeat_interleave(self.heads // v.shape[1], 1)
 
-    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return (keys[None] <= queries[:, None]) & (self.document[keys][None] == self.document[queries][:, None])
+    def options(self, layer) -> AttentionOptions:
+        return AttentionOptions(layer.self_attn.scaling)
+
+    def visible(self, queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+        seen = (keys[None] <= queries[:, None]) & (self.document[keys][None] == self.document[queries][:, None])
+        return seen if window is None else seen & (keys[None] > queries[:, None] - window)
+
+    def products(self, layer, q: Tensor, k: Tensor) -> Tensor:
+        options = self.options(layer)
+        s = torch.einsum("ihd,jhd->hij", q, k) * options.scale
+        return options.softcap * torch.tanh(s / options.softcap) if options.softcap else s
 
     def scores(self, layer, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-        s = torch.einsum("ihd,jhd->hij", q, k) * layer.self_attn.scaling
-        return s.masked_fill(~mask, float("-inf"))
+        return self.products(layer, q, k).masked_fill(~mask, float("-inf"))
+
+    def probabilities(self, layer, s: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of the keys, and that of the sink [H, M] if the layer has one."""
+        sinks = self.options(layer).sinks
+        if sinks is None:
+            return s.softmax(-1), None
+        p = torch.cat((s, sinks[:, None, None].expand(-1, s.shape[1], 1)), -1).softmax(-1)
+        return p[..., :-1], p[..., -1]
 
     def out_proj(self, layer, out: Tensor) -> Tensor:
         return (layer.self_attn.out_proj if self.opt else layer.self_attn.o_proj)(out.flatten(1))
@@ -60,7 +77,8 @@ class Model:
     def attention(self, layer, x: Tensor, rows: Tensor) -> Tensor:
         """What attention among `rows` adds to them."""
         q, k, v = self.qkv(layer, x, rows)
-        p = self.scores(layer, q, k, self.visible(rows, rows)).softmax(-1)
+        seen = self.visible(rows, rows, self.options(layer).window)
+        p, _ = self.probabilities(layer, self.scores(layer, q, k, seen))
         return self.out_proj(layer, torch.einsum("hij,jhd->ihd", p, v))
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -103,7 +121,8 @@ def backward(
         w = torch.ones(len(rows)) if weights is None else weights[n]
         with torch.no_grad():
             q, k, v = m.qkv(layer, x, every)
-            p_all = m.scores(layer, q, k, m.visible(every, every)).softmax(-1)
+            seen = m.visible(every, every, m.options(layer).window)
+            p_all, p_sink = m.probabilities(layer, m.scores(layer, q, k, seen))
             out_all = torch.einsum("hij,jhd->ihd", p_all, v)
             full = x + m.out_proj(layer, out_all)
             full = full + m.mlp(layer, full)
@@ -111,10 +130,13 @@ def backward(
         xk = x[rows]
         q, k, v = m.qkv(layer, xk, rows)
         w_ij = torch.where(block[rows][:, None] == block[rows][None], torch.ones(()), w[None])
-        s = torch.einsum("ihd,jhd->hij", q, k) * layer.self_attn.scaling
+        s = m.products(layer, q, k)
         # Zero in value; in gradient dS_ij = P_ij (dout_i . (v_j - out_i)) and dv_j = P_ij dout_i, each times w_ij.
         change = torch.einsum("hij,jhd->ihd", w_ij * p, v - v.detach())
         slope = torch.einsum("hij,hijd->ihd", w_ij * p * (s - s.detach()), value_minus_output(v.detach(), out))
+        sinks = m.options(layer).sinks
+        if sinks is not None and p_sink is not None:  # a key with the value 0, which every query sees
+            slope = slope - torch.einsum("hi,h,ihd->ihd", p_sink[:, rows], sinks - sinks.detach(), out)
         a = m.out_proj(layer, out + change + slope)
         delta = a + m.mlp(layer, xk + a)
         scaled = delta.detach() + w[:, None] * (delta - delta.detach())

@@ -66,20 +66,22 @@ class TileScores:
             tensors["q"], tensors["k"] = tensors["q"].contiguous(), tensors["k"].contiguous()
         return tensors
 
-    def scores(self, t: dict[str, Tensor], first: int, count: int) -> Tensor:
+    def scores(self, t: dict[str, Tensor], first: int, count: int) -> tuple[Tensor, Tensor]:
         layout = (t["cu_seqlens"], t.get("rows"), self.max_seqlen)
-        return ops.tile_scores(t["q"], t["k"], *layout, self.dim**-0.5, self.probes, first, count, self.width)
+        return ops.tile_scores(t["q"], t["k"], *layout, self.dim**-0.5, self.probes, first, count, self.width, True)
 
     def run(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
         slots = self.slots(t)
         strips = [self.scores(t, s, min(self.strip, slots - s)) for s in range(0, slots, self.strip)]
-        return {"scores": self.scores(t, 0, slots), "strips": torch.cat(strips)}
+        found = [*self.scores(t, 0, slots), *map(torch.cat, zip(*strips, strict=True))]
+        return dict(zip(("scores", "peaks", "strips", "strip_peaks"), found, strict=True))
 
     def expect(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
         cu = t["cu_seqlens"].tolist()
         q, k = (t[n] if "rows" not in t else t[n][t["rows"][: cu[-1]].long()] for n in "qk")
-        scores = oracle.tile_scores(q, k, cu, self.dim**-0.5, self.probes, self.slots(t), self.width)
-        return {"scores": scores, "strips": scores}
+        where = (cu, self.dim**-0.5, self.probes, self.slots(t), self.width)
+        scores, peaks = oracle.tile_scores(q, k, *where)
+        return {"scores": scores, "peaks": peaks, "strips": scores, "strip_peaks": peaks}
 
 
 TILE_SCORES = [
@@ -97,7 +99,8 @@ TILE_SCORES = [
 @dataclass(frozen=True)
 class SelectTiles:
     """Choices and lists, which must agree exactly. scores: "even" (0 to 0.2), "mass" (a row adds up to 1), "ties", or
-    "wild" (NaN, infinities, negative, above 1). strip: slots at a time."""
+    "wild" (NaN, infinities, negative, above 1). masses: the same, of the tensor that limits add up; None: the scores.
+    strip: slots at a time."""
 
     lengths: tuple[int, ...]
     keys: int = 1 << 40
@@ -107,6 +110,7 @@ class SelectTiles:
     local: int = 0
     scores: str = "mass"
     strip: int = 1000
+    masses: str | None = None
 
     @property
     def cu_seqlens(self) -> list[int]:
@@ -121,19 +125,26 @@ class SelectTiles:
         return math.ceil(max(self.lengths) / oracle.TILE)
 
     def inputs(self, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        draw, shape = Draw("cpu", torch.float32, 9), (self.slots, self.width)
-        scores = draw.uniform(*shape) / 5
-        if self.scores == "ties":
-            scores = draw.integers(3, *shape) / 16
-        elif self.scores == "wild":
+        draw = Draw("cpu", torch.float32, 9)
+        tensors = {"scores": self.values(self.scores, draw)}
+        tensors["cu_seqlens"] = torch.tensor(self.cu_seqlens, dtype=torch.int32)
+        if self.masses is not None:
+            tensors["masses"] = self.values(self.masses, draw)
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def values(self, kind: str, draw: Draw) -> Tensor:
+        shape = (self.slots, self.width)
+        if kind == "ties":
+            return draw.integers(3, *shape) / 16
+        if kind == "wild":
             kinds = torch.tensor([math.nan, -math.inf, math.inf, -1.0, 2.0, -0.0, 0.0, 0.125, 1e-9])
-            scores = kinds[draw.integers(len(kinds), *shape)]
-        elif self.scores == "mass":
-            scores = draw.uniform(*shape).pow(6)
-            for slot, m, _, _ in oracle.tiles_of(self.cu_seqlens):
-                scores[slot, : m + 1] /= scores[slot, : m + 1].sum()
-        cu_seqlens = torch.tensor(self.cu_seqlens, dtype=torch.int32)
-        return {"scores": scores.to(device), "cu_seqlens": cu_seqlens.to(device)}
+            return kinds[draw.integers(len(kinds), *shape)]
+        if kind == "even":
+            return draw.uniform(*shape) / 5
+        values = draw.uniform(*shape).pow(6)
+        for slot, m, _, _ in oracle.tiles_of(self.cu_seqlens):
+            values[slot, : m + 1] /= values[slot, : m + 1].sum()
+        return values
 
     def run(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
         """Strips write into one choice, whose words hold every bit before; then its lists, with three entries more."""
@@ -142,8 +153,9 @@ class SelectTiles:
         rule = (self.keys, self.density, self.mass, self.first, self.local)
         covered = []
         for first in range(0, self.slots, self.strip):
-            strip = t["scores"][first : first + self.strip]
-            covered.append(ops.select_tiles_(chosen, strip, t["cu_seqlens"], first, *rule))
+            strip = slice(first, first + self.strip)
+            masses = t["masses"][strip] if "masses" in t else None
+            covered.append(ops.select_tiles_(chosen, t["scores"][strip], t["cu_seqlens"], first, *rule, masses))
             assert (chosen[first + self.strip :] == -1).all()  # of later strips
         capacity = sum(len(tiles) for tiles in lists_of(chosen)) + 3
         names = ("tile_offsets", "tiles", "transposed_offsets", "transposed_tiles")
@@ -169,6 +181,11 @@ SELECT_TILES = [
     *(SelectTiles(_MANY, keys, 0.5, 1.0, first, 0, "ties") for keys in (512, 1 << 40) for first in (0, 3)),
     SelectTiles(_MANY, mass=0.5, scores="ties"),
     *(SelectTiles(_MANY, keys, mass=mass, scores="wild") for keys in (700, 4000) for mass in (0.5, 1.0)),
+    # ranked by one tensor, limited by another
+    *(SelectTiles(_MANY, mass=mass, local=1, scores="even", masses="mass") for mass in (0.3, 0.9, 2.0)),
+    SelectTiles(_MANY, 640, 0.4, 0.8, 1, 1, "even", 4, "mass"),
+    *(SelectTiles(_MANY, keys, mass=0.5, scores="ties", masses="mass") for keys in (1280, 1 << 40)),
+    *(SelectTiles(_MANY, mass=0.5, scores=scores, masses="wild") for scores in ("wild", "mass")),
     SelectTiles(_MANY, 128, 0.1, 0.1, 100, 0, "even"),  # what is always there exceeds every limit
     SelectTiles(_MANY, 128, 0.1, 0.1, 2, 2**31 - 1),
     SelectTiles((128,)),

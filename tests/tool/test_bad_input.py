@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -68,6 +69,11 @@ def base(op: str) -> dict[str, Any]:
         backward = ["dout", "out", "lse", "key_weights", "row_slots", "row_slots_k"]
         fields += backward if "backward" in op else []
         return {n: t[n] for n in fields} | SPLIT.key_rows(t) | {"max_seqlen": SPLIT.max_seqlen, "scale": 0.25}
+    if op in ("attention_forward:window", "attention_backward:window"):
+        case = dataclasses.replace(SPLIT, window=70, sinks=True)
+        t = case.inputs("cpu", torch.float32)
+        options = {"softcap": 5.0} | ({"want_dsinks": True} if "backward" in op else {})
+        return base(op.replace("window", "keys")) | case.key_rows(t) | options
     if op == "select_blocks":
         rule = {"mode": "budget", "keep": 0.5, "threshold": 0.0, "always_first": 0, "always_last": 0, "seed": 0}
         return {"scores": draw.uniform(NB, low=0.1, high=0.9), "num_tokens": T} | layout() | rule
@@ -95,7 +101,8 @@ def tiles(op: str) -> dict[str, Any]:
         return heads | {"rows": torch.arange(800).int(), "max_seqlen": 500, "scale": 0.25, "probes": 2} | strip
     if op == "select_tiles_":
         rule = {"keys": 256, "density": 0.5, "mass": 0.9, "first": 1, "local": 1}
-        return {"chosen": chosen, "scores": draw.uniform(6, 40), "cu_seqlens": cu_seqlens, "first_slot": 2} | rule
+        scores = {"scores": draw.uniform(6, 40), "masses": draw.uniform(6, 40)}
+        return {"chosen": chosen, "cu_seqlens": cu_seqlens, "first_slot": 2} | scores | rule
     chosen[[1, 2, 5, 6, 7], 0] = torch.tensor([1, 3, 1, 3, 7], dtype=torch.int32)  # everything: 9 bits
     return {"chosen": chosen, "cu_seqlens": cu_seqlens, "capacity": 9}
 
@@ -203,8 +210,6 @@ class World:
         options = {"post_norm": {"do_layer_norm_before": False}, "layerdrop": {"layerdrop": 0.1}}
         if kind in options:
             return make_base("opt", **options[kind])
-        if kind == "window":
-            return make_base("qwen2", use_sliding_window=True, sliding_window=16)
         if kind == "projected":
             return make_base("opt", word_embed_proj_dim=16)
         return make_base("llama" if kind == "attention_dropout" else "opt", attention_dropout=0.1)

@@ -70,7 +70,7 @@
 
 #define LEMO_FIELDS_scores(F)                                                                            \
   F(input, q) F(input, k) F(layout, blocks) F(value, scale) F(value, normalize) F(output, scores)        \
-  F(optional_output, map)
+  F(optional_output, map) F(value, window) F(value, softcap) F(reserved, reserved)
 
 #define LEMO_FIELDS_predict(F)                                                                           \
   F(input, x) F(input, wq1) F(input, wq2) F(input, wq3) F(input, wk1) F(input, wk2) F(input, wk3)        \
@@ -79,23 +79,26 @@
 
 #define LEMO_FIELDS_attention_forward(F)                                                                 \
   F(input, q) F(input, k) F(input, v) F(input, cu_seqlens) F(optional, rows) F(value, max_seqlen)        \
-  F(value, scale) F(reserved, reserved) F(output, out) F(output, lse) F(optional, tile_offsets)          \
-  F(companion, tiles) F(optional, cu_seqlens_k) F(optional, rows_k) F(value, max_seqlen_k)
+  F(value, scale) F(value, softcap) F(output, out) F(output, lse) F(optional, tile_offsets)              \
+  F(companion, tiles) F(optional, cu_seqlens_k) F(optional, rows_k) F(value, max_seqlen_k)               \
+  F(value, window) F(optional, places) F(companion, places_k) F(optional, sinks)
 
 #define LEMO_FIELDS_attention_backward(F)                                                                \
   F(input, dout) F(input, q) F(input, k) F(input, v) F(input, out) F(input, lse) F(input, cu_seqlens)    \
   F(optional, rows) F(optional, key_weights) F(companion, row_slots) F(value, max_seqlen)                \
-  F(value, scale) F(reserved, reserved) F(output, dq) F(output, dk) F(output, dv)                        \
+  F(value, scale) F(value, softcap) F(output, dq) F(output, dk) F(output, dv)                            \
   F(optional, tile_offsets) F(companion, tiles) F(optional, cu_seqlens_k) F(optional, rows_k)            \
-  F(companion, row_slots_k) F(value, max_seqlen_k)
+  F(companion, row_slots_k) F(value, max_seqlen_k) F(value, window) F(optional, places)                  \
+  F(companion, places_k) F(optional, sinks) F(optional_output, dsinks)
 
 #define LEMO_FIELDS_tile_scores(F)                                                                       \
   F(input, q) F(input, k) F(input, cu_seqlens) F(optional, rows) F(value, max_seqlen)                    \
-  F(value, first_slot) F(value, scale) F(value, probes) F(output, scores)
+  F(value, first_slot) F(value, scale) F(value, probes) F(output, scores) F(optional_output, peaks)
 
 #define LEMO_FIELDS_select_tiles(F)                                                                      \
   F(input, scores) F(input, cu_seqlens) F(value, first_slot) F(value, keys) F(value, density)            \
-  F(value, mass) F(value, first) F(value, local) F(output, chosen) F(optional_output, covered)
+  F(value, mass) F(value, first) F(value, local) F(output, chosen) F(optional_output, covered)           \
+  F(optional, masses)
 
 #define LEMO_FIELDS_list_tiles(F)                                                                        \
   F(input, chosen) F(input, cu_seqlens) F(output, tile_offsets) F(output, tiles)                         \

@@ -7,7 +7,11 @@
  *   I(n)   = sum over m >= n in the same document of I(m, n)             (normalize: divided by the number of such m)
  *
  * Query head h reads key head h / (Hq / Hk). Memory is linear in T unless `map` is given. On CUDA D is 64, 80, 96 or
- * 128, and blocks hold at most 256 tokens. */
+ * 128, blocks hold at most 256 tokens, and there is neither `window` nor `softcap`.
+ *
+ * With `softcap` c > 0, scale * q . k is replaced by c tanh(scale * q . k / c). With `window` w > 0, S_ij is 0 also if
+ * j <= i - w, and m counts in the normalization only if it has a query that the window lets see a key of n. Sinks do
+ * not enter: S is not a softmax. */
 #ifndef LEMO_SCORES_H
 #define LEMO_SCORES_H
 
@@ -29,6 +33,10 @@ typedef struct lemo_scores_args {
   lemo_tensor scores; /**< out: float32 [num_blocks], I(n) */
   lemo_tensor map;    /**< optional out: float32 [num_blocks, num_blocks], map[m, n] = I(m, n), and 0 if n > m or the
                            documents differ */
+
+  int64_t window;   /**< w > 0: tokens that a query sees, itself included; 0: all before it */
+  float softcap;    /**< c > 0, or 0 for none */
+  int32_t reserved; /**< 0 */
 } lemo_scores_args;
 LEMO_API lemo_status lemo_scores(const lemo_exec* exec, const lemo_scores_args* args);
 LEMO_API lemo_status lemo_scores_workspace(const lemo_exec* exec, const lemo_scores_args* args, uint64_t* bytes);

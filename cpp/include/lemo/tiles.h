@@ -6,10 +6,13 @@
  *
  *   mass(m, n) = mean over heads h and probes i of sum_j exp(scale * q_i^h . k_j^h - lse_i^h), j <= i in tile n
  *   lse_i^h    = log sum_j exp(scale * q_i^h . k_j^h), all j <= i of the document
+ *   peak(m, n) = maximum over heads h of the mean over probes i of the same sums
  *
- * so that the masses of a query tile add up to 1. Probe r of P in a query tile of N rows is its row
+ * so that the masses of a query tile add up to 1. Masses say what a choice holds; peaks rank tiles better, because
+ * attention that only one head needs counts in full. Probe r of P in a query tile of N rows is its row
  * (2 r + 1) N / (2 P), rounded down; with N < P, rows are repeated. With P = LEMO_TILE_ROWS the mass of a whole tile is
- * exact.
+ * exact. It is that of attention without soft-cap, window and sinks: in layers that have these, a guess to rank tiles
+ * by (with sinks, shares of what they leave to keys).
  *
  * No operation needs memory quadratic in the number of tiles except `chosen`, of one bit per pair: scores are made and
  * read for a strip of query tiles at a time. Nothing is synchronized. */
@@ -38,6 +41,7 @@ typedef struct lemo_tile_scores_args {
 
   lemo_tensor scores; /**< out: float32 [C, W], W at least the tiles of max_seqlen rows: mass(m, n) at [slot of m -
                            first_slot, n]; 0 if n > m, and in slots without a tile */
+  lemo_tensor peaks;  /**< optional out: float32 [C, W], peak(m, n) in the same places */
 } lemo_tile_scores_args;
 LEMO_API lemo_status lemo_tile_scores(const lemo_exec* exec, const lemo_tile_scores_args* args);
 LEMO_API lemo_status lemo_tile_scores_workspace(const lemo_exec* exec, const lemo_tile_scores_args* args,
@@ -48,11 +52,12 @@ LEMO_API lemo_status lemo_tile_scores_workspace(const lemo_exec* exec, const lem
  * Query tile m of a document always attends to itself, the first `first` tiles and the `local` tiles before it. Then
  * tiles follow in descending order of their scores (ties: the nearest first) until one of the limits is reached:
  *
- *   count >= min(ceil(keys / LEMO_TILE_ROWS), floor(density * (m + 1) + 0.5))     or     sum of scores >= mass
+ *   count >= min(ceil(keys / LEMO_TILE_ROWS), floor(density * (m + 1) + 0.5))     or     sum of masses >= mass
  *
- * where count and sum include the tiles that are always there, the query tile itself among them. The sum is that of
- * each score cut to [0, 1] and rounded down to a multiple of 2^-40, so that its order does not matter and every backend
- * stops at the same tile; with mass >= 1 it sets no limit. A score of NaN ranks as -infinity does and counts as 0. */
+ * where count and sum include the tiles that are always there, the query tile itself among them. Masses are those of
+ * `masses`, or the scores themselves if it is absent. The sum is that of each mass cut to [0, 1] and rounded down to a
+ * multiple of 2^-40, so that its order does not matter and every backend stops at the same tile; with mass >= 1 it sets
+ * no limit. A score of NaN ranks as -infinity does, and a mass of NaN counts as 0. */
 typedef struct lemo_select_tiles_args {
   uint64_t struct_size;
   lemo_tensor scores;     /**< float32 [C, W], W at least the tiles of a document with a slot among these; higher is
@@ -70,6 +75,8 @@ typedef struct lemo_select_tiles_args {
                             slots without a tile become 0. Other rows are not touched */
   lemo_tensor covered; /**< optional out: float32 [C], the sum above when the choice is complete; 0 in slots without a
                             tile */
+  lemo_tensor masses;  /**< optional: float32 [C, W], what the tiles hold if `scores` only ranks them; entries above m
+                            are not read. Rows may be strided */
 } lemo_select_tiles_args;
 LEMO_API lemo_status lemo_select_tiles(const lemo_exec* exec, const lemo_select_tiles_args* args);
 

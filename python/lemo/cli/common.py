@@ -231,14 +231,16 @@ def load_tokenizer(where: str, required: bool = False) -> Any:
 
 
 def load_config(where: str, context: int | None, interpolate: bool) -> Any:
-    """The model's transformers configuration, its positions stretched to `context` on request."""
+    """The configuration of the causal language model to load, its positions stretched to `context` on request."""
     from transformers import AutoConfig
+
+    from lemo.engine import families
 
     path = Path(where).expanduser()
     if not path.exists() and (where.startswith((".", "/", "~")) or where.count("/") > 1):
         raise ValueError(f"--model {where}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        config = families.language_config(AutoConfig.from_pretrained(where, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model {where}: no transformers model can be read from it ({_first_line(error)})"
@@ -246,20 +248,25 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     longest = getattr(config, "max_position_embeddings", None)
     if context is None or longest is None or context <= longest:
         return config
-    rope = getattr(config, "rope_parameters", None)
+    rope: Any = getattr(config, "rope_parameters", None)
     if not interpolate:
         hint = "; --interpolate-positions stretches them" if rope else " (its position embeddings are learned)"
         raise ValueError(f"--context {context} exceeds the model's {longest} positions{hint}")
-    if not rope or rope.get("rope_type", "default") != "default":
-        kind = rope.get("rope_type") if rope else "learned position embeddings"
+    # With separate positions by kind of layer, those with a window see no distance that they do not know.
+    by_kind = bool(rope) and "full_attention" in rope
+    far = rope["full_attention"] if by_kind else rope
+    if not far or far.get("rope_type", "default") != "default":
+        kind = far.get("rope_type") if far else "learned position embeddings"
         raise ValueError(f"--interpolate-positions needs plain rotary positions; this model has {kind}")
-    config.rope_parameters = {**rope, "rope_type": "linear", "factor": context / longest}
+    far = {**far, "rope_type": "linear", "factor": context / longest}
+    config.rope_parameters = {**rope, "full_attention": far} if by_kind else far
     config.max_position_embeddings = context
     return config
 
 
-def check_supported(config: Any, context: int | None = None) -> None:
-    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens.
+def check_supported(config: Any, context: int | None = None, device: Any = None) -> None:
+    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens on
+    `device`.
 
     Looks at an empty copy: no weights are read.
     """
@@ -277,7 +284,7 @@ def check_supported(config: Any, context: int | None = None) -> None:
         ) from error
     family, _ = families.find(model)
     if context is not None:
-        family.check_length(config, context)
+        family.check_kernels(config, context, torch.device("cpu") if device is None else device)
 
 
 def load_model(args: argparse.Namespace, context: int | None = None, *, to_train: bool = False) -> Any:
@@ -286,11 +293,13 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from lemo.engine import families
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.quiet:
         transformers_logging.disable_progress_bar()
     if to_train:  # first: an unsupported model matters more than a context that is too long for it
-        check_supported(load_config(args.model, None, False), context)
+        check_supported(load_config(args.model, None, False), context, device_of(args.device))
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
     name = args.dtype or "auto"
@@ -302,9 +311,9 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
             args.model,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
             trust_remote_code=False,
             output_loading_info=True,
+            **families.loading(config),
         )
     except Exception as error:  # transformers, safetensors and json raise their own kinds for a damaged folder
         reason = _first_line(error)

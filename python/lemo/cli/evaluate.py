@@ -1,4 +1,4 @@
-"""lemo evaluate: dense perplexity, with intervals, of a model and its adapters."""
+"""lemo evaluate: dense perplexity, or accuracy of long-range tasks, of a model and its adapters, with intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, path_name, say
+from lemo.cli.common import (
+    Formatter,
+    add_common,
+    add_data,
+    add_model,
+    load_config,
+    load_data,
+    load_model,
+    load_tokenizer,
+    path_name,
+    say,
+)
 
 _EPILOG = """\
 examples:
@@ -22,23 +33,42 @@ examples:
   lemo evaluate --model MODEL --data 'books/*.txt' --per-file --context 4096
       every file by itself
 
-The adapter is measured as it is served: on the dense model. Intervals are Student's, over documents if a domain has
-at least ten and over windows otherwise; changes are paired over the same text, so they are far narrower than two
-separate intervals suggest.
+  lemo evaluate RUN --tasks passkey,copy --lengths 4K,8K
+      a run of lemo finetune: does the model find what stands far back, before and after the run?
+
+  lemo evaluate --model MODEL --tasks all --lengths 16K --distances 0.1,0.5,0.9 --count 40 --data books/
+      all tasks, with text of your own around the evidence
+
+The adapter is measured as it is served: on the dense model. Intervals of perplexity are Student's, over documents if a
+domain has at least ten and over windows otherwise; changes are paired over the same text, so they are far narrower than
+two separate intervals suggest.
+
+tasks:
+  passkey    a number that was stated once
+  multikey   one of several numbers, by its name
+  variables  the value at the end of a chain of assignments, with another chain around it
+  copy       how a random segment of 24 tokens continues
+Documents of each length are filler (of --data, or made up) in which the evidence stands at --distances from the
+questions at the end. An answer is right if greedy decoding gives all of its tokens, which one pass over the document
+shows; accuracies have Wilson's intervals.
 """
 
 
 def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
-        help="dense perplexity per domain, with confidence intervals",
-        description="Dense perplexity of a model and its adapters, per domain, with confidence intervals.",
+        help="dense perplexity per domain, or accuracy of long-range tasks, with confidence intervals",
+        description="Dense perplexity per domain, or accuracy of long-range tasks (--tasks), of a model and its "
+        "adapters, with confidence intervals.",
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
-    add_model(parser)
-    add_data(parser)
-    parser.add_argument("--context", type=int, default=4096, help="tokens a piece of text has at most")
+    parser.add_argument(
+        "folder", nargs="?", type=path_name, metavar="RUN", help="a run folder: its model and its adapter are measured"
+    )
+    add_model(parser, required=False)
+    add_data(parser, required=False)
+    parser.add_argument("--context", type=int, help="tokens a piece of text has at most (default: 4096)")
     parser.add_argument("--adapter", nargs="+", default=[], metavar="[NAME=]FOLDER", help="PEFT adapters to measure")
     parser.add_argument(
         "--reference", help="what changes are measured against (default: the base, or the first adapter)"
@@ -53,32 +83,92 @@ def add(subparsers: Any) -> None:
         metavar="FILE",
         help="write the rows there as JSON too ('-': on stdout, in place of the table)",
     )
+    group = parser.add_argument_group("long-range tasks, in place of perplexity")
+    group.add_argument("--tasks", metavar="TASK,...", help="passkey, multikey, variables, copy, or all")
+    group.add_argument("--lengths", metavar="TOKENS,...", help="lengths of documents, as in 4K,8K (default: 4K)")
+    group.add_argument(
+        "--distances",
+        metavar="SHARE,...",
+        help="from evidence to questions, of a document (default: 0.1,0.35,0.65,0.95)",
+    )
+    group.add_argument("--count", type=int, help="documents of each length (default: 20)")
+    group.add_argument("--seed", type=int, help="of the documents (default: 0)")
     add_common(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.folder is not None:
+        _take_from_run(args)
+    if args.model is None:
+        raise ValueError("name what to evaluate: --model MODEL, or the folder of a run (see lemo evaluate --help)")
+    if not 0 < args.confidence < 1:
+        raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
+    if args.no_base and not args.adapter:
+        raise ValueError("--no-base without --adapter leaves nothing to evaluate")
+    if args.tasks is not None:
+        return _run_tasks(args)
+    for name in ("lengths", "distances", "count", "seed"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is of long-range tasks: name them with --tasks, for instance --tasks all")
+    return _run_perplexity(args)
+
+
+def _take_from_run(args: argparse.Namespace) -> None:
+    """Model, tokenizer, positions and adapter of a run folder, unless the arguments name others."""
+    from lemo.training.run_folder import ADAPTER, run_settings, saved_settings
+
+    saved = run_settings(args.folder)
+    inputs, context = saved.get("inputs", {}), saved_settings(saved, args.folder).context
+    if args.model is None:
+        args.model, args.tokenizer = inputs.get("model"), args.tokenizer or inputs.get("tokenizer")
+        if not isinstance(args.model, str):
+            raise ValueError(f"{args.folder}/run.json does not name the model: give --model")
+    adapter = Path(args.folder) / ADAPTER
+    if not adapter.is_dir():
+        raise ValueError(
+            f"{args.folder}: the run has no adapter yet; end it with lemo finetune --out {args.folder} --resume"
+        )
+    args.adapter = [str(adapter), *args.adapter]
+    if inputs.get("interpolate_positions"):
+        args.interpolate_positions, args.stretched_to = True, context
+
+
+def _positions(args: argparse.Namespace, context: int, name: str) -> int:
+    """The context for which the model is loaded: that of the run, if it stretched positions."""
+    stretched = getattr(args, "stretched_to", None)
+    if stretched is not None and context > stretched:
+        raise ValueError(
+            f"{name}: the run stretched positions to {stretched} tokens, and the adapter is for those; evaluate at "
+            "most that many"
+        )
+    return stretched or context
+
+
+# ---- perplexity ------------------------------------------------------------------------------------------------------
+
+
+def _run_perplexity(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lemo.data import evaluation_pieces
     from lemo.training.evaluate import compare, model_labels
 
-    if args.context < 2:
-        raise ValueError(f"--context {args.context}: expected at least 2 tokens")
+    if args.data is None:
+        raise ValueError("--data is needed to measure perplexity; --tasks measures long-range tasks without it")
+    context = 4096 if args.context is None else args.context
+    if context < 2:
+        raise ValueError(f"--context {context}: expected at least 2 tokens")
     if args.max_tokens is not None and args.max_tokens < 2:
         raise ValueError(f"--max-tokens {args.max_tokens}: expected at least 2 tokens")
-    if not 0 < args.confidence < 1:
-        raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
-    if args.no_base and not args.adapter:
-        raise ValueError("--no-base without --adapter leaves nothing to evaluate")
     labels = model_labels(args.adapter, not args.no_base)
     reference = args.reference or labels[0]
     if reference not in labels:
         raise ValueError(f"--reference {reference}: not among {', '.join(labels)}")
-    model = load_model(args, args.context)
+    model = load_model(args, _positions(args, context, f"--context {context}"))
     documents = load_data(args, model.config, per_file=args.per_file)
     domains = documents.by_name()
-    tokens = sum(len(p) for d in domains.values() for _, p in evaluation_pieces(d, args.context, args.max_tokens))
+    tokens = sum(len(p) for d in domains.values() for _, p in evaluation_pieces(d, context, args.max_tokens))
     count = len(args.adapter) + (not args.no_base)
     with tqdm(
         total=tokens * count, desc="evaluating", unit=" tokens", unit_scale=True, file=sys.stderr, disable=args.quiet
@@ -87,18 +177,117 @@ def run(args: argparse.Namespace) -> int:
             model,
             args.adapter,
             domains,
-            args.context,
+            context,
             include_base=not args.no_base,
             max_tokens=args.max_tokens,
             level=args.confidence,
             tick=bar.update,
         )
-    rows = {"context": args.context, "confidence": args.confidence, "model": args.model, "rows": result.rows(reference)}
+    rows = {"context": context, "confidence": args.confidence, "model": args.model, "rows": result.rows(reference)}
+    return _write(args, rows, result.table(reference))
+
+
+def _write(args: argparse.Namespace, values: dict[str, Any], table: str) -> int:
     if args.json == "-":
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(values, indent=1))
         return 0
-    print(result.table(reference))
+    print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(values, indent=1) + "\n")
         say(f"wrote {args.json}")
     return 0
+
+
+# ---- long-range tasks ------------------------------------------------------------------------------------------------
+
+
+def _tasks(text: str) -> list[str]:
+    from lemo.data.questions import TASKS
+
+    names = list(TASKS) if text == "all" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or len(set(names)) < len(names):
+        raise ValueError(f"--tasks {text}: expected different ones of {', '.join(TASKS)}, or all")
+    return names
+
+
+def _lengths(text: str) -> list[int]:
+    """Tokens of "4K,8192,1M"."""
+    factors = {"K": 1 << 10, "M": 1 << 20}
+    found = []
+    for part in text.upper().split(","):
+        number = part.strip()
+        factor = factors.get(number[-1:], 1)
+        number = number[:-1] if factor > 1 else number
+        if not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"--lengths {text}: expected numbers of tokens, for instance 4K,8K or 4096,8192")
+        found.append(int(number) * factor)
+    return list(dict.fromkeys(found))
+
+
+def _distances(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < d < 1 for d in found):
+        raise ValueError(f"--distances {text}: expected shares of a document between 0 and 1, for instance 0.1,0.5,0.9")
+    return list(dict.fromkeys(found))
+
+
+def _question_source(args: argparse.Namespace, config: Any) -> Any:
+    """What documents are made of: text of --data, or made up; token ids if the model has no tokenizer."""
+    import numpy as np
+
+    from lemo.data.questions import plain_text, raw_source, tokenizer_source
+
+    tokenizer = load_tokenizer(args.tokenizer or args.model, required=args.tokenizer is not None)
+    if tokenizer is None:
+        if args.data is not None:
+            raise ValueError(
+                f"--data: {args.model} has no tokenizer to ask questions about it with; name one with --tokenizer, or "
+                "leave --data out to ask in raw token ids"
+            )
+        say(f"{args.model} has no tokenizer: documents are raw token ids")
+        return raw_source(config.vocab_size)
+    if args.data is None:
+        filler = np.array(tokenizer(plain_text(20_000), add_special_tokens=False)["input_ids"])
+    else:
+        documents = load_data(args, config)
+        filler = np.concatenate([documents.document(i) for i in range(len(documents))]).astype(np.int64)
+    return tokenizer_source(tokenizer, filler)
+
+
+def _run_tasks(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from lemo.data.questions import DISTANCES, document
+    from lemo.training.evaluate import model_labels
+    from lemo.training.longrange import compare_long_range
+
+    for name in ("context", "reference", "max_tokens", "per_file"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of perplexity, and --tasks has no use for it: leave it out"
+            )
+    tasks, lengths = _tasks(args.tasks), _lengths(args.lengths or "4K")
+    distances = list(DISTANCES) if args.distances is None else _distances(args.distances)
+    count, seed = 20 if args.count is None else args.count, args.seed or 0
+    if count < 1 or seed < 0:
+        raise ValueError(f"--count {count}, --seed {seed}: expected at least one document, and a seed from 0")
+    model_labels(args.adapter, not args.no_base)
+    positions = _positions(args, max(lengths), f"--lengths {args.lengths}")
+    source = _question_source(args, load_config(args.model, positions, bool(args.interpolate_positions)))
+    documents = [document(source, n, seed, i, tasks, distances) for n in lengths for i in range(count)]
+    model = load_model(args, positions)
+    measured = len(args.adapter) + (not args.no_base)
+    with tqdm(
+        total=measured * count * sum(lengths), desc="asking", unit=" tokens", unit_scale=True, file=sys.stderr,
+        disable=args.quiet,
+    ) as bar:  # fmt: skip
+        result = compare_long_range(
+            model, args.adapter, documents, include_base=not args.no_base, level=args.confidence, tick=bar.update
+        )
+    values = {"model": args.model, "tasks": tasks, "lengths": lengths, "distances": distances, "count": count}
+    values |= {"seed": seed, "confidence": args.confidence, "rows": result.rows()}
+    return _write(args, values, result.table())

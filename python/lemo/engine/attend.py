@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lemo import ops
-from lemo.engine.families.base import Family, Tables
+from lemo.engine.families.base import AttentionOptions, Family, Tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,8 @@ class PackedRows:
     """M packed rows of D documents on one side of attention, that of the queries or that of the keys.
 
     cu_seqlens: int32 [D + 1], first row of every document, M at the end; max_seqlen: the longest document in rows, or
-    an upper bound of it; table_rows: int32 [M], rows of the rotary tables, None if they are all tokens in order.
+    an upper bound of it; table_rows: int32 [M], the token behind every row, which is its row in the rotary tables and
+    its place for a window; None if they are all tokens in order.
     weights: float32 [K], by which gradients of keys are multiplied, by block slot; slots: int32 [M], the slot of every
     row. Both are None unless gradients are weighted.
     """
@@ -68,10 +69,23 @@ class TileChoice:
 
 
 class Attention:
-    """Causal attention within documents, for all layers of one step."""
+    """Causal attention within documents, for all layers of one step.
 
-    def __init__(self, family: Family, tables: Tables, deterministic: bool = False) -> None:
-        self.family, self.tables, self.deterministic = family, tables, deterministic
+    places: int32 [T], place in its sequence of every token, if a document lacks some of the tokens between its own.
+    longest: places of the longest document, if windows that it does not exceed are to be left out.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tables: Tables,
+        deterministic: bool = False,
+        places: Tensor | None = None,
+        *,
+        longest: int | None = None,
+    ) -> None:
+        self.family, self.tables, self.deterministic, self.places = family, tables, deterministic, places
+        self.longest = longest
 
     # --- what layers call ---
 
@@ -84,8 +98,8 @@ class Attention:
         """
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         del h
-        tiles = None if choice is None else choice.of(q, k)
-        return self.attend(q, k, v, rows, rows, self.family.scale(layer), tiles)
+        options = self.options(layer)
+        return self.attend(q, k, v, rows, rows, options, _tiles(choice, options, q, k))
 
     def differentiable(
         self,
@@ -98,14 +112,20 @@ class Attention:
     ) -> Tensor:
         """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
-        tiles = None if choice is None else choice.of(q, k)
-        return self.attend_with_gradient(q, k, v, rows, rows, self.family.scale(layer), tiles, out, lse)
+        options = self.options(layer)
+        tiles = _tiles(choice, options, q, k)
+        return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse)
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
         n = self.family.norms(layer)[0]
         h, _ = ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)
         return self.family.queries_keys_values(layer, h, self.tables, None)[:2]
+
+    def options(self, layer: nn.Module) -> AttentionOptions:
+        """Those of the layer, without a window if no document of this step exceeds it."""
+        options = self.family.attention_options(layer)
+        return options if self.longest is None else options.within(self.longest)
 
     # --- what decides how they are computed ---
 
@@ -116,17 +136,20 @@ class Attention:
         v: Tensor,
         queries: PackedRows,
         keys: PackedRows,
-        scale: float,
+        options: AttentionOptions,
         tiles: Tiles | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(out [M, Hq, D], lse float32 [Hq, M]) of q [M, Hq, D] over k and v [Mk, Hk, D].
 
-        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. tiles: only
-        if the keys are those of the queries.
+        keys: `queries` itself, or rows of the same D documents, each aligned with its queries at the end. options: of
+        the layer, sinks for these Hq heads. tiles: only if the keys are those of the queries, and without a window.
         """
-        others = _key_rows(queries, keys)
+        others = _key_rows(queries, keys) | self._options(options, queries, keys)
+        if options.sinks is not None:
+            others["sinks"] = options.sinks.detach().float()
         lists = (None, None) if tiles is None else (tiles.offsets, tiles.tiles)
-        return ops.attention_forward(q, k, v, queries.cu_seqlens, None, queries.max_seqlen, scale, *lists, **others)
+        where = (queries.cu_seqlens, None, queries.max_seqlen, options.scale)
+        return ops.attention_forward(q, k, v, *where, *lists, **others)
 
     def attend_with_gradient(
         self,
@@ -135,14 +158,14 @@ class Attention:
         v: Tensor,
         queries: PackedRows,
         keys: PackedRows,
-        scale: float,
+        options: AttentionOptions,
         tiles: Tiles | None,
         out: Tensor | None,
         lse: Tensor | None,
     ) -> Tensor:
-        """As `attend`, differentiable in q, k and v; given out and lse are not computed again."""
-        others = _key_rows(queries, keys)
-        if others:
+        """As `attend`, differentiable in q, k, v and sinks; given out and lse are not computed again."""
+        others = _key_rows(queries, keys) | self._options(options, queries, keys)
+        if keys is not queries:
             others["row_slots_k"] = keys.slots
         return ops.attention(
             q,
@@ -150,15 +173,44 @@ class Attention:
             v,
             queries.cu_seqlens,
             queries.max_seqlen,
-            scale=scale,
+            scale=options.scale,
             key_weights=keys.weights,
             row_slots=queries.slots,
             out=out,
             lse=lse,
             deterministic=self.deterministic,
             tile_lists=None if tiles is None else tiles.tensors,
+            sinks=options.sinks,
             **others,
         )
+
+    def _options(self, options: AttentionOptions, queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
+        """Soft-cap and window of the operators, with the places of both sides."""
+        given: dict[str, Any] = {"softcap": options.softcap} if options.softcap else {}
+        if options.window is None:
+            return given
+        places = self._places(queries)
+        given |= {"window": options.window, "places": places}
+        if keys is not queries:
+            places_k = self._places(keys)
+            if places is None or places_k is None:
+                raise ValueError(
+                    "table_rows: expected the tokens of queries and of keys with a window and keys of separate rows, "
+                    "got None: how far a key lies from a query is not known"
+                )
+            given["places_k"] = places_k
+        return given
+
+    def _places(self, rows: PackedRows) -> Tensor | None:
+        """int32 [M]; None: rows lie at their places."""
+        if self.places is None or rows.table_rows is None:
+            return rows.table_rows if self.places is None else self.places
+        return self.places.index_select(0, rows.table_rows)
+
+
+def _tiles(choice: TileChoice | None, options: AttentionOptions, q: Tensor, k: Tensor) -> Tiles | None:
+    """A layer with a window computes all of it: there is little to leave out."""
+    return None if choice is None or options.window is not None else choice.of(q, k)
 
 
 def _key_rows(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:

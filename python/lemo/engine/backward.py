@@ -53,7 +53,7 @@ def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: Para
         # With weights, branch lacks g: the identity path keeps its own gradient.
         ds2 = g.add_(branch) if weighted else branch
     del g
-    dh = grads.through(segment, ds2, grads.held_by(step.family.attention_modules(layer)))
+    dh = grads.through(segment, ds2, _attention_parameters(step, layer, grads))
     # Unweighted: g reached the input through x_mlp, so the rows are replaced. Weighted: they still hold the identity's.
     _norm_backward_into(dx, saved.rows, dh, record.x_kept, n1, branch, weighted, grads)
 
@@ -79,8 +79,7 @@ def _attention(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: 
     n1, rows = step.family.norms(layer)[0], record.saved_list.rows
     segment = record.attention or _attention_again(step, layer, record, n1, want_output=False)[1]
     record.attention = None
-    params = grads.held_by(step.family.attention_modules(layer))
-    dh = grads.through(segment, ops.gather(dx, rows), params)
+    dh = grads.through(segment, ops.gather(dx, rows), _attention_parameters(step, layer, grads))
     _norm_backward_into(dx, rows, dh, record.x_kept, n1, None, True, grads)
 
 
@@ -101,6 +100,13 @@ def _mlp(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: Parame
 
 
 _BACKWARD = {"layer": _layer, "attention": _attention, "mlp": _mlp}
+
+
+def _attention_parameters(step: Step, layer: nn.Module, grads: ParameterGradients) -> list[Tensor]:
+    """The trained parameters that the layer's attention uses, each once."""
+    sinks = step.family.attention_options(layer).sinks
+    held = grads.held_by(step.family.attention_modules(layer))
+    return held if sinks is None or not grads.wants(sinks) or any(p is sinks for p in held) else [*held, sinks]
 
 
 def _attention_again(

@@ -17,13 +17,13 @@ Rows are offloaded from the layers that keep most, and among equal ones from the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.layout import kept_counts
-from lemo.engine.memory import LayerShape, saved_bytes, working_bytes
+from lemo.engine.memory import LayerShape, expert_bytes, saved_bytes, working_bytes
 from lemo.engine.sizes import format_bytes, rounded_up
 from lemo.engine.tiles import STRIP_BYTES, TILE, capacity, leaves_out
 
@@ -48,10 +48,12 @@ class ListSize:
 
 @dataclass(frozen=True)
 class LayerLists:
-    """The lists of a layer. mlp: None if the MLP has that of attention."""
+    """The lists of a layer. mlp: None if the MLP has that of attention. windowed: its attention has a window that
+    documents exceed, and so no lists of tiles."""
 
     attention: ListSize
     mlp: ListSize | None = None
+    windowed: bool = False
 
     @property
     def most(self) -> int:
@@ -59,22 +61,20 @@ class LayerLists:
 
 
 def layer_lists(
-    config: LemoConfig, phase: Phase, lengths: Sequence[int], layers: int, required: bool = False
+    config: LemoConfig, phase: Phase, lengths: Sequence[int], windows: Sequence[int | None], required: bool = False
 ) -> list[LayerLists]:
-    """The lists of every layer for documents of these lengths. required: blocks are kept beyond the budget, and only
-    the device knows how many."""
-    everything = LayerLists(_rows(lengths, lengths, config.block_size, True))
-    if not phase.chooses_blocks:
-        return [everything] * layers
-    attention = _list(config, phase, phase.keep, lengths, required)
-    mlp = None
-    if phase.mlp_keep is not None:
-        mlp = _list(config, phase, phase.mlp_keep, lengths, required)
-        if mlp.everything and attention.everything:
-            mlp = None
-    chosen = LayerLists(attention, mlp)
-    eliminating = None if config.layers is None else set(config.layers)
-    return [chosen if eliminating is None or i in eliminating else everything for i in range(layers)]
+    """The lists of every layer for documents of these lengths. windows: of every layer's attention, if documents exceed
+    it. required: blocks are kept beyond the budget, and only the device knows how many."""
+    everything = chosen = LayerLists(_rows(lengths, lengths, config.block_size, True))
+    if phase.chooses_blocks:
+        attention = _list(config, phase, phase.keep, lengths, required)
+        mlp = None if phase.mlp_keep is None else _list(config, phase, phase.mlp_keep, lengths, required)
+        chosen = LayerLists(attention, None if mlp is not None and mlp.everything and attention.everything else mlp)
+    eliminating = range(len(windows)) if config.layers is None else set(config.layers)
+    found = [chosen if i in eliminating else everything for i in range(len(windows))]
+    return [
+        lists if window is None else replace(lists, windowed=True) for lists, window in zip(found, windows, strict=True)
+    ]
 
 
 def _rows(lengths: Sequence[int], kept: Sequence[int], block_size: int, everything: bool) -> ListSize:
@@ -120,7 +120,7 @@ def layer_bytes(shape: LayerShape, lists: LayerLists, phase: Phase, recompute: R
     """What a layer saves, exactly if its lists are as long as `lists` says (see `saved_bytes`)."""
     a, m, s = lists.attention, lists.mlp, shape
     tiles = None
-    if phase.mode == "sparse" and leaves_out(a.longest, phase):
+    if phase.mode == "sparse" and not lists.windowed and leaves_out(a.longest, phase):
         tiles = (a.count // TILE + a.documents, capacity(a.count, a.documents, a.longest, phase))
     total = 0
     if a.count:
@@ -141,19 +141,33 @@ def layer_bytes(shape: LayerShape, lists: LayerLists, phase: Phase, recompute: R
     if m is not None:  # a second record, with its list; with "none", the MLP's graph has its rows, not attention's
         moved += s.element * m.count * s.hidden
         total += 0 if m.everything or not m.count else 4 * m.count + 4 * (m.documents + 1)
-        width = s.element * _mlp_width(s)
-        total += width * (m.count - a.count) if recompute == "none" else s.element * m.count * s.hidden
+        none = _mlp_bytes(s, m.count) - _mlp_bytes(s, a.count)
+        total += none if recompute == "none" else s.element * m.count * s.hidden
     if recompute == "none" and phase.mode != "backward":
         return LayerBytes(0, total)
     return LayerBytes(moved, total - moved)
 
 
-def _mlp_width(s: LayerShape) -> int:
-    """Elements that the MLP saves of every row with "none": its norm's input, and what its graph holds."""
-    width = s.hidden + (2 if s.gated else 1) * s.ffn
-    width += sum(rank for name, rank in s.lora.items() if name in ("gate", "up", "down"))
-    width += s.hidden if {"gate", "up"} & set(s.lora) else 0
-    return width + (s.ffn if s.gated and "down" in s.lora else 0)
+def _mlp_bytes(s: LayerShape, rows: int) -> int:
+    """What the MLP saves with "none": its norm's input, and what its graph holds."""
+    width = s.hidden + sum(rank for name, rank in s.lora.items() if name in ("gate", "up", "gate_up", "down"))
+    if s.experts is not None:
+        return s.element * rows * width + expert_bytes(s, rows)
+    width += (2 if s.gated else 1) * s.ffn
+    width += s.hidden if {"gate", "up", "gate_up"} & set(s.lora) else 0
+    return s.element * rows * (width + (s.ffn if s.gated and "down" in s.lora else 0))
+
+
+def same_objects(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
+    """Equal shapes as one object, so that they are looked at once."""
+    known: list[LayerShape] = []
+    found = []
+    for shape in shapes:
+        first = next((k for k in known if k == shape), shape)
+        if first is shape:
+            known.append(shape)
+        found.append(first)
+    return tuple(found)
 
 
 def logit_bytes(shape: LayerShape, tokens: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,8 +106,7 @@ def _foreign_hook(hooks: Iterable[Any]) -> Any:
 def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]], equivalents: frozenset[str]) -> None:
     inner = unwrap(module)
     kind = type(inner)
-    liger = kind.__module__.startswith("liger_kernel.") and kind.__qualname__ in equivalents
-    if (kind.__module__, kind.__qualname__) not in allowed and not liger:
+    if (kind.__module__, kind.__qualname__) not in allowed and not _of_liger(kind, equivalents):
         expected = " or ".join(name for _, name in allowed)
         _refuse(path, f"expected {expected} of {allowed[0][0]}, got {kind.__module__}.{kind.__qualname__}")
     if not _trusted(kind.forward):
@@ -123,6 +122,10 @@ def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]], eq
                 hook = _foreign_hook(state[name].values())
                 if hook is not None:
                     _refuse(path, f"it has a hook, {_name(hook)} (in {name})")
+
+
+def _of_liger(kind: type, equivalents: frozenset[str]) -> bool:
+    return kind.__module__.startswith("liger_kernel.") and kind.__qualname__ in equivalents
 
 
 def _check_functions(family: Family, lm: Any) -> None:
@@ -159,7 +162,7 @@ def check_modules(family: Family, lm: Any) -> None:
             _check_module(module, path, allowed, family.liger)
     decoder = family.decoder(lm)
     for i, layer in enumerate(family.layers(decoder)):
-        for name, allowed in family.layer_modules.items():
+        for name, allowed in family.layer_modules_of(layer).items():
             module = _at(layer, name) if name else layer
             path = f"{family.layers_path}.{i}" + (f".{name}" if name else "")
             _check_module(module, path, allowed, family.liger)
@@ -210,10 +213,11 @@ def trained_parameters(family: Family, decoder: Any) -> list[Tensor]:
     layers = family.layers(decoder)
     for i, layer in enumerate(layers):
         modules = (*family.attention_modules(layer), *family.mlp_modules(layer))
-        # Of a norm lemo reads these tensors, not whatever else its module may hold.
-        norms = {id(p) for n in family.norms(layer) for p in n.parameters}
+        # Of a norm lemo reads these tensors, not whatever else its module may hold; of an attention, its sinks.
+        read = {id(p) for n in family.norms(layer) for p in n.parameters}
+        read.add(id(family.attention_options(layer).sinks))
         for p, inside in _live(layer, {id(m) for m in modules}, False):
-            if inside or id(p) in norms:
+            if inside or id(p) in read:
                 found[id(p)] = p
             else:
                 stray[id(p)] = i, p
@@ -249,10 +253,17 @@ def _refuse_parameter(path: str, module: nn.Module, parameter: nn.Parameter) -> 
 
 
 def loose_modules(family: Family, layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules of the layers that are called as they are: neither a projection of the cheap path nor an activation
-    function of torch or transformers."""
+    """Modules of the layers that are called as they are: neither a projection of the cheap path, nor an activation
+    function of torch or transformers, nor one that lemo stands in for (`check_modules` has checked those)."""
+    stood_in = {kind for kinds in family.layer_modules.values() for kind in kinds}
     modules = [m for layer in layers for m in (*family.attention_modules(layer), *family.mlp_modules(layer))]
-    return [m for m in modules if projection(m) is None and not _plain_activation(m)]
+    return [m for m in modules if projection(m) is None and not _plain_activation(m) and not _is(m, stood_in, family)]
+
+
+def _is(module: nn.Module, kinds: Collection[tuple[str, str]], family: Family) -> bool:
+    """Whether a module is of one of these classes, or of Liger's equivalents."""
+    kind = type(unwrap(module))
+    return (kind.__module__, kind.__qualname__) in kinds or _of_liger(kind, family.liger)
 
 
 def _plain_activation(module: nn.Module) -> bool:

@@ -29,7 +29,7 @@ RECOMPUTE: tuple[RecomputeSetting, ...] = get_args(RecomputeSetting)
 SELECT: tuple[Select, ...] = get_args(Select)
 TILE_POLICIES: tuple[TilePolicyName, ...] = get_args(TilePolicyName)
 # Keyword arguments of the tile policies, by name (`lemo.engine.tiles`).
-TILE_OPTIONS: Mapping[TilePolicyName, tuple[str, ...]] = {"probe": ("rows",), "recent": (), "predictors": ()}
+TILE_OPTIONS: Mapping[TilePolicyName, tuple[str, ...]] = {"probe": ("rows", "rank"), "recent": (), "predictors": ()}
 
 _TILE = 128  # LEMO_TILE_ROWS: settings are read without the library
 _MOST_KEYS = 2**62
@@ -102,8 +102,8 @@ class Phase:
     local: tiles directly before a query tile that it always attends to, as it does to itself and to the document's
         first tile, whatever the limits.
     tile_policy: how the other tiles are chosen ("sparse" only): "probe", by the exact attention of a few rows of the
-        query tile; "recent", the nearest ones; "predictors", by networks calibrated for it (`lemo calibrate --target
-        mass`). See `lemo.engine.tiles`.
+        query tile, in the head that needs a tile most; "recent", the nearest ones; "predictors", by networks calibrated
+        for it (`lemo calibrate --target mass`). See `lemo.engine.tiles`.
     tile_options: keyword arguments of the tile policy.
     """
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from lemo import ops
+from lemo.engine.families.base import NormWeights
 from lemo.ops._autograd import first_order
 
 
@@ -24,6 +26,52 @@ class UnreadSwiGLU(Function):
     @first_order("SwiGLU")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         return ops.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+
+
+class GeGLU(Function):
+    """gelu(gate) * up [M, f], GELU approximated by tanh. Saves gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    @first_order("GeGLU")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate = dy * up
+        torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate="tanh", grad_input=dgate)
+        return dgate, F.gelu(gate, approximate="tanh").mul_(dy)
+
+
+class InnerNorm(Function):
+    """A norm within a sub-layer, of rows x [M, d]: of the heads of queries and keys, or of what a sub-layer adds.
+
+    Saves x; the factor offset + weight is made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: NormWeights) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.norm, ctx.depends = n, n.parameters
+        return ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)[0]
+
+    @staticmethod
+    @first_order("a norm within a layer")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        n = ctx.norm
+        dx, *found = ops.gather_norm_backward(
+            dy.contiguous(), x, n.operands[0], None, n.kind, n.eps, *ctx.needs_input_grad[1:3]
+        )
+        grads = (None if g is None else g.to(p.dtype) for g, p in zip(found, n.parameters, strict=True))
+        return dx, *grads, None
+
+
+def inner_norm(x: Tensor, n: NormWeights) -> Tensor:
+    """The norm of the last dimension of x, which is contiguous."""
+    return InnerNorm.apply(x.view(-1, x.shape[-1]), *n.parameters, n).view(x.shape)
 
 
 class ReLU(Function):

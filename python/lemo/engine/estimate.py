@@ -45,6 +45,7 @@ class _Model:
     """What an estimate needs to know of a model."""
 
     shape: LayerShape
+    shapes: tuple[LayerShape, ...]
     weights: int
     quantized: bool
     config: Any
@@ -54,15 +55,21 @@ class _Model:
         loaded = isinstance(model, torch.nn.Module)
         config = base_model(model).config if loaded else model
         shape = layer_shape(config, element=element, lora_rank=lora_rank, lora_targets=lora_targets)
+        shapes = budget.same_objects(shape.at(i) for i in range(shape.layers))
         return cls(
-            shape, weight_bytes(shape, stored_bytes(model) if loaded else None), loaded and quantized(model), config
+            shape,
+            shapes,
+            weight_bytes(shape, stored_bytes(model) if loaded else None),
+            loaded and quantized(model),
+            config,
         )
 
     def plan(self, config: LemoConfig, phase: Phase, context: int, batch: int) -> budget.MemoryPlan:
         shape, tokens = self.shape, context * batch
+        windows = families.of(self.config).windows(self.config, context)
         needs = budget.Needs(
-            shapes=(shape,) * shape.layers,
-            lists=tuple(budget.layer_lists(config, phase, (context,) * batch, shape.layers)),
+            shapes=self.shapes,
+            lists=tuple(budget.layer_lists(config, phase, (context,) * batch, windows)),
             phase=phase,
             tokens=tokens,
             weights=self.weights,
@@ -93,14 +100,12 @@ def estimate(
     except in weighted phases, where the number of kept blocks varies and three standard deviations are added, with
     thresholds, which may keep everything, and with `Phase.mass`, where the lists of tiles are counted as long as the
     other limits let them become; `working` is an estimate. Raises UnsupportedModelError for a model that lemo does not
-    know, or whose attention has a window shorter than the context, and ValueError for a memory_budget that is too
-    small.
+    know, and ValueError for a memory_budget that is too small.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
     config = LemoConfig() if config is None else config
     known = _Model.of(model, element, lora_rank, lora_targets)
-    families.of(known.config).check_length(known.config, context)
     phases = [_row(phase, known.plan(config, phase, context, batch)) for phase in config.phases or ()]
     recompute = "none" if config.recompute == "auto" else config.recompute
     return Estimate(
@@ -171,11 +176,10 @@ def longest(
     base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False)
     rows = []
     for phase in config.phases or ():
-        window = families.of(known.config).window(known.config)
         found = []
         for offload in (False, True):
             settings = dataclasses.replace(base, offload=offload)
-            found.append(_search(known, settings, phase, batch, left, window))
+            found.append(_search(known, settings, phase, batch, left))
         host = known.plan(settings, phase, found[1], batch).host if found[1] else 0
         rows.append(
             {
@@ -191,13 +195,13 @@ def longest(
     return Longest(gpu=gpu, left=left, batch=batch, positions=positions, phases=rows)
 
 
-def _search(known: _Model, config: LemoConfig, phase: Phase, batch: int, left: int, window: int | None) -> int:
+def _search(known: _Model, config: LemoConfig, phase: Phase, batch: int, left: int) -> int:
     """The largest multiple of _STEP whose step fits: a step's memory grows with its context."""
 
     def fits(steps: int) -> bool:
         return known.plan(config, phase, steps * _STEP, batch).peak <= left
 
-    most = min(_MOST // batch, window or _MOST) // _STEP
+    most = _MOST // batch // _STEP
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high

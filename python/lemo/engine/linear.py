@@ -1,10 +1,10 @@
 """Linear layers of the base model with their adapters: the cheap path, and the module itself if that is not safe.
 
-The cheap path covers frozen `nn.Linear` weights, frozen 4-bit weights of bitsandbytes, and PEFT's plain LoRA over them:
-one active adapter, no dropout, no variant (DoRA and others). Adapters stay in their own dtype (fp32 over a bf16 base);
-products run in the dtype of the input, adapter gradients accumulate in fp32. Everything else - other quantized bases,
-LoRA dropout, DoRA, other adapter kinds, trainable base weights - calls the module: correct, at the module's own memory
-cost.
+The cheap path covers frozen `nn.Linear` weights, frozen quantized weights (4 and 8 bits of bitsandbytes, what torchao
+can make dense), and PEFT's LoRA over them: plain adapters, one or several that are active together, and one DoRA;
+without dropout. Adapters stay in their own dtype (fp32 over a bf16 base); products run in the dtype of the input,
+adapter gradients accumulate in fp32. Everything else - other quantized bases, LoRA dropout, other adapter kinds,
+trainable base weights - calls the module: correct, at the module's own memory cost.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """y = h W^T + bias + scale (h a^T) b^T; a [r, d], b [o, r].
+    """y = g (h W^T + scale (h a^T) b^T) + bias; a [r, d], b [o, r].
 
-    weight: as it is stored: W [o, d], frozen unless it is a loss head, or the form that W is made of.
+    weight: as it is stored: W [o, d], frozen unless it is a loss head, or the form that W is made of. magnitude [o], of
+    DoRA: g = magnitude / |W + scale b a|, norms of rows, which are constants to the gradient as in PEFT; None: g is 1.
     """
 
     weight: Tensor
@@ -42,6 +43,7 @@ class Projection:
     b: Tensor | None = None
     scale: float = 1.0
     form: Form | None = None
+    magnitude: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -111,11 +113,26 @@ def _four_bit(linear: Any) -> Form | None:
     return Form(lambda stored: dequantize_4bit(stored.data, state), linear.out_features)
 
 
+def _eight_bit(linear: Any) -> Form | None:
+    """Of bitsandbytes: rows of int8 with a scale each, which the layer's state takes over from the weight at the first
+    call. Activations stay as they are, whereas bitsandbytes quantizes them too on a GPU."""
+    scales = linear.state.SCB if linear.state.SCB is not None else getattr(linear.weight, "SCB", None)
+    if scales is None or linear.weight.dtype != torch.int8 or linear.state.has_fp16_weights:
+        return None
+    return Form(lambda stored: stored.data * (scales / 127.0)[:, None], linear.out_features)
+
+
 # Linear layers that store their weight in another form, by the class's full name; None for one that cannot be read yet.
 # A class added here takes the cheap path.
-QUANTIZED: dict[str, Callable[[Any], Form | None]] = {"bitsandbytes.nn.modules.Linear4bit": _four_bit}
-# PEFT's plain LoRA around them.
-_LORA = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
+QUANTIZED: dict[str, Callable[[Any], Form | None]] = {
+    "bitsandbytes.nn.modules.Linear4bit": _four_bit,
+    "bitsandbytes.nn.modules.Linear8bitLt": _eight_bit,
+}
+# PEFT's LoRA around them.
+_LORA = tuple(f"peft.tuners.lora.{name}" for name in (
+    "layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear",
+))  # fmt: skip
+_DORA = ("peft.tuners.lora.variants.DoraLinearVariant", "peft.tuners.lora.dora.DoraLinearLayer")
 
 
 def _base(linear: Any, trainable: bool) -> Projection | None:
@@ -123,38 +140,66 @@ def _base(linear: Any, trainable: bool) -> Projection | None:
     if hooked(linear) or not (trainable or _frozen(linear)):
         return None
     if type(linear) is nn.Linear:
-        return Projection(linear.weight, linear.bias)
+        return _of_tensor(linear)
     kind = QUANTIZED.get(_class(linear))
     form = None if kind is None or not _frozen(linear) else kind(linear)
     return None if form is None else Projection(linear.weight, linear.bias, form=form)
 
 
-def projection(module: Any, *, trainable: bool = False) -> Projection | None:
-    """The weights of a module the cheap path covers, or None. `trainable`: also cover a base weight that trains."""
+def _of_tensor(linear: nn.Linear) -> Projection | None:
+    """Of torch's own linear layer; torchao puts a tensor of its own kind into one."""
+    weight: Tensor = linear.weight
+    if type(weight) in (nn.Parameter, Tensor):
+        return Projection(weight, linear.bias)
+    if not type(weight).__module__.startswith("torchao.") or not hasattr(weight, "dequantize") or not _frozen(linear):
+        return None
+    return Projection(weight, linear.bias, form=Form(lambda stored: stored.dequantize(), linear.out_features))
+
+
+def projection(module: Any, *, head: bool = False) -> Projection | None:
+    """The weights of a module the cheap path covers, or None.
+
+    head: of the loss: also covers a base weight that trains, but not DoRA, which the operator of the loss lacks.
+    """
     outer, module = module, unwrap(module)
     if hooked(module) or (outer is not module and hooked(outer)):
         return None
     if _class(module) not in _LORA:
-        return _base(module, trainable)
-    base = _base(module.base_layer, trainable)
+        return _base(module, head)
+    base = _base(module.base_layer, head)
     if base is None:
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
     if module.merged or module.disable_adapters or not active:
         return base
-    name = active[0]
-    a: Any = module.lora_A[name]
-    b: Any = module.lora_B[name]
-    plain = (
-        len(active) == 1
-        and all(type(m) is nn.Linear and not hooked(m) for m in (a, b))
-        and b.bias is None
-        and type(module.lora_dropout[name]) is nn.Identity
-        and not hooked(module.lora_dropout[name])
-        and name not in module.lora_variant
-        and not module.fan_in_fan_out
-    )
-    return replace(base, a=a.weight, b=b.weight, scale=float(module.scaling[name])) if plain else None
+    if module.fan_in_fan_out or not all(_undisturbed(module, name) for name in active):
+        return None
+    pairs = [(module.lora_A[name].weight, module.lora_B[name].weight) for name in active]
+    scales = [float(module.scaling[name]) for name in active]
+    magnitude = _magnitude(module, active)
+    if any(name in module.lora_variant for name in active) and (head or magnitude is None):
+        return None
+    if len(active) == 1:
+        (a, b), scale = pairs[0], scales[0]
+    else:  # their sum is one adapter of all ranks
+        a, scale = torch.cat([a for a, _ in pairs]), 1.0
+        b = torch.cat([b * factor for (_, b), factor in zip(pairs, scales, strict=True)], 1)
+    return replace(base, a=a, b=b, scale=scale, magnitude=magnitude)
+
+
+def _undisturbed(module: Any, name: str) -> bool:
+    """Whether an adapter of PEFT's LoRA is two products and nothing else."""
+    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    plain = all(type(m) is nn.Linear and not hooked(m) for m in (a, b)) and b.bias is None
+    return plain and type(dropout) is nn.Identity and not hooked(dropout)
+
+
+def _magnitude(module: Any, active: Sequence[str]) -> Tensor | None:
+    """DoRA's vector, if that is the only active adapter."""
+    if len(active) != 1 or _class(module.lora_variant.get(active[0])) != _DORA[0]:
+        return None
+    holder = module.lora_magnitude_vector[active[0]]
+    return holder.weight if ordinary(holder, _DORA[1]) else None
 
 
 def reads_input(module: Any) -> bool:
@@ -176,13 +221,31 @@ def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y).float()
 
 
+def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """|W + scale b a| of every row, float32 [o], without a second tensor of W's size."""
+    inner, b = _product_fp32(w, a.to(w.dtype).t()), b.float()
+    squares = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square_()
+    squares += (2 * scale) * (inner * b).sum(1)
+    squares += scale**2 * ((b @ (a.float() @ a.float().t())) * b).sum(1)
+    return squares.clamp_(min=0).sqrt_()
+
+
+# Tensors of a projection in the arguments of LinearGroup: weight, bias, a, b, magnitude; three arguments come first.
+_PARTS = 5
+_BEFORE = 3
+# Rows of a DoRA's output that are computed again at a time, for the gradient of its magnitude.
+_DORA_ROWS = 4096
+
+
 class LinearGroup(Function):
     """Several projections of the same rows. h [M, d] -> one [M, o_i] per projection.
 
-    Arguments: h, scale and form of every projection, want_output, then weight, bias, a, b of every projection. Saves h
-    once, if any projection has an adapter that trains, and the [M, r] products h a^T; frozen weights get no gradient. A
-    quantized weight is saved as it is stored, and made dense again in the backward pass. With want_output False the
-    outputs are zeros without separate memory: recomputation needs the graph, not always the last product.
+    Arguments: h, scale and form of every projection, want_output, then weight, bias, a, b, magnitude of every
+    projection. Saves h once, if any projection has an adapter that trains, and the [M, r] products h a^T; frozen
+    weights get no gradient. A quantized weight is saved as it is stored, and made dense again in the backward pass.
+    DoRA saves its norms [o] besides; its output without the magnitude is computed again, in chunks of rows. With
+    want_output False the outputs are zeros without separate memory: recomputation needs the graph, not always the last
+    product.
     """
 
     @staticmethod
@@ -193,26 +256,31 @@ class LinearGroup(Function):
         want_output: bool,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        dtype, outputs, inner = h.dtype, [], []
+        outputs, inner, norms = [], [], []
         adapters = False
         for i, (scale, form) in enumerate(settings):
-            weight, bias, a, b = parts[4 * i : 4 * i + 4]
+            weight, bias, a, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
             assert weight is not None
+            trained = ctx.needs_input_grad[_BEFORE + _PARTS * i :][:_PARTS]
+            t = norm = g = None
+            if a is not None:
+                t = h @ a.to(h.dtype).t()
+                adapters = adapters or trained[2] or trained[4]
+            if want_output or magnitude is not None:
+                w = _dense(weight, form).to(h.dtype)
+            if magnitude is not None and a is not None and b is not None:
+                norm = _row_norms(w, a, b, scale)
+                g = magnitude.float() / norm
             if want_output:
-                y = F.linear(h, _dense(weight, form).to(dtype), None if bias is None else bias.to(dtype))
+                y = _output(h, w, bias, t, b, scale, g)
             else:
                 width = weight.shape[0] if form is None else form.width
                 y = h.new_zeros(1, 1).expand(h.shape[0], width)
-            t = None
-            if a is not None and b is not None:
-                t = h @ a.to(dtype).t()
-                if want_output:
-                    y.addmm_(t, b.to(dtype).t(), alpha=scale)
-                adapters = adapters or ctx.needs_input_grad[3 + 4 * i + 2]
             outputs.append(y)
-            inner.append(t if t is not None and ctx.needs_input_grad[3 + 4 * i + 3] else None)
+            inner.append(t if trained[3] or trained[4] else None)
+            norms.append(norm)
         ctx.settings = settings
-        ctx.save_for_backward(h if adapters else None, *inner, *parts)
+        ctx.save_for_backward(h if adapters else None, *inner, *norms, *parts)
         return tuple(outputs)
 
     @staticmethod
@@ -220,19 +288,24 @@ class LinearGroup(Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         n = len(ctx.settings)
         h, *rest = ctx.saved_tensors
-        inner, parts = rest[:n], rest[n:]
+        inner, norms, parts = rest[:n], rest[n : 2 * n], rest[2 * n :]
         dh: Any = None
         grads: list[Tensor | None] = []
         want_dh = ctx.needs_input_grad[0]
         for i, ((scale, form), dy) in enumerate(zip(ctx.settings, dys, strict=True)):
-            weight, _, a, b = parts[4 * i : 4 * i + 4]
-            want_a, want_b = ctx.needs_input_grad[3 + 4 * i + 2], ctx.needs_input_grad[3 + 4 * i + 3]
+            weight, _, a, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
+            _, _, want_a, want_b, want_m = ctx.needs_input_grad[_BEFORE + _PARTS * i :][:_PARTS]
             dtype = dy.dtype
-            if want_dh:
+            da = db = dm = None
+            if want_dh or want_m:
                 w = _dense(weight, form).to(dtype)
+            if magnitude is not None:
+                if want_m:
+                    dm = _magnitude_gradient(dy, h, w, inner[i], b, scale).div_(norms[i]).to(magnitude.dtype)
+                dy = dy * (magnitude.float() / norms[i]).to(dtype)
+            if want_dh:
                 dh = dy @ w if dh is None else dh.addmm_(dy, w)
                 del w
-            da = db = None
             if a is not None:
                 dt: Any = None
                 if want_dh or want_a:
@@ -243,8 +316,32 @@ class LinearGroup(Function):
                     da = _product_fp32(dt.t(), h).to(a.dtype)
                 if want_b:
                     db = _product_fp32(dy.t(), inner[i]).mul_(scale).to(b.dtype)
-            grads += [None, None, da, db]
+            grads += [None, None, da, db, dm]
         return dh, None, None, *grads
+
+
+def _output(
+    h: Tensor, w: Tensor, bias: Tensor | None, t: Tensor | None, b: Tensor | None, scale: float, g: Tensor | None
+) -> Tensor:
+    """y [M, o] of a projection; t [M, r]: h a^T; g float32 [o]: DoRA's factor."""
+    bias = None if bias is None else bias.to(h.dtype)
+    y = F.linear(h, w, bias if g is None else None)
+    if t is not None and b is not None:
+        y.addmm_(t, b.to(h.dtype).t(), alpha=scale)
+    if g is not None:
+        y.mul_(g)
+        if bias is not None:
+            y.add_(bias)
+    return y
+
+
+def _magnitude_gradient(dy: Tensor, h: Tensor, w: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Sum over rows of dy times the output before the magnitude, float32 [o]."""
+    total = torch.zeros(w.shape[0], dtype=torch.float32, device=w.device)
+    for start in range(0, h.shape[0], _DORA_ROWS):
+        c = slice(start, start + _DORA_ROWS)
+        total += _output(h[c], w, None, t[c], b, scale, None).mul_(dy[c]).sum(0, dtype=torch.float32)
+    return total
 
 
 def linear_group(modules: Sequence[nn.Module], h: Tensor, want_output: bool = True) -> tuple[Tensor, ...]:
@@ -262,7 +359,7 @@ def linear_group(modules: Sequence[nn.Module], h: Tensor, want_output: bool = Tr
             outputs[i] = module(h).to(h.dtype)
         else:
             fast.append(i)
-            parts += [spec.weight, spec.bias, spec.a, spec.b]
+            parts += [spec.weight, spec.bias, spec.a, spec.b, spec.magnitude]
             settings.append((spec.scale, spec.form))
     if fast:
         for i, y in zip(fast, LinearGroup.apply(h, settings, want_output, *parts), strict=True):

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 
@@ -25,11 +25,16 @@ class LayerShape(ModelShape):
     """A model's sizes, and what one of its layers holds in training.
 
     element: bytes of an activation. lora: rank of the adapter by projection, of "q", "k", "v", "o", "gate", "up",
-    "down" ("up" and "down" are OPT's fc1 and fc2); projections without an adapter are left out.
+    "down" ("up" and "down" are OPT's fc1 and fc2), "qkv" and "gate_up" of fused ones; projections without an adapter
+    are left out.
     """
 
     element: int = 2
     lora: Mapping[str, int] = field(default_factory=dict)
+
+    def at(self, layer: int) -> Self:
+        shape = super().at(layer)
+        return shape if shape is self else replace(shape, lora=_present(self.lora, shape))
 
 
 def layer_shape(
@@ -44,9 +49,14 @@ def layer_shape(
     names = family.lora_targets if lora_targets is None else lora_targets
     if isinstance(names, str):
         names = tuple(family.projections) if names == "all-linear" else (names,)
-    ranks = {family.projections[name]: lora_rank for name in names if name in family.projections}
-    sizes = {f.name: getattr(family.shape(config), f.name) for f in fields(ModelShape)}
+    shape = family.shape(config)
+    ranks = _present({family.projections[name]: lora_rank for name in names if name in family.projections}, shape)
+    sizes = {f.name: getattr(shape, f.name) for f in fields(ModelShape)}
     return LayerShape(**sizes, element=element, lora=ranks)
+
+
+def _present(ranks: Mapping[str, int], shape: ModelShape) -> dict[str, int]:
+    return {name: rank for name, rank in ranks.items() if name in shape.projections}
 
 
 def stored_bytes(model: Any) -> int:
@@ -69,9 +79,16 @@ def _storage_bytes(model: Any, with_trained: bool) -> int:
     for tensor in (*base_model(model).parameters(), *base_model(model).buffers()):
         if tensor.requires_grad and not with_trained:
             continue
-        for t in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
+        for t in (*_parts(tensor), *_tensors_of(getattr(tensor, "quant_state", None))):
             storages[t.untyped_storage().data_ptr() or id(t)] = t.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor holds in memory: the tensors inside of one of another kind (torchao's), else itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
@@ -84,7 +101,8 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
 
 
 def quantized(model: Any) -> bool:
-    return any(p.dim() > 1 and not p.is_floating_point() for p in base_model(model).parameters())
+    weights = (p for p in base_model(model).parameters() if p.dim() > 1)
+    return any(part.element_size() == 1 for p in weights for part in _parts(p))
 
 
 def saved_bytes(
@@ -110,6 +128,10 @@ def saved_bytes(
         "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated])  + 4 Hq M
                      + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
                      + e M f   if gated and down has one       + e M (sum of all r)
+                     with experts in place of the MLP, k of E for a row, in place of f + f:
+                       e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
+                       [+ 4 M (k + 1) if its weights are made to sum to 1]
+                     + e M (elements of norms inside attention and MLP, `inner_saved` of the model's shape)
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
         tiles        8 (S + 1 + L)     [half of it with "none"]
 
@@ -126,24 +148,44 @@ def saved_bytes(
         return s.element * m * s.hidden + lists
     if recompute != "none":
         raise ValueError(f'recompute must be "none", "attention" or "full"; got {recompute!r}')
-    width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim + (2 if s.gated else 1) * s.ffn
-    width += sum(s.lora.values())
-    if {"q", "k", "v"} & set(s.lora):
+    width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
+    width += sum(s.lora.values()) + s.inner_saved
+    if {"q", "k", "v", "qkv"} & set(s.lora):
         width += s.hidden
-    if {"gate", "up"} & set(s.lora):
+    if s.experts is not None:
+        return s.element * m * width + output + lists + expert_bytes(s, m)
+    width += (2 if s.gated else 1) * s.ffn
+    if {"gate", "up", "gate_up"} & set(s.lora):
         width += s.hidden
     if s.gated and "down" in s.lora:
         width += s.ffn
     return s.element * m * width + output + lists
 
 
+def expert_bytes(shape: LayerShape, rows: int) -> int:
+    """What router and experts save: gate and up, and the weights of every row's experts; the router's probabilities and
+    order."""
+    e = shape.experts
+    assert e is not None
+    router = 16 * e.per_token + (0 if e.normed is None else 4 * e.count)
+    router += 4 * (e.per_token + 1) if e.normed else 0
+    return rows * (shape.element * e.per_token * (2 * e.ffn + 1) + router) + 4 * e.count
+
+
+def _layer_parameters(shape: ModelShape) -> int:
+    sides = shape.projections
+    found = sum(a * b for a, b in sides.values()) + sum(sides[name][1] for name in shape.biases) + 2 * shape.hidden
+    if shape.experts is not None:
+        found += shape.experts.count * shape.hidden * (3 * shape.experts.ffn + 1)
+    return found + shape.inner_parameters
+
+
 def weight_bytes(shape: LayerShape, stored: int | None) -> int:
     """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
-    d, sides = shape.hidden, shape.projections
-    layer = sum(a * b for a, b in sides.values()) + sum(sides[name][1] for name in shape.biases) + 2 * d
+    d, layers = shape.hidden, [shape.at(i) for i in range(shape.layers)]
     outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
-    base = shape.element * (shape.layers * layer + outside) if stored is None else stored
-    adapters = shape.layers * sum(rank * sum(sides[name]) for name, rank in shape.lora.items())
+    base = shape.element * (sum(map(_layer_parameters, layers)) + outside) if stored is None else stored
+    adapters = sum(rank * sum(layer.projections[name]) for layer in layers for name, rank in layer.lora.items())
     # Adapters in fp32: value, gradient and two moments.
     return base + 16 * adapters
 
@@ -162,7 +204,10 @@ def working_bytes(shape: LayerShape, tokens: int, rows: int, mode: str, recomput
     stream = e * tokens * d
     chunk = rows if recompute == "none" and mode != "backward" else min(rows, MLP_ROWS)
     mlp = e * chunk * ((6 if shape.gated else 4) * f + 3 * d)
-    recomputed = 0 if recompute == "none" and mode != "backward" else e * rows * (3 * d + 2 * q + 2 * kv)
+    if shape.experts is not None:  # rows of gate and up, and their inputs and outputs, once for every expert of a row
+        mlp = max(mlp, chunk * shape.experts.per_token * e * (6 * shape.experts.ffn + 3 * d) + 12 * shape.experts.count)
+    again = recompute != "none" or mode == "backward"
+    recomputed = e * rows * (3 * d + 2 * q + 2 * kv + shape.inner_saved) if again else 0
     layer = mlp + recomputed + e * rows * (3 * q + 4 * kv)
     if mode == "backward":
         exact = e * tokens * (2 * d + 2 * q + 2 * kv) + e * min(tokens, MLP_ROWS) * (3 * f + 2 * d)

@@ -1,4 +1,4 @@
-"""What a training forward pass returns: the loss, and in place of logits an object that explains their absence."""
+"""What a forward pass with labels returns: the loss, and in place of logits an object that explains their absence."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, NoReturn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _TEXT = (
-    "logits are not available in training with labels: lemo computes the loss in segments, so they never exist whole. "
-    "To get them as well, set LemoConfig(return_logits=True); for a custom loss, call the model without labels"
+    "logits are not available with this loss: lemo computes it in segments, so they never exist whole. To get them as "
+    "well, set LemoConfig(return_logits=True) in training, and leave controller.loss_only() in evaluation; for a loss "
+    "that lemo does not compute, call the model without labels"
 )
 
 
 class MissingLogitsError(RuntimeError, AttributeError):
-    """The logits that a training forward pass did not make were used. (An AttributeError, so that `hasattr` works.)"""
+    """The logits that a forward pass did not make were used. (An AttributeError, so that `hasattr` works.)"""
 
     def __init__(self) -> None:
         super().__init__(_TEXT)

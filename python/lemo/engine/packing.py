@@ -31,6 +31,16 @@ class Packed:
     blocks: Blocks
     shape: tuple[int, int]
 
+    @property
+    def gaps(self) -> Tensor | None:
+        """int32 [T], `places`, if the mask leaves out tokens between those of a document; else None. Waits for the
+        device if there is padding."""
+        if self.places is None:
+            return None
+        apart = self.places.diff() != 1
+        apart[self.blocks.cu_seqlens[1:-1].long() - 1] = False
+        return self.places.int() if bool(apart.any()) else None
+
     def take(self, x: Tensor) -> Tensor:
         """Rows [T, ...] of x [B, S, ...]."""
         flat = x.reshape(-1, *x.shape[2:])

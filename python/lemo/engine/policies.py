@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lemo import ops
 from lemo.engine.config import Phase, PolicyName
+from lemo.engine.families.base import AttentionOptions
 from lemo.engine.layout import Blocks, Kept, KeptPair, SelectMode, select
 
 _MASK = 2**64 - 1
@@ -71,7 +72,7 @@ class StepContext:
     """What is fixed during one forward pass.
 
     blocks: of the packed batch; seed: of this micro-batch in this process; queries_keys(layer, x): the layer's own
-    q [T, Hq, D] and k [T, Hk, D] for residual rows x [T, d], position embedding applied; scale: of their product;
+    q [T, Hq, D] and k [T, Hk, D] for residual rows x [T, d], position embedding applied; attention(layer): its options;
     required: bool [nb], blocks that are kept whatever their score and the budget (mode "skip": those with labels).
     """
 
@@ -81,7 +82,7 @@ class StepContext:
     always_first: int
     always_last: int
     queries_keys: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    scale: Callable[[int], float]
+    attention: Callable[[int], AttentionOptions]
     required: Tensor | None = None
 
 
@@ -302,6 +303,7 @@ class Sampled(Policy):
 
 class Exact(Policy):
     """The exact scores of the layer's own queries and keys (paper eq. 2): the oracle, as costly as attention itself.
+    A key counts for the queries whose window it is in; sinks do not matter, as scores are no shares of attention.
 
     normalize: divide a block's sum by the number of query blocks that see it.
     """
@@ -314,8 +316,9 @@ class Exact(Policy):
     def scores(self, layer: int, x: Tensor) -> Tensor:
         q, k = self.context.queries_keys(layer, x)
         blocks = self.context.blocks
-        scale = self.context.scale(layer)
-        return ops.block_scores(q, k, blocks.offsets, blocks.documents, blocks.block_size, scale, self.normalize)[0]
+        options = self.context.attention(layer)
+        where = (blocks.offsets, blocks.documents, blocks.block_size, options.scale, self.normalize)
+        return ops.block_scores(q, k, *where, window=options.window or 0, softcap=options.softcap)[0]
 
 
 _CLASSES: dict[PolicyName, Callable[..., Policy]] = {

@@ -6,7 +6,9 @@ others, and the best follow until a limit of the phase is reached (`cpp/include/
 heads of a layer: lists per key/value head hold 0.1 to 0.2 points more attention (docs/notebook.md) and cost as many
 times more to make and to save.
 
-Scores are made for a strip of query tiles at a time, so that memory does not grow with the square of the context.
+Scores are made for a strip of query tiles at a time, so that memory does not grow with the square of the context. They
+know nothing of a layer's soft-cap and sinks, which attention over the chosen tiles has; layers with a window choose
+none (`lemo.engine.attend`), and reports have 1 for what they attend to.
 
 To add a policy: derive from `TilePolicy`, set `name`, implement `scorer`, and enter the class in `_CLASSES` and its
 name in `lemo.engine.config.TilePolicyName`.
@@ -21,7 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -34,13 +36,21 @@ from lemo.engine.layout import Blocks
 TILE = _native.constant("LEMO_TILE_ROWS")
 # Tiles at the start of a document that every query tile attends to: attention sinks are there.
 FIRST_TILES = 1
-# Documents beyond it are probed at one row of each query tile.
-LONG_ROWS = 128 * 1024
+# (tokens of the longest document, probed rows of each query tile), and one row beyond. Probing may take 2 % of
+# a step. For the step of the 8B shape with 8K keys per query on an H200, two rows took 0.5 % at 64K tokens and 2.2 % at
+# 256K (docs/notebook.md): their cost grows with rows x tokens^2, the step with tokens. The other entries are
+# extrapolated from these two measurements.
+PROBED_ROWS = ((16 << 10, 32), (32 << 10, 16), (64 << 10, 8), (128 << 10, 3))
 # Scores of a strip of query tiles, and what is needed to make them, in bytes.
 STRIP_BYTES = 64 << 20
 
-# float32 [slots, width] of the query tiles with slots first, first + 1, ...: (first, slots, width) -> scores.
-Scorer = Callable[[int, int, int], Tensor]
+# Of the query tiles with slots first, first + 1, ...: (first, slots, width) -> float32 [slots, width].
+MassScorer = Callable[[int, int, int], Tensor]
+# The same -> scores that rank, and the masses that limits and reports add up (None: the scores themselves).
+Scorer = Callable[[int, int, int], tuple[Tensor, Tensor | None]]
+
+Rank = Literal["peak", "mean"]
+RANKS: tuple[Rank, ...] = get_args(Rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +69,7 @@ class LayerRows:
 class TileScorer(Protocol):
     """Calibrated scores of tiles, as `lemo.predictors.PredictorSet` has them."""
 
-    def tile_scores(self, layer: int, x: Tensor, blocks: Blocks) -> Scorer:
+    def tile_scores(self, layer: int, x: Tensor, blocks: Blocks) -> MassScorer:
         """For a layer with input x [M, d] in tiles `blocks`. The networks run once, not once per strip."""
         ...
 
@@ -70,7 +80,7 @@ class TilePolicy(ABC):
     """Scores key tiles for query tiles, layer after layer."""
 
     name: TilePolicyName
-    # Whether scores are shares of attention, which limits and reports may add up.
+    # Whether there are masses: shares of attention, which limits and reports may add up.
     estimates: bool = True
 
     def __init__(self, predictors: TileScorer | None = None) -> None:
@@ -87,29 +97,34 @@ class TilePolicy(ABC):
 
 
 class Probe(TilePolicy):
-    """Attention of a few rows of each query tile, evenly spaced, exact over all earlier keys. Nothing is trained. Two
-    rows cost 1/64 of the query-key products of dense attention, and what they find holds 0.2 to 0.4 points less
-    attention than the best choice; one row, 0.4 to 0.6 (docs/notebook.md). Options: `rows`; None: two, and one in
-    documents of more than 128K rows, whose steps are so much attention's that two would be over 2 % of them.
+    """Attention of a few rows of each query tile, evenly spaced, exact over all earlier keys. Nothing is trained.
+
+    Options: `rows`, of 128, each 1/128 of the query-key products of dense attention; None: as many as PROBED_ROWS has.
+    `rank`, by what tiles are ranked: "peak", the largest mass of any head, or "mean", the mass itself. A choice by the
+    mean holds more attention and loses more of the model's predictions (docs/notebook.md). Limits and reports add up
+    masses with either.
     """
 
     name = "probe"
 
-    def __init__(self, predictors: TileScorer | None = None, *, rows: int | None = None) -> None:
+    def __init__(self, predictors: TileScorer | None = None, *, rows: int | None = None, rank: Rank = "peak") -> None:
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or not 1 <= rows <= TILE):
             raise ValueError(f"tile_options: rows must be an integer from 1 to {TILE}, or None; got {rows!r}")
-        self.rows = rows
+        if rank not in RANKS:
+            raise ValueError(f"tile_options: rank must be one of {', '.join(RANKS)}; got {rank!r}")
+        self.rows, self.rank = rows, rank
 
     def _rows(self, layer: LayerRows) -> int:
         if self.rows is not None:
             return self.rows
-        return 2 if layer.rows.max_seqlen <= LONG_ROWS else 1
+        return next((rows for tokens, rows in PROBED_ROWS if layer.rows.max_seqlen <= tokens), 1)
 
     def scorer(self, layer: LayerRows) -> Scorer:
         where = (layer.rows.cu_seqlens, None, layer.rows.max_seqlen, layer.scale, self._rows(layer))
 
-        def scores(first: int, slots: int, width: int) -> Tensor:
-            return ops.tile_scores(layer.q, layer.k, *where, first, slots, width)
+        def scores(first: int, slots: int, width: int) -> tuple[Tensor, Tensor | None]:
+            masses, peaks = ops.tile_scores(layer.q, layer.k, *where, first, slots, width, self.rank == "peak")
+            return (masses, None) if peaks is None else (peaks, masses)
 
         return scores
 
@@ -124,8 +139,8 @@ class Recent(TilePolicy):
     estimates = False
 
     def scorer(self, layer: LayerRows) -> Scorer:
-        def scores(first: int, slots: int, width: int) -> Tensor:
-            return torch.arange(width, device=layer.q.device, dtype=torch.float32).expand(slots, width)
+        def scores(first: int, slots: int, width: int) -> tuple[Tensor, Tensor | None]:
+            return torch.arange(width, device=layer.q.device, dtype=torch.float32).expand(slots, width), None
 
         return scores
 
@@ -149,7 +164,8 @@ class PredictedTiles(TilePolicy):
         place = (layer.x.device, layer.x.dtype)
         if self._placed != place:
             self.predictors, self._placed = self.predictors.to(device=place[0], dtype=place[1]), place
-        return self.predictors.tile_scores(layer.layer, layer.x, self._tiles(layer.rows))
+        predicted = self.predictors.tile_scores(layer.layer, layer.x, self._tiles(layer.rows))
+        return lambda *strip: (predicted(*strip), None)
 
     def _tiles(self, rows: PackedRows) -> Blocks:
         """Tiles as blocks. Waits for the device once per list of rows, which layers without a kept list share."""
@@ -299,10 +315,10 @@ class TileChooser:
         scorer = self.policy.scorer(layer)
         strips = -(-slots * width * self.policy.row_bytes(layer) // STRIP_BYTES)
         strip = -(-slots // min(strips, slots))  # all of about one size: a short one costs as many launches
-        covered = [
-            ops.select_tiles_(chosen, scorer(first, min(strip, slots - first), width), rows.cu_seqlens, first, *limits)
-            for first in range(0, slots, strip)
-        ]
+        covered = []
+        for first in range(0, slots, strip):
+            scores, masses = scorer(first, min(strip, slots - first), width)
+            covered.append(ops.select_tiles_(chosen, scores, rows.cu_seqlens, first, *limits, masses))
         lists = ops.list_tiles(chosen, rows.cu_seqlens, self._capacity(slots, layer))
         listed = lists[0][-1]
         if phase.mass is not None:

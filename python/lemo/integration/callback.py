@@ -35,8 +35,10 @@ class Driven(Protocol):
 class LemoCallback(_TrainerCallback):
     """Moves a controller along with a transformers Trainer, also after a resume, and adds to its logs.
 
-    Adds lemo_phase (number of the phase), lemo_kept (mean over layers of the kept fraction) and, in mode "sparse",
-    lemo_density (that of the pairs of tiles) to what the Trainer logs and its reporters write.
+    What the Trainer logs, and its reporters (tensorboard, trackio, wandb) write, also has, of the last forward pass:
+    lemo_phase (number of the phase), lemo_kept (mean over layers of the kept fraction), lemo_loss_tokens (targets the
+    loss was over: of tokens that took part in a layer), lemo_cost (products compared with a dense step) and, in mode
+    "sparse", lemo_density (mean share of the pairs of tiles) and lemo_covered (that of attention, if it is estimated).
     """
 
     def __init__(self, controller: Driven) -> None:
@@ -63,10 +65,17 @@ class LemoCallback(_TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.controller.kept_ratios and self.controller.applied:
-            ratios, report = self.controller.kept_ratios, self.controller.report()
-            ours = {"lemo_phase": report["phase"], "lemo_kept": sum(ratios) / len(ratios)}
-            if densities := report["density"]:
-                ours["lemo_density"] = sum(densities) / len(densities)
+            ours = _numbers(self.controller.report())
             logs.update(ours)  # what later callbacks print and report
             if state.log_history:
                 state.log_history[-1].update(ours)  # the Trainer stored its own copy before
+
+
+def _numbers(report: dict[str, Any]) -> dict[str, Any]:
+    """A report's numbers as reporters take them: one each."""
+    means = {"kept": report["kept"], "density": report["density"], "covered": report["covered"]}
+    found = {"phase": report["phase"], "loss_tokens": report["loss_tokens"], "cost": report["cost_ratio"]}
+    for name, values in means.items():
+        if values and None not in values:
+            found[name] = sum(values) / len(values)
+    return {f"lemo_{name}": value for name, value in found.items() if value is not None}

@@ -20,6 +20,7 @@ _KINDS = {
     "PREFIX_TUNING": "it trains a cache of keys and values (past_key_values)",
     "CARTRIDGE": "it trains a cache of keys and values (past_key_values)",
     "CPT": "its own loss reads the logits of every token, which lemo does not compute",
+    "SHADOW": "it runs a second stack of states next to the decoder layers, which lemo computes itself",
 }
 _INSTEAD = (
     "use LoRA or another adapter of single projections, prompt tuning or P-tuning, or train this model without lemo"
@@ -53,9 +54,12 @@ def check_adapters(model: Any) -> None:
             continue
         if home.startswith("peft.tuners.poly."):
             _refuse(f"Poly ({name})", by_sequence)
-        variants = getattr(module, "lora_variant", None) or {}
-        if any(type(variant).__name__.startswith("ALora") for variant in variants.values()):
+        variants = [type(variant).__name__ for variant in (getattr(module, "lora_variant", None) or {}).values()]
+        if any(variant.startswith("ALora") for variant in variants):
             _refuse(f"aLoRA, LoraConfig(alora_invocation_tokens=...) ({name})", by_sequence)
+        if any(variant.startswith("Monteclora") for variant in variants):
+            buffered = "it takes its samples from a buffer, so recomputation in the backward pass would get others"
+            _refuse(f"MonteCLoRA, LoraConfig(monteclora_config=...) ({name})", buffered)
         own = module.__dict__.get("forward")
         if type(getattr(own, "__self__", None)).__name__.startswith("XLora"):
             _refuse(f"X-LoRA ({name})", by_sequence)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lemo.engine import stack
 from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
-from lemo.engine.config import LemoConfig, Phase
+from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.cost import PassShares, cost_ratio
 from lemo.engine.families.base import Family
 from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
@@ -25,6 +26,7 @@ from lemo.integration import training_pass, trl_head
 from lemo.integration.callback import LemoCallback
 from lemo.integration.checks_peft import check_adapters, check_device, check_weights
 from lemo.integration.entries import controller_of
+from lemo.integration.evaluation import LossOnly
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
 from lemo.integration.saving import Savings
@@ -63,12 +65,15 @@ class Controller:
         self.mlp_kept_ratios: list[float] = []
         self._tokens = self._blocks = 0
         self._loss_tokens: Tensor | None = None
+        self._lengths: tuple[int, ...] = ()
+        self._recomputed: Recompute | Sequence[Recompute] = "none"
         self._last_phase: int | None = None
         self._policies, self._tile_policies = self._make_policies(), self._make_tile_policies()
         self._tiles: TileChooser | None = None
         self._draws = Draws()
         self._passes = Passes()
         self.referring = False
+        self.loss_only_passes = LossOnly()
         self._covered_forward: Any = None
         self._notes: set[str] = set()
         self.savings = Savings(family, model, config, self.note)
@@ -177,6 +182,15 @@ class Controller:
         finally:
             self.referring = before
 
+    def loss_only(self) -> AbstractContextManager[None]:
+        """Evaluation passes inside that are given labels return the dense model's loss, without its logits.
+
+        Logits are then made for slices of tokens only. For evaluation in a loop of one's own, with the model in eval
+        mode and gradients off; under a Trainer that asks for the loss alone (no `compute_metrics`) it happens by
+        itself.
+        """
+        return self.loss_only_passes.everywhere()
+
     def cover_heads(self) -> None:
         """Covers the head again if another library has put its own loss over ours (see `integration.trl_head`)."""
         if self.model.__dict__.get("forward") is not self._covered_forward:
@@ -198,7 +212,9 @@ class Controller:
         loss_tokens: targets the loss was over (read from the device); None if lemo did not compute it. Of mode
         "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of
         tiles that causality allows, and covered, the share of attention that these hold, as the tile policy estimates
-        it (None: it does not). memory: if a budget or offload decides, how many layers save what and its bytes.
+        it (None: it does not); both 1 for a layer with a sliding window, which sees all of it. cost_ratio: products of
+        the pass over those of a dense one (`lemo.engine.cost`); None before the first pass. memory: if a budget
+        or offload decides, how many layers save what, and its bytes.
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
@@ -218,7 +234,12 @@ class Controller:
             "density": density,
             "covered": covered,
             "memory": self.savings.report(),
+            "cost_ratio": None if phase is None else self._cost_ratio(phase, density),
         }
+
+    def _cost_ratio(self, phase: Phase, density: list[float]) -> float:
+        shares = PassShares(phase.mode, self._recomputed, self.kept_ratios, self.mlp_kept_ratios, density)
+        return cost_ratio(self.family.shape(self.model.config), self._lengths, shares)
 
     def count_loss_tokens(self, count: Tensor) -> None:
         """The loss of the last forward pass was over so many targets: int64 [], on the device."""
@@ -260,7 +281,7 @@ class Controller:
         """The residual stream [T, d] after the last layer, before the final norm, and the step that made it."""
         decoder = self.family.decoder(self.model)
         layers = self.family.layers(decoder)
-        self.family.check_length(self.model.config, inputs.packed.blocks.max_seqlen)
+        self.family.check_kernels(self.model.config, inputs.packed.blocks.max_seqlen, inputs.batch.device)
         if self.micro_batch == 0:
             self._check_surroundings(layers, inputs.batch)
         check_modules(self.family, self.model)
@@ -289,6 +310,7 @@ class Controller:
             self._loss_tokens, self._tiles = None, tiles
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
+        self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
         return stack.run(step, x, params), step
 
     def _check_surroundings(self, layers: list[nn.Module], batch: Tensor) -> None:

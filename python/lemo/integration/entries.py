@@ -28,6 +28,17 @@ class Attached(Protocol):
 
     def stepped_aside(self, module: nn.Module, named: dict[str, Any]) -> None: ...
 
+    @property
+    def loss_only_passes(self) -> LossOnlyPasses: ...
+
+
+class LossOnlyPasses(Protocol):
+    """Evaluation passes that are run without their logits (`lemo.integration.evaluation`)."""
+
+    def serves(self, module: nn.Module, named: dict[str, Any]) -> bool: ...
+
+    def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any: ...
+
 
 # Runs a training call: (controller, module, original, args, kwargs) -> the module's output.
 Run = Callable[[Any, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -53,6 +64,16 @@ class Handle:
 def controller_of(module: nn.Module) -> Attached | None:
     handle = module.__dict__.get(HANDLE)
     return None if handle is None else handle.controller
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward pass by name, those of **kwargs included."""
+    # Of the class: a wrapper around the instance's forward need not have its parameters.
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    named = dict(bound.arguments)
+    del named["self"]
+    named.update(named.pop("kwargs", {}))
+    return named
 
 
 # --- chains of wrappers -----------------------------------------------------------------------------------------------
@@ -125,6 +146,8 @@ def add_entry(module: nn.Module, run: Run) -> None:
         if controller.referring or (self.training and torch.is_grad_enabled()):
             return run(controller, self, original, args, kwargs)
         controller.stepped_aside(self, kwargs)
+        if controller.loss_only_passes.serves(self, kwargs):
+            return controller.loss_only_passes.run(self, original, args, kwargs)
         return original(*args, **kwargs)
 
     kind = type(module).forward

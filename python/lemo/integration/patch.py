@@ -8,7 +8,6 @@ transformers' own code.
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from lemo.engine.wrappers import base_model
 from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
 from lemo.integration.controller import Controller
-from lemo.integration.entries import attach, controller_of, detach
+from lemo.integration.entries import arguments, attach, controller_of, detach
 from lemo.integration.training_pass import Inputs
 
 if TYPE_CHECKING:  # loaded only if a run has a calibration
@@ -53,16 +52,6 @@ _TRANSFORMERS = (5, 6)  # from this major version, below that one
 # --- the two forward methods ------------------------------------------------------------------------------------------
 
 
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those of **kwargs included."""
-    # Of the class: a wrapper around the instance's forward need not have its parameters.
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    named = dict(bound.arguments)
-    del named["self"]
-    named.update(named.pop("kwargs", {}))
-    return named
-
-
 def _check_arguments(named: dict[str, Any]) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if named.get(name):
@@ -74,6 +63,15 @@ def _check_arguments(named: dict[str, Any]) -> None:
         )
     if (named.get("input_ids") is None) == (named.get("inputs_embeds") is None):
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
+
+
+def _check_router(named: dict[str, Any], config: Any) -> None:
+    given, own = named.get("output_router_logits"), getattr(config, "output_router_logits", None)
+    if given is not None and own is not None and bool(given) != bool(own):
+        raise ValueError(
+            f"output_router_logits={given} is not available as an argument in training with lemo: set it in the "
+            "model's configuration (the router's loss is part of the loss with True)"
+        )
 
 
 def _inputs(controller: Controller, named: dict[str, Any]) -> Inputs:
@@ -97,10 +95,8 @@ def _inputs(controller: Controller, named: dict[str, Any]) -> Inputs:
 def _decoder_forward(
     controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
     controller.cover_heads()
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
     inputs = _inputs(controller, named)
     x, step = controller.run(inputs)
@@ -109,7 +105,7 @@ def _decoder_forward(
     n = controller.family.final_norm(module)
     if n is not None:
         x = ops.norm(x, *n.operands, n.kind, n.eps)
-    output = BaseModelOutputWithPast(last_hidden_state=inputs.packed.put(x))
+    output = controller.family.decoder_output(inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
 
@@ -118,8 +114,9 @@ def _causal_lm_forward(
 ) -> Any:
     if controller.referring:  # the decoder below repeats the lists; the head may be anyone's
         return original(*args, **kwargs)
-    named = _arguments(module, args, kwargs)
+    named = arguments(module, args, kwargs)
     _check_arguments(named)
+    _check_router(named, module.config)
     fused = trl_head.wanted(controller, module, original, kwargs)
     if fused is not None:
         return trl_head.fused_output(controller, module, fused, named, _inputs(controller, named))
@@ -135,8 +132,8 @@ def _causal_lm_forward(
     inputs = _inputs(controller, named)
     targets = Targets.of(inputs.packed, named)
     x, step = controller.run(replace(inputs, labelled=targets.values != targets.ignore_index))
-    norm = controller.family.final_norm(controller.family.decoder(module))
-    head = projection(module.lm_head, trainable=True)
+    norm = controller.family.head_norm(controller.family.decoder(module))
+    head = projection(module.lm_head, head=True)
     if head is None:
         controller.note(
             f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"

@@ -14,7 +14,7 @@ from lemo.engine.budget import MemoryPlan, Needs
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.families.base import Family
 from lemo.engine.linear import ordinary, projection
-from lemo.engine.memory import LayerShape, frozen_bytes, layer_shape, quantized, trained_bytes
+from lemo.engine.memory import frozen_bytes, layer_shape, quantized, trained_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords
 from lemo.engine.records import Records
 from lemo.integration.replay import under_checkpoint
@@ -110,21 +110,23 @@ class Savings:
     def needs(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> Needs:
         """What a pass needs, see `of`."""
         layers, tokens = self.family.layers(self.family.decoder(self.model)), sum(lengths)
-        plain = dataclasses.replace(layer_shape(self.model.config, element=element), lora={})
-        shapes: dict[tuple[tuple[str, int], ...], LayerShape] = {}
+        shape = layer_shape(self.model.config, element=element)
         found, countable = [], True
-        for layer in layers:
+        for i, layer in enumerate(layers):
             ranks, counted = _adapters(self.family, layer)
             countable = countable and counted
-            found.append(shapes.setdefault(tuple(sorted(ranks.items())), dataclasses.replace(plain, lora=ranks)))
+            found.append(dataclasses.replace(shape, lora=ranks).at(i))
+        if phase.mlp_keep is not None and shape.inner_saved:  # which of the two parts saves it is not known
+            countable = False
+        windows = self.family.windows(self.model.config, max(lengths))
         return Needs(
-            shapes=tuple(found),
-            lists=tuple(budget.layer_lists(self.config, phase, lengths, len(layers), required)),
+            shapes=budget.same_objects(found),
+            lists=tuple(budget.layer_lists(self.config, phase, lengths, windows, required)),
             phase=phase,
             tokens=tokens,
             weights=frozen_bytes(self.model) + trained_bytes(self.model),
             dequantizes=quantized(self.model),
-            logits=budget.logit_bytes(plain, tokens) if self.config.return_logits else 0,
+            logits=budget.logit_bytes(shape, tokens) if self.config.return_logits else 0,
             countable=countable,
         )
 
@@ -161,8 +163,10 @@ def _adapters(family: Family, layer: nn.Module) -> tuple[dict[str, int], bool]:
                 return ranks, False
             continue
         found = projection(module)
-        if found is None:
+        if found is None or found.magnitude is not None:
             return ranks, False
         if found.a is not None:
+            if not isinstance(found.a, nn.Parameter):  # several adapters, added up anew in every pass
+                return ranks, False
             ranks[role] = found.a.shape[0]
     return ranks, True

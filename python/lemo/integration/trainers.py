@@ -14,15 +14,17 @@ from typing import Any
 from lemo.engine.config import Phase
 
 
-def _callers() -> Iterator[Any]:
-    """The objects of transformers and TRL whose methods are being executed, the innermost first."""
+def _callers(method: str | None = None, variable: str = "self") -> Iterator[Any]:
+    """A variable of the methods of transformers and TRL that are being executed, the innermost first: the object they
+    belong to, unless it names another. method: only those of this name."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         library = str(frame.f_globals.get("__name__", "")).startswith(("transformers.trainer", "trl."))
-        if library and code.co_varnames[:1] == ("self",) and code.co_flags & inspect.CO_OPTIMIZED:
+        named = method is None or code.co_name == method
+        if named and library and code.co_varnames[:1] == ("self",) and code.co_flags & inspect.CO_OPTIMIZED:
             variables = frame.f_locals
-            yield variables.get("self")
+            yield variables.get(variable)
             if sys.version_info < (3, 13):
                 variables.clear()  # a copy, which the frame would hold on to with everything in it
         frame = frame.f_back
@@ -34,6 +36,21 @@ def running_trainer() -> Any | None:
 
     callers = list(_callers())
     return next((owner for owner in callers if isinstance(owner, Trainer)), None)
+
+
+def evaluates_loss_only() -> bool:
+    """Whether this code runs under a transformers Trainer's evaluation that reads nothing but the model's loss."""
+    from transformers import Trainer
+
+    asked = list(_callers("prediction_step", "prediction_loss_only"))
+    trainer = running_trainer() if asked and asked[0] is True else None
+    return (
+        trainer is not None
+        and type(trainer).compute_loss is Trainer.compute_loss
+        and type(trainer).prediction_step is Trainer.prediction_step
+        and trainer.compute_loss_func is None
+        and trainer.label_smoother is None
+    )
 
 
 def go_first(callback: Any) -> None:

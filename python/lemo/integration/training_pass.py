@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lemo.engine.attend import Attention, TileChoice
 from lemo.engine.config import LemoConfig, Phase
-from lemo.engine.families.base import Family
+from lemo.engine.families.base import Family, Tables
 from lemo.engine.packing import Packed
 from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from lemo.engine.policies import Policy, StepContext
@@ -77,7 +77,7 @@ def begin(
     participation = Participation(not phase.skips or trains_before_layers(x, embedded))
     embedded.clear()
     x = x.to(_compute_dtype(x))
-    attention = Attention(family, family.tables(decoder, x.detach(), packed.positions), config.deterministic)
+    attention = _attention(family, layers, packed, family.tables(decoder, x.detach(), packed.positions), config)
     lists = ChosenLists(plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered)
     required = None
     if plan.policy is not None:
@@ -90,7 +90,7 @@ def begin(
                 always_first=config.always_first,
                 always_last=config.always_last,
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
-                scale=lambda i: family.scale(layers[i]),
+                attention=lambda i: attention.options(layers[i]),
                 required=required,
             )
         )
@@ -110,13 +110,26 @@ def begin(
         random=plan.random,
         general=plan.general,
         choose=lists.choose,
-        tiles=None if tiles is None else _tiles_of_layers(tiles, family, layers),
+        tiles=None if tiles is None else _tiles_of_layers(tiles, attention, layers),
         observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
         borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
         autocast=_autocast(x),
         participation=participation,
     )
     return x, step, lists, tiles
+
+
+def _attention(
+    family: Family, layers: Sequence[nn.Module], packed: Packed, tables: Tables, config: LemoConfig
+) -> Attention:
+    """Attention that knows where a window's tokens lie, if there is a window that the batch's rows exceed."""
+    windows = [family.attention_options(layer).window for layer in layers]
+    longest = packed.blocks.max_seqlen
+    if not any(window is not None and window < packed.shape[1] for window in windows):
+        return Attention(family, tables, config.deterministic, longest=longest)
+    gaps = packed.gaps
+    longest = longest if gaps is None else packed.shape[1]
+    return Attention(family, tables, config.deterministic, gaps, longest=longest)
 
 
 def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChooser | None:
@@ -134,10 +147,11 @@ def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChoose
 
 
 def _tiles_of_layers(
-    chooser: TileChooser, family: Family, layers: list[nn.Module]
+    chooser: TileChooser, attention: Attention, layers: list[nn.Module]
 ) -> Callable[[int, Tensor, SavedList], TileChoice]:
     def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
-        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, family.scale(layers[i]))))
+        scale = attention.options(layers[i]).scale
+        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, scale)))
 
     return tiles
 

@@ -90,8 +90,8 @@ def wanted(controller: Runs, module: nn.Module, original: Callable[..., Any], kw
 def covers(controller: Runs, module: Any, head: Any) -> bool:
     """Whether the segmented loss gives what this head does. The layers run through lemo in any case."""
     asked = inspect.getclosurevars(head).nonlocals
-    norm = controller.family.final_norm(controller.family.decoder(module))
-    weights = projection(module.lm_head, trainable=True)
+    norm = controller.family.head_norm(controller.family.decoder(module))
+    weights = projection(module.lm_head, head=True)
     reason = None
     if weights is None:
         reason = f"lm_head is a {type(module.lm_head).__name__}"
@@ -217,8 +217,8 @@ def fused_output(controller: Runs, module: Any, head: Any, named: dict[str, Any]
 
     x, step = controller.run(replace(inputs, labelled=targets != -100))
     refuse_auxiliary_loss(step, module.config)
-    norm = controller.family.final_norm(controller.family.decoder(module))
-    weights = projection(module.lm_head, trainable=True)
+    norm = controller.family.head_norm(controller.family.decoder(module))
+    weights = projection(module.lm_head, head=True)
     assert weights is not None
     part = read_rows(step, _outside(norm, weights))
     predicted = _predicted(targets, part)

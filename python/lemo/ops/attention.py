@@ -10,10 +10,18 @@ Keys with separate rows (chunks of queries over all keys so far, context paralle
 ``max_seqlen_k`` is the longest document in packed key rows, or more; what is named above describes the queries. Each
 document is aligned at its end: query i of nq sees key j of nk iff j <= i + nk - nq. A query that sees no key has out 0,
 lse -inf and gradients 0. Not together with tile lists.
+
+Options of a model's attention, on the CPU only so far (CUDA: NotImplementedError). With s_ij = scale q_i . k_j:
+``softcap`` c > 0 makes it c tanh(s_ij / c). ``window`` w > 0: i sees j only if place(j) > place(i) - w; places are
+``places`` (int32 [M], ascending within a document) or else storage rows, so that rows which ``rows`` leaves out count.
+With cu_seqlens_k, ``places`` and ``places_k`` (int32 [Mk]) are needed. Not together with tile lists. ``sinks`` (float32
+[Hq]): a logit per query head in the denominator of its softmax, without a value; ``lse`` covers it, and is the sink if
+a query sees no key.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -50,10 +58,15 @@ def attention_forward(
     cu_seqlens_k: Tensor | None = None,
     rows_k: Tensor | None = None,
     max_seqlen_k: Size | None = None,
+    window: Size = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    places: Tensor | None = None,
+    places_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j softmax_j(scale q_i . k_j) v_j over j <= i of i's document: (out [R, Hq, D], lse float32 [Hq, M]).
 
-    Rows of out that ``rows`` does not name are zero. Differentiable, once, in q, k and v.
+    Rows of out that ``rows`` does not name are zero. Differentiable, once, in q, k, v and sinks.
 
     Two-dimensional sparsity: tile i of document d is its packed rows [128 i, 128 i + 128) and has the slot
     cu_seqlens[d] // 128 + d + i, of S = M // 128 + D slots (some stay empty). With tile_offsets (int32 [S + 1]) and
@@ -88,7 +101,7 @@ def transpose_tile_lists(tile_offsets: Tensor, tiles: Tensor, cu_seqlens: Tensor
     return offsets, torch.where(used, slot - first, 0)[order].to(torch.int32)
 
 
-@operator("dq dk dv", derivative="error")
+@operator("dq dk dv dsinks", derivative="error")
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -110,8 +123,14 @@ def attention_backward(
     rows_k: Tensor | None = None,
     row_slots_k: Tensor | None = None,
     max_seqlen_k: Size | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) restricted to the given rows, from the output and LSE of the forward pass that made them.
+    window: Size = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    places: Tensor | None = None,
+    places_k: Tensor | None = None,
+    want_dsinks: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients (dq, dk, dv, dsinks) restricted to the given rows, from the output and LSE of the forward pass.
 
     If that pass saw more keys than these rows, probabilities P_ij = exp(scale q_i . k_j - lse_i) are still exact:
     dS_ij = P_ij (dout_i . v_j - dout_i . out_i); dq_i = scale sum_j w_ij dS_ij k_j; dk_j = scale sum_i w_ij dS_ij q_i;
@@ -120,10 +139,16 @@ def attention_backward(
     tile_offsets, tiles: the forward pass's lists, transposed (``transpose_tile_lists``).
 
     With cu_seqlens_k, dk and dv have the shape of k, and the slot of key j is row_slots_k[j] (int32 [Mk]).
+
+    softcap: dS_ij has the further factor 1 - tanh(s_ij / c)^2 in dq and dk. dsinks, float32 [Hq] or None unless wanted:
+    -sum_i exp(sinks - lse_i) dout_i . out_i. For nothing else does this pass need the sinks, since ``lse`` covers them.
     """
     _need_longest(cu_seqlens_k, max_seqlen_k)
+    if want_dsinks and sinks is None:
+        raise ValueError("sinks: expected float32 [Hq] with want_dsinks, got None")
     key_rows = rows if cu_seqlens_k is None else rows_k
-    return _like(q, rows), _like(k, key_rows), _like(v, key_rows)
+    dsinks = q.new_empty(q.shape[1], dtype=torch.float32) if want_dsinks else None
+    return _like(q, rows), _like(k, key_rows), _like(v, key_rows), dsinks
 
 
 def attention(
@@ -145,11 +170,16 @@ def attention(
     row_slots_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     tile_lists: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    places: Tensor | None = None,
+    places_k: Tensor | None = None,
 ) -> Tensor:
     """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
 
     tile_lists: offsets and key tiles of every query tile (``attention_forward``), then offsets and query tiles of every
-    key tile, as ``list_tiles`` makes them.
+    key tile, as ``list_tiles`` makes them. sinks may have any floating-point dtype here.
 
     With ``out`` and ``lse`` of an earlier forward pass over more keys, that output is returned without computing it,
     and gradients are those of ``attention_backward`` with the given key weights (mode `backward`).
@@ -158,60 +188,102 @@ def attention(
     if (out is None) != (lse is None):
         raise ValueError("lse: expected out and lse together, got one of them")
     _need_longest(cu_seqlens_k, max_seqlen_k)
+    sinks = None if sinks is None else sinks.float()
     if out is None:
-        keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": max_seqlen_k}
+        given = (q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale)
         forward: Any = (None, None) if tile_lists is None else tile_lists[:2]
         out, lse = attention_forward(
-            q.detach(), k.detach(), v.detach(), cu_seqlens, rows, max_seqlen, scale, *forward, **keys
+            *given,
+            *forward,
+            cu_seqlens_k=cu_seqlens_k,
+            rows_k=rows_k,
+            max_seqlen_k=max_seqlen_k,
+            window=window,
+            softcap=softcap,
+            sinks=None if sinks is None else sinks.detach(),
+            places=places,
+            places_k=places_k,
         )
     transposed: Any = (None, None) if tile_lists is None else tile_lists[2:]
-    lists = (cu_seqlens, rows, key_weights, row_slots, *transposed, cu_seqlens_k, rows_k, row_slots_k)
-    return _Attention.apply(q, k, v, out, lse, *lists, max_seqlen, scale, deterministic, max_seqlen_k)
+    lists = (cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic, *transposed)
+    keys = (cu_seqlens_k, rows_k, row_slots_k, max_seqlen_k)
+    return _Attention.apply(q, k, v, sinks, out, lse, *lists, *keys, window, softcap, places, places_k)
 
 
 class _Attention(torch.autograd.Function):
     """Ties a computed output to the backward pass over the given rows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, *others):
-        *tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic, ctx.max_seqlen_k = others
-        ctx.save_for_backward(q, k, v, out, *tensors)
+    def forward(ctx, q, k, v, sinks, out, *others):
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in others]
+        ctx.save_for_backward(q, k, v, sinks, out, *(x if isinstance(x, Tensor) else None for x in others))
         return out.detach()  # a view could not be changed in place afterwards
 
     @staticmethod
     def backward(ctx, dout):
-        *tensors, tile_offsets, tiles, cu_seqlens_k, rows_k, row_slots_k = ctx.saved_tensors
-        inputs: Any = (*tensors, ctx.max_seqlen, ctx.scale, ctx.deterministic, tile_offsets, tiles)
-        keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
-        grads = attention_backward(dout.contiguous(), *inputs, row_slots_k=row_slots_k, **keys)
-        return *grads, *(None for _ in ctx.needs_input_grad[3:])
+        q, k, v, sinks, out, *tensors = ctx.saved_tensors
+        pairs = zip(tensors, ctx.numbers, strict=True)
+        *lists, cu_seqlens_k, rows_k, row_slots_k, max_seqlen_k, window, softcap, places, places_k = (
+            number if tensor is None else tensor for tensor, number in pairs
+        )
+        dq, dk, dv, dsinks = attention_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            *lists,
+            cu_seqlens_k=cu_seqlens_k,
+            rows_k=rows_k,
+            row_slots_k=row_slots_k,
+            max_seqlen_k=max_seqlen_k,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            places=places,
+            places_k=places_k,
+            want_dsinks=ctx.needs_input_grad[3],
+        )
+        return dq, dk, dv, dsinks, *(None for _ in ctx.needs_input_grad[4:])
+
+
+_SINKS = 14  # their place among the inputs of attention_forward
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, *lists, ctx.max_seqlen_k = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, *lists)
+    q, k, v, cu_seqlens, rows, ctx.max_seqlen, ctx.scale, *others = inputs
+    *lists, ctx.max_seqlen_k, ctx.window, ctx.softcap, sinks, places, places_k = others
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, rows, *lists, sinks, places, places_k)
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles, cu_seqlens_k, rows_k = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, rows, tile_offsets, tiles, cu_seqlens_k, rows_k, *options = ctx.saved_tensors
+    sinks, places, places_k = options
     lists = (None, None) if tile_offsets is None else transpose_tile_lists(tile_offsets, tiles, cu_seqlens)
-    keys: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
-
-    def backward(dout):
-        arguments: Any = (q, k, v, out, lse, cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
-        return attention_backward(dout.contiguous(), *arguments, **keys)
-
-    grads = [None] * 3 if dout is None else list(backward(dout))
+    where: Any = (cu_seqlens, rows, None, None, ctx.max_seqlen, ctx.scale, False, *lists)
+    others: Any = {"cu_seqlens_k": cu_seqlens_k, "rows_k": rows_k, "max_seqlen_k": ctx.max_seqlen_k}
+    others |= {"window": ctx.window, "softcap": ctx.softcap, "places": places, "places_k": places_k}
+    # The dispatcher leaves out defaults at the end: only as many gradients are wanted.
+    needed = ctx.needs_input_grad
+    others |= {"sinks": sinks, "want_dsinks": any(needed[_SINKS:])}
+    found: list[Any] = []
+    if dout is not None:
+        found.append(attention_backward(dout.contiguous(), q, k, v, out, lse, *where, **others))
     if dlse is not None:
-        # dlse_i / ds_ij = P_ij: dq is the output with keys as values, dk the gradient of v for dout_i = dlse_i q_i.
-        weights = _by_row(dlse, q, cu_seqlens, rows)
-        layout = (cu_seqlens, rows, ctx.max_seqlen, ctx.scale, tile_offsets, tiles)
-        means = attention_forward(q, k, k, *layout, **keys)[0]
-        dq = torch.where(weights == 0, 0, ctx.scale * weights * means)
-        dk = ctx.scale * backward(weights * q)[2]
-        grads[:2] = [g if other is None else g + other for g, other in zip((dq, dk), grads, strict=False)]
-    return *grads, *(None for _ in ctx.needs_input_grad[3:])
+        # dlse_i / ds_ij = P_ij. With v = 0, dout_i = (dlse_i, 0, ...) and out_i = (-1, 0, ...), dS_ij = P_ij dlse_i.
+        first = q.new_zeros(q.shape[-1])
+        first[0] = 1
+        outer = _by_row(dlse, q, cu_seqlens, rows) * first
+        minus = -first.expand(q.shape).contiguous()
+        dq, dk, _, dsinks = attention_backward(outer, q, k, torch.zeros_like(v), minus, lse, *where, **others)
+        found.append((dq, dk, None, dsinks))
+    sums = [functools.reduce(_add, (grads[i] for grads in found), None) for i in range(4)]
+    return *sums[:3], *((sums[3] if i == _SINKS else None) for i in range(3, len(needed)))
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _by_row(dlse: Tensor, q: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:

@@ -84,12 +84,18 @@ def block_scores(
     scale: float,
     normalize: bool = False,
     want_map: bool = False,
+    *,
+    window: Size = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact informativeness of blocks (paper eq. 2): (scores float32 [nb], map float32 [nb, nb] or None).
 
     q [T, Hq, D], k [T, Hk, D] with position embedding. S_ij = mean over heads of max(scale q_i.k_j, 0) for j <= i of
     the same document; map[m, n] = max of S over queries in m and keys in n; scores[n] = sum over m >= n of map[m, n],
     divided by the number of such m with ``normalize``. Memory is linear in T unless the map is wanted.
+
+    window w > 0 (CPU only): S_ij is 0 also if j <= i - w, and ``normalize`` counts the m that the window lets see n.
+    softcap c > 0 (CPU only): scale q_i.k_j becomes c tanh(scale q_i.k_j / c).
     """
     need("block_offsets", block_offsets, "nb+1")
     nb = block_offsets.shape[0] - 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from lemo.ops._operator import Size, need, operator
 
 
-@operator("scores", derivative="error")
+@operator("scores peaks", derivative="error")
 def tile_scores(
     q: Tensor,
     k: Tensor,
@@ -29,16 +29,21 @@ def tile_scores(
     first_slot: Size,
     slots: Size,
     width: Size,
-) -> Tensor:
-    """Attention mass of key tiles of the query tiles in slots [first_slot, first_slot + slots): float32 [slots, width].
+    want_peaks: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention mass of key tiles of the query tiles in slots [first_slot, first_slot + slots).
+
+    Returns (scores, peaks), float32 [slots, width]; peaks is None unless ``want_peaks``.
 
     q [R, Hq, D], k [R, Hk, D], rows and max_seqlen as in ``attention_forward``; width: the tiles of max_seqlen rows, or
     more. scores[s, n] is the softmax of the query tile over all keys before it, summed over the keys of tile n and
     averaged over heads and ``probes`` rows (1 to 128) spread over the tile: 128 give the exact mass of a whole tile.
-    The masses of a query tile, its own included, add up to 1. Tiles above the query tile have 0, as have slots without
-    a tile.
+    The masses of a query tile, its own included, add up to 1. peaks[s, n] is the largest mass that any head has there,
+    by which tiles are ranked better. Tiles above the query tile have 0, as have slots without a tile. Soft-caps,
+    windows and sinks that the layer may have are not considered.
     """
-    return q.new_empty(slots, width, dtype=torch.float32)
+    new = functools.partial(q.new_empty, dtype=torch.float32)
+    return new(slots, width), new(slots, width) if want_peaks else None
 
 
 @operator("covered", writes="chosen", derivative="error")
@@ -52,13 +57,15 @@ def select_tiles_(
     mass: float,
     first: int,
     local: int,
+    masses: Tensor | None = None,
 ) -> Tensor:
     """In place: the rows of ``chosen`` (int32 [S, B]) that belong to the C slots of scores (float32 [C, W]).
 
     Bit n % 32 of chosen[s, n // 32] is set if the query tile of slot s attends to tile n below its own. Its own tile,
     the ``first`` tiles of the document and the ``local`` tiles before it are always seen; others follow by descending
     score (ties: the nearest first; NaN last) until there are min(ceil(keys / 128), floor(density (m + 1) + 1/2)) for
-    tile m of a document, or their scores, cut to [0, 1], add up to ``mass`` (from 1 on: no limit).
+    tile m of a document, or their masses, cut to [0, 1], add up to ``mass`` (from 1 on: no limit). masses: float32
+    [C, W]; None: the scores.
 
     Returns covered, float32 [C]: that sum, of what is always seen too; 0 in slots without a tile.
     """

@@ -53,7 +53,6 @@ class Teacher:
     @torch.no_grad()
     def visit(self, ids: Tensor, visitor: Visitor) -> None:
         """One document, without exact scores."""
-        self.family.check_length(self.config, ids.shape[0])
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
 
@@ -82,7 +81,7 @@ class Teacher:
         Predictors meet such a residual stream in training, where eliminated tokens carry what an earlier layer left in
         them; learned from dense activations alone they score those tokens by chance.
         """
-        self.family.check_length(self.config, ids.shape[0])
+        self.family.check_kernels(self.config, ids.shape[0], self.device)
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
         disable = getattr(self.model, "disable_adapter", None)
@@ -101,7 +100,9 @@ class Teacher:
                 family=self.family,
                 layers=self.layers,
                 blocks=blocks,
-                attention=Attention(self.family, self.family.tables(self.decoder, x, blocks.positions)),
+                attention=Attention(
+                    self.family, self.family.tables(self.decoder, x, blocks.positions), longest=blocks.max_seqlen
+                ),
                 mode="skip",
                 recompute="full",
                 random=False,
@@ -113,8 +114,9 @@ class Teacher:
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Exact informativeness float32 [nb] of layer ``index`` for its input x [T, d]."""
         q, k, scale = self.queries_keys(index, x, blocks)
-        where = (blocks.offsets, blocks.documents, self.block_size)
-        return ops.block_scores(q, k, *where, scale, self.normalize, False)[0]
+        where = (blocks.offsets, blocks.documents, self.block_size, scale, self.normalize)
+        options = self.family.attention_options(self.layers[index]).within(blocks.max_seqlen)
+        return ops.block_scores(q, k, *where, window=options.window or 0, softcap=options.softcap)[0]
 
     def queries_keys(self, index: int, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, float]:
         """q [T, Hq, D] and k [T, Hk, D] of layer ``index`` for its input, positions applied, and their scale."""
@@ -132,7 +134,7 @@ class Teacher:
             q, k = q.float(), k.float()
         elif q.dtype == torch.float32:  # the kernels on CUDA take 16 bits
             q, k = q.bfloat16(), k.bfloat16()
-        return q, k, self.family.scale(layer)
+        return q, k, self.family.attention_options(layer).scale
 
 
 def documents(batches: Iterable[Any], context: int | None, block_size: int) -> Iterator[Tensor]:

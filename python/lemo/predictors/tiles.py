@@ -47,7 +47,7 @@ def tile_mass(q: Tensor, k: Tensor, scale: float, probes: int, strips: Sequence[
     tokens = q.shape[0]
     ends = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
     where = (ends, None, tokens, scale, probes)
-    return torch.cat([ops.tile_scores(q, k, *where, first, count, -(-tokens // TILE)) for first, count in strips])
+    return torch.cat([ops.tile_scores(q, k, *where, first, count, -(-tokens // TILE))[0] for first, count in strips])
 
 
 def pooled_mass(q: Tensor, k: Tensor, scale: float, m: Tensor) -> Tensor:

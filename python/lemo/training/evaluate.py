@@ -20,7 +20,7 @@ import torch
 
 from lemo.data import Documents, evaluation_pieces, evaluation_spans
 from lemo.data.windows import Span
-from lemo.engine.families import logit_softcap
+from lemo.engine.families import logit_scale, logit_softcap
 from lemo.training.adapters import adapter_name, check_adapter, loaded_adapter
 from lemo.training.processes import Processes
 
@@ -141,14 +141,16 @@ def _base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of the last layer, after the final norm, [B, T, d], of ids int64 [B, T]."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return _base_of(model).get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
 
 
-def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """float32 [..., V]."""
     base = _base_of(model)
-    logits = base.get_output_embeddings()(hidden).float()
+    logits = base.get_output_embeddings()(hidden).float() * logit_scale(base.config)
     cap = logit_softcap(base.config)
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -160,14 +162,14 @@ def _piece_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.
     Attention is causal and padding stands at the right, so no mask is needed. The output head runs over slices of
     tokens: logits of the whole window never exist.
     """
-    hidden = _hidden(model, ids)
+    hidden = hidden_states(model, ids)
     targets = labels[:, 1:].reshape(-1)
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     losses = torch.zeros(len(targets), dtype=torch.float64, device=ids.device)
     for start in range(0, len(targets), _TOKENS_PER_HEAD_CALL):
         part = slice(start, start + _TOKENS_PER_HEAD_CALL)
         losses[part] = torch.nn.functional.cross_entropy(
-            _logits(model, hidden[part]), targets[part], ignore_index=-100, reduction="none"
+            logits_of(model, hidden[part]), targets[part], ignore_index=-100, reduction="none"
         ).double()
     return losses.view(ids.shape[0], -1).sum(1)
 
@@ -372,21 +374,25 @@ def compare(
     return result
 
 
-@torch.no_grad()
 def _check_path(model: Any, label: str, documents: Documents, context: int) -> None:
+    pieces = evaluation_pieces(documents, min(context, _PROBE_TOKENS), _PROBE_TOKENS)
+    if pieces:  # `compare` has checked that there is something in the whole of it
+        check_head(model, label, pieces[0][1])
+
+
+@torch.no_grad()
+def check_head(model: Any, label: str, tokens: np.ndarray) -> None:
     """Raises ValueError unless decoder and head, called as `score` does, give the logits of the model itself.
 
-    If a model scales its logits, or an adapter acts outside of decoder and head, perplexities would be wrong.
+    tokens: integers, of which a few are read. If a model scales its logits, or an adapter acts outside of decoder and
+    head, perplexities would be wrong.
     """
-    pieces = evaluation_pieces(documents, min(context, _PROBE_TOKENS), _PROBE_TOKENS)
-    if not pieces:
-        return  # `compare` has checked that there is something in the whole of it
-    ids = torch.from_numpy(pieces[0][1].astype(np.int64))[None].to(next(model.parameters()).device)
+    ids = torch.from_numpy(tokens[:_PROBE_TOKENS].astype(np.int64))[None].to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
     try:
         expected = model(input_ids=ids, use_cache=False).logits
-        got = _logits(model, _hidden(model, ids))
+        got = logits_of(model, hidden_states(model, ids))
     finally:
         model.train(was_training)
     # A few roundings of the model's own type: the products may run in another shape.

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn, Self
 
+import torch
 from torch import Tensor, nn
 
 from lemo.engine.linear import unwrap
 
 # (module, name) of classes.
 Classes = tuple[tuple[str, str], ...]
-# Rotary tables cos, sin [T, D] of a step's tokens; None if positions enter with the embedding.
-Tables = tuple[Tensor, Tensor] | None
+# Rotary tables [T, D] of a step, cos and sin of every kind of layer; None if positions enter with the embedding.
+Tables = tuple[Tensor, ...] | None
 NormKind = Literal["rms", "layer"]
-# The projections of a layer, in the order of computation.
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# The projections of a layer, in the order of computation; "qkv" and "gate_up" are those of a fused one.
+PROJECTIONS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 
 
 class UnsupportedModelError(ValueError):
@@ -29,11 +30,28 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A router and `count` gated MLPs of width f, of which every row takes `per_token`; in the layers named.
+
+    normed: the router's weights of a row are made to sum to 1; None: they do, being a softmax over the chosen experts.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    layers: tuple[int, ...]
+    normed: bool | None
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model: hidden d, heads Hq, kv_heads Hk, head_dim D, ffn f.
 
     gated: SwiGLU (two inner projections) or a plain MLP (one). tied: the head is the embedding's weight. positions:
-    rows of a learned position embedding. biases: which of PROJECTIONS have one.
+    rows of a learned position embedding. biases: which of PROJECTIONS have one. fused: q, k and v are one projection,
+    gate and up another. experts: what some layers have in place of the MLP; `at` is the shape of one layer. Beyond
+    projections, their biases and the two norms that every layer has: inner_parameters of a layer, and inner_saved
+    elements of every row that its graphs save (for norms of queries and keys, for example).
     """
 
     layers: int
@@ -47,36 +65,75 @@ class ModelShape:
     tied: bool = False
     positions: int = 0
     biases: tuple[str, ...] = ()
+    fused: bool = False
+    experts: Experts | None = None
+    inner_parameters: int = 0
+    inner_saved: int = 0
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Input and output width of every projection of a layer."""
+        """Input and output width of every projection of a layer, those of experts left out."""
         d, q, kv, f = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.ffn
-        sides = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
-        return {name: sides[name] for name in PROJECTIONS if name != "gate" or self.gated}
+        sides = {"qkv": (d, q + 2 * kv)} if self.fused else {"q": (d, q), "k": (d, kv), "v": (d, kv)}
+        sides["o"] = (q, d)
+        if self.experts is None or len(self.experts.layers) < self.layers:
+            inner = "gate_up" if self.fused else "gate"
+            sides |= {inner: (d, 2 * f if self.fused else f)} if self.gated else {}
+            sides |= {"down": (f, d)} if self.fused else {"up": (d, f), "down": (f, d)}
+        return sides
+
+    def at(self, layer: int) -> Self:
+        """The shape of a model all of whose layers are like this one."""
+        if self.experts is None:
+            return self
+        if layer not in self.experts.layers:
+            return replace(self, experts=None)
+        return replace(self, experts=replace(self.experts, layers=tuple(range(self.layers))))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionOptions:
+    """How a layer's queries see keys, besides causality within the document.
+
+    scale: factor of q.k. window: tokens that a query sees, itself included, counted by their places in the sequence,
+    so that eliminated tokens count as well; None: all before it. softcap c > 0: scores are c tanh(s / c), before
+    anything is hidden; 0: as they are. sinks: float [Hq], logits that join the denominator of a head's softmax only;
+    may be a trained parameter of the layer.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    def within(self, tokens: int) -> Self:
+        """In documents of so many tokens: without a window that they do not exceed."""
+        return self if self.window is None or tokens > self.window else replace(self, window=None)
 
 
 @dataclass(frozen=True, eq=False)
 class NormWeights:
-    """kind "rms" or "layer"; weight, bias [d] or None. The norm multiplies by offset + weight."""
+    """kind "rms" or "layer"; weight, bias [d] or None. The norm multiplies by scale (offset + weight); so does its bias
+    by scale."""
 
     kind: NormKind
     weight: Tensor | None
     bias: Tensor | None
     eps: float
     offset: float = 0.0
+    scale: float = 1.0
 
     @property
     def operands(self) -> tuple[Tensor | None, Tensor | None]:
-        """Factor and bias as the operators read them: contiguous, offset included. The parameters may be strided.
+        """Factor and bias as the operators read them: contiguous, with offset and scale. The parameters may be strided.
 
         The gradient of the factor is the weight's: differentiable if gradients are on.
         """
         weight, bias = self.weight, self.bias
-        if weight is not None and self.offset:
+        if weight is not None and (self.offset or self.scale != 1.0):
             # In float32, as 1 + weight has fewer digits of the weight in 16 bits.
-            weight = weight.float() + self.offset
-            bias = None if bias is None else bias.float()
+            weight = (weight.float() + self.offset) * self.scale
+            bias = None if bias is None else bias.float() * self.scale
         return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
 
     @property
@@ -87,7 +144,8 @@ class NormWeights:
 def rms_norm(module: nn.Module, offset: float = 0.0) -> NormWeights:
     """Weights of a transformers RMSNorm."""
     module = unwrap(module)
-    return NormWeights("rms", module.weight, None, float(module.variance_epsilon), offset)  # type: ignore[arg-type]
+    eps: Any = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return NormWeights("rms", module.weight, None, float(eps), offset)  # type: ignore[arg-type]
 
 
 def layer_norm(module: nn.Module) -> NormWeights:
@@ -119,6 +177,8 @@ class Family(ABC):
     # Role of every projection of a layer (one of PROJECTIONS) by its module's name.
     projections: Mapping[str, str]
     norm_offset = 0.0
+    # The model_type of models of several modalities that hold one of this family, which can be loaded alone.
+    within: str | None = None
 
     # --- names ---
 
@@ -146,10 +206,18 @@ class Family(ABC):
     def layer_modules(self) -> Mapping[str, Classes]:
         """The same within a layer, by path from the layer; "" is the layer itself."""
 
+    def layer_modules_of(self, layer: Any) -> Mapping[str, Classes]:
+        """Those of `layer_modules` that this layer has."""
+        return self.layer_modules
+
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the modules that an adapter of attention is for."""
-        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "o"))
+        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "qkv", "o"))
+
+    def loading(self, config: Any) -> dict[str, Any]:
+        """Arguments of transformers' from_pretrained, beyond the obvious ones, for a model that lemo can train."""
+        return {"attn_implementation": "sdpa"}
 
     # --- facts of a configuration ---
 
@@ -160,20 +228,34 @@ class Family(ABC):
         """c > 0: the model's logits are c tanh(z / c); 0: as the head gives them."""
         return float(getattr(config, "final_logit_softcapping", None) or 0.0)
 
-    def window(self, config: Any) -> int | None:
-        """Tokens that a query sees, itself included, if not all before it. Documents beyond it are refused."""
-        return getattr(config, "sliding_window", None)
+    def logit_scale(self, config: Any) -> float:
+        """The factor of the head's output that makes the logits."""
+        return 1.0
 
-    def check_length(self, config: Any, tokens: int) -> None:
-        """Raises UnsupportedModelError if a window would cut attention within a document of so many tokens."""
-        window = self.window(config)
-        if window is not None and tokens > window:
-            refuse(
-                f"sliding-window attention (sliding_window={window} of {self.model_class}, in a document of {tokens} "
-                "tokens): a layer here sees all tokens before its own",
-                f"train on documents of at most {window} tokens (--context), or set sliding_window to null in the "
-                "model's configuration if every token should see all before it",
-            )
+    def window(self, config: Any, layer: int) -> int | None:
+        """Tokens that a query of layer `layer` sees, itself included; None: all before it."""
+        kinds = getattr(config, "layer_types", None)
+        return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
+
+    def windows(self, config: Any, tokens: int) -> list[int | None]:
+        """Of every layer, if it hides anything in documents of so many tokens."""
+        found = (self.window(config, i) for i in range(self.shape(config).layers))
+        return [None if window is None or window >= tokens else window for window in found]
+
+    def options_without_kernels(self, config: Any, tokens: int) -> list[str]:
+        """What attention needs in documents of so many tokens and CUDA kernels do not compute."""
+        window = next((w for w in self.windows(config, tokens) if w is not None), None)
+        size = self.shape(config).head_dim
+        found = [f"heads of {size} values"] if size > 128 else []
+        return found if window is None else [*found, f"a sliding window of {window} in documents of {tokens} tokens"]
+
+    def check_kernels(self, config: Any, tokens: int, device: torch.device) -> None:
+        """Raises UnsupportedModelError if the device cannot compute attention in documents of so many tokens."""
+        missing = self.options_without_kernels(config, tokens) if device.type == "cuda" else ()
+        if missing:
+            fits = min((w for w in self.windows(config, tokens) if w is not None), default=tokens)
+            shorter = "" if self.options_without_kernels(config, fits) else f" or on documents of at most {fits} tokens"
+            refuse(f"{' and '.join(missing)} on CUDA ({self.model_class})", f"train on the CPU (--device cpu){shorter}")
 
     # --- checks ---
 
@@ -214,10 +296,26 @@ class Family(ABC):
     @abstractmethod
     def final_norm(self, decoder: Any) -> NormWeights | None: ...
 
+    def decoder_output(self, hidden: Tensor) -> Any:
+        """What the model's decoder returns in training, with hidden states [B, S, d]."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def head_norm(self, decoder: Any) -> NormWeights | None:
+        """The final norm as the loss reads it: with `logit_scale`, since the head is linear."""
+        norm, scale = self.final_norm(decoder), self.logit_scale(decoder.config)
+        if scale == 1.0:
+            return norm
+        if norm is None or norm.weight is None:
+            refuse(f"scaled logits ({self.model_class}) without a weight of the final norm", "train it without lemo")
+        return replace(norm, scale=scale)
+
     @abstractmethod
     def attention_modules(self, layer: Any) -> Sequence[nn.Module]:
         """The modules whose parameters `queries_keys_values` and `attention_output` use: projections, norms of queries
-        and keys. A trained parameter of a layer that is in none of these, `mlp_modules` and `norms` is an error."""
+        and keys. A trained parameter of a layer that is in none of these, `mlp_modules`, `norms` and the sinks of
+        `attention_options` is an error."""
 
     @abstractmethod
     def mlp_modules(self, layer: Any) -> Sequence[nn.Module]:
@@ -272,14 +370,15 @@ class Family(ABC):
         """
         return None
 
-    def scale(self, layer: Any) -> float:
-        """Factor of q.k before the softmax."""
-        return float(layer.self_attn.scaling)
+    def attention_options(self, layer: Any) -> AttentionOptions:
+        """The layer's scale, and the window, soft-cap and sinks that its attention has."""
+        a = layer.self_attn
+        return AttentionOptions(float(a.scaling), self.window(a.config, a.layer_idx))
 
     def dropout(self, lm: Any) -> float:
         """Probability of the family's own dropout in training."""
         return 0.0
 
 
-def refuse(what: str, instead: str) -> None:
+def refuse(what: str, instead: str) -> NoReturn:
     raise UnsupportedModelError(f"lemo does not support {what}; {instead}")

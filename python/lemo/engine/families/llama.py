@@ -15,7 +15,7 @@ from lemo.engine.elementwise import UnreadSwiGLU
 from lemo.engine.families.base import Classes, Family, ModelShape, NormWeights, Tables, rms_norm
 from lemo.engine.linear import linear_group, ordinary, reads_input, unwrap
 
-_SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 
 
 class Llama(Family):
@@ -86,12 +86,30 @@ class Llama(Family):
     def queries_keys_values(
         self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.project(layer, h)
+        q, k = self.norm_heads(layer, q, k)
+        return self.rotate(layer, q, tables, rows), self.rotate(layer, k, tables, rows), v
+
+    def project(self, layer: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [M, Hq, D], k and v [M, Hk, D] as the projections give them; v has memory to itself."""
         a, m = layer.self_attn, h.shape[0]
         q, k, v = linear_group((a.q_proj, a.k_proj, a.v_proj), h)
+        return q.view(m, -1, a.head_dim), k.view(m, -1, a.head_dim), v.view(m, -1, a.head_dim)
+
+    def norm_heads(self, layer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [M, Hq, D] and keys [M, Hk, D] as they are rotated."""
+        return q, k
+
+    def rotate(self, layer: Any, x: Tensor, tables: Tables, rows: Tensor | None) -> Tensor:
+        """Queries or keys [M, H, D] with the positions of their rows."""
+        cos, sin = self.rotary_tables(layer, tables)
+        return ops.rotary(x, cos, sin, rows)
+
+    def rotary_tables(self, layer: Any, tables: Tables) -> tuple[Tensor, Tensor]:
+        """Those of one layer, out of what `tables` made for all of them."""
         assert tables is not None
-        q = ops.rotary(q.view(m, -1, a.head_dim), *tables, rows)
-        k = ops.rotary(k.view(m, -1, a.head_dim), *tables, rows)
-        return q, k, v.view(m, -1, a.head_dim)
+        cos, sin = tables
+        return cos, sin
 
     def attention_output(self, layer: Any, out: Tensor, want_output: bool = True) -> Tensor:
         return linear_group((layer.self_attn.o_proj,), out, want_output)[0]
@@ -103,13 +121,17 @@ class Llama(Family):
 def swiglu(mlp: Any, h: Tensor, want_output: bool = True) -> Tensor:
     """A gated MLP with transformers' names of its projections, or Liger's equivalent."""
     gate, up = linear_group((mlp.gate_proj, mlp.up_proj), h)
-    act: Any = getattr(mlp, "act_fn", None)
+    return gated_down(mlp.down_proj, getattr(mlp, "act_fn", None), gate, up, want_output)
+
+
+def gated_down(down: nn.Module, act: Any, gate: Tensor, up: Tensor, want_output: bool) -> Tensor:
+    """down(act(gate) * up); act None: SiLU."""
     # The kernels move 16 bytes at a time; no published model has a width that these do not divide.
-    fused = (act is None or ordinary(act, *_SILU)) and gate.shape[-1] % 8 == 0
+    fused = (act is None or ordinary(act, *SILU)) and gate.shape[-1] % 8 == 0
     if not fused:
         inner = (F.silu if act is None else act)(gate) * up
-    elif want_output or reads_input(mlp.down_proj):
+    elif want_output or reads_input(down):
         inner = ops.swiglu(gate, up)
     else:
         inner = UnreadSwiGLU.apply(gate, up)
-    return linear_group((mlp.down_proj,), inner, want_output)[0]
+    return linear_group((down,), inner, want_output)[0]

@@ -67,8 +67,8 @@ class OPT(Family):
         config = lm.config
         if not config.do_layer_norm_before:
             refuse(
-                "OPT with the norm after the sub-layer (do_layer_norm_before=False, as OPT-350m has)",
-                "every other size of OPT has the norm before it",
+                "OPT with norms after the residual sum (do_layer_norm_before=False, as OPT-350m has)",
+                "use another size: all others have the norm before the sub-layer (docs/guide/models.md says why)",
             )
         if config.word_embed_proj_dim != config.hidden_size:
             refuse("OPT with projected embeddings (word_embed_proj_dim != hidden_size)", "use another size of OPT")
