@@ -200,7 +200,7 @@ class MemoryPlan:
         return {level: self.recompute.count(level) for level in _LEVELS if level in self.recompute}
 
     def __str__(self) -> str:
-        layers = ", ".join(f'"{level}" in {count}' for level, count in self.layers.items())
+        layers = ", ".join(f"{level} in {count}" for level, count in self.layers.items())
         host = f"; rows of {len(self.offloaded)} in host memory ({format_bytes(self.host)})" if self.offloaded else ""
         return f"layers recompute {layers}{host}; about {format_bytes(self.peak)} a step"
 
