@@ -16,7 +16,7 @@ SHAPE = {"hidden_size": 128, "num_attention_heads": 2}
 
 def model(family):
     """Weights that are exact in bf16, and small enough for its rounding to stay small."""
-    m = lora(base(family, **SHAPE, **FAMILIES[family].kernels), ATTENTION[family]).train()
+    m = lora(base(family, **SHAPE, **(FAMILIES[family].kernels or {})), ATTENTION[family]).train()
     for name, p in m.named_parameters():
         scale = 0.2 if p.dim() == 2 else 1.0
         p.data = (p.data * scale).bfloat16().float() if "lora_" not in name else p.data * 0.5
@@ -52,11 +52,21 @@ BY_ACTIVATIONS = ("skip-update-norm", "backward-weighted-sampled", "sparse-probe
 
 # All families in the phases that between them run every function of one; everything else with those of LAYERS.
 OF_A_FAMILY = ("dense", "skip-random", "backward-weighted", "sparse-recent")
+ON_CUDA = [family for family, tiny in FAMILIES.items() if tiny.kernels is not None]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ON_CUDA])
+def test_families_without_kernels_are_refused(family):
+    m = model(family)
+    m.get_base_model().to(device="cuda", dtype=torch.bfloat16)
+    lemo.apply(m, lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase("dense")]))
+    with pytest.raises(lemo.UnsupportedModelError, match="on CUDA"):
+        m(**{k: v.cuda() if torch.is_tensor(v) else v for k, v in batch().items()})
 
 
 @pytest.mark.parametrize(
     ("family", "phase"),
-    [(family, phase) for family in FAMILIES for phase in PHASES if family in LAYERS or phase in OF_A_FAMILY],
+    [(family, phase) for family in ON_CUDA for phase in PHASES if family in LAYERS or phase in OF_A_FAMILY],
 )
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("labelled", [1.0, 0.2])

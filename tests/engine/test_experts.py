@@ -133,7 +133,7 @@ def test_clamped_gates_are_transformers_own():
     """gpt-oss's, whatever is clamped: values and gradients, in its own layout."""
     mixture = base("gpt_oss").model.layers[0].mlp.experts
     gate = clamped_swiglu(mixture.alpha, mixture.limit)
-    inner = (2 * torch.randn(7, 2 * mixture.intermediate_size)).requires_grad_()
+    inner = (mixture.limit * torch.randn(7, 2 * mixture.intermediate_size)).requires_grad_()
     expected = mixture._apply_gate(inner)
     assert 0.1 < (inner[:, 1::2].abs() > mixture.limit).float().mean() < 0.9
     torch.testing.assert_close(gate.product(inner.detach()), expected.detach())

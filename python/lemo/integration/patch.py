@@ -198,8 +198,8 @@ def _predictors(inner: nn.Module, config: LemoConfig) -> PredictorSet | None:
 def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     """Lets `model` train with token elimination, in place; `remove` undoes it.
 
-    model: a causal language model of transformers of a family that lemo knows (Llama, Mistral, OPT, Qwen2), before or
-    after PEFT wraps it.
+    model: a causal language model of transformers of a family that lemo knows (docs/guide/models.md), before or after
+    PEFT wraps it.
     Raises UnsupportedModelError (a ValueError) for other models and versions of transformers, ValueError if lemo is
     already applied or the settings do not fit, CalibrationError for a calibration of another model. The model is then
     unchanged.
