@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -79,7 +80,10 @@ def test_teacher_scores_match_the_full_matrix(family):
         torch.testing.assert_close(x, hidden[i][0], atol=1e-6, rtol=1e-5)
         q, k = _queries_keys(model, i, ids)
         s = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * _scale(model)
-        s = s.relu().mean(0).tril()
+        options = teacher.family.attention_options(teacher.layers[i])
+        if options.softcap:
+            s = options.softcap * torch.tanh(s / options.softcap)
+        s = s.relu().mean(0).tril().triu(1 - (options.window or len(ids)))
         n = len(exact)
         full = torch.zeros(n * BLOCK, n * BLOCK)
         full[: len(ids), : len(ids)] = s
@@ -93,15 +97,17 @@ def _scale(model):
 
 def _queries_keys(model, layer, ids):
     """q [T, Hq, D] and k [T, Hk, D] of the transformers attention module, caught at its attention function."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
 
-    caught = []
+    caught, modeling = [], sys.modules[type(model).__module__]
 
     def spy(module, query, key, value, mask, **kwargs):
         caught.append((query[0].transpose(0, 1), key[0].transpose(0, 1)))
-        return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+        return modeling.eager_attention_forward(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", eager_mask)
     before = model.config._attn_implementation
     model.config._attn_implementation = "spy"
     try:
