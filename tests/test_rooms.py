@@ -1,4 +1,4 @@
-"""The package's rooms: ops < engine < predictors < integration < training < cli, and no module in a circle."""
+"""The package's rooms: ops < engine < predictors < integration < training < study < cli, and no module in a circle."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "python" / "lemo"
 # Each may import what stands to its left. Modules of the package itself, such as lemo.storage, are on the far left.
-ROOMS = ("", "ops", "data", "engine", "predictors", "integration", "training", "cli")
+ROOMS = ("", "ops", "data", "pages", "engine", "predictors", "integration", "training", "study", "cli")
 
 
 def name_of(path: Path) -> str:

@@ -198,7 +198,6 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   const Buffers b(static_cast<float*>(exec.workspace), sizes);
   const FirstKeys first_keys(a, tiling.documents);
   collect(exec, a, tiling, sizes, b);
-  if (present(a.dsinks)) sink_gradients(exec, a, tiling, sizes, b);
   const auto num_documents = static_cast<int64_t>(tiling.documents.size());
   parallel_for(exec, num_documents * sizes.query_heads, [&](int64_t task) {
     const int64_t document = task / sizes.query_heads;
@@ -206,6 +205,8 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
                   task % sizes.query_heads);
   });
 
+  // Outputs are written from here on: no memory is needed any more.
+  if (present(a.dsinks)) sink_gradients(exec, a, tiling, sizes, b);
   const int32_t *rows = ints(a.rows), *rows_k = ints(key_side.rows);
   const int64_t group = sizes.query_heads / sizes.key_heads;
   for (const Document& document : tiling.documents) {

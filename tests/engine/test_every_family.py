@@ -245,7 +245,9 @@ def test_evaluation_generation_and_files(family, tmp_path):
     assert not torch.equal(trained, expected.logits)
     model.save_pretrained(tmp_path / "adapter")
     model.unload().save_pretrained(tmp_path / "base")
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", **families.loading(model.config)), tmp_path / "adapter"
+    )
     torch.testing.assert_close(again.eval()(**inputs).logits, trained)
 
 

@@ -1,12 +1,16 @@
 """Mixtures of experts: the router's loss, rows that go to few experts, adapters that are refused, and the operator."""
 
+from dataclasses import replace
+
 import lemo
 import lemo.engine.policies
 import pytest
 import torch
 import torch.nn.functional as F
+from lemo.engine.cost import PassShares, cost_ratio
 from lemo.engine.experts import Stacked, clamped_swiglu, experts, route
 from lemo.engine.families import UnsupportedModelError
+from lemo.engine.memory import layer_shape
 from support import own_layers
 from support.models import assert_close, base, batch, clone, gradients, lora, tuned
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -132,10 +136,25 @@ def test_against_a_sum_over_experts(width, count):
 def test_clamped_gates_are_transformers_own():
     """gpt-oss's, whatever is clamped: values and gradients, in its own layout."""
     mixture = base("gpt_oss").model.layers[0].mlp.experts
+    mixture.limit = 1.0
     gate = clamped_swiglu(mixture.alpha, mixture.limit)
-    inner = (2 * torch.randn(7, 2 * mixture.intermediate_size)).requires_grad_()
+    inner = (mixture.limit * torch.randn(7, 2 * mixture.intermediate_size)).requires_grad_()
     expected = mixture._apply_gate(inner)
     assert 0.1 < (inner[:, 1::2].abs() > mixture.limit).float().mean() < 0.9
     torch.testing.assert_close(gate.product(inner.detach()), expected.detach())
     dy = torch.randn_like(expected)
     torch.testing.assert_close(gate.gradient(dy, inner.detach()), torch.autograd.grad(expected, inner, dy)[0])
+
+
+def test_the_cost_of_experts_is_that_of_the_ones_that_a_row_takes():
+    """As of an MLP as wide as these together, and the router; in a model whose layers are of both kinds."""
+    shape = layer_shape(base(FAMILY).config)
+    assert shape.experts is not None
+    wide = replace(shape, experts=None, ffn=2 * shape.experts.ffn)
+    shares = PassShares("skip", "none", (0.5,), (0.25,))
+    sparse, dense = (replace(s, layers=1, vocab=1) for s in (shape.at(0), wide))
+    router = shape.hidden * shape.experts.count / (3 * shape.hidden)  # as so many columns of an MLP
+    dense = replace(dense, ffn=dense.ffn + router)
+    assert cost_ratio(sparse, [64], shares) == pytest.approx(cost_ratio(dense, [64], shares))
+    both = PassShares("skip", "none", (0.5,) * 3, (0.5,) * 3)
+    assert 0.25 < cost_ratio(shape, [64], both) < 0.5

@@ -174,6 +174,13 @@ def test_layers_with_a_window_have_no_lists_of_tiles_to_save():
     assert 3 * mixed == 2 * layers["sliding_attention"] + layers["full_attention"]
 
 
+def test_soft_caps_that_evaluation_would_leave_out_are_refused():
+    model = base("gemma2")
+    model.config._attn_implementation_internal = "sdpa"  # the default of transformers 5.0
+    with pytest.raises(UnsupportedModelError, match=r"attn_logit_softcapping=3\).*attn_implementation=\"eager\""):
+        lemo.apply(model, settings())
+
+
 # --- models that hold a family's, or store it otherwise ---------------------------------------------------------------
 
 

@@ -21,11 +21,11 @@ CASES = [("llama", kind) for kind in TYPES] + [("qwen2", "yarn"), ("phi3", "long
 
 def build(family, kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, **TYPES[kind]}
-    options = {"max_position_embeddings": 20}
+    options: dict = {"max_position_embeddings": 20}
     if kind == "longrope":
         options |= {"max_position_embeddings": 128, "original_max_position_embeddings": 20}
         if family == "phi3":
-            rope["partial_rotary_factor"] = 0.5
+            options["partial_rotary_factor"] = 0.5
             rope["short_factor"], rope["long_factor"] = rope["short_factor"][:2], rope["long_factor"][:2]
     return tuned(family, **options, rope_parameters=rope)
 

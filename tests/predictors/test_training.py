@@ -15,7 +15,7 @@ from lemo.predictors.prune import Activity, choose_units, prune
 from lemo.predictors.teacher import Teacher, documents
 from lemo.predictors.thresholds import search_thresholds
 from lemo.predictors.train import score_loss
-from support import models
+from support import models, own_layers
 from support.tiny import BLOCK, HIDDEN, LAYERS, build
 
 SETTINGS = {"block_size": BLOCK, "steps": 100, "rank": 16, "features": 8, "progress": False, "max_documents": 32}
@@ -69,50 +69,38 @@ def test_thresholds_keep_the_target_on_new_text(model, texts, calibrated):
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_teacher_scores_match_the_full_matrix(family):
-    """Against the model's own attention module: its softmax probabilities fix q.k up to a constant per row."""
+    """Against queries, keys, scale, soft-cap and window as transformers' own layers give them to attention."""
     model = build(1, family) if family in models.LAYERS else models.base(family, initializer_range=0.02).eval()
     ids = torch.randint(0, 64, (3 * BLOCK + 3,), generator=torch.Generator().manual_seed(0))
     teacher, seen = Teacher(model, BLOCK, False), {}
     teacher.read(ids, lambda i, x, exact, blocks: seen.update({i: (x.clone(), exact)}))
-    hidden = model(ids[None], output_hidden_states=True).hidden_states
-    for i, (x, exact) in seen.items():
-        torch.testing.assert_close(x, hidden[i][0], atol=1e-6, rtol=1e-5)
-        q, k = _queries_keys(model, i, ids)
-        s = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * _scale(model)
-        s = s.relu().mean(0).tril()
-        n = len(exact)
-        full = torch.zeros(n * BLOCK, n * BLOCK)
-        full[: len(ids), : len(ids)] = s
-        expected = full.view(n, BLOCK, n, BLOCK).amax((1, 3)).sum(0)
-        torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)
+    every = torch.arange(len(ids))
+    with torch.no_grad():
+        hidden = model(ids[None], output_hidden_states=True).hidden_states
+        reference = own_layers.Model(model, every, torch.zeros_like(every))
+        reference.embed(ids)
+        for i, (x, exact) in seen.items():
+            torch.testing.assert_close(x, hidden[i][0], atol=1e-6, rtol=1e-5)
+            s = _scores(reference, i, x, every).relu().mean(0).tril()
+            n = len(exact)
+            full = torch.zeros(n * BLOCK, n * BLOCK)
+            full[: len(ids), : len(ids)] = s
+            expected = full.view(n, BLOCK, n, BLOCK).amax((1, 3)).sum(0)
+            torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)
 
 
-def _scale(model):
-    return model.get_decoder().layers[0].self_attn.scaling
-
-
-def _queries_keys(model, layer, ids):
-    """q [T, Hq, D] and k [T, Hk, D] of the transformers attention module, caught at its attention function."""
-    from transformers import AttentionInterface
-
+def _scores(reference, layer, x, every):
+    """[Hq, T, T] before the softmax, 0 for what the layer's window hides."""
     caught = []
 
-    def spy(module, query, key, value, mask, **kwargs):
-        caught.append((query[0].transpose(0, 1), key[0].transpose(0, 1)))
-        return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+    def attend(q, k, v, options):
+        s = q @ k.transpose(1, 2) * options.scaling
+        s = s if options.softcap is None else options.softcap * torch.tanh(s / options.softcap)
+        caught.append(s if options.window is None else s.triu(1 - options.window))
+        return v
 
-    AttentionInterface.register("spy", spy)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "spy"
-    try:
-        with torch.no_grad():
-            model(ids[None])
-    finally:
-        model.config._attn_implementation = before
-    q, k = caught[layer]
-    if hasattr(model.model, "decoder"):  # OPT scales its queries before the attention function
-        q = q / _scale(model)
-    return q, k
+    reference.layer(layer, x, every, attend)
+    return caught[0]
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])

@@ -44,7 +44,8 @@ VOCAB = 89
 @dataclass(frozen=True)
 class Tiny:
     """A family's tiny model. separates: whether transformers itself keeps packed documents apart; counts_padding:
-    whether it gives padding on the left a position; kernels: options of a model whose heads the CUDA kernels have."""
+    whether it gives padding on the left a position; kernels: options of a model whose attention the CUDA kernels
+    compute, None if they compute none of the family's."""
 
     model: Any
     config: Any
@@ -53,7 +54,7 @@ class Tiny:
     options: dict[str, Any] = field(default_factory=dict)
     separates: bool = True
     counts_padding: bool = True
-    kernels: dict[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 1})
+    kernels: dict[str, Any] | None = field(default_factory=lambda: {"num_key_value_heads": 1})
 
 
 ROTARY: dict[str, Any] = {
@@ -65,6 +66,7 @@ HEADS_OF_128 = {"num_key_value_heads": 1, "head_dim": 128}
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
 # Windows that documents of these tests exceed, in some of the layers.
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+WITHOUT_WINDOWS = {**HEADS_OF_128, "layer_types": ["full_attention"] * 3}
 GEMMA = {**GATED, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24, "layer_types": ALTERNATING}
 # Every family that lemo supports; a new one is a line here. tests/engine/test_every_family.py compares each one with
 # transformers' own layers, in every mode, with a few combinations of options that together touch everything a family
@@ -86,6 +88,7 @@ FAMILIES = {
         MinistralConfig,
         **ROTARY,
         options={**GATED, "head_dim": 8, "sliding_window": 12, "layer_types": ALTERNATING},
+        kernels=WITHOUT_WINDOWS,
     ),
     "opt": Tiny(
         OPTForCausalLM,
@@ -120,9 +123,15 @@ FAMILIES = {
         Gemma2ForCausalLM,
         Gemma2Config,
         **ROTARY,
-        options={**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+        options={
+            **GEMMA,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+            "attn_implementation": "eager",
+        },
+        kernels={**WITHOUT_WINDOWS, "attn_logit_softcapping": None},
     ),
-    "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA),
+    "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA, kernels=WITHOUT_WINDOWS),
     # Gates that are clamped, sinks that matter.
     "gpt_oss": Tiny(
         GptOssForCausalLM,
@@ -146,6 +155,7 @@ FAMILIES = {
             },
         },
         separates=False,
+        kernels=None,
     ),
     "granite": Tiny(
         GraniteForCausalLM,
@@ -165,11 +175,7 @@ FAMILIES = {
         Phi3Config,
         ["qkv_proj", "o_proj"],
         ["gate_up_proj", "down_proj"],
-        {
-            **GATED,
-            "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        },
+        {**GATED, "pad_token_id": 0, "partial_rotary_factor": 0.5},
     ),
     # The second layer has no position embedding.
     "smollm3": Tiny(

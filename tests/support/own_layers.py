@@ -55,10 +55,6 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
-class _Stop(Exception):
-    pass
-
-
 class Model:
     """A transformers model over packed rows [T, d]; positions int64 [T] and the document of every row."""
 

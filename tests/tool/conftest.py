@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import Server
 from support.texts import WORDS, make_text
+
+_IMPORTS = """
+import torch, peft, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,73 +25,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# Imports what takes seconds to import once, and then forks a fresh process for each script. The server itself computes
-# nothing, so that no thread pool is there to be lost in a fork, and never imports lemo, so that a script may forbid it.
-_SERVER = """
-import json, os, signal, sys, traceback
-import torch, peft, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
-for line in sys.stdin:
-    request = json.loads(line)
-    children = []
-    for i, environment in enumerate(request["environments"]):
-        children.append(os.fork())
-        if children[-1]:
-            continue
-        os.environ.update(environment)
-        null = os.open(os.devnull, os.O_RDWR)
-        said = os.open(request["said"] + (str(i) if i else ""), os.O_RDWR | os.O_CREAT)
-        os.dup2(null, 0), os.dup2(said, 1), os.dup2(said, 2)
-        sys.argv = ["script", *request["arguments"]]
-        code = 1
-        try:
-            exec(request["script"], {"__name__": "__main__"})
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    codes = {}
-    while len(codes) < len(children):
-        child, status = os.wait()
-        codes[child] = os.waitstatus_to_exitcode(status)
-        if codes[child] < 0:  # as torchrun does, so that none waits for one that was killed
-            for other in set(children) - codes.keys():
-                os.kill(other, signal.SIGKILL)
-    print(json.dumps([codes[child] for child in children]), flush=True)
-"""
-
-
 @pytest.fixture(scope="session")
 def run_scripts(tmp_path_factory: pytest.TempPathFactory):
-    """run_scripts(environments, script, *arguments): (exit code, or minus the signal; what it printed) of separate
-    processes that run at the same time, one for every dictionary of environment variables."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: the order of sums decides the last bit
-    server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert server.stdin is not None and server.stdout is not None
-    stdin, stdout = server.stdin, server.stdout
-
-    def run(environments: list[dict[str, str]], script: str, *arguments: str) -> list[tuple[int, str]]:
-        said = tmp_path_factory.mktemp("script") / "said"
-        request = {"script": script, "arguments": arguments, "said": str(said), "environments": environments}
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        answer = stdout.readline()
-        assert answer, "the server of scripts has died"
-        texts = [said.with_name(said.name + (str(i) if i else "")).read_text() for i in range(len(environments))]
-        return list(zip(json.loads(answer), texts, strict=True))
-
-    yield run
-    server.kill()
-    server.wait()
+    """See `support.scripts.Server`. The server never imports lemo, so that a script may forbid it."""
+    server = Server(_IMPORTS, lambda: tmp_path_factory.mktemp("script"))
+    yield server.run
+    server.close()
 
 
 @pytest.fixture(scope="session")

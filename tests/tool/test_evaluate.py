@@ -87,6 +87,19 @@ def test_scores_equal_one_plain_forward_pass_per_piece(model, text_folder: Path,
     assert scores.units()[0] == "document"
 
 
+def test_logits_exist_for_a_few_tokens_at_a_time(model, text_folder: Path, tokenizer, monkeypatch) -> None:
+    documents = load_documents([str(text_folder / "d0*.txt")], tokenizer, progress=False)
+    expected, rows = score(model, documents, 64, tokens_per_batch=256), []
+    monkeypatch.setattr("lemo.training.evaluate._TOKENS_PER_HEAD_CALL", 24)
+    hook = model.lm_head.register_forward_hook(lambda m, args, y: rows.append(y.numel() // y.shape[-1]))
+    try:
+        scores = score(model, documents, 64, tokens_per_batch=256)
+    finally:
+        hook.remove()
+    assert max(rows) == 24 and sum(rows) > 256
+    np.testing.assert_allclose(scores.nll, expected.nll, rtol=1e-6)
+
+
 def test_a_non_finite_model_is_an_error(model, text_folder: Path, tokenizer) -> None:
     documents = load_documents([str(text_folder / "d00.txt")], tokenizer, progress=False)
     weight = model.lm_head.weight.data

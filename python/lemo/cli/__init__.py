@@ -1,4 +1,4 @@
-"""The `lemo` command: calibrate, finetune, evaluate, report, info, estimate.
+"""The `lemo` command: calibrate, finetune, evaluate, report, sweep, profile, info, estimate.
 
 Every subcommand lives in a separate module with `add(subparsers)` and a `run(args)` that returns an exit code.
 Exit codes: 0 done, 1 a fault of lemo itself or a computation that failed, 2 something to fix in the command,
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lemo.cli.common import Formatter, explain, process
 
-_COMMANDS = ("calibrate", "finetune", "evaluate", "report", "info", "estimate")
+_COMMANDS = ("calibrate", "finetune", "evaluate", "report", "sweep", "profile", "info", "estimate")
 
 _EPILOG = """\
 A first run, from text to a measured adapter:
@@ -27,6 +27,10 @@ A first run, from text to a measured adapter:
   lemo finetune  --model MODEL --data books/ --context 16384 --calibration calibration --out run
   lemo evaluate  --model MODEL --data dev=dev.txt --context 16384 --adapter run/adapter
   lemo report    run
+
+Which settings are worth it on your model and data:
+
+  lemo sweep     --model MODEL --data books/ --context 16384 --steps 60 --out study
 
 MODEL is a folder of a transformers model or its name on the hub. The adapter is a plain PEFT adapter: it loads with
 PEFT alone and is served densely, without lemo.
@@ -83,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "finetune":
             begun = (Path(args.out) / "run.json").exists()
             hint = f"; resume with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
+        elif args.command == "sweep":
+            hint = "; the same command continues"
         print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -20,8 +20,10 @@ from lemo.cli.common import (
     device_of,
     load_data,
     load_model,
+    offload,
     path_name,
     say,
+    size,
 )
 from lemo.training.settings import FinetuneSettings, check_defaults_matter
 
@@ -35,6 +37,9 @@ examples:
 
   lemo finetune --model MODEL --data notes.jsonl --context 65536 --keep 0.3 --schedule low-memory --out run
       nothing ever needs a dense step's memory
+
+  lemo finetune --model MODEL --data books/ --context 131072 --memory-budget 74GiB --offload auto --out run
+      every layer saves as much as fits; what does not fit waits in host memory
 
   lemo finetune --out run --resume
       resume an interrupted run; its settings are in run/run.json. If model, data or calibration were moved:
@@ -55,7 +60,8 @@ policies (--policy, for skip phases): predictors (the paper's: needs --calibrati
   draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration
 
 several GPUs: torchrun --nproc-per-node 4 -m lemo finetune ... (the same options). Each process takes the GPU of its
-rank and its own windows: a step has batch x accumulate x processes of them. To resume, start as many processes again.
+rank and its own windows: a step has batch x accumulate x processes of them. Resumed in as many processes, a run is the
+same to the last bit; in another number, each makes more or fewer passes, and only random choices and roundings differ.
 
 The run folder: run.json (settings), log.jsonl (loss, tokens/s, kept ratio per layer, memory), checkpoint-*/ (the last
 few, always complete), adapter/ (a PEFT adapter, when done). lemo report RUN makes a table and pictures of it.
@@ -75,6 +81,16 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "calibration": ("folder written by lemo calibrate", path_name, "elimination"),
     "block_size": ("tokens per block", int, "elimination"),
     "recompute": ("what is saved for backward: none (all), attention, full (least memory), auto", str, "elimination"),
+    "memory_budget": (
+        "memory a step may take, like 40GiB: every layer saves as much as fits (in place of --recompute)",
+        size,
+        "elimination",
+    ),
+    "offload": (
+        "keep saved rows in host memory: all, a number of layers, or auto (as few as --memory-budget needs)",
+        offload,
+        "elimination",
+    ),
     "lr": ("learning rate", float, "optimizer"),
     "lr_schedule": ("constant, linear or cosine, after the warm-up", str, "optimizer"),
     "warmup": ("steps over which the learning rate rises", int, "optimizer"),
@@ -103,7 +119,7 @@ def add(subparsers: Any) -> None:
     groups = {name: parser.add_argument_group(name) for name in ("run", "elimination", "optimizer", "LoRA")}
     defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
     for name, (text, kind, group) in _SETTINGS.items():
-        shown = "" if defaults[name] is None else f" (default: {defaults[name]})"
+        shown = "" if defaults[name] in (None, False) else f" (default: {defaults[name]})"
         groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown)
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
     groups["LoRA"].add_argument(
@@ -119,6 +135,9 @@ def add(subparsers: Any) -> None:
     saving.add_argument(
         "--evaluate-every", type=int, default=0, help="steps between held-out evaluations, 0 = at the end"
     )
+    saving.add_argument(
+        "--maps", type=int, default=8, help="steps whose kept blocks are recorded for lemo report --html, 0 = none"
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -133,6 +152,8 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
         if args.schedule not in (None, "dense"):
             raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
         given["schedule"] = "dense"
+    if "memory_budget" in given and not args.resume:
+        given.setdefault("recompute", "auto")
     if not args.resume:
         check_defaults_matter(given.get("schedule", FinetuneSettings.schedule), args.keep, args.policy)
     if "lora_targets" in given:
@@ -153,11 +174,15 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     Their contents are compared with the run's fingerprints once they have been read.
     """
     from lemo.training.checkpoint import compare_settings
-    from lemo.training.run_folder import PLACES, run_settings, saved_settings
+    from lemo.training.processes import world_size
+    from lemo.training.run_folder import PLACES, accumulate_in, run_settings, saved_settings
 
     saved = run_settings(args.out)
     before = saved_settings(saved, args.out)
     calibration = given.pop("calibration", before.calibration)
+    accumulate = accumulate_in(world_size(), before, saved)
+    if given.get("accumulate") == accumulate:
+        del given["accumulate"]
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
@@ -174,7 +199,7 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
         _check_there(args.out, option, place)
     if calibration is not None:
         _check_there(args.out, "calibration", calibration)
-    return dataclasses.replace(before, calibration=calibration)
+    return dataclasses.replace(before, calibration=calibration, accumulate=accumulate)
 
 
 def _check_there(out: str, option: str, place: str) -> None:
@@ -193,7 +218,13 @@ def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import finetune
     from lemo.training.processes import Processes
 
-    for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("log_every", 1), ("evaluate_every", 0)):
+    for name, least in (
+        ("save_every", 0),
+        ("keep_checkpoints", 1),
+        ("log_every", 1),
+        ("evaluate_every", 0),
+        ("maps", 0),
+    ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
     processes = Processes.join(device_of(args.device))
@@ -211,6 +242,7 @@ def run(args: argparse.Namespace) -> int:
         keep_checkpoints=args.keep_checkpoints,
         log_every=args.log_every,
         evaluate_every=args.evaluate_every,
+        maps=args.maps,
         progress=not args.quiet,
         report=say,
     )

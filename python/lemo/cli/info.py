@@ -166,18 +166,20 @@ def _coverage(predictors: PredictorSet, report: dict[str, Any], layers: Any) -> 
 def run_folder(folder: Path) -> dict[str, Any]:
     """Settings, progress and checkpoints of a run folder."""
     from lemo.training.plots import steps_of
-    from lemo.training.run_folder import is_complete, processes_of, run_checkpoints, run_settings
+    from lemo.training.run_folder import is_complete, run_checkpoints, run_settings
     from lemo.training.run_log import LOG_FILE, read_log
 
     saved = run_settings(folder)
     steps = steps_of(read_log(folder / LOG_FILE))
-    found = run_checkpoints(folder, processes=processes_of(saved)).find()
+    found = run_checkpoints(folder).find()
     values: dict[str, Any] = {
         "run": str(folder),
         "state": "complete" if is_complete(folder) else "not complete; resume with lemo finetune --out ... --resume",
         "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings'].get('steps', 'an unknown number')}",
         "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
     }
+    if steps and steps[-1].get("memory"):
+        values["what layers save"] = steps[-1]["memory"]
     if found.ignored or found.stopping:
         values["not used"] = found.ignored + found.stopping
     values.update({k: saved[k] for k in ("settings", "inputs", "events") if saved.get(k)})

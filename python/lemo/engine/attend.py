@@ -25,7 +25,8 @@ class PackedRows:
     an upper bound of it; table_rows: int32 [M], the token behind every row, which is its row in the rotary tables and
     its place for a window; None if they are all tokens in order.
     weights: float32 [K], by which gradients of keys are multiplied, by block slot; slots: int32 [M], the slot of every
-    row. Both are None unless gradients are weighted.
+    row. Both are None unless gradients are weighted. whole: the rows of all processes, if these are a part of a
+    sequence that several share (`lemo.engine.sequence`).
     """
 
     cu_seqlens: Tensor
@@ -33,6 +34,14 @@ class PackedRows:
     table_rows: Tensor | None = None
     weights: Tensor | None = None
     slots: Tensor | None = None
+    whole: WholeRows | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WholeRows(PackedRows):
+    """Rows that are divided among processes, in the order of their ranks; counts: how many each has."""
+
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +108,7 @@ class Attention:
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         del h
         options = self.options(layer)
-        return self.attend(q, k, v, rows, rows, options, _tiles(choice, options, q, k))
+        return self.attend(q, k, v, rows, rows, options, tiles_of(choice, options, q, k))
 
     def differentiable(
         self,
@@ -113,7 +122,7 @@ class Attention:
         """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         options = self.options(layer)
-        tiles = _tiles(choice, options, q, k)
+        tiles = tiles_of(choice, options, q, k)
         return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse)
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +217,7 @@ class Attention:
         return self.places.index_select(0, rows.table_rows)
 
 
-def _tiles(choice: TileChoice | None, options: AttentionOptions, q: Tensor, k: Tensor) -> Tiles | None:
+def tiles_of(choice: TileChoice | None, options: AttentionOptions, q: Tensor, k: Tensor) -> Tiles | None:
     """A layer with a window computes all of it: there is little to leave out."""
     return None if choice is None or options.window is not None else choice.of(q, k)
 

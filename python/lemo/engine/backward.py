@@ -23,12 +23,13 @@ from lemo.engine.step import Step
 
 def backward(step: Step, dx: Tensor, params: Sequence[Tensor]) -> ParameterGradients:
     """Runs the layers' gradients over dx in place; every record is dropped once it is used."""
-    grads = ParameterGradients(params, step.general)
+    grads = ParameterGradients(params, step.general, step.weights)
     for i in reversed(range(len(step.layers))):
         with step.layer(i) as layer:
             while (record := step.records.pop(i)) is not None:
                 with _replay(record.generators, dx.device):
                     _BACKWARD[record.part](step, layer, record, dx, grads)
+            grads.divide()
     # Read only now that the device has done the work anyway, and before any gradient is handed out.
     step.raise_on_fault()
     return grads

@@ -20,10 +20,11 @@ from lemo.engine.config import Phase
 from lemo.engine.families.base import Family, UnsupportedModelError
 from lemo.engine.linear import HOOKS, hooked, projection, unwrap
 from lemo.engine.randomness import draws
+from lemo.engine.wrappers import kind_of
 
 # Who may define what runs in a layer: transformers itself, torch's wrappers (compile), Liger's equivalents, ourselves.
 _TRUSTED = ("transformers.", "torch.", "kernels.", "liger_kernel.", "lemo.")
-_WATCHING = ("transformers.utils.output_capturing", "torch.utils.")
+_WATCHING = ("transformers.utils.output_capturing", "torch.utils.", "torch.distributed.fsdp.")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 _INSTEAD = (
@@ -99,13 +100,14 @@ def _instance_forward(module: nn.Module) -> Any:
 
 
 def _foreign_hook(hooks: Iterable[Any]) -> Any:
-    """A hook that is neither transformers' own recording of outputs (inactive in training) nor a counter of torch's."""
+    """A hook other than transformers' own recording of outputs (inactive in training), torch's counters, and FSDP2's
+    gathering of weights, which `lemo.engine.weights` does itself."""
     return next((h for h in hooks if not _home(_function(h)).startswith(_WATCHING)), None)
 
 
 def _check_module(module: Any, path: str, allowed: Sequence[tuple[str, str]], equivalents: frozenset[str]) -> None:
     inner = unwrap(module)
-    kind = type(inner)
+    kind = kind_of(inner)
     if (kind.__module__, kind.__qualname__) not in allowed and not _of_liger(kind, equivalents):
         expected = " or ".join(name for _, name in allowed)
         _refuse(path, f"expected {expected} of {allowed[0][0]}, got {kind.__module__}.{kind.__qualname__}")

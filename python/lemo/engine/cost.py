@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lemo.engine.config import Mode, Recompute
-from lemo.engine.families.base import ModelShape
+from lemo.engine.families.base import OF_ATTENTION, ModelShape
 
 # The backward pass of attention has five products of pairs, the forward pass two.
 _ATTENTION_BACKWARD = 2.5
@@ -16,11 +16,12 @@ _ATTENTION_BACKWARD = 2.5
 class PassShares:
     """What one pass computed.
 
-    By layer: kept, mlp_kept, shares of the tokens; density, shares of the pairs of tiles among them (empty: all pairs).
+    By layer: recompute (or one for all); kept, mlp_kept, shares of the tokens; density, shares of the pairs of tiles
+    among them (empty: all pairs).
     """
 
     mode: Mode
-    recompute: Recompute
+    recompute: Recompute | Sequence[Recompute]
     kept: Sequence[float]
     mlp_kept: Sequence[float]
     density: Sequence[float] = ()
@@ -41,19 +42,29 @@ def cost_ratio(shape: ModelShape, lengths: Sequence[int], shares: PassShares) ->
 
 def _cost(shape: ModelShape, lengths: Sequence[int], shares: PassShares) -> float:
     tokens, pairs = sum(lengths), sum(n * (n + 1) / 2 for n in lengths)
-    sizes = {name: a * b for name, (a, b) in shape.projections.items()}
-    attention = sum(sizes[name] for name in ("q", "k", "v", "o"))
-    mlp = sum(sizes.values()) - attention
     per_pair = 2 * shape.heads * shape.head_dim
     exact = shares.mode == "backward"
-    repeats = 0 if shares.recompute == "none" and not exact else 1
-    repeats_attention = 1 if shares.recompute == "full" and not exact else 0
     head = 1.0 if exact else max(*shares.kept, *shares.mlp_kept)
     total = 2.0 * tokens * head * shape.hidden * shape.vocab
     density = shares.density or (1.0,) * len(shares.kept)
-    for kept, mlp_kept, dense in zip(shares.kept, shares.mlp_kept, density, strict=True):
+    same = isinstance(shares.recompute, str)
+    for i, (kept, mlp_kept, dense) in enumerate(zip(shares.kept, shares.mlp_kept, density, strict=True)):
+        recompute = shares.recompute if same else shares.recompute[i]
+        repeats = 0 if recompute == "none" and not exact else 1
+        repeats_attention = 1 if recompute == "full" and not exact else 0
+        attention, mlp = _products_of_a_row(shape.at(i))
         rows = tokens * (attention * kept + mlp * mlp_kept)
         some = pairs * kept**2 * dense * per_pair
         forward = tokens * (attention + mlp) + pairs * per_pair if exact else rows + some
         total += forward + (1 + repeats) * rows + (_ATTENTION_BACKWARD + repeats_attention) * some
     return total
+
+
+def _products_of_a_row(shape: ModelShape) -> tuple[int, int]:
+    """Multiply-adds of the projections of attention and of the MLP, or of the router and the experts of a row."""
+    sizes = {name: a * b for name, (a, b) in shape.projections.items()}
+    attention = sum(size for name, size in sizes.items() if name in OF_ATTENTION)
+    mlp = sum(sizes.values()) - attention
+    if shape.experts is not None:
+        mlp += shape.hidden * (shape.experts.count + 3 * shape.experts.per_token * shape.experts.ffn)
+    return attention, mlp

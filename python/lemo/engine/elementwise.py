@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lemo import ops
-from lemo.engine.families.base import NormWeights
 from lemo.ops._autograd import first_order
+
+if TYPE_CHECKING:  # families import this module
+    from lemo.engine.families.base import NormWeights
 
 
 class UnreadSwiGLU(Function):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lemo.engine.participation import leaves
 from lemo.engine.segments import Segment
+from lemo.engine.sequence import Group
+from lemo.engine.weights import Weights
 
 
 class Handover:
@@ -39,12 +41,13 @@ class Handover:
 class ParameterGradients:
     """Gradients of the trained parameters, by parameter; and which of them each piece of a layer holds.
 
-    strict: check that a local graph reaches no trained tensor beyond the parameters named for it.
+    strict: check that a local graph reaches no trained tensor beyond the parameters named for it. weights: those of the
+    layers, which may be parts of parameters outside of the layer that is worked on.
     """
 
-    def __init__(self, params: Sequence[Tensor], strict: bool) -> None:
+    def __init__(self, params: Sequence[Tensor], strict: bool, weights: Weights) -> None:
         self.wanted = {id(p) for p in params}
-        self.strict = strict
+        self.strict, self.weights = strict, weights
         self._found: dict[int, Tensor] = {}
 
     def of(self, param: Tensor) -> Tensor | None:
@@ -53,10 +56,10 @@ class ParameterGradients:
     def held_by(self, modules: Sequence[nn.Module]) -> list[Tensor]:
         """The trained parameters of modules, each once, however many of the modules share it: autograd gives every
         mention the whole gradient."""
-        return list({id(p): p for m in modules for p in m.parameters() if id(p) in self.wanted}.values())
+        return list({id(p): p for m in modules for p in m.parameters() if self.wants(p)}.values())
 
     def wants(self, weight: Tensor | None) -> bool:
-        return weight is not None and id(weight) in self.wanted
+        return weight is not None and id(self.weights.origin(weight)) in self.wanted
 
     def through(
         self, segment: Segment, dy: Tensor, params: Sequence[Tensor], dstatistics: Tensor | None = None
@@ -80,8 +83,24 @@ class ParameterGradients:
     def add(self, params: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
         for p, g in zip(params, grads, strict=True):
             if p is not None and g is not None:
-                g = g.to(p.dtype)
-                self._found[id(p)] = g if id(p) not in self._found else self._found[id(p)] + g
+                g, key = g.to(p.dtype), id(self.weights.origin(p))
+                self._found[key] = g if key not in self._found else self._found[key] + g
+
+    def divide(self) -> None:
+        """Divides the gradients of the layer that is worked on among processes, if they have parts of its weights. What
+        no row reached here takes part with zeros: other processes may have rows."""
+        for whole, part in self.weights.trained():
+            if id(part) in self.wanted:
+                found = self._found.get(id(part))
+                self._found[id(part)] = self.weights.reduce(torch.zeros_like(whole) if found is None else found, part)
+
+    def sum_over(self, group: Group) -> None:
+        """Sums them over processes that computed the same parameters' gradients, each from other rows."""
+        kinds = {(g.dtype, g.device) for g in self._found.values()}
+        for kind in sorted(kinds, key=str):
+            found = [(key, g) for key, g in self._found.items() if (g.dtype, g.device) == kind]
+            sums = group.sum_(torch.cat([g.reshape(-1) for _, g in found])).split([g.numel() for _, g in found])
+            self._found.update((key, s.view(g.shape)) for (key, g), s in zip(found, sums, strict=True))
 
     def add_zeros(self, modules: Sequence[nn.Module]) -> None:
         """Zero for parameters of these modules that have no gradient yet."""

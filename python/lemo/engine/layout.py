@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,7 +110,8 @@ class Kept:
     document; rows: int32 [M], token behind every packed row; row_slots: int32 [M], position in ``blocks`` of every
     packed row's block; weights: float32 [K], 1/p of a block drawn by Poisson sampling, else 1. max_seqlen: the longest
     document in packed rows, or an upper bound of it. info: what `lemo.ops.SelectInfo.read` reads, if the selection has
-    not been checked for faults yet. chosen_by: who made the list, for error messages.
+    not been checked for faults yet. chosen_by: who made the list, for error messages. whole: the list that this one is
+    a part of, if several processes share a sequence; counts: rows of it in each of them.
     """
 
     blocks: Tensor
@@ -126,6 +127,8 @@ class Kept:
     source: Blocks
     info: Tensor | None = field(default=None, repr=False)
     chosen_by: str = ""
+    whole: Kept | None = field(default=None, repr=False)
+    counts: tuple[int, ...] = ()
 
     @classmethod
     def everything(cls, blocks: Blocks) -> Kept:
@@ -165,12 +168,14 @@ KeptPair = tuple[Kept | None, Kept | None]
 
 
 def kept_per_document(blocks: Blocks, keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
-    """Blocks a budget keeps of every document: min(n, max(floor(keep n + 1/2), forced, 1)), as the kernels count."""
+    """Blocks a budget keeps of every document."""
+    return kept_counts(blocks.blocks_per_document, keep, always_first, always_last)
+
+
+def kept_counts(blocks: Sequence[int], keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
+    """Of n blocks min(n, max(floor(keep n + 1/2), forced, 1)), as the kernels count, for documents of n blocks each."""
     share = ctypes.c_float(keep).value  # the kernels hold `keep` in single precision
-    return tuple(
-        min(n, max(math.floor(share * n + 0.5), min(n, always_first + always_last), 1))
-        for n in blocks.blocks_per_document
-    )
+    return tuple(min(n, max(math.floor(share * n + 0.5), min(n, always_first + always_last), 1)) for n in blocks)
 
 
 def select(

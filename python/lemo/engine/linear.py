@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from lemo.engine.wrappers import kind_of, sharded, sharded_tensor
 from lemo.ops._autograd import first_order
 
 
@@ -82,10 +83,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs hooks, or a forward method that is the instance's own."""
+    """Whether calling the module runs hooks, or a forward method that is the instance's own. Of a module that FSDP2
+    divides, only the latter: its hooks gather the weights, and others are not told apart from them here."""
     s = module.__dict__
     hooks = s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in s
+    return (bool(hooks) and not sharded(module)) or "forward" in s
 
 
 def ordinary(module: nn.Module, *kinds: str) -> bool:
@@ -98,7 +100,7 @@ def _frozen(linear: nn.Module) -> bool:
 
 
 def _class(module: Any) -> str:
-    kind = type(module)
+    kind = kind_of(module)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -139,7 +141,7 @@ def _base(linear: Any, trainable: bool) -> Projection | None:
     """The projection of a linear layer without adapters."""
     if hooked(linear) or not (trainable or _frozen(linear)):
         return None
-    if type(linear) is nn.Linear:
+    if kind_of(linear) is nn.Linear:
         return _of_tensor(linear)
     kind = QUANTIZED.get(_class(linear))
     form = None if kind is None or not _frozen(linear) else kind(linear)
@@ -149,7 +151,7 @@ def _base(linear: Any, trainable: bool) -> Projection | None:
 def _of_tensor(linear: nn.Linear) -> Projection | None:
     """Of torch's own linear layer; torchao puts a tensor of its own kind into one."""
     weight: Tensor = linear.weight
-    if type(weight) in (nn.Parameter, Tensor):
+    if type(weight) in (nn.Parameter, Tensor) or sharded_tensor(weight):
         return Projection(weight, linear.bias)
     if not type(weight).__module__.startswith("torchao.") or not hasattr(weight, "dequantize") or not _frozen(linear):
         return None
@@ -223,11 +225,12 @@ def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
 
 def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """|W + scale b a| of every row, float32 [o], without a second tensor of W's size."""
-    inner, b = _product_fp32(w, a.to(w.dtype).t()), b.float()
-    squares = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square_()
-    squares += (2 * scale) * (inner * b).sum(1)
-    squares += scale**2 * ((b @ (a.float() @ a.float().t())) * b).sum(1)
-    return squares.clamp_(min=0).sqrt_()
+    with torch.autocast(w.device.type, enabled=False):
+        inner, b = _product_fp32(w, a.to(w.dtype).t()), b.float()
+        squares = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square_()
+        squares += (2 * scale) * (inner * b).sum(1)
+        squares += scale**2 * ((b @ (a.float() @ a.float().t())) * b).sum(1)
+        return squares.clamp_(min=0).sqrt_()
 
 
 # Tensors of a projection in the arguments of LinearGroup: weight, bias, a, b, magnitude; three arguments come first.

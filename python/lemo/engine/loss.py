@@ -20,6 +20,7 @@ from lemo.engine.families.base import NormWeights
 from lemo.engine.gradients import Handover
 from lemo.engine.linear import Projection
 from lemo.engine.packing import Packed
+from lemo.engine.sequence import Share
 from lemo.engine.step import Step
 from lemo.ops._autograd import first_order, link
 from lemo.ops.loss import usable
@@ -145,13 +146,15 @@ class Targets:
     """What the tokens of a batch have to predict.
 
     values: int64 [T], already shifted, `ignore_index` for none; counted: labels of the batch as transformers
-    counts them, including those that no token here predicts; items: transformers' num_items_in_batch.
+    counts them, including those that no token here predicts; items: transformers' num_items_in_batch. share: what this
+    process holds of the batch; values are then those of its tokens.
     """
 
     values: Tensor
     ignore_index: int = -100
     counted: Tensor | None = None
     items: Tensor | int | None = None
+    share: Share | None = None
 
     @classmethod
     def of(cls, packed: Packed, named: dict[str, Any]) -> Targets:
@@ -164,6 +167,10 @@ class Targets:
         counted = (shifted != ignore_index).sum()
         return cls(packed.take(shifted).contiguous(), ignore_index, counted, named.get("num_items_in_batch"))
 
+    def of_share(self, share: Share | None) -> Targets:
+        """Those of this process's tokens, of targets of the whole batch."""
+        return self if share is None else replace(self, values=self.values[share.tokens].contiguous(), share=share)
+
     def only(self, rows: Tensor) -> Targets:
         """Those of some tokens, rows int32 [M]; rows of -1 predict nothing."""
         values = torch.where(rows >= 0, self.values[rows.clamp(min=0).long()], self.ignore_index)
@@ -175,15 +182,21 @@ class Targets:
         Items are those of a whole accumulation window, over all ranks. Weighted by its labels, the losses of a window
         add up to a mean, whatever tokens were left out. Nothing waits for the device.
         """
+        if self.share is not None:
+            total = self.share.sum(total)
         if self.items is None:
-            return total
+            return total if self.reduction == "mean" else total / valid.clamp(min=1)
         items = self.items.to(total.device) if torch.is_tensor(self.items) else self.items
         divisor = items * (torch.ones_like(total) if self.counted is None else valid / self.counted)
         return total / torch.where(valid > 0, divisor, 1.0)
 
     @property
     def reduction(self) -> Reduction:
-        return "mean" if self.items is None else "sum"
+        return "mean" if self.items is None and self.share is None else "sum"
+
+    def all_valid(self, valid: Tensor) -> Tensor:
+        """The number of valid targets int64 [] of the whole batch, from that of this process."""
+        return valid if self.share is None else self.share.group.sum_(valid.clone())
 
 
 def causal_lm_loss(
@@ -204,15 +217,14 @@ def causal_lm_loss(
     """
     outside = (head.weight, head.bias, head.a, head.b, *_parameters(norm))
     rows = read_rows(step, outside)
+    if norm is not None:
+        norm = replace(norm, weight=step.outside(norm.weight), bias=step.outside(norm.bias))
     if rows is not None:
         targets, rows = (targets.only(rows), rows) if rows.shape[0] else (_nothing(targets), None)
     loss, valid = _NormHeadLoss.apply(
         x,
         *((None, None) if norm is None else norm.operands),
-        head.dense_weight(),
-        head.bias,
-        head.a,
-        head.b,
+        *(step.outside(p) for p in (head.dense_weight(), head.bias, head.a, head.b)),
         targets.values,
         _Settings(
             None if norm is None else (norm.kind, norm.eps),
@@ -226,6 +238,7 @@ def causal_lm_loss(
         ),
         link(x, *outside),
     )
+    valid = targets.all_valid(valid)
     return targets.loss(loss, valid), valid
 
 
@@ -244,7 +257,7 @@ def causal_lm_logits(
     values = targets.values
     if rows is not None:
         values = _nothing(targets).values.index_copy(0, rows.clamp(min=0).long(), targets.only(rows).values)
-    hidden = x if norm is None else ops.norm(x, *norm.operands, norm.kind, norm.eps)
+    hidden = final_norm(x, norm, step)
     logits = head(packed.put(hidden))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -253,6 +266,17 @@ def causal_lm_logits(
     if targets.items is None:
         loss = loss / valid.clamp(min=1)
     return targets.loss(loss, valid), valid, logits
+
+
+def final_norm(x: Tensor, norm: NormWeights | None, step: Step) -> Tensor:
+    """x [T, d] after the final norm, differentiable."""
+    if norm is None:
+        return x
+    weight, bias = (step.outside(p) for p in norm.parameters)
+    if step.weights.fleeting:  # gone by the time of the backward pass
+        weight, bias = (None if p is None else p.clone() for p in (weight, bias))
+    norm = replace(norm, weight=weight, bias=bias)
+    return ops.norm(x, *norm.operands, norm.kind, norm.eps)
 
 
 def auxiliary_loss(step: Step, config: Any) -> Tensor | None:

@@ -24,6 +24,7 @@ from lemo import ops
 from lemo.engine.config import Phase, PolicyName
 from lemo.engine.families.base import AttentionOptions
 from lemo.engine.layout import Blocks, Kept, KeptPair, SelectMode, select
+from lemo.engine.sequence import Share
 
 _MASK = 2**64 - 1
 
@@ -51,8 +52,8 @@ class BlockScorer(Protocol):
     @property
     def keep(self) -> Sequence[float]: ...
 
-    def scores(self, layer: int, x: Tensor, blocks: Blocks) -> Tensor:
-        """float32 [nb] for a layer with input x [T, d]."""
+    def scores(self, layer: int, x: Tensor, blocks: Blocks, share: Share | None = None) -> Tensor:
+        """float32 [nb] for a layer with input x [T, d]; or with the tokens of a share of them."""
         ...
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> BlockScorer: ...
@@ -74,6 +75,7 @@ class StepContext:
     blocks: of the packed batch; seed: of this micro-batch in this process; queries_keys(layer, x): the layer's own
     q [T, Hq, D] and k [T, Hk, D] for residual rows x [T, d], position embedding applied; attention(layer): its options;
     required: bool [nb], blocks that are kept whatever their score and the budget (mode "skip": those with labels).
+    share: what this process holds of them, if several share the batch: it is given x [T, d] of its own tokens.
     """
 
     blocks: Blocks
@@ -84,6 +86,16 @@ class StepContext:
     queries_keys: Callable[[int, Tensor], tuple[Tensor, Tensor]]
     attention: Callable[[int], AttentionOptions]
     required: Tensor | None = None
+    share: Share | None = None
+
+    @property
+    def own_blocks(self) -> Blocks:
+        """Those whose tokens this process holds."""
+        return self.blocks if self.share is None else self.share.own
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """[nb, ...] from the values of this process's blocks."""
+        return values if self.share is None else self.share.gather(values)
 
 
 class Policy(ABC):
@@ -200,7 +212,7 @@ class Predictors(Policy):
         place = (x.device, x.dtype)
         if self._placed != place:
             self.predictors, self._placed = self.predictors.to(device=x.device, dtype=x.dtype), place
-        return self.predictors.scores(layer, x, self.context.blocks)
+        return self.predictors.scores(layer, x, self.context.blocks, self.context.share)
 
     def keep(self, layer: int) -> float:
         return float(self.predictors.keep[layer]) if self.per_layer else super().keep(layer)
@@ -236,14 +248,14 @@ class UpdateNorm(Policy):
             generator = torch.Generator().manual_seed(self.seed(layer))
             drawn = torch.rand(self.context.blocks.num_blocks, generator=generator, dtype=torch.float32)
             return drawn.to(x.device)
-        return self._last
+        return self.context.of_all(self._last)
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
         largest = norms.new_zeros(kept.num_blocks).scatter_reduce_(0, kept.row_slots.long(), norms, "amax")
         if self.carry and self._last is not None:
             last = self._last.clone()
         else:
-            last = norms.new_zeros(self.context.blocks.num_blocks)
+            last = norms.new_zeros(self.context.own_blocks.num_blocks)
         self._last = last.index_copy_(0, kept.blocks.long(), largest)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lemo.engine.attend import PackedRows, TileChoice
+from lemo.engine.attend import PackedRows, TileChoice, WholeRows
 from lemo.engine.config import Part
 from lemo.engine.layout import Kept
 from lemo.engine.randomness import Generators
@@ -37,13 +37,20 @@ class SavedList(PackedRows):
 
     @classmethod
     def of(cls, kept: Kept, weighted: bool) -> SavedList:
+        whole = None if kept.whole is None else _whole(kept.whole, kept.counts, weighted)
         if kept.is_everything:
             # All layers of a step share it, so there is nothing to copy.
             weights, slots = (kept.weights, kept.row_slots) if weighted else (None, None)
-            return cls(kept.cu_seqlens, kept.max_seqlen, None, weights, slots, rows=kept.rows)
+            return cls(kept.cu_seqlens, kept.max_seqlen, None, weights, slots, whole, rows=kept.rows)
         rows = _own(kept.rows)
         weights, slots = (_own(kept.weights), _own(kept.row_slots)) if weighted else (None, None)
-        return cls(_own(kept.cu_seqlens), kept.max_seqlen, rows, weights, slots, rows=rows)
+        return cls(_own(kept.cu_seqlens), kept.max_seqlen, rows, weights, slots, whole, rows=rows)
+
+
+def _whole(kept: Kept, counts: tuple[int, ...], weighted: bool) -> WholeRows:
+    weights, slots = (_own(kept.weights), _own(kept.row_slots)) if weighted else (None, None)
+    places = None if kept.is_everything else _own(kept.rows)
+    return WholeRows(_own(kept.cu_seqlens), kept.max_seqlen, places, weights, slots, counts=counts)
 
 
 @dataclass(eq=False)

@@ -60,6 +60,8 @@ class Stack(Function):
         recorded = step.records.layers
         with step.autocast(), without_hooks(ctx.params):
             grads = backward(step, dx, ctx.params)
+        if step.share is not None and not step.weights.divided:
+            grads.sum_over(step.share.group)
         if step.weighted:  # a layer for which nothing was drawn has an estimate too: zero
             grads.add_zeros([layer for i, layer in enumerate(step.layers) if i not in recorded])
         out = (_handed_out(p, grads.of(p)) for p in ctx.params)
@@ -69,7 +71,8 @@ class Stack(Function):
 def run(step: Step, x: Tensor, params: Sequence[Tensor]) -> Tensor:
     """The residual stream after the last layer, [T, d], from x [T, d] before the first; `params` train."""
     output = Stack.apply(x, step, *params)
-    x, step.statistics.total = output if isinstance(output, tuple) else (output, None)
+    x, total = output if isinstance(output, tuple) else (output, None)
+    step.statistics.total = total if step.share is None or total is None else step.share.sum(total)
     return x
 
 

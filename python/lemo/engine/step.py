@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lemo.engine.attend import Attention, TileChoice
+from lemo.engine.attend import Attention, PackedRows, TileChoice
 from lemo.engine.config import Mode, Recompute
 from lemo.engine.families.base import Family
 from lemo.engine.gradients import Handover
@@ -23,6 +23,8 @@ from lemo.engine.layout import Blocks, Kept, KeptPair
 from lemo.engine.participation import Participation
 from lemo.engine.records import Records, SavedList
 from lemo.engine.row_statistics import RowStatistics
+from lemo.engine.sequence import Share
+from lemo.engine.weights import Weights, of_layers
 
 # Rows the MLP works on at a time if its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192
@@ -49,6 +51,8 @@ class Step:
     the policy wants to know how much a layer added. borrowed: x belongs to someone else and is copied before it is
     updated. general: some modules are called as they are; what their graphs reach is then checked. tiles(i, x, rows):
     the choice of attention's tiles in layer i for its input x [M, d] and those rows; None: every tile in every layer.
+    share: what this process holds of a sequence that several share; blocks and x are then its own. recompute: of all
+    layers, or of each.
     """
 
     family: Family
@@ -56,7 +60,7 @@ class Step:
     blocks: Blocks
     attention: Attention
     mode: Mode
-    recompute: Recompute
+    recompute: Recompute | Sequence[Recompute]
     choose: Callable[[int, Tensor], KeptPair]
     autocast: Autocast
     weighted: bool = False
@@ -65,7 +69,9 @@ class Step:
     tiles: Callable[[int, Tensor, SavedList], TileChoice] | None = None
     borrowed: bool = True
     general: bool = True
+    share: Share | None = None
     records: Records = field(default_factory=Records)
+    weights: Weights = field(init=False)
     statistics: RowStatistics = field(default_factory=RowStatistics)
     handover: Handover = field(default_factory=Handover)
     # The tokens that any layer kept.
@@ -74,11 +80,33 @@ class Step:
     unchecked: list[Kept] = field(default_factory=list)
     _last_saved: tuple[Kept, SavedList] | None = None
 
+    def __post_init__(self) -> None:
+        self.weights = of_layers(self.layers, 1 if self.share is None else self.share.group.size)
+
+    def outside(self, parameter: Tensor | None) -> Tensor | None:
+        """A parameter outside of the layers, so that its gradient is that of all processes."""
+        if parameter is None or not parameter.requires_grad:
+            return parameter
+        used = self.weights.use(parameter)
+        return used if self.share is None or used is not parameter else self.share.everywhere(parameter)
+
     @contextmanager
     def layer(self, i: int) -> Iterator[nn.Module]:
         """Layer i, while it is worked on. Every layer is entered once in a forward pass, in order, also if it keeps
         nothing; and once in the backward pass, in reverse order."""
-        yield self.layers[i]
+        with self.weights.layer(i) as layer:
+            yield layer
+
+    @property
+    def everything(self) -> PackedRows:
+        """All tokens."""
+        if self.share is not None:
+            return self.share.everything
+        return PackedRows(self.blocks.cu_seqlens, self.blocks.max_seqlen)
+
+    def recompute_of(self, i: int) -> Recompute:
+        """What layer i saves (mode "backward" always saves the same)."""
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[i]
 
     def saved_list(self, kept: Kept) -> SavedList:
         """`kept` as it is saved. Successive layers that share a list share its tensors."""
@@ -102,6 +130,7 @@ class Step:
     def chunks(self, rows: int) -> Iterator[slice]:
         """Slices of `rows` rows, for an MLP whose activations are not kept."""
         # What is known to draw does so once for all rows, as without lemo. (Pieces replay in order, so any would do.)
-        size = rows if self.random else MLP_ROWS
-        for start in range(0, rows, size):
+        size = max(1, rows if self.random else MLP_ROWS)
+        # No rows, as a process may have of a list that others have rows of, are one empty slice.
+        for start in range(0, max(1, rows), size):
             yield slice(start, min(start + size, rows))

@@ -32,6 +32,7 @@ from lemo import _native, ops
 from lemo.engine.attend import PackedRows, Tiles
 from lemo.engine.config import Phase, TilePolicyName
 from lemo.engine.layout import Blocks
+from lemo.engine.sequence import Share
 
 TILE = _native.constant("LEMO_TILE_ROWS")
 # Tiles at the start of a document that every query tile attends to: attention sinks are there.
@@ -82,6 +83,8 @@ class TilePolicy(ABC):
     name: TilePolicyName
     # Whether there are masses: shares of attention, which limits and reports may add up.
     estimates: bool = True
+    # Whether masses are means over the heads of q and k, and scores these or the largest of any head.
+    reads_heads: bool = False
 
     def __init__(self, predictors: TileScorer | None = None) -> None:
         """Policies are made with the run's predictors, which most ignore, and their options as keyword arguments."""
@@ -106,6 +109,7 @@ class Probe(TilePolicy):
     """
 
     name = "probe"
+    reads_heads = True
 
     def __init__(self, predictors: TileScorer | None = None, *, rows: int | None = None, rank: Rank = "peak") -> None:
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or not 1 <= rows <= TILE):
@@ -220,10 +224,24 @@ def _entries(tiles: int, density: float | None, keys: int | None, local: int) ->
 
 def chooses(rows: PackedRows, phase: Phase) -> bool:
     """Whether any query tile of these rows leaves a tile out."""
-    last = -(-rows.max_seqlen // TILE) - 1
+    return leaves_out(rows.max_seqlen, phase)
+
+
+def leaves_out(longest: int, phase: Phase) -> bool:
+    """Whether any query tile leaves a tile out, if the longest document has so many rows."""
+    last = -(-longest // TILE) - 1
     if last < 0:
         return False
     return budget(last, phase) < last + 1 or ((phase.mass or 1.0) < 1.0 and forced(last, phase) < last + 1)
+
+
+def capacity(rows: int, documents: int, longest: int, phase: Phase) -> int:
+    """Entries that the lists of so many rows may have, without asking the device how long its documents are."""
+    if documents == 1:
+        entries = lists_of((rows,), phase)[1]
+    else:
+        entries = (rows // TILE + documents) * (budget(-(-longest // TILE) - 1, phase) - 1)
+    return max(1, entries)
 
 
 # --- the choice of a step ---------------------------------------------------------------------------------------------
@@ -253,7 +271,8 @@ class TileChooser:
     """The tile lists of one pass, chosen layer by layer.
 
     num_layers: of the model. layers: those that eliminate, None: all. earlier: lists of an earlier pass, by layer,
-    that are repeated; remembered: gets the lists, so that other passes can repeat them. chosen: by layer, for reports.
+    that are repeated; remembered: gets the lists, so that other passes can repeat them. share: if several processes
+    share the rows, each having its own heads of q and k. chosen: by layer, for reports.
     """
 
     def __init__(
@@ -264,9 +283,10 @@ class TileChooser:
         layers: frozenset[int] | None = None,
         earlier: Mapping[int, Tiles] | None = None,
         remembered: dict[int, Tiles] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.policy, self.phase, self.num_layers, self.layers = policy, phase, num_layers, layers
-        self.earlier, self.remembered = earlier, remembered
+        self.earlier, self.remembered, self.share = earlier, remembered, share
         self.chosen: dict[int, Chosen] = {}
 
     def report(self) -> tuple[list[float], list[float | None]]:
@@ -298,7 +318,7 @@ class TileChooser:
         width = -(-rows.max_seqlen // TILE)
         chosen = torch.empty(slots, -(-width // 32), dtype=torch.int32, device=device)
         limits = (phase.keys or 2**62, phase.density or 1.0, phase.mass or 1.0, FIRST_TILES, phase.local)
-        scorer = self.policy.scorer(layer)
+        scorer = self._scorer(layer)
         strips = -(-slots * width * self.policy.row_bytes(layer) // STRIP_BYTES)
         strip = -(-slots // min(strips, slots))  # all of about one size: a short one costs as many launches
         covered = []
@@ -314,11 +334,21 @@ class TileChooser:
         self.chosen[layer.layer] = Chosen(torch.cat(covered), listed, rows.cu_seqlens)
         return Tiles(*lists)
 
+    def _scorer(self, layer: LayerRows) -> Scorer:
+        """Scores over all heads, the same in all processes that share the rows."""
+        own, share = self.policy.scorer(layer), self.share
+        if share is None or not self.policy.reads_heads:
+            return own
+
+        def scores(first: int, slots: int, width: int) -> tuple[Tensor, Tensor | None]:
+            ranks, masses = own(first, slots, width)
+            if masses is None:
+                return share.mean_over_heads(ranks), None
+            return share.largest_of_heads(ranks), share.mean_over_heads(masses)
+
+        return scores
+
     def _capacity(self, slots: int, layer: LayerRows) -> int:
         """Entries that the lists may have, without asking the device."""
-        rows, phase = layer.rows, self.phase
-        if rows.cu_seqlens.shape[0] == 2:
-            entries = lists_of((layer.q.shape[0],), phase)[1]
-        else:
-            entries = slots * (budget(-(-rows.max_seqlen // TILE) - 1, phase) - 1)
-        return max(1, entries)
+        documents = layer.rows.cu_seqlens.shape[0] - 1
+        return capacity(layer.q.shape[0], documents, layer.rows.max_seqlen, self.phase)

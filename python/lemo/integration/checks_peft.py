@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.families.base import UnsupportedModelError
-from lemo.engine.wrappers import base_model
+from lemo.engine.wrappers import base_model, sharded, sharded_tensor
 
 # PEFT's names of kinds that give the model something other than embeddings, or read its logits.
 _KINDS = {
@@ -75,22 +75,51 @@ def check_device(batch: Tensor, device: torch.device) -> None:
 
 
 def check_weights(layers: Sequence[nn.Module]) -> None:
-    """Raises UnsupportedModelError if the weights of layers are not whole tensors of this process."""
+    """Raises UnsupportedModelError if the weights of layers are neither whole tensors of this process nor divided as
+    `lemo.engine.weights` can gather them."""
+    divided = [sharded(layer) for layer in layers]
     for layer in layers:
-        how = None
-        for module in layer.modules():
-            weight = module.__dict__.get("weight")
-            if type(module).__name__ == "FullyShardedDataParallel" or (
-                type(module) is nn.Linear and isinstance(weight, Tensor)
-            ):
-                how = "FSDP shards them"
-            for p in module._parameters.values():
-                if hasattr(p, "ds_id"):
-                    how = "DeepSpeed ZeRO-3 partitions them"
-                elif type(p).__name__ == "DTensor" or type(getattr(p, "data", None)).__name__ == "DTensor":
-                    how = "they are DTensors, as FSDP2 and tensor parallelism make them"
+        how = _fsdp2(layer) if sharded(layer) else _elsewhere(layer)
+        if how is None and any(divided) and not all(divided):
+            how = f"fully_shard was called on {sum(divided)} of {len(divided)} layers"
         if how is not None:
             raise UnsupportedModelError(
-                f"lemo needs the whole weights of every layer in each process; here {how}. Use "
-                "DistributedDataParallel, or DeepSpeed ZeRO up to stage 2"
+                f"lemo needs the whole weights of a layer while it runs; here {how}. Use DistributedDataParallel, "
+                "DeepSpeed ZeRO up to stage 2, or FSDP2 (torch.distributed.fsdp.fully_shard on every decoder layer and "
+                "on the model)"
             )
+
+
+def _elsewhere(layer: nn.Module) -> str | None:
+    """How a layer's weights are spread, unless they are whole tensors of this process."""
+    for module in layer.modules():
+        weight = module.__dict__.get("weight")
+        if type(module).__name__ == "FullyShardedDataParallel" or (
+            type(module) is nn.Linear and isinstance(weight, Tensor)
+        ):
+            return "FSDP (version 1) shards them"
+        if sharded(module):
+            return "fully_shard was called on modules inside the layer, but not on the layer"
+        for p in module._parameters.values():
+            if hasattr(p, "ds_id"):
+                return "DeepSpeed ZeRO-3 partitions them"
+            if sharded_tensor(p):
+                return "they are DTensors of a layer that fully_shard was not called on (tensor parallelism?)"
+    return None
+
+
+def _fsdp2(layer: nn.Module) -> str | None:
+    """What is not supported of a layer that FSDP2 divides."""
+    if any(module is not layer and sharded(module) for module in layer.modules()):
+        return "fully_shard was called on modules inside the layer as well"
+    for name, p in layer.named_parameters():
+        if not sharded_tensor(p):
+            if p.requires_grad:
+                return f"FSDP2 leaves {name} out (ignored_params), although it trains: no process would average it"
+            continue
+        part: Any = p
+        if any(type(place).__name__ not in ("Shard", "Replicate") for place in part.placements):
+            return f"{name} is divided by FSDP2 and by tensor parallelism ({part.placements})"
+        if part.to_local().device.type != part.device_mesh.device_type:
+            return "FSDP2 keeps them on the CPU (CPUOffloadPolicy), where gradients cannot be averaged"
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ from lemo.engine.cost import PassShares, cost_ratio
 from lemo.engine.families.base import Family
 from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
+from lemo.engine.sequence import Group, Share
 from lemo.engine.step import Step
 from lemo.engine.tiles import TileChooser, TilePolicy, make_tile_policy
-from lemo.engine.wrappers import base_model
+from lemo.engine.wrappers import base_model, sharded
 from lemo.integration import training_pass, trl_head
 from lemo.integration.callback import LemoCallback
 from lemo.integration.checks_peft import check_adapters, check_device, check_weights
@@ -29,6 +30,7 @@ from lemo.integration.entries import controller_of
 from lemo.integration.evaluation import LossOnly
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
+from lemo.integration.saving import Savings
 from lemo.integration.schedule import Schedule
 from lemo.integration.trainers import refuse_comparisons, running_trainer
 from lemo.integration.training_pass import Inputs, Plan
@@ -50,11 +52,20 @@ class Controller:
     total_steps: optimizer steps of the run; set it in a custom loop if the schedule has several phases (the Trainer's
     callback does it for you). kept_ratios, mlp_kept_ratios: of the last forward pass, kept blocks over all blocks, by
     layer. data_rank: whose blocks are drawn, for processes that share a batch (tensor or context parallelism), which
-    have to set the same number; None: this process's rank in torch.distributed, so that each draws for its own data.
+    have to set the same number; None: this process's rank in torch.distributed, so that each draws for its own data, or
+    the number of its `sequence_group`. sequence: the processes that share every batch.
     """
 
-    def __init__(self, family: Family, model: Any, config: LemoConfig, predictors: PredictorSet | None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model: Any,
+        config: LemoConfig,
+        predictors: PredictorSet | None,
+        sequence: Group | None = None,
+    ) -> None:
         self.family, self.model, self.config, self.predictors = family, model, config, predictors
+        self.sequence = sequence
         self.schedule = Schedule(config.phases or ())
         self.total_steps: int | None = None
         self.data_rank: int | None = None
@@ -65,16 +76,19 @@ class Controller:
         self._tokens = self._blocks = 0
         self._loss_tokens: Tensor | None = None
         self._lengths: tuple[int, ...] = ()
-        self._recomputed: Recompute = "none"
+        self._recomputed: Recompute | Sequence[Recompute] = "none"
         self._last_phase: int | None = None
         self._policies, self._tile_policies = self._make_policies(), self._make_tile_policies()
         self._tiles: TileChooser | None = None
         self._draws = Draws()
         self._passes = Passes()
         self.referring = False
+        self._watching = False
+        self._watched: tuple[Pass, TileChooser | None] | None = None
         self.loss_only_passes = LossOnly()
         self._covered_forward: Any = None
         self._notes: set[str] = set()
+        self.savings = Savings(family, model, config, self.note)
 
     def _make_policies(self) -> list[Policy | None]:
         return [
@@ -91,11 +105,12 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """The controller of a copy of the model: at the same step, with policies that remember no batch."""
         twin = memo[id(self)] = object.__new__(type(self))
-        anew = ("_policies", "_tile_policies", "_tiles")
+        anew = ("_policies", "_tile_policies", "_tiles", "_watched", "savings")
         plain = {name: value for name, value in self.__dict__.items() if name not in anew}
         twin.__dict__.update(copy.deepcopy(plain, memo))
         twin._policies, twin._tile_policies = twin._make_policies(), twin._make_tile_policies()
-        twin._tiles = None
+        twin._tiles = twin._watched = None
+        twin.savings = Savings(twin.family, twin.model, twin.config, twin.note)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -210,7 +225,8 @@ class Controller:
         "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of
         tiles that causality allows, and covered, the share of attention that these hold, as the tile policy estimates
         it (None: it does not); both 1 for a layer with a sliding window, which sees all of it. cost_ratio: products of
-        the pass over those of a dense one (`lemo.engine.cost`); None before the first pass.
+        the pass over those of a dense one (`lemo.engine.cost`); None before the first pass. memory: if a budget
+        or offload decides, how many layers save what, and its bytes.
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
@@ -229,6 +245,7 @@ class Controller:
             "mlp_kept": list(self.mlp_kept_ratios),
             "density": density,
             "covered": covered,
+            "memory": self.savings.report(),
             "cost_ratio": None if phase is None else self._cost_ratio(phase, density),
         }
 
@@ -270,6 +287,11 @@ class Controller:
                     "needs a longer run, or a larger share"
                 )
 
+    def watch(self, on: bool) -> tuple[Pass, TileChooser | None] | None:
+        """Whether coming passes keep their lists for a report. Returns those of the last one that did, once."""
+        watched, self._watched, self._watching = self._watched, None, on
+        return watched
+
     # --- one training forward pass ---
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Step]:
@@ -285,27 +307,36 @@ class Controller:
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
         random = check_randomness(self.family, self.model, loose, self.schedule.phases[index:])
+        share = None
+        if self.sequence is not None:
+            self.sequence.check_same(inputs.batch, inputs.packed.positions, inputs.targets)
+            share = Share(self.sequence, inputs.packed.blocks)
         phase = self.schedule.phases[index]
         remember = not phase.exact and not again
+        kept = self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None
+        if self._watching and kept is None and not again:  # a pass that nothing repeats
+            kept = Pass(inputs.batch.detach(), inputs.packed.blocks.lengths)
         plan = Plan(
             phase=phase,
             policy=self._policies[index] if earlier is None else None,
             tile_policy=self._tile_policies[index],
             seed=self._seed(draw),
-            recompute="full" if earlier is not None else self._recompute(),
+            saving=self.savings if earlier is None else None,
             random=random,
             general=bool(loose),
             earlier=earlier,
-            remembered=self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None,
+            remembered=kept,
+            share=share,
         )
         x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
         if not again:  # a recomputation may end half-way, and has nothing new to report
             self.micro_batch += 1
             self.kept_ratios, self.mlp_kept_ratios = lists.kept_ratios, lists.mlp_kept_ratios
             self._loss_tokens, self._tiles = None, tiles
+            self._watched = (kept, tiles) if self._watching and kept is not None else None
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
-        self._lengths, self._recomputed = tuple(blocks.lengths), plan.recompute
+        self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
         return stack.run(step, x, params), step
 
     def _check_surroundings(self, layers: list[nn.Module], batch: Tensor) -> None:
@@ -313,8 +344,15 @@ class Controller:
         if "trl" in sys.modules:
             refuse_comparisons((self.phase,), running_trainer())
         check_adapters(self.model)
-        check_device(batch, self.model.get_input_embeddings().weight.device)
+        embedding = self.model.get_input_embeddings()
+        check_device(batch, embedding.weight.device)
         check_weights(layers)
+        if any(sharded(m) for m in (self.model, embedding)) and not any(sharded(layer) for layer in layers):
+            self.note(
+                "FSDP2 divides the model, but no decoder layer by itself, so every process gathers the whole model for "
+                "a pass: name the layers' class in transformer_layer_cls_to_wrap (transformers' Trainer overrides that "
+                "for PEFT's models; see lemo's guide to several GPUs), or call fully_shard on every layer"
+            )
 
     def _which_pass(self, inputs: Inputs) -> tuple[Draw, bool, Pass | None]:
         """The draw of a pass; whether an earlier pass had it; that pass, if its very lists are to be repeated."""
@@ -325,10 +363,9 @@ class Controller:
 
     def _seed(self, draw: Draw) -> int:
         """Of a pass's random choices. Every process draws for its own data; phases are the same in all."""
-        rank = process_rank() if self.data_rank is None else self.data_rank
+        rank = self.data_rank
+        if rank is None:
+            rank = process_rank() if self.sequence is None else self.sequence.number
         # Rank 0 draws what a single process draws.
         seed = self.config.seed if rank == 0 else mix_seed(self.config.seed, rank)
         return mix_seed(seed, draw.step, draw.micro_batch)
-
-    def _recompute(self) -> Recompute:
-        return training_pass.recompute_of(self.model, self.config, self.note)

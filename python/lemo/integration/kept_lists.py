@@ -11,6 +11,7 @@ from lemo.engine.config import Phase
 from lemo.engine.layout import Blocks, Kept, KeptPair
 from lemo.engine.participation import Participation
 from lemo.engine.policies import Policy
+from lemo.engine.sequence import Share
 from lemo.integration.reference import Pass
 
 
@@ -19,7 +20,7 @@ class ChosenLists:
 
     policy: None keeps every block. layers: those that eliminate, None: all. earlier: a pass whose lists are repeated;
     remembered: gets the lists, so that other passes can repeat them. kept_ratios, mlp_kept_ratios: kept
-    blocks over all blocks, of every layer so far.
+    blocks over all blocks, of every layer so far. share: what this process holds of the blocks, None: all of them.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class ChosenLists:
         participation: Participation,
         earlier: Pass | None = None,
         remembered: Pass | None = None,
+        share: Share | None = None,
     ) -> None:
         self.policy, self.phase, self.blocks, self.layers = policy, phase, blocks, layers
         self.participation, self.earlier, self.remembered = participation, earlier, remembered
+        self.share = share
         self.kept_ratios: list[float] = []
         self.mlp_kept_ratios: list[float] = []
         self._everything = Kept.everything(blocks)
@@ -41,14 +44,24 @@ class ChosenLists:
     def choose(self, layer: int, x: Tensor) -> KeptPair:
         """Kept lists of a layer's attention and MLP for its input x [T, d]; see `lemo.engine.step.Step.choose`."""
         if self.earlier is not None:
-            return self.earlier.kept(layer, self.blocks)
+            return self._own(self.earlier.kept(layer, self.blocks))
         pair = self._choose(layer, x)
         for ratios, kept in zip((self.kept_ratios, self.mlp_kept_ratios), pair, strict=True):
             ratios.append(0.0 if kept is None else kept.num_blocks / self.blocks.num_blocks)
-            self.participation.add(kept)
         if self.remembered is not None:
             self.remembered.add(pair)
+        pair = self._own(pair)
+        for kept in pair:
+            self.participation.add(kept)
         return pair
+
+    def _own(self, pair: KeptPair) -> KeptPair:
+        """The parts of this process, which are one object if the lists are."""
+        if self.share is None:
+            return pair
+        attention, mlp = pair
+        own = self.share.kept(attention)
+        return own, own if mlp is attention else self.share.kept(mlp)
 
     def _choose(self, layer: int, x: Tensor) -> KeptPair:
         if self.policy is None or (self.layers is not None and layer not in self.layers):

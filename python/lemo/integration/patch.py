@@ -10,12 +10,11 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lemo import ops
 from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
 from lemo.engine.config import LemoConfig
 from lemo.engine.families import UnsupportedModelError, find
@@ -26,12 +25,16 @@ from lemo.engine.loss import (
     causal_lm_logits,
     causal_lm_loss,
     causal_lm_output,
+    final_norm,
     refuse_auxiliary_loss,
 )
-from lemo.engine.packing import pack
-from lemo.engine.wrappers import base_model
+from lemo.engine.packing import Packed, pack
+from lemo.engine.sequence import Group
+from lemo.engine.step import Step
+from lemo.engine.wrappers import base_model, sharded_tensor
 from lemo.integration import trl_head
 from lemo.integration.checks_peft import check_adapters, check_weights
+from lemo.integration.checks_sequence import check_sequence
 from lemo.integration.controller import Controller
 from lemo.integration.entries import arguments, attach, controller_of, detach
 from lemo.integration.training_pass import Inputs
@@ -96,15 +99,16 @@ def _decoder_forward(
     controller: Controller, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     controller.cover_heads()
+    if controller.sequence is not None and not controller.referring:
+        _refuse_rows_of_others()
     named = arguments(module, args, kwargs)
     _check_arguments(named)
     inputs = _inputs(controller, named)
     x, step = controller.run(inputs)
     if torch.is_grad_enabled():
         refuse_auxiliary_loss(step, controller.model.config)
-    n = controller.family.final_norm(module)
-    if n is not None:
-        x = ops.norm(x, *n.operands, n.kind, n.eps)
+    with step.weights.outside(*controller.family.final_modules(module)):
+        x = final_norm(x, controller.family.final_norm(module), step)
     output = controller.family.decoder_output(inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
@@ -118,6 +122,13 @@ def _causal_lm_forward(
     _check_arguments(named)
     _check_router(named, module.config)
     fused = trl_head.wanted(controller, module, original, kwargs)
+    if fused is not None and controller.sequence is not None:
+        _refuse_rows_of_others()
+    if fused is not None and any(sharded_tensor(p) for p in module.lm_head.parameters()):
+        raise ValueError(
+            "the fused loss of TRL reads the whole head, which FSDP2 divides: leave the head and the final norm in the "
+            "group of the model itself (fully_shard on the layers and the model alone), or train without the fused loss"
+        )
     if fused is not None:
         return trl_head.fused_output(controller, module, fused, named, _inputs(controller, named))
     if kwargs.get("fused_lm_head"):
@@ -131,7 +142,24 @@ def _causal_lm_forward(
         return original(*args, **kwargs)
     inputs = _inputs(controller, named)
     targets = Targets.of(inputs.packed, named)
-    x, step = controller.run(replace(inputs, labelled=targets.values != targets.ignore_index))
+    labelled = targets.values != targets.ignore_index
+    x, step = controller.run(replace(inputs, labelled=labelled, targets=targets.values))
+    targets = targets.of_share(step.share)
+    decoder = controller.family.decoder(module)
+    with step.weights.outside(*controller.family.final_modules(decoder), module.lm_head):
+        loss, count, logits = _loss(controller, module, x, targets, step, inputs.packed)
+    extra = auxiliary_loss(step, module.config)
+    if extra is not None:
+        loss = loss + extra
+    controller.count_loss_tokens(count)
+    return causal_lm_output(loss, logits, named.get("return_dict"))
+
+
+def _loss(
+    controller: Controller, module: Any, x: Tensor, targets: Targets, step: Step, packed: Packed
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of the residual stream after the last layer, the number of targets it is over, and the logits if asked
+    for."""
     norm = controller.family.head_norm(controller.family.decoder(module))
     head = projection(module.lm_head, head=True)
     if head is None:
@@ -139,16 +167,21 @@ def _causal_lm_forward(
             f"lm_head is a {type(module.lm_head).__name__} that the segmented loss does not cover: logits are whole"
         )
     softcap = controller.family.logit_softcap(module.config)
+    if controller.sequence is not None and (head is None or controller.config.return_logits):
+        _refuse_rows_of_others()
     if head is None or controller.config.return_logits:
-        loss, count, logits = causal_lm_logits(x, norm, module.lm_head, targets, step, inputs.packed, softcap=softcap)
-    else:
-        segment_rows, logits = controller.config.segment_rows, None
-        loss, count = causal_lm_loss(x, norm, head, targets, step, segment_rows=segment_rows, softcap=softcap)
-    extra = auxiliary_loss(step, module.config)
-    if extra is not None:
-        loss = loss + extra
-    controller.count_loss_tokens(count)
-    return causal_lm_output(loss, logits, named.get("return_dict"))
+        return causal_lm_logits(x, norm, module.lm_head, targets, step, packed, softcap=softcap)
+    return *causal_lm_loss(
+        x, norm, head, targets, step, segment_rows=controller.config.segment_rows, softcap=softcap
+    ), None
+
+
+def _refuse_rows_of_others() -> NoReturn:
+    raise ValueError(
+        "sequence_group: each process holds the rows of its own tokens, so hidden states and logits of the whole batch "
+        "do not exist. Call the model with labels and use its loss; leave return_logits, fused losses of other "
+        "libraries and heads that are not linear layers out"
+    )
 
 
 def _check_version() -> None:
@@ -195,11 +228,12 @@ def _predictors(inner: nn.Module, config: LemoConfig) -> PredictorSet | None:
     return predictors
 
 
-def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
+def apply(model: nn.Module, config: LemoConfig | None = None, *, sequence_group: Any = None) -> Controller:
     """Lets `model` train with token elimination, in place; `remove` undoes it.
 
-    model: a causal language model of transformers of a family that lemo knows (Llama, Mistral, OPT, Qwen2), before or
-    after PEFT wraps it.
+    model: a causal language model of transformers of a family that lemo knows (docs/guide/models.md), before or after
+    PEFT wraps it. sequence_group: processes (a ProcessGroup of torch.distributed) that share every batch: each is given
+    all of it, and computes its part of the tokens. Loss and gradients are those of one process with the batch.
     Raises UnsupportedModelError (a ValueError) for other models and versions of transformers, ValueError if lemo is
     already applied or the settings do not fit, CalibrationError for a calibration of another model. The model is then
     unchanged.
@@ -229,7 +263,10 @@ def apply(model: nn.Module, config: LemoConfig | None = None) -> Controller:
     outside = [i for i in config.layers or () if not 0 <= i < count]
     if outside:
         raise ValueError(f"LemoConfig.layers: the model has layers 0 to {count - 1}; got {outside}")
-    controller = Controller(family, inner, config, _predictors(inner, config))
+    group = None if sequence_group is None else Group.of(sequence_group)
+    if group is not None:
+        check_sequence(group, family, inner, config)
+    controller = Controller(family, inner, config, _predictors(inner, config), group)
     attach(decoder, controller, _decoder_forward)
     attach(inner, controller, _causal_lm_forward)
     controller.cover_heads()

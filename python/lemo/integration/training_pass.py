@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,30 +11,33 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.attend import Attention, TileChoice
-from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.config import LemoConfig, Phase
 from lemo.engine.families.base import Family, Tables
 from lemo.engine.packing import Packed
 from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
 from lemo.engine.policies import Policy, StepContext
 from lemo.engine.records import SavedList
+from lemo.engine.sequence import SequenceAttention, Share
 from lemo.engine.step import Autocast, Step
 from lemo.engine.tiles import LayerRows, TileChooser, TilePolicy
 from lemo.integration.kept_lists import ChosenLists, required_blocks
 from lemo.integration.reference import Pass
-from lemo.integration.replay import under_checkpoint
+from lemo.integration.saving import Saving, Savings
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """A batch as the model was called with it.
 
-    ids: int64 [B, S], or None with embeddings [B, S, d]; labelled: bool [T], tokens that have a target; None: unknown.
+    ids: int64 [B, S], or None with embeddings [B, S, d]; labelled: bool [T], tokens that have a target; None: unknown;
+    targets: int64 [T], if known.
     """
 
     packed: Packed
     ids: Tensor | None
     embeddings: Tensor | None
     labelled: Tensor | None = None
+    targets: Tensor | None = None
 
     @property
     def batch(self) -> Tensor:
@@ -47,19 +51,21 @@ class Plan:
     """What a pass is to do.
 
     policy: None keeps everything, or repeats the lists of `earlier`; tile_policy: None attends to all tiles; seed: of
-    the policy's draws; random: whether layers draw random numbers (None: they may); general: some modules are called
-    as they are; remembered: gets the lists, so that other passes can repeat them.
+    the policy's draws; saving: decides what layers save (None: as little as they can); random: whether layers draw
+    random numbers (None: they may); general: some modules are called as they are; remembered: gets the lists, so that
+    other passes can repeat them; share: what this process holds of the batch, None: all of it.
     """
 
     phase: Phase
     policy: Policy | None
     tile_policy: TilePolicy | None
     seed: int
-    recompute: Recompute
+    saving: Savings | None
     random: bool | None
     general: bool
     earlier: Pass | None = None
     remembered: Pass | None = None
+    share: Share | None = None
 
 
 def begin(
@@ -67,18 +73,26 @@ def begin(
 ) -> tuple[Tensor, Step, ChosenLists, TileChooser | None]:
     """The residual stream [T, d] before the first layer, the step that takes it through the layers, and what chooses
     for it."""
-    packed, phase = inputs.packed, plan.phase
+    packed, phase, share = inputs.packed, plan.phase, plan.share
     decoder, embedding = family.decoder(model), model.get_input_embeddings()
     with outputs_of(embedding) as embedded:
         # Hooks on the embedding (NEFTune) see the batch as it is.
         given = decoder.embed_tokens(inputs.ids) if inputs.embeddings is None else inputs.embeddings
         x = family.embed(decoder, None, packed.take(given), packed.positions)
-    participation = Participation(not phase.skips or trains_before_layers(x, embedded))
+    trained = trains_before_layers(x, embedded)
+    participation = Participation(not phase.skips or trained)
     embedded.clear()
     x = x.to(_compute_dtype(x))
-    attention = _attention(family, layers, packed, family.tables(decoder, x.detach(), packed.positions), config)
-    lists = ChosenLists(plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered)
+    tables = family.tables(decoder, x.detach(), packed.positions)
+    if share is not None:
+        x, tables = share.take(x if trained else x.detach()), share.cut(tables)
+    attention = _attention(family, layers, packed, tables, config, share)
+    lists = ChosenLists(
+        plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered, share
+    )
+    required = None
     if plan.policy is not None:
+        required = required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled)
         plan.policy.begin(
             StepContext(
                 blocks=packed.blocks,
@@ -88,23 +102,29 @@ def begin(
                 always_last=config.always_last,
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
                 attention=lambda i: attention.options(layers[i]),
-                required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
+                required=required,
+                share=share,
             )
         )
     tiles = _tile_chooser(config, plan, len(layers))
+    saving = Saving.full(len(layers))
+    if plan.saving is not None:
+        saving = plan.saving.of(phase, packed.blocks.lengths, x.element_size(), required is not None)
     step = Step(
         family=family,
         layers=layers,
-        blocks=packed.blocks,
+        blocks=packed.blocks if share is None else share.own,
         attention=attention,
         mode=phase.mode,
-        recompute=plan.recompute,
+        recompute=saving.recompute,
+        records=saving.records(),
         weighted=phase.weighted,
         random=plan.random,
         general=plan.general,
         choose=lists.choose,
         tiles=None if tiles is None else _tiles_of_layers(tiles, attention, layers),
         observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
+        share=share,
         borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
         autocast=_autocast(x),
         participation=participation,
@@ -113,16 +133,22 @@ def begin(
 
 
 def _attention(
-    family: Family, layers: Sequence[nn.Module], packed: Packed, tables: Tables, config: LemoConfig
+    family: Family,
+    layers: Sequence[nn.Module],
+    packed: Packed,
+    tables: Tables,
+    config: LemoConfig,
+    share: Share | None,
 ) -> Attention:
     """Attention that knows where a window's tokens lie, if there is a window that the batch's rows exceed."""
+    kind = Attention if share is None else functools.partial(SequenceAttention, share)
     windows = [family.attention_options(layer).window for layer in layers]
     longest = packed.blocks.max_seqlen
     if not any(window is not None and window < packed.shape[1] for window in windows):
-        return Attention(family, tables, config.deterministic, longest=longest)
+        return kind(family, tables, config.deterministic, longest=longest)
     gaps = packed.gaps
     longest = longest if gaps is None else packed.shape[1]
-    return Attention(family, tables, config.deterministic, gaps, longest=longest)
+    return kind(family, tables, config.deterministic, gaps, longest=longest)
 
 
 def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChooser | None:
@@ -136,6 +162,7 @@ def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChoose
         layers,
         earlier=None if plan.earlier is None else plan.earlier.tiles,
         remembered=None if plan.remembered is None else plan.remembered.tiles,
+        share=plan.share,
     )
 
 
@@ -144,23 +171,10 @@ def _tiles_of_layers(
 ) -> Callable[[int, Tensor, SavedList], TileChoice]:
     def tiles(i: int, x: Tensor, rows: SavedList) -> TileChoice:
         scale = attention.options(layers[i]).scale
-        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, rows, scale)))
+        whole = rows.whole or rows  # those of q and k
+        return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, whole, scale)))
 
     return tiles
-
-
-def recompute_of(model: nn.Module, config: LemoConfig, note: Callable[[str], None]) -> Recompute:
-    """What the layers save in this pass; `note` is called if that is not what the model's own setting asks for."""
-    # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
-    wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if config.recompute == "auto":
-        return "full" if wanted else "none"
-    if wanted:
-        note(
-            "gradient checkpointing is switched on in the model; lemo runs the layers itself, with "
-            f'recompute="{config.recompute}"'
-        )
-    return config.recompute
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from lemo import storage
 from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
+from lemo.engine.sequence import Share
 from lemo.engine.tiles import TILE
 from lemo.predictors.fingerprint import model_fingerprint
-from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool
+from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool, informativeness
 from lemo.predictors.tiles import TileStrips
 from lemo.storage import content_digest, file_digest, replaced_name
 
@@ -101,15 +102,22 @@ class PredictorSet:
         keep = self.report.get("keep")
         return float(keep) if isinstance(keep, (int, float)) else sum(self.keep) / len(self.keep)
 
-    def scores(self, layer: int, x: Tensor, blocks: Blocks) -> Tensor:
-        """Predicted informativeness float32 [nb] of layer ``layer`` from residual rows x [T, d] (the layer's input)."""
+    def scores(self, layer: int, x: Tensor, blocks: Blocks, share: Share | None = None) -> Tensor:
+        """Predicted informativeness float32 [nb] of layer ``layer`` from residual rows x [T, d] (the layer's input).
+
+        share: what this process holds of the blocks, if several share them; x is then of its own tokens.
+        """
         self.require("importance")
         if blocks.block_size != self.block_size:
             raise ValueError(
                 f"blocks: the predictors were calibrated for blocks of {self.block_size} tokens, got "
                 f"{blocks.block_size}; calibrate again with that block size"
             )
-        return self._predict(layer, x, blocks)[0]
+        if share is None:
+            return self._predict(layer, x, blocks)[0]
+        # A block's score depends on all later ones of its document: vectors are gathered, not scores.
+        queries, keys = (share.gather(vectors) for vectors in self._predict(layer, x, share.own)[1:])
+        return informativeness(queries, keys, blocks, self.normalize)
 
     def tile_scores(self, layer: int, x: Tensor, blocks: Blocks) -> TileStrips:
         """Predicted attention mass of layer ``layer`` from residual rows x [T, d] (the layer's input), a strip of query

@@ -123,7 +123,7 @@ class Teacher:
         layer = self.layers[index]
         norm = self.family.norms(layer)[0]
         width = x.shape[-1:]
-        weight, bias = norm.operands
+        weight, bias = (None if t is None else t.to(x.dtype) for t in norm.operands)
         if norm.kind == "rms":
             h = F.rms_norm(x, width, weight, norm.eps)
         else:

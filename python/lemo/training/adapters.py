@@ -157,6 +157,16 @@ def loaded_adapter(model: nn.Module, folder: str) -> Iterator[Any]:
         )
 
 
+@contextlib.contextmanager
+def restored_modules(model: nn.Module) -> Iterator[None]:
+    """Whatever wraps or replaces modules of the model inside is undone afterwards. Weights must not be changed."""
+    record = _Record(model)
+    try:
+        yield
+    finally:
+        record.put_back()
+
+
 def _load(model: Any, folder: str) -> Any:
     from peft import PeftModel
 

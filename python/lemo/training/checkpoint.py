@@ -99,17 +99,18 @@ def _manifest_content(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(folder: Path, required: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest of a complete folder. Raises CheckpointError naming what is missing or damaged.
+# Names of files that a complete folder lists, of any or of one with this manifest.
+Required = Sequence[str] | Callable[[dict[str, Any]], Sequence[str]]
 
-    required: names of files that a complete folder lists.
-    """
+
+def read_manifest(folder: Path, required: Required = ()) -> dict[str, Any]:
+    """The manifest of a complete folder. Raises CheckpointError naming what is missing or damaged."""
     manifest = _manifest_content(folder)
     try:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}: {MANIFEST} does not list files with their sizes and digests") from None
-    for name in required:
+    for name in required(manifest) if callable(required) else required:
         if name not in files:
             raise CheckpointError(f"{folder}: {MANIFEST} lists no {name}, without which the run cannot be continued")
     for name, (size, sha256) in files.items():
@@ -156,10 +157,10 @@ class Checkpoints:
     required: files without which a folder is not a checkpoint, whatever its manifest lists.
     """
 
-    def __init__(self, root: Path | str, keep: int = 2, required: Sequence[str] = ()) -> None:
+    def __init__(self, root: Path | str, keep: int = 2, required: Required = ()) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}, expected at least 1 checkpoint")
-        self.root, self.keep, self.required = Path(root), keep, tuple(required)
+        self.root, self.keep, self.required = Path(root), keep, required
 
     def folder(self, step: int) -> Path:
         return self.root / f"checkpoint-{step}"

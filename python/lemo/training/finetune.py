@@ -4,6 +4,7 @@ A run folder holds
 
   run.json          the run's identity (lemo.training.run_folder), written before the first step, and what changed since
   log.jsonl         one line per logged step, and one per event (start, resume, held-out evaluation, end)
+  maps.jsonl        what layers kept at a few steps (lemo.training.maps), for `lemo report --html`
   checkpoint-STEP/  the last few complete checkpoints (lemo.training.checkpoint), in transformers' own layout
   adapter/          the finished PEFT adapter; exists only when the run is complete
 
@@ -26,6 +27,7 @@ from lemo.data import Documents, PackedWindows, split_held_out
 from lemo.engine.config import LemoConfig
 from lemo.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.training.evaluate import check_scorable
+from lemo.training.maps import MAPS_FILE, MapRecorder
 from lemo.training.processes import Processes
 from lemo.training.run_folder import (
     ADAPTER,
@@ -36,6 +38,7 @@ from lemo.training.run_folder import (
     continue_run,
     environment,
     is_complete,
+    processes_of,
     run_checkpoints,
     run_settings,
     start_run,
@@ -70,7 +73,7 @@ def _applied(model: Any, config: LemoConfig) -> Iterator[Any]:
         lemo.remove(model)
 
 
-def _with_adapter(model: Any, settings: FinetuneSettings) -> Any:
+def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     """The model wrapped by PEFT with a fresh LoRA adapter. Raises ValueError."""
     from peft import LoraConfig, get_peft_model
 
@@ -123,6 +126,7 @@ def finetune(
     keep_checkpoints: int = 2,
     log_every: int = 1,
     evaluate_every: int = 0,
+    maps: int = 0,
     progress: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> FinetuneResult:
@@ -133,6 +137,7 @@ def finetune(
     places "model", "tokenizer" and "data" may differ: what they hold is compared instead.
     save_every: steps between checkpoints, 0 = none.  log_every: steps per log line.
     evaluate_every: steps between dense evaluations of the held-out part, 0 = only at the end.
+    maps: steps at which kept blocks and tiles are recorded for the run's page, 0 = none.
     Started by torchrun or accelerate launch, each process trains on its own share of every step's windows (see
     `FinetuneSettings.batch`), and the first alone writes, logs and reports.
     Raises ValueError for settings or data, CheckpointError for the run folder, and AnotherProcessFailed if another
@@ -141,7 +146,7 @@ def finetune(
     out = Path(out).expanduser()  # as Trainer does with its own output folder
     processes = Processes.join(next(model.parameters()).device)
     report = report if processes.first else _silent
-    checkpoints = run_checkpoints(out, keep_checkpoints, processes.count)
+    checkpoints = run_checkpoints(out, keep_checkpoints)
     with contextlib.ExitStack() as lock:  # the folder is held until the adapter is in it
         with contextlib.ExitStack() as applied:
             # Everything that can be wrong with the settings shows before the run folder is made.
@@ -151,8 +156,9 @@ def finetune(
             )
             check_same(processes, inputs.identity)
             set_seed(settings.seed)
-            wrapped = processes.together(lambda: _with_adapter(model, settings))
+            wrapped = processes.together(lambda: with_adapter(model, settings))
             controller = processes.together(lambda: applied.enter_context(_applied(wrapped, settings.lemo_config())))
+            processes.together(lambda: _report_memory(controller, settings, report))
             opened = processes.on_first(lambda: _open(lock, out, inputs.identity, resume, checkpoints, report))
             if opened.complete:
                 return FinetuneResult(out / ADAPTER, 0, settings.steps)
@@ -165,7 +171,9 @@ def finetune(
             run = RunInProgress(
                 wrapped, settings, log, controller, *data, log_every, evaluate_every, progress, processes
             )
-            _train(run, checkpoints, inputs.identity, save_every, start)
+            size = settings.block_size
+            recorder = MapRecorder(controller, out / MAPS_FILE, size, maps, processes.first, inputs.windows)
+            _train(run, checkpoints, inputs.identity, save_every, start, recorder)
         processes.on_first(lambda: write_folder(out / ADAPTER, wrapped.save_pretrained, manifest=False))
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
@@ -231,7 +239,10 @@ def _open(
         return _Opened(True, None)
     start = _begin(out, identity, resume, checkpoints, report)
     if resume:
-        RunLog(out / LOG_FILE).cut(start.step if start else 0, report)
+        last = start.step if start else 0
+        RunLog(out / LOG_FILE).cut(last, report)
+        if (out / MAPS_FILE).exists():
+            RunLog(out / MAPS_FILE).cut(last, report)
     return _Opened(False, start)
 
 
@@ -252,6 +263,17 @@ def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
             f"{' and '.join(f'{keep:g}' for keep in sorted(others))}: its scores still rank the blocks, but were "
             "learned from layers that see another share of them; calibrate with the same --keep"
         )
+
+
+def _report_memory(controller: Any, settings: FinetuneSettings, report: Callable[[str], None]) -> None:
+    """Reports what layers save, if a budget or offload decides. Raises ValueError if a phase does not fit."""
+    if settings.memory_budget is None and not settings.offload:
+        return
+    element = controller.model.get_input_embeddings().weight.element_size()
+    for phase in controller.config.phases:
+        # Of whole windows: those of several documents need about as much.
+        plan = controller.savings.planned(phase, (settings.context,) * settings.batch, element)
+        report(f"{phase.mode} keep {phase.keep:g}: {plan}")
 
 
 def _check_visible(start: Checkpoint | None) -> None:
@@ -294,6 +316,7 @@ def _train(
     identity: dict[str, Any],
     save_every: int,
     start: Checkpoint | None,
+    recorder: MapRecorder,
 ) -> None:
     from transformers import PrinterCallback
 
@@ -301,7 +324,7 @@ def _train(
         model=run.model,
         args=training_arguments(run.settings, checkpoints.root, run.device, save_every, run.log_every),
         train_dataset=run.windows,
-        callbacks=[run.controller.callback(), Report(run)],
+        callbacks=[run.controller.callback(), Report(run), recorder],
         checkpoints=checkpoints,
         run=run,
         identity=identity,
@@ -314,6 +337,9 @@ def _train(
     if run.processes.count > 1:
         # For dropout; the adapter's first weights, equal in all processes, were drawn before.
         set_seed((run.settings.seed + run.processes.rank) % (1 << 32))
+    if start and processes_of(start.settings) != run.processes.count:
+        # A process without a random state in the checkpoint must not draw what it drew in the first steps.
+        set_seed((run.settings.seed + run.processes.rank + 65537 * start.step) % (1 << 32))
     trainer.remove_callback(PrinterCallback)
     run.model.config.use_cache = False
     trainer.train(resume_from_checkpoint=str(start.folder) if start else None)

@@ -35,7 +35,7 @@ def summary(records: list[dict[str, Any]]) -> str:
     lines = [f"{'phase':28}  {'steps':>11}  {columns}"]
     start = 0
     for i in range(1, len(steps) + 1):
-        if i < len(steps) and _phase(steps[i]) == _phase(steps[start]):
+        if i < len(steps) and phase_name(steps[i]) == phase_name(steps[start]):
             continue
         part, start = steps[start:i], i
         # The first step of a run pays for set-up; the median is not moved by it.
@@ -45,7 +45,7 @@ def summary(records: list[dict[str, Any]]) -> str:
         shares = "  ".join(f"{np.mean(values) if values else 1.0:6.3f}" for values in (kept, pairs))
         peak = _known(_numbers(part, "peak_memory_bytes")).max() / 2**20
         lines.append(
-            f"{_phase(part[0]):28}  {part[0]['step']:>5}-{part[-1]['step']:<5}  "
+            f"{phase_name(part[0]):28}  {part[0]['step']:>5}-{part[-1]['step']:<5}  "
             f"{_known(loss).mean():8.4f}  {loss[-1]:8.4f}  {speed:9.1f}  {shares}  {peak:9.0f}"
         )
     for r in records:
@@ -56,7 +56,8 @@ def summary(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _phase(record: dict[str, Any]) -> str:
+def phase_name(record: dict[str, Any]) -> str:
+    """The phase of a step's line as text; empty if it was not logged."""
     phase = record.get("phase", "")
     if isinstance(phase, dict):
         limits = [f"{k} {phase[k]:g}" for k in ("density", "keys", "mass") if phase.get(k) is not None]
@@ -98,9 +99,9 @@ def plot_run(records: list[dict[str, Any]], path: Path, title: str = "") -> None
         smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
         top.plot(x[width - 1 :], smooth, color="C0", label=f"mean of {width} steps")
     for i in range(1, len(steps)):
-        if _phase(steps[i]) != _phase(steps[i - 1]):
+        if phase_name(steps[i]) != phase_name(steps[i - 1]):
             top.axvline(x[i] - 0.5, color="C3", linestyle=":", linewidth=1)
-            top.annotate(_phase(steps[i]), (x[i], top.get_ylim()[1]), fontsize=8, va="top", color="C3")
+            top.annotate(phase_name(steps[i]), (x[i], top.get_ylim()[1]), fontsize=8, va="top", color="C3")
     top.set_ylabel("training loss")
     top.legend(loc="best", fontsize=8)
     if title:

@@ -24,6 +24,14 @@ T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=1)
 
 
+# Environment variables by which accelerate launch asks for an engine, and its name.
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
 class AnotherProcessFailed(RuntimeError):
     """Another process of the run failed and reports why; this one ends with it."""
 
@@ -34,6 +42,17 @@ def world_size() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"the environment variable WORLD_SIZE is {text!r}, expected the number of processes")
     return int(text)
+
+
+def refuse_engines() -> None:
+    """Raises ValueError if the launcher asks for a model that is divided among the processes."""
+    for variable, name in _ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"{variable} is set: accelerate is configured for {name}, but lemo finetune keeps the whole model in "
+                "every process (DistributedDataParallel). Launch it with torchrun or accelerate launch --multi_gpu; to "
+                "train with FSDP2, write a script (see the guide to several GPUs)"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,7 @@ class Processes:
 
         initialized = distributed.is_available() and distributed.is_initialized()
         expected = distributed.get_world_size() if initialized else world_size()
+        refuse_engines()
         if expected == 1:
             return cls()
         from accelerate import PartialState

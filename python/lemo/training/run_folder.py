@@ -45,18 +45,36 @@ _NEEDED = (
 Report = Callable[[str], None]
 
 
-def run_checkpoints(out: Path | str, keep: int = 2, processes: int = 1) -> Checkpoints:
-    """The checkpoints of a run folder; those that lack a part of the training state do not count.
+def run_checkpoints(out: Path | str, keep: int = 2) -> Checkpoints:
+    """The checkpoints of a run folder; those that lack a part of the training state do not count."""
+    return Checkpoints(out, keep, _files_of)
 
-    processes: of the run; every one has its own random state.
-    """
+
+def _files_of(manifest: dict[str, Any]) -> list[str]:
+    """What a checkpoint has to list; every process that wrote it had its own random state."""
+    processes = processes_of(_part(manifest, "settings"))
     ranks = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return Checkpoints(out, keep, [*_NEEDED, *ranks])
+    return [*_NEEDED, *ranks]
 
 
 def processes_of(saved: dict[str, Any]) -> int:
     """How many processes a run has, by its identity."""
     return saved.get("processes", 1)
+
+
+def accumulate_in(processes: int, before: FinetuneSettings, saved: dict[str, Any]) -> int:
+    """Passes of a step in each of `processes`, if a run resumes in so many: those of all processes stay as many.
+
+    before: the settings in what `run_settings` returned, `saved`. Raises ValueError if they cannot be divided.
+    """
+    was = processes_of(saved)
+    passes = before.accumulate * was
+    if passes % processes:
+        raise ValueError(
+            f"the run makes {passes} forward passes a step (--accumulate {before.accumulate} in {was} processes), "
+            f"which {processes} processes cannot divide; resume with a number of processes that divides {passes}"
+        )
+    return passes // processes
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -129,6 +147,9 @@ def _what_must_be_equal(identity: dict[str, Any]) -> dict[str, Any]:
     flat = {k: v for k, v in identity.items() if k not in nested}
     flat |= {f"model_fingerprint.{k}": v for k, v in _part(identity, "model_fingerprint").items()}
     flat |= {k: v for k, v in _part(identity, "settings").items() if k != "calibration"}
+    if isinstance(flat.get("accumulate"), int):
+        # The same windows make a step, whichever process reads them.
+        flat["accumulate x processes"] = flat.pop("accumulate") * flat.pop("processes", 1)
     return flat | {k: v for k, v in _part(identity, "inputs").items() if k not in PLACES}
 
 
@@ -271,9 +292,17 @@ def _record_changes(
             f"WARNING: the run resumes in another environment: {_as_text(versions)}. The results may "
             "differ in the last bits from those of an unchanged environment"
         )
-    if not places and not versions and saved.get("digest") == content_digest(saved):
+    was, count = processes_of(last.settings if last else saved), processes_of(now)
+    if was != count:
+        report(
+            f"WARNING: the run resumes in {count} processes instead of {was}. Every step is over the same windows, but "
+            "the result is not the one that the run would have had: blocks that are drawn and dropout are drawn by "
+            "process, and sums are made in another order"
+        )
+    if not places and not versions and was == count and saved.get("digest") == content_digest(saved):
         return
     event: dict[str, Any] = {"event": "resume", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     event |= {"step": last.step if last else 0, "moved": places, "environment": versions}
+    event |= {"processes": {"was": was, "now": count}} if was != count else {}
     kept = {k: v for k, v in saved.items() if k == "environment" or k not in ("digest", *now)}
     write_run(out, {**now, **kept, "events": [*saved.get("events", []), event]})

@@ -31,6 +31,7 @@ class FinetuneSettings:
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
     the model's family. The adapter is always float32.
+    memory_budget, offload: as in `lemo.LemoConfig`; a budget needs recompute "auto".
     """
 
     context: int = 4096
@@ -43,6 +44,8 @@ class FinetuneSettings:
     calibration: str | None = None
     block_size: int = 64
     recompute: RecomputeSetting = "full"
+    memory_budget: int | None = None
+    offload: bool | int | Literal["auto"] = False
     lr: float = 2e-4
     lr_schedule: LearningRateSchedule = "constant"
     warmup: int = 20
@@ -95,6 +98,8 @@ class FinetuneSettings:
             calibration=self.calibration,
             seed=self.seed,
             recompute=self.recompute,
+            memory_budget=self.memory_budget,
+            offload=self.offload,
             phases=self.phases(),
         )
 
@@ -116,7 +121,7 @@ class FinetuneSettings:
 
 # Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).
 _EXACT_SHARE = default_phases()[-1].share
-_PRESETS = {
+PRESETS = {
     "default": f"skip@{1 - _EXACT_SHARE:g},dense@{_EXACT_SHARE:g}",
     "low-memory": f"skip@{1 - 1.5 * _EXACT_SHARE:g},backward:weighted@{1.5 * _EXACT_SHARE:g}",
     "skip": "skip",
@@ -171,7 +176,7 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     gradient. `shared`: one draw for all layers of a step (random, sampled). Raises ValueError.
     """
     phases = []
-    for part in _PRESETS.get(text, text).split(","):
+    for part in PRESETS.get(text, text).split(","):
         description, at, share = part.strip().partition("@")
         mode, *options = description.split(":")
         values: dict[str, Any] = {"policy": policy} if mode == "skip" else {}
@@ -180,7 +185,7 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
         where = f"schedule {text!r}, phase {part.strip()!r}"
         if mode not in MODES:
             raise ValueError(
-                f"{where}: {mode!r} is neither a preset ({', '.join(_PRESETS)}) nor a mode ({', '.join(MODES)})"
+                f"{where}: {mode!r} is neither a preset ({', '.join(PRESETS)}) nor a mode ({', '.join(MODES)})"
             )
         try:
             settings = [_setting(option, mode) for option in options]

@@ -163,8 +163,10 @@ class Report(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
         if self.run.evaluate_every and state.global_step % self.run.evaluate_every == 0:
+            before = time.perf_counter()
             self.run.evaluate(state.global_step)
-            self.last = time.perf_counter()
+            spent = time.perf_counter() - before  # the step's own line of the log follows, without it
+            self.last, self.started = self.last + spent, self.started + spent
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -234,6 +236,8 @@ class RunInProgress:
             record["loss_tokens"] = report["loss_tokens"]
         if report["mlp_kept"] != report["kept"]:
             record["mlp_kept"] = [round(r, 4) for r in report["mlp_kept"]]
+        if report["memory"]:
+            record["memory"] = report["memory"]
         if report["density"]:
             record["density"] = [round(r, 4) for r in report["density"]]
             if None not in report["covered"]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.linear import unwrap
+from lemo.engine.wrappers import kind_of
 
 # (module, name) of classes.
 Classes = tuple[tuple[str, str], ...]
@@ -23,6 +24,7 @@ Tables = tuple[Tensor, ...] | None
 NormKind = Literal["rms", "layer"]
 # The projections of a layer, in the order of computation; "qkv" and "gate_up" are those of a fused one.
 PROJECTIONS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+OF_ATTENTION = PROJECTIONS[:5]
 
 
 class UnsupportedModelError(ValueError):
@@ -213,7 +215,7 @@ class Family(ABC):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the modules that an adapter of attention is for."""
-        return tuple(name for name, role in self.projections.items() if role in ("q", "k", "v", "qkv", "o"))
+        return tuple(name for name, role in self.projections.items() if role in OF_ATTENTION)
 
     def loading(self, config: Any) -> dict[str, Any]:
         """Arguments of transformers' from_pretrained, beyond the obvious ones, for a model that lemo can train."""
@@ -261,7 +263,7 @@ class Family(ABC):
 
     def matches(self, lm: nn.Module) -> bool:
         """Whether `lm` is this family's causal language model of transformers itself, not one derived from it."""
-        kind = type(lm)
+        kind = kind_of(lm)
         return kind.__name__ == self.model_class and kind.__module__.startswith("transformers.")
 
     def check(self, lm: Any) -> None:
@@ -320,6 +322,10 @@ class Family(ABC):
     @abstractmethod
     def mlp_modules(self, layer: Any) -> Sequence[nn.Module]:
         """The modules whose parameters `mlp` uses."""
+
+    def final_modules(self, decoder: Any) -> Sequence[nn.Module | None]:
+        """The module of the final norm, if there is one."""
+        return (decoder.norm,)
 
     def outside_modules(self, decoder: Any) -> Sequence[nn.Module]:
         """Modules of the decoder outside its layers whose parameters may train, apart from the final norm."""

@@ -7,13 +7,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo.engine.elementwise import GeGLU, inner_norm
-from lemo.engine.families.base import AttentionOptions, Classes, ModelShape, NormWeights, Tables, rms_norm
+from lemo.engine.families.base import AttentionOptions, Classes, ModelShape, NormWeights, Tables, refuse, rms_norm
 from lemo.engine.families.llama import Llama
 from lemo.engine.linear import linear_group, ordinary, unwrap
 
@@ -28,6 +30,16 @@ class Gemma2(Llama):
     def loading(self, config: Any) -> dict[str, Any]:
         return {"attn_implementation": "eager"}  # the only one of transformers' own that computes soft-caps
 
+    def check(self, lm: Any) -> None:
+        super().check(lm)
+        softcap = self.score_softcap(lm.config)
+        if softcap and getattr(lm.config, "_attn_implementation", None) == "sdpa":
+            refuse(
+                f"attention 'sdpa' with soft-capped scores (attn_logit_softcapping={softcap:g}): transformers then "
+                "leaves the soft-cap out of evaluation",
+                'load the model with attn_implementation="eager"',
+            )
+
     @cached_property
     def layer_modules(self) -> Mapping[str, Classes]:
         after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -37,6 +49,12 @@ class Gemma2(Llama):
         shape = super().shape(config)
         # The norms behind attention and MLP, and their inputs.
         return replace(shape, inner_parameters=2 * shape.hidden, inner_saved=2 * shape.hidden)
+
+    def embed(self, decoder: Any, ids: Tensor | None, embeddings: Tensor | None, positions: Tensor) -> Tensor:
+        x = super().embed(decoder, ids, embeddings, positions)
+        if hasattr(import_module(self.modeling), f"{self.name}TextScaledWordEmbedding"):
+            return x  # the embedding is scaled
+        return x * torch.tensor(decoder.config.hidden_size**0.5, dtype=x.dtype)  # Gemma 2 in transformers 5.0
 
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
         return self._norm(layer.input_layernorm), self._norm(layer.pre_feedforward_layernorm)
@@ -102,18 +120,23 @@ class Gemma3(Gemma2):
         return *super().attention_modules(layer), layer.self_attn.q_norm, layer.self_attn.k_norm
 
     def tables(self, decoder: Any, x: Tensor, positions: Tensor) -> Tables:
-        kinds = (decoder.rotary_emb(x[None], positions[None], kind) for kind in decoder.rotary_emb.layer_types)
+        kinds = (decoder.rotary_emb(x[None], positions[None], kind) for kind in _kinds(decoder.config))
         return tuple(table[0].contiguous() for kind in kinds for table in kind)
 
     def rotary_tables(self, layer: Any, tables: Tables) -> tuple[Tensor, Tensor]:
         assert tables is not None
         a = layer.self_attn
-        i = 2 * sorted(set(a.config.layer_types)).index(a.layer_type)
+        i = 2 * _kinds(a.config).index(a.config.layer_types[a.layer_idx])
         return tables[i], tables[i + 1]
 
     def norm_heads(self, layer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         a = layer.self_attn
         return inner_norm(q, self._norm(a.q_norm)), inner_norm(k, self._norm(a.k_norm))
+
+
+def _kinds(config: Any) -> list[str]:
+    """The kinds of layers, in the order of `Gemma3.tables`."""
+    return sorted(set(config.layer_types))
 
 
 def geglu(mlp: Any, h: Tensor) -> Tensor:

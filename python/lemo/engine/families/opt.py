@@ -94,6 +94,9 @@ class OPT(Family):
     def final_norm(self, decoder: Any) -> NormWeights | None:
         return None if decoder.final_layer_norm is None else layer_norm(decoder.final_layer_norm)
 
+    def final_modules(self, decoder: Any) -> Sequence[nn.Module | None]:
+        return (decoder.final_layer_norm,)
+
     def outside_modules(self, decoder: Any) -> Sequence[nn.Module]:
         return decoder.embed_tokens, decoder.embed_positions
 

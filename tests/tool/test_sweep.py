@@ -1,0 +1,180 @@
+"""`lemo sweep`: what it compares, how it is continued, and what it concludes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lemo.cli import main
+from lemo.study import sweep
+from lemo.study.conclusions import as_text, recommend
+from lemo.study.statistics import interval, paired_bootstrap
+from lemo.study.sweep_page import sweep_page
+from lemo.training.finetune import finetune as train
+from lemo.training.settings import FinetuneSettings, parse_schedule
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def command(model_folder: Path, text_folder: Path) -> Command:
+    common = ["sweep", "--model", str(model_folder), "--data", str(text_folder), "--context", "64", "--block-size", "8"]
+    common += ["--steps", "3", "--rows", "half=skip:0.5", "--seeds", "1", "2", "--held-out", "0.3", "--equal", "steps"]
+    return lambda out, *more: [*common, *more, "--out", str(out), "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def study(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweep") / "study"
+    assert main(command(out)) == 0
+    return out
+
+
+def results(study: Path) -> dict[str, Any]:
+    return {p.parent.name: json.loads(p.read_text()) for p in study.glob("runs/*/result.json")}
+
+
+def test_a_study_gives_rows_a_page_and_a_recommendation(study: Path) -> None:
+    found = json.loads((study / "sweep.json").read_text())
+    dense, half = found["rows"]
+    assert (dense["name"], half["name"]) == ("dense", "half") and dense["cost"] == 1.0
+    assert dense["seeds"] == half["seeds"] == [1, 2] and dense["steps"] == half["steps"] == 3
+    runs = list(results(study).values())
+    assert len(runs) == 4
+    of_half = [r["judge"] for r in runs if r["settings"]["schedule"] == "skip:0.5"]
+    losses = [sum(r["nll"]) / sum(r["tokens"]) for r in of_half]
+    assert half["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    against = half["against_dense"]
+    assert against["difference"] == pytest.approx(half["loss"] - dense["loss"], abs=1e-9)
+    assert against["low"] <= against["difference"] <= against["high"]
+    times = json.loads((study / "study.json").read_text())["times"]
+    assert half["cost"] == pytest.approx(times["skip:0.5"] / times["dense"])
+    page = (study / "sweep.html").read_text()
+    assert found["recommendation"]["use"] in page and json.dumps(half["loss"]) in page
+
+
+def test_a_killed_study_continues_and_repeats_nothing(
+    command: Command, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, real, begun = tmp_path / "study", train, []
+
+    def finetune(*args: Any, **kwargs: Any) -> Any:
+        begun.append(args[3])
+        if len(begun) == 2:  # between its first step and its result
+            real(*args, **kwargs)
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("lemo.study.sweep.finetune", finetune)
+    assert main(command(out)) == 130
+    assert len(results(out)) == 1
+    assert main(command(out)) == 0
+    assert [begun.count(folder) for folder in dict.fromkeys(begun)] == [1, 2, 1, 1]
+    mine, whole = results(out), results(study)
+    assert {k: v["judge"] for k, v in mine.items()} == {k: v["judge"] for k, v in whole.items()}
+    done = len(begun)
+    assert main(command(out, "--seeds", "2", "1")) == 0 and len(begun) == done
+    capsys.readouterr()
+    assert main(command(out, "--held-out", "0.2")) == 2
+    assert "another held_out" in capsys.readouterr().err
+
+
+def test_a_budget_ends_the_study_and_nothing_is_claimed(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tmp_path / "study", "--minutes", "1e-9")) == 0
+    said = capsys.readouterr()
+    assert "use dense: no dense run is finished yet" in said.out and "the same command continues" in said.err
+    assert "No run is finished yet" in (tmp_path / "study" / "sweep.html").read_text()
+
+
+def test_rates_are_chosen_on_other_text_and_a_diverged_run_is_a_result(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    assert main(command(out, "--seeds", "1", "--lr", "1e-4", "1e-2", "1e30")) == 0
+    failed = [r for r in results(out).values() if "failed" in r]
+    runs = [r for r in results(out).values() if "failed" not in r]
+    assert [r["settings"]["lr"] for r in failed] == [1e30] * 2 and len(runs) == 4
+    for row in json.loads((out / "sweep.json").read_text())["rows"]:
+        mine = [r for r in runs if r["settings"]["schedule"] == row["schedule"]]
+        best = min(mine, key=lambda r: sum(r["choose"]["nll"]))
+        assert row["rate"] == best["settings"]["lr"] and "failed runs: 1" in row["note"]
+        assert row["loss"] == pytest.approx(sum(best["judge"]["nll"]) / sum(best["judge"]["tokens"]))
+    assert runs[0]["choose"]["nll"] != runs[0]["judge"]["nll"]
+    assert "not finite" in (out / "sweep.html").read_text() or "the loss is" in (out / "sweep.html").read_text()
+
+
+def test_cheaper_steps_come_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal cost, from given times of a step."""
+    settings = FinetuneSettings(context=1024, steps=100)
+    rows = (sweep.ROWS[0], sweep.Row("mix", "skip:0.5@0.7,dense@0.3"), sweep.Row("w", "dense", part=2))
+    study = object.__new__(sweep.Study)
+    study.plan = sweep.Plan(settings, rows, (1,), (1e-4,))
+    study.times = {"dense": 1.0, "skip:0.5": 0.4, "dense in windows of 1/2": 0.5}
+    assert [study.steps(row) for row in rows] == [100, round(100 / 0.58), 200]
+    assert [study.cost(row) for row in rows] == pytest.approx([1.0, 172 * 0.58 / 100, 1.0])
+
+
+def test_default_rows_are_schedules_and_have_rivals() -> None:
+    for row in sweep.ROWS:
+        parse_schedule(row.schedule)
+    assert len({row.name for row in sweep.ROWS}) == len(sweep.ROWS)
+    assert {"skip", "sparse", "backward", "dense"} <= {p.mode for r in sweep.ROWS for p in parse_schedule(r.schedule)}
+    assert sum(row.rival for row in sweep.ROWS) >= 3
+    assert sweep.parse_row("sparse:keys=4096") == sweep.Row("sparse:keys=4096", "sparse:keys=4096")
+    assert sweep.parse_row("mine=skip:0.3") == sweep.Row("mine", "skip:0.3")
+    with pytest.raises(ValueError, match="neither a preset"):
+        sweep.parse_row("mine=nothing")
+
+
+# ---- conclusions -----------------------------------------------------------------------------------------------------
+
+
+def row(name: str, cost: float, change: float, half: float, rival: bool = False, seeds: int = 3) -> dict[str, Any]:
+    low, high = change - half, change + half
+    kind = "better" if high < 0 else "worse" if low > 0 else "equal"
+    against = {"difference": change, "low": low, "high": high, "t_low": low, "t_high": high, "verdict": kind}
+    same = {"name": name, "schedule": name, "rival": rival, "cost": cost, "steps": 9, "rate": 1e-4, "loss": 3 + change}
+    return same | {"seeds": list(range(seeds)), "peak_mib": 1.0, "note": "", "against_dense": against}
+
+
+DENSE: dict[str, Any] = {k: v for k, v in row("dense", 1.0, 0.0, 0.0, True).items() if k != "against_dense"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "equal", "use", "reason"),
+    [
+        ([row("a", 1.0, -0.01, 0.02), row("b", 1.0, 0.05, 0.01)], "cost", "dense", "closest is a"),
+        ([row("a", 1.0, -0.03, 0.02), row("b", 1.0, -0.02, 0.01)], "cost", "a", "beyond the interval"),
+        ([row("a", 1.0, -0.03, 0.02), row("w", 1.0, -0.05, 0.01, True)], "cost", "w", "no way of eliminating"),
+        ([row("a", 1.0, -0.06, 0.02), row("w", 1.0, -0.05, 0.01, True)], "cost", "a", "The best rival, w"),
+        ([row("a", 1.0, -0.06, 0.02, seeds=1)], "cost", "dense", "fewer than two seeds"),
+        ([row("a", 0.6, 0.002, 0.005), row("b", 0.4, 0.03, 0.01)], "steps", "a", "within 1 %"),
+        ([row("a", 0.6, 0.002, 0.05)], "steps", "dense", "every interval reaches beyond"),
+    ],
+)
+def test_recommendations_follow_from_the_intervals(rows: list[Any], equal: str, use: str, reason: str) -> None:
+    advice = recommend([DENSE, *rows], equal, 3)
+    assert advice["use"] == use and reason in advice["reason"]
+    text = as_text([DENSE, *rows], advice)
+    assert text.splitlines()[-1].startswith(f"use {use}: ")
+    page = sweep_page("t", [DENSE, *rows], advice, {"times": {"dense": 1.0}})
+    assert page.count("<circle") == len(rows) + 1
+
+
+def test_intervals_cover_what_they_should() -> None:
+    """Of a difference of 0.1: Student's about as often as promised, the bootstrap less often with three seeds."""
+    rng, hits = np.random.default_rng(1), np.zeros(2)
+    for _ in range(150):
+        seeds, items = 0.05 * rng.standard_normal((3, 1)), 0.2 * rng.standard_normal((1, 30))
+        differences = 0.1 + seeds + items + 0.02 * rng.standard_normal((3, 30))
+        low, high = paired_bootstrap(differences, np.ones(30), draws=300)
+        mean, half = interval([[d] for d in differences], joint=False)
+        assert half is not None and math.isclose(mean, differences.mean())
+        hits += (low <= 0.1 <= high, mean - half <= 0.1 <= mean + half)
+    bootstrap, student = hits / 150
+    assert student >= 0.9 and 0.7 <= bootstrap <= student
