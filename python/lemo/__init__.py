@@ -17,7 +17,7 @@ from lemo._moved import MovedModules
 from lemo.engine.config import LemoConfig, Phase
 
 if TYPE_CHECKING:
-    from lemo.engine.memory import estimate
+    from lemo.engine.estimate import estimate, longest
     from lemo.integration.callback import LemoCallback
     from lemo.integration.controller import Controller
     from lemo.integration.patch import apply, remove
@@ -31,11 +31,12 @@ _WHERE = {
     "LemoCallback": "integration.callback",
     "Schedule": "integration.schedule",
     "apply": "integration.patch",
-    "estimate": "engine.memory",
+    "estimate": "engine.estimate",
+    "longest": "engine.estimate",
     "remove": "integration.patch",
 }
 
-__all__ = ["Controller", "LemoCallback", "LemoConfig", "Phase", "Schedule", "apply", "estimate", "remove"]
+__all__ = ["Controller", "LemoCallback", "LemoConfig", "Phase", "Schedule", "apply", "estimate", "longest", "remove"]
 
 sys.meta_path.append(MovedModules())
 

@@ -80,10 +80,10 @@ def test_disabled_adapters_and_merging():
 def test_gradient_checkpointing_means_full_recomputation():
     model, inputs = tuned("llama"), batch("plain")
     controller = lemo.apply(model, settings())
-    assert controller._recompute() == "none"
+    assert controller.savings.recompute() == "none"
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
-    assert controller._recompute() == "full"
+    assert controller.savings.recompute() == "full"
     gradients(model, inputs)
 
 

@@ -1,6 +1,7 @@
 """The engine on a GPU in bf16 against the CPU in fp32, with the same draws."""
 
 import copy
+import itertools
 
 import lemo
 import pytest
@@ -129,3 +130,105 @@ def test_random_numbers_are_replayed_on_a_gpu():
         inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch().items()}
         found.append(torch.cat([g.float().flatten() for g in gradients(m, inputs)[1].values()]))
     assert (found[0] - found[1]).norm() / found[0].norm() < 3e-2
+
+
+OFFLOADED = {
+    "dense": {"mode": "dense"},
+    "skip": {"mode": "skip", "policy": "random"},
+    "two-lists": {"mode": "skip", "policy": "random", "mlp_keep": 0.25},
+    "backward": {"mode": "backward", "policy": "random", "weighted": True},
+    "sparse": {"mode": "sparse", "density": 0.4, "tile_policy": "recent"},
+}
+
+
+def on_gpu(layers=3, **options):
+    m = lora(base("llama", layers, **SHAPE, num_key_value_heads=1, **options), ATTENTION["llama"]).train()
+    m.get_base_model().to(device="cuda", dtype=torch.bfloat16)
+    for name, p in m.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    return m
+
+
+def pass_of(m, tokens, settings):
+    """Loss, gradients, and the bytes that a pass took beyond what was there."""
+    torch.manual_seed(4)
+    ids = torch.randint(3, 89, (1, tokens), device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, grads = gradients(m, {"input_ids": ids, "labels": ids})
+    torch.cuda.synchronize()
+    return loss, grads, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("phase", OFFLOADED)
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_offloaded_rows_come_back_as_they_were(phase, recompute):
+    """Bit for bit, over several passes, whose copies and kernels then overlap in other ways."""
+    found = {}
+    for layers in (False, True, 2):
+        m = on_gpu(layers=4)
+        settings = lemo.LemoConfig(
+            block_size=BLOCK, recompute=recompute, phases=[lemo.Phase(**OFFLOADED[phase])], seed=5, offload=layers,
+            deterministic=True,
+        )  # fmt: skip
+        lemo.apply(m, settings)
+        found[layers] = [pass_of(m, tokens, settings)[:2] for tokens in (512, 448, 512, 512)]
+    for layers in (True, 2):
+        for (loss, grads), (other, theirs) in zip(found[False], found[layers], strict=True):
+            assert torch.equal(loss, other)
+            assert all(torch.equal(theirs[n], g) for n, g in grads.items())
+
+
+def test_offload_lowers_the_peak_and_its_memory_does_not_grow():
+    peaks = {}
+    for offload in (False, True):
+        m = on_gpu(layers=24, intermediate_size=128, max_position_embeddings=32768)
+        settings = lemo.LemoConfig(recompute="attention", phases=[lemo.Phase("dense")], offload=offload)
+        controller = lemo.apply(m, settings)
+        pass_of(m, 16384, settings)
+        pinned = controller.savings._host.chunks
+        found = [pass_of(m, tokens, settings)[2] for tokens in (16384, 9000, 16384, 12000, 16384, 16384)]
+        assert controller.savings._host.chunks == pinned and (pinned > 0) == offload
+        assert found[0] == found[2] == found[-1]  # no growth
+        peaks[offload] = found[0]
+    rows = 16384 * (2 * 128 + 2 * 128 + 4 * 2)  # input, attention's output and log-sum-exp of a layer
+    assert peaks[False] - peaks[True] > 20 * rows
+
+
+def test_a_failed_or_abandoned_pass_leaves_offload_in_order():
+    m = on_gpu(layers=4)
+    settings = lemo.LemoConfig(recompute="full", phases=[lemo.Phase("dense")], offload=True, deterministic=True)
+    controller = lemo.apply(m, settings)
+    expected = pass_of(m, 512, settings)[1]
+    ids = torch.randint(3, 89, (1, 512), device="cuda")
+    loss = m(input_ids=ids, labels=ids).loss
+    del loss
+    first, second = (m(input_ids=ids, labels=ids).loss for _ in range(2))
+    second.backward()
+    first.backward()
+    m.zero_grad()
+    assert all(torch.equal(expected[n], g) for n, g in pass_of(m, 512, settings)[1].items())
+    memory = controller.savings._host
+    assert len(memory._free) == memory.chunks
+
+
+def test_a_budget_is_kept_on_a_gpu():
+    """Peaks of three budgets, against what the plan says: saved bytes differ between plans as they do on the GPU."""
+    found = []
+    for extra in (0, 4, 8):
+        m = on_gpu(layers=12, intermediate_size=128, max_position_embeddings=32768)
+        phases = [lemo.Phase("dense")]
+        needs = lemo.apply(m, lemo.LemoConfig(phases=phases, memory_budget="70GiB")).savings.needs(
+            phases[0], (16384,), 2
+        )
+        lemo.remove(m)
+        full, attention = needs.of(0, "full").total, needs.of(0, "attention").total
+        size = needs.plan(["full"] * 12, frozenset()).peak + extra * (attention - full)
+        settings = lemo.LemoConfig(phases=phases, memory_budget=size)
+        controller = lemo.apply(m, settings)
+        pass_of(m, 16384, settings)
+        found.append((pass_of(m, 16384, settings)[2], controller.savings.plan.saved))
+        assert controller.report()["memory"]["layers"].get("attention", 0) == extra
+    for (peak, saved), (more, richer) in itertools.pairwise(found):
+        assert abs((more - peak) - (richer - saved)) < 2 << 20  # rounding of allocations

@@ -204,7 +204,7 @@ def test_libraries_that_quantize(library: str, dora: bool) -> None:
     torch.testing.assert_close(gradients(fresh, inputs)[0], loss, rtol=1e-4, atol=0)
     dense = base("llama", hidden_size=64, intermediate_size=128)
     assert stored_bytes(model) < 0.6 * stored_bytes(dense)
-    assert lemo.engine.memory._quantized(model) and not lemo.engine.memory._quantized(dense)
+    assert lemo.engine.memory.quantized(model) and not lemo.engine.memory.quantized(dense)
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora", "ignore:Unmerge lora")

@@ -475,6 +475,8 @@ SETTINGS = [
     (lambda w: w.settings(layers=[True]), ("LemoConfig.layers", "True")),
     (lambda w: w.settings(layers=[]), ("LemoConfig.layers", "dense")),
     (lambda w: w.settings(recompute="some"), ("recompute", "attention")),
+    (lambda w: w.settings(memory_budget="some"), ("memory_budget", "40GiB", "'some'")),
+    (lambda w: w.settings(offload="some"), ("offload", "'some'")),
     (lambda w: w.settings(phases=[]), ("phases", "empty")),
     (lambda w: w.settings(phases=["skip"]), ("phases", "str")),
     (lambda w: w.settings(phases=[lemo.Phase(policy="predictors")]), ("calibration", "lemo calibrate")),

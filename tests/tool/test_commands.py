@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lemo.cli import build_parser, main
@@ -163,6 +164,41 @@ def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["estimate", "--model", str(model_folder), "--context", "256", "--schedule", predicted]) == 0
     assert "sparse" in capsys.readouterr().out
     assert main(["estimate", "--model", "/nowhere", "--context", "256", "--schedule", "sparse", "--keep", "0.3"]) != 0
+
+
+def test_the_longest_context(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--model", str(model_folder), "--gpu", "2GiB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["mode"] for row in found["phases"]] == ["dense", "backward", "skip", "sparse", "sparse"]
+    assert all(0 < row["context"] <= row["context_offload"] and row["host"] > 0 for row in found["phases"])
+    command = ["estimate", "--model", str(model_folder), "--gpu", "h100", "--schedule", "skip:0.25", "--context", "256"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "fits 79.10 GiB" in text and "skip keep 0.25" in text and "256 tokens, recompute full" in text
+
+
+def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["estimate", "--model", str(model_folder), "--context", "256", "--offload", "1"]
+    assert main([*command, "--memory-budget", "1GiB"]) == 0
+    assert (
+        "recompute by budget" in (text := capsys.readouterr().out) and "layers: 1 attention, 1 none; rows of 1" in text
+    )
+    assert main([*command, "--memory-budget", "1MiB"]) == 2
+    assert "needs at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "--context"),
+        (["--gpu", "h1000"], "'h1000' is neither a size like 80GiB"),
+        (["--gpu", "h100", "--offload", "all"], "--offload has no effect"),
+        (["--context", "64", "--memory-budget", "1GiB", "--recompute", "full"], 'leave recompute at "auto"'),
+    ],
+)
+def test_estimate_refuses(model_folder: Path, options: list[str], expected: str, capsys: Any) -> None:
+    assert main(["estimate", "--model", str(model_folder), *options]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_interpolated_positions(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:

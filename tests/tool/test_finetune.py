@@ -60,6 +60,27 @@ def finished(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.Tem
     return out
 
 
+def test_a_memory_budget_and_offload(
+    model_folder: Path, text_folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same adapter, and what was chosen in the log and in `lemo info`."""
+    options = ("--schedule", SCHEDULE, "--held-out", "0.1", "--memory-budget", "1GiB", "--offload", "1")
+    assert finetune(model_folder, text_folder, tmp_path / "run", *options) == 0
+    assert_same_adapter(finished, tmp_path / "run")
+    steps = [r for r in records(tmp_path / "run") if "loss" in r]
+    assert steps[0]["memory"]["layers"] == {"attention": 1, "none": 1} and steps[0]["memory"]["offloaded"] == 1
+    assert "skip keep 0.5: layers recompute" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert "what layers save" in (text := capsys.readouterr().out) and "memory_budget: 1073741824" in text
+
+
+def test_a_budget_that_is_too_small_makes_no_run(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert finetune(model_folder, text_folder, tmp_path / "run", "--memory-budget", "1MiB") == 2
+    assert "needs at least" in capsys.readouterr().err and not (tmp_path / "run" / "run.json").exists()
+
+
 def test_the_run_folder(finished: Path) -> None:
     # The last two: every third step, and the last one.
     assert sorted(p.name for p in finished.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
@@ -86,7 +107,7 @@ def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_pat
     assert not list((tmp_path / "skip").glob("checkpoint-*"))
 
 
-def test_sparse_phases(new_model, text_folder: Path, tmp_path: Path, capsys) -> None:
+def test_sparse_phases(new_model, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """Lists of tiles in a whole run: logged, reported, drawn, and resumed exactly."""
     pytest.importorskip("matplotlib")
     model = new_model(tmp_path / "model", positions=1024)
@@ -235,7 +256,7 @@ def test_resuming_with_accumulation_and_a_decaying_rate(model_folder: Path, text
     assert_same_adapter(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_full_disk_while_saving(model_folder: Path, text_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_full_disk_while_saving(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "full"
     real = torch.save
 
@@ -372,7 +393,7 @@ def test_schedules() -> None:
         (("--schedule", "sparse:keep=.3:exact,dense", "--policy", "random"), "--policy random has no effect"),
     ],
 )
-def test_options_that_reach_no_phase(options: tuple[str, ...], refused: str, tmp_path: Path, capsys) -> None:
+def test_options_that_reach_no_phase(options: tuple[str, ...], refused: str, tmp_path: Path, capsys: Any) -> None:
     assert finetune("/nowhere", "/nowhere", tmp_path / "run", *options) != 0
     assert refused in capsys.readouterr().err
 
@@ -383,7 +404,7 @@ def test_options_that_reach_a_phase() -> None:
     check_defaults_matter("dense", 0.3, "random")  # the baseline of a comparison
 
 
-def test_a_loss_that_is_no_number(new_model, text_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_loss_that_is_no_number(new_model, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
     model = new_model(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")

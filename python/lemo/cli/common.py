@@ -53,8 +53,8 @@ def explain(error: BaseException) -> tuple[str, int]:
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "out of GPU memory. What fits: lemo estimate --model ... --context ...; then a lower --keep, "
-            "--recompute full, --schedule low-memory or a smaller --context",
+            "out of GPU memory. What fits: lemo estimate --model ... --gpu ...; then a lower --keep, --recompute full, "
+            "--schedule low-memory, --offload all or a smaller --context",
             2,
         )
     text = str(error).strip() or type(error).__name__
@@ -84,6 +84,26 @@ def path_name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("expected the name of a file or folder, got an empty one")
     return os.path.expanduser(text)
+
+
+def size(text: str) -> int:
+    """The type of options that are a number of bytes."""
+    from lemo.engine.sizes import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def offload(text: str) -> bool | int | str:
+    """The type of --offload: all, auto, none, or a number of layers."""
+    known: dict[str, bool | str] = {"all": True, "none": False, "auto": "auto"}
+    if text in known:
+        return known[text]
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected all, auto, none or a number of layers; got {text!r}")
+    return int(text)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -6,36 +6,54 @@ import argparse
 import json
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, load_config, path_name
+from lemo.cli.common import Formatter, add_common, load_config, offload, path_name, size
+from lemo.engine.sizes import GPUS, gpu_bytes
 from lemo.training.settings import check_defaults_matter, parse_schedule
 
-_EPILOG = """\
+_EPILOG = f"""\
 examples:
   lemo estimate --model MODEL --context 65536
   lemo estimate --model MODEL --context 262144 --schedule skip:0.3 --recompute full
   lemo estimate --model MODEL --context 65536 --schedule low-memory --json
+  lemo estimate --model MODEL --gpu h100
+      the longest context of every mode on that GPU, without and with offload to host memory
+  lemo estimate --model MODEL --gpu 24GiB --schedule sparse:keys=8192:keep=0.3
+  lemo estimate --model MODEL --context 131072 --memory-budget 74GiB --offload auto
+      what every layer would save within a budget, as lemo finetune with the same options decides it
 
 Only the model's configuration is read, no weights. A schedule needs what its most memory-intensive phase
 needs: the default's last phase is dense, so its peak is a dense step's; low-memory avoids that.
+
+GPUs (--gpu): a size, or {", ".join(sorted(GPUS))}. What a GPU holds is
+what torch reports; 1 GiB and 5 % of it are left for the CUDA context and fragmentation.
 """
+
+# What --gpu compares, if no schedule is given.
+_MODES = "dense,backward:{keep}:weighted,skip:{keep},sparse:keys=8192,sparse:keys=8192:keep={keep}"
 
 
 def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "estimate",
-        help="memory and cost of a run, before running it",
-        description="Estimate the peak memory and the relative cost of a run, phase by phase, from the model's shape.",
+        help="memory of a run, and the longest context of a GPU, before running it",
+        description="Estimate the peak memory of a run, phase by phase, from the model's shape; or the longest context "
+        "that fits a GPU, mode by mode.",
         epilog=_EPILOG,
         formatter_class=Formatter,
     )
     parser.add_argument(
         "--model", type=path_name, required=True, help="folder of a transformers causal LM, or its name on the hub"
     )
-    parser.add_argument("--context", type=int, required=True, help="tokens per window")
+    parser.add_argument("--context", type=int, help="tokens per window")
+    parser.add_argument("--gpu", help="a GPU's name or memory: prints the longest context that fits it")
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass")
-    parser.add_argument("--schedule", default="default", help="preset or phases, as for lemo finetune")
+    parser.add_argument(
+        "--schedule", help="preset or phases, as for lemo finetune (default: default; --gpu: each mode)"
+    )
     parser.add_argument("--keep", type=float, help="fraction of the blocks kept (default: 0.5)")
-    parser.add_argument("--recompute", default="full", help="none, attention or full")
+    parser.add_argument("--recompute", help="none, attention or full (default: full)")
+    parser.add_argument("--memory-budget", type=size, help="memory that a step may take: layers save what fits")
+    parser.add_argument("--offload", type=offload, help="saved rows in host memory: all, auto or a number of layers")
     parser.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter")
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_common(parser)
@@ -43,15 +61,62 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args)
+    model = load_config(args.model, None, False)
+    result = [_longest(args, model)] if args.gpu is not None else []
+    if args.context is not None:
+        result.append(_estimate(args, model))
+    if args.json:
+        print(json.dumps(result[0] if len(result) == 1 else {"longest": result[0], "estimate": result[1]}, indent=1))
+    else:
+        print("\n\n".join(str(r) for r in result))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that are missing, or that would have no effect."""
+    if args.context is None and args.gpu is None:
+        raise ValueError("give --context (the memory of its steps), --gpu (the longest context that fits), or both")
+    given = {"--recompute": args.recompute, "--memory-budget": args.memory_budget, "--offload": args.offload}
+    useless = [name for name, value in given.items() if value is not None] if args.context is None else []
+    if useless:
+        raise ValueError(
+            f"{' and '.join(useless)} has no effect on the longest context, which is shown with everything recomputed, "
+            "without and with offload: leave it out, or give --context"
+        )
+
+
+def _estimate(args: argparse.Namespace, model: Any) -> Any:
+    from lemo import estimate
     from lemo.engine.config import LemoConfig
 
-    model = load_config(args.model, None, False)
-    check_defaults_matter(args.schedule, args.keep, None)
-    phases = parse_schedule(args.schedule, 0.5 if args.keep is None else args.keep)
+    schedule = args.schedule or "default"
+    check_defaults_matter(schedule, args.keep, None)
     # Policies that predict need a calibration to be named; memory does not depend on what is in it.
-    config = LemoConfig(phases=phases, recompute=args.recompute, calibration="calibration")
-    from lemo import estimate
+    config = LemoConfig(
+        phases=parse_schedule(schedule, _keep(args)),
+        recompute=args.recompute or ("full" if args.memory_budget is None else "auto"),
+        memory_budget=args.memory_budget,
+        offload=args.offload or False,
+        calibration="calibration",
+    )
+    return estimate(model, config, args.context, args.batch, lora_rank=args.lora_rank)
 
-    result = estimate(model, config, args.context, args.batch, lora_rank=args.lora_rank)
-    print(json.dumps(result, indent=1) if args.json else result)
-    return 0
+
+def _longest(args: argparse.Namespace, model: Any) -> Any:
+    from lemo import longest
+    from lemo.engine.config import LemoConfig
+
+    if args.schedule is not None:
+        check_defaults_matter(args.schedule, args.keep, None)
+    schedule = args.schedule or _MODES.format(keep=_keep(args))
+    config = LemoConfig(phases=parse_schedule(schedule, _keep(args)), calibration="calibration")
+    try:
+        gpu = gpu_bytes(args.gpu)
+    except ValueError as error:
+        raise ValueError(f"--gpu: {error}") from None
+    return longest(model, gpu, config, args.batch, lora_rank=args.lora_rank)
+
+
+def _keep(args: argparse.Namespace) -> float:
+    return 0.5 if args.keep is None else args.keep

@@ -20,8 +20,10 @@ from lemo.cli.common import (
     device_of,
     load_data,
     load_model,
+    offload,
     path_name,
     say,
+    size,
 )
 from lemo.training.settings import FinetuneSettings, check_defaults_matter
 
@@ -35,6 +37,9 @@ examples:
 
   lemo finetune --model MODEL --data notes.jsonl --context 65536 --keep 0.3 --schedule low-memory --out run
       nothing ever needs a dense step's memory
+
+  lemo finetune --model MODEL --data books/ --context 131072 --memory-budget 74GiB --offload auto --out run
+      every layer saves as much as fits; what does not fit waits in host memory
 
   lemo finetune --out run --resume
       resume an interrupted run; its settings are in run/run.json. If model, data or calibration were moved:
@@ -76,6 +81,16 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "calibration": ("folder written by lemo calibrate", path_name, "elimination"),
     "block_size": ("tokens per block", int, "elimination"),
     "recompute": ("what is saved for backward: none (all), attention, full (least memory), auto", str, "elimination"),
+    "memory_budget": (
+        "memory a step may take, like 40GiB: every layer saves as much as fits (in place of --recompute)",
+        size,
+        "elimination",
+    ),
+    "offload": (
+        "keep saved rows in host memory: all, a number of layers, or auto (as few as --memory-budget needs)",
+        offload,
+        "elimination",
+    ),
     "lr": ("learning rate", float, "optimizer"),
     "lr_schedule": ("constant, linear or cosine, after the warm-up", str, "optimizer"),
     "warmup": ("steps over which the learning rate rises", int, "optimizer"),
@@ -104,7 +119,7 @@ def add(subparsers: Any) -> None:
     groups = {name: parser.add_argument_group(name) for name in ("run", "elimination", "optimizer", "LoRA")}
     defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
     for name, (text, kind, group) in _SETTINGS.items():
-        shown = "" if defaults[name] is None else f" (default: {defaults[name]})"
+        shown = "" if defaults[name] in (None, False) else f" (default: {defaults[name]})"
         groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown)
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
     groups["LoRA"].add_argument(
@@ -137,6 +152,8 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
         if args.schedule not in (None, "dense"):
             raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
         given["schedule"] = "dense"
+    if "memory_budget" in given and not args.resume:
+        given.setdefault("recompute", "auto")
     if not args.resume:
         check_defaults_matter(given.get("schedule", FinetuneSettings.schedule), args.keep, args.policy)
     if "lora_targets" in given:

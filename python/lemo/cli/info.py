@@ -178,6 +178,8 @@ def run_folder(folder: Path) -> dict[str, Any]:
         "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings'].get('steps', 'an unknown number')}",
         "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
     }
+    if steps and steps[-1].get("memory"):
+        values["what layers save"] = steps[-1]["memory"]
     if found.ignored or found.stopping:
         values["not used"] = found.ignored + found.stopping
     values.update({k: saved[k] for k in ("settings", "inputs", "events") if saved.get(k)})

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
+from lemo.engine.sizes import parse_bytes
+
 # How a phase eliminates; how blocks are chosen; by share or by score.
 Mode = Literal["skip", "backward", "sparse", "dense"]
 PolicyName = Literal["predictors", "update_norm", "random", "sampled", "exact"]
@@ -267,8 +269,14 @@ class LemoConfig:
     phases: `Phase`s in order, or None for `default_phases()`.
     recompute: what a layer saves for its backward pass. "none": everything the kept tokens need; "attention": the
         layer's kept input and attention output, the rest is recomputed; "full": the kept input only; "auto": "full"
-        if the model has gradient checkpointing switched on, else "none". The flag itself is ignored: lemo runs the
-        layers, not transformers.
+        if the model has gradient checkpointing switched on, else "none"; with `memory_budget`, chosen by layer. The
+        flag itself is ignored: lemo runs the layers, not transformers.
+    memory_budget: bytes, or a text like "40GiB", that a step may take on the device: weights, the optimizer's states,
+        saved rows and working memory, as `lemo.estimate` counts them. Every layer then saves as much as fits
+        (`lemo.engine.budget` says which layers save more). None: `recompute` decides.
+    offload: keep saved rows in pinned host memory until the backward pass needs them: True for all layers, a number of
+        layers (those that keep most), or "auto": as few as `memory_budget` needs. Offloaded layers save at most
+        attention's output.
     seed: of all random choices, together with the process's rank, the step, the micro-batch and the layer.
     always_first, always_last: blocks at either end of every document that are always kept.
     layers: indices of the layers that eliminate; the others keep everything. None: all of them.
@@ -296,6 +304,8 @@ class LemoConfig:
     deterministic: bool = False
     segment_rows: int = 0
     return_logits: bool = False
+    memory_budget: int | str | None = None
+    offload: bool | int | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("always_first", 0), ("always_last", 0), ("segment_rows", 0)):
@@ -313,6 +323,7 @@ class LemoConfig:
         if self.keep_labelled is not None and not isinstance(self.keep_labelled, bool):
             raise ValueError(f"LemoConfig.keep_labelled must be True, False or None; got {self.keep_labelled!r}")
         _choice("LemoConfig.recompute", self.recompute, RECOMPUTE)
+        self._check_memory()
         phases = default_phases() if self.phases is None else tuple(self.phases)
         if not phases:
             raise ValueError("LemoConfig.phases must name at least one Phase; got an empty list")
@@ -335,6 +346,40 @@ class LemoConfig:
                     'tile_policy "predictors" needs LemoConfig.calibration: a folder written by `lemo calibrate '
                     "--target mass`; got None"
                 )
+
+    def _check_memory(self) -> None:
+        if self.memory_budget is not None:
+            try:
+                self.memory_budget = parse_bytes(self.memory_budget)
+            except ValueError as error:
+                raise ValueError(f"LemoConfig.memory_budget: {error}") from None
+            if self.memory_budget < 1:
+                raise ValueError(
+                    f"LemoConfig.memory_budget must be a positive number of bytes; got {self.memory_budget}"
+                )
+            if self.recompute != "auto":
+                raise ValueError(
+                    "LemoConfig.memory_budget chooses what every layer recomputes, which recompute="
+                    f'"{self.recompute}" has already decided: leave recompute at "auto", or memory_budget out'
+                )
+        offload = self.offload
+        if offload != "auto" and (not isinstance(offload, int) or offload < 0):
+            raise ValueError(f'LemoConfig.offload must be True, False, a number of layers or "auto"; got {offload!r}')
+        if offload == "auto" and self.memory_budget is None:
+            raise ValueError(
+                'LemoConfig.offload "auto" offloads as few layers as memory_budget needs: give memory_budget, or a '
+                "number of layers, or True for all"
+            )
+        if offload and self.recompute == "none":
+            raise ValueError(
+                'LemoConfig.offload moves saved rows, and with recompute="none" a layer saves graphs instead, which '
+                'cannot be moved: use recompute "attention" or "full", or leave it at "auto"'
+            )
+
+    @property
+    def budget(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     def policy(self, phase: Phase) -> tuple[PolicyName, Mapping[str, Any]]:
         """The policy of a phase and its options, defaults resolved."""

@@ -16,11 +16,12 @@ _ATTENTION_BACKWARD = 2.5
 class PassShares:
     """What one pass computed.
 
-    By layer: kept, mlp_kept, shares of the tokens; density, shares of the pairs of tiles among them (empty: all pairs).
+    By layer: recompute (or one for all); kept, mlp_kept, shares of the tokens; density, shares of the pairs of tiles
+    among them (empty: all pairs).
     """
 
     mode: Mode
-    recompute: Recompute
+    recompute: Recompute | Sequence[Recompute]
     kept: Sequence[float]
     mlp_kept: Sequence[float]
     density: Sequence[float] = ()
@@ -43,12 +44,14 @@ def _cost(shape: ModelShape, lengths: Sequence[int], shares: PassShares) -> floa
     tokens, pairs = sum(lengths), sum(n * (n + 1) / 2 for n in lengths)
     per_pair = 2 * shape.heads * shape.head_dim
     exact = shares.mode == "backward"
-    repeats = 0 if shares.recompute == "none" and not exact else 1
-    repeats_attention = 1 if shares.recompute == "full" and not exact else 0
     head = 1.0 if exact else max(*shares.kept, *shares.mlp_kept)
     total = 2.0 * tokens * head * shape.hidden * shape.vocab
     density = shares.density or (1.0,) * len(shares.kept)
+    same = isinstance(shares.recompute, str)
     for i, (kept, mlp_kept, dense) in enumerate(zip(shares.kept, shares.mlp_kept, density, strict=True)):
+        recompute = shares.recompute if same else shares.recompute[i]
+        repeats = 0 if recompute == "none" and not exact else 1
+        repeats_attention = 1 if recompute == "full" and not exact else 0
         attention, mlp = _products_of_a_row(shape.at(i))
         rows = tokens * (attention * kept + mlp * mlp_kept)
         some = pairs * kept**2 * dense * per_pair

@@ -50,13 +50,13 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> 
     """Attention and MLP on one kept list."""
     saved = step.saved_list(kept)
     n1, n2 = step.family.norms(layer)
-    states = _generators(step, x.device)
+    states = _generators(step, i, x.device)
     h, x_kept = gather_norm(x, saved.rows, None, n1)
     record = Record(i, "layer", saved, x_kept, generators=states)
     a = _attend(step, layer, record, h)
     del h
     norms = []
-    if step.recompute == "none":
+    if step.recompute_of(i) == "none":
         h2, record.x_mlp = gather_norm(a, None, x_kept, n2)
         m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, lambda s: step.statistics.add(i, s))
         ops.scatter_add_(x, saved.rows, m, record.x_mlp)
@@ -77,7 +77,7 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> 
 def _kept_attention(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> None:
     """Attention alone, if the MLP has another list."""
     saved = step.saved_list(kept)
-    states = _generators(step, x.device)
+    states = _generators(step, i, x.device)
     h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[0])
     record = Record(i, "attention", saved, x_kept, generators=states)
     a = _attend(step, layer, record, h)
@@ -90,10 +90,10 @@ def _kept_attention(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept)
 def _kept_mlp(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> None:
     """The MLP alone, if attention has another list."""
     saved = step.saved_list(kept)
-    states = _generators(step, x.device)
+    states = _generators(step, i, x.device)
     h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[1])
     record = Record(i, "mlp", saved, x_kept, generators=states)
-    if step.recompute == "none":
+    if step.recompute_of(i) == "none":
         m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, lambda s: step.statistics.add(i, s))
     else:
         m = torch.empty_like(x_kept)
@@ -108,7 +108,7 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor) -> Tensor:
     output and log-sum-exp."""
     saved = record.saved_list
     choice = None if step.tiles is None else step.tiles(record.layer, record.x_kept, saved)
-    if step.recompute == "none":
+    if step.recompute_of(record.layer) == "none":
         a, record.attention = trace(
             lambda leaf: step.family.attention_output(
                 layer, step.attention.differentiable(layer, leaf, saved, choice).flatten(1)
@@ -118,7 +118,7 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor) -> Tensor:
         return a
     out, lse = step.attention.forward(layer, h, saved, choice)
     record.tiles = choice
-    if step.recompute == "attention":
+    if step.recompute_of(record.layer) == "attention":
         record.out, record.lse = out, lse
     return step.family.attention_output(layer, out.flatten(1))
 
@@ -165,9 +165,9 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept | N
 # --- random numbers ---------------------------------------------------------------------------------------------------
 
 
-def _generators(step: Step, device: torch.device) -> Generators | None:
+def _generators(step: Step, i: int, device: torch.device) -> Generators | None:
     """The states that recomputation has to start from."""
-    return generators(device) if step.random is not False and step.recompute != "none" else None
+    return generators(device) if step.random is not False and step.recompute_of(i) != "none" else None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -168,12 +168,14 @@ KeptPair = tuple[Kept | None, Kept | None]
 
 
 def kept_per_document(blocks: Blocks, keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
-    """Blocks a budget keeps of every document: min(n, max(floor(keep n + 1/2), forced, 1)), as the kernels count."""
+    """Blocks a budget keeps of every document."""
+    return kept_counts(blocks.blocks_per_document, keep, always_first, always_last)
+
+
+def kept_counts(blocks: Sequence[int], keep: float, always_first: int = 1, always_last: int = 0) -> tuple[int, ...]:
+    """Of n blocks min(n, max(floor(keep n + 1/2), forced, 1)), as the kernels count, for documents of n blocks each."""
     share = ctypes.c_float(keep).value  # the kernels hold `keep` in single precision
-    return tuple(
-        min(n, max(math.floor(share * n + 0.5), min(n, always_first + always_last), 1))
-        for n in blocks.blocks_per_document
-    )
+    return tuple(min(n, max(math.floor(share * n + 0.5), min(n, always_first + always_last), 1)) for n in blocks)
 
 
 def select(

@@ -1,19 +1,19 @@
-"""How much memory a step takes: the exact bytes a layer saves, and an estimate of the peak of every phase."""
+"""How much memory a step takes: the exact bytes a layer saves, and estimates of what it needs besides.
+
+`lemo.engine.budget` adds them up for all layers, and `lemo.engine.estimate` for the phases of a run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, Self
 
 import torch
 
 from lemo.engine import families
-from lemo.engine.config import LemoConfig, Phase
 from lemo.engine.families.base import ModelShape
 from lemo.engine.step import MLP_ROWS
-from lemo.engine.tiles import STRIP_BYTES, lists_of
 from lemo.engine.wrappers import base_model
 
 # Workspace of the segmented loss.
@@ -61,10 +61,23 @@ def _present(ranks: Mapping[str, int], shape: ModelShape) -> dict[str, int]:
 
 def stored_bytes(model: Any) -> int:
     """Bytes of a model's weights as they are stored (4-bit ones with their scales), adapters that train left out."""
-    adapted = hasattr(model, "peft_config")
+    return _storage_bytes(model, with_trained=not hasattr(model, "peft_config"))
+
+
+def frozen_bytes(model: Any) -> int:
+    """As `stored_bytes`, without any weight that trains."""
+    return _storage_bytes(model, with_trained=False)
+
+
+def trained_bytes(model: Any) -> int:
+    """Bytes of the weights that train, each with its gradient and the two moments of Adam."""
+    return sum(4 * p.nbytes for p in base_model(model).parameters() if p.requires_grad)
+
+
+def _storage_bytes(model: Any, with_trained: bool) -> int:
     storages: dict[int, int] = {}
     for tensor in (*base_model(model).parameters(), *base_model(model).buffers()):
-        if adapted and tensor.requires_grad:
+        if tensor.requires_grad and not with_trained:
             continue
         for t in (*_parts(tensor), *_tensors_of(getattr(tensor, "quant_state", None))):
             storages[t.untyped_storage().data_ptr() or id(t)] = t.untyped_storage().nbytes()
@@ -87,7 +100,7 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_of(value)
 
 
-def _quantized(model: Any) -> bool:
+def quantized(model: Any) -> bool:
     weights = (p for p in base_model(model).parameters() if p.dim() > 1)
     return any(part.element_size() == 1 for p in weights for part in _parts(p))
 
@@ -140,7 +153,7 @@ def saved_bytes(
     if {"q", "k", "v", "qkv"} & set(s.lora):
         width += s.hidden
     if s.experts is not None:
-        return s.element * m * width + output + lists + _expert_bytes(s, m)
+        return s.element * m * width + output + lists + expert_bytes(s, m)
     width += (2 if s.gated else 1) * s.ffn
     if {"gate", "up", "gate_up"} & set(s.lora):
         width += s.hidden
@@ -149,7 +162,7 @@ def saved_bytes(
     return s.element * m * width + output + lists
 
 
-def _expert_bytes(shape: LayerShape, rows: int) -> int:
+def expert_bytes(shape: LayerShape, rows: int) -> int:
     """What router and experts save: gate and up, and the weights of every row's experts; the router's probabilities and
     order."""
     e = shape.experts
@@ -167,7 +180,7 @@ def _layer_parameters(shape: ModelShape) -> int:
     return found + shape.inner_parameters
 
 
-def _weights(shape: LayerShape, stored: int | None) -> int:
+def weight_bytes(shape: LayerShape, stored: int | None) -> int:
     """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
     d, layers = shape.hidden, [shape.at(i) for i in range(shape.layers)]
     outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
@@ -177,7 +190,9 @@ def _weights(shape: LayerShape, stored: int | None) -> int:
     return base + 16 * adapters
 
 
-def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: str, quantized: bool) -> int:
+def working_bytes(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: str, dequantizes: bool) -> int:
+    """What a step needs at a time besides weights and saved rows, at most: an estimate, 0 to 7 % of the whole peak too
+    high where peaks were measured (docs/howto/memory.md)."""
     d, q, kv, f, e = (
         shape.hidden,
         shape.heads * shape.head_dim,
@@ -185,8 +200,8 @@ def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: st
         shape.ffn,
         shape.element,
     )
-    # The residual stream (or its gradient) and one more of its size while the loss is computed.
-    stream = 2 * e * tokens * d
+    # The residual stream or its gradient; both, and one more of their size, while the loss is computed.
+    stream = e * tokens * d
     chunk = rows if recompute == "none" and mode != "backward" else min(rows, MLP_ROWS)
     mlp = e * chunk * ((6 if shape.gated else 4) * f + 3 * d)
     if shape.experts is not None:  # rows of gate and up, and their inputs and outputs, once for every expert of a row
@@ -197,99 +212,6 @@ def _working(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: st
     if mode == "backward":
         exact = e * tokens * (2 * d + 2 * q + 2 * kv) + e * min(tokens, MLP_ROWS) * (3 * f + 2 * d)
         layer = max(layer, exact)
-    if quantized:  # one weight at a time is made dense
+    if dequantizes:  # one weight at a time is made dense
         layer += e * max(a * b for a, b in shape.projections.values())
-    return stream + max(layer, _LOSS_BYTES + e * tokens * d)
-
-
-class Estimate(dict[str, Any]):
-    """{"tokens", "recompute", "phases": [{"mode", "keep", "weights", "saved", "working", "peak"}], "peak"}, in bytes;
-    prints as a table in GiB."""
-
-    def __str__(self) -> str:
-        lines = [f"{self['tokens']} tokens, recompute {self['recompute']} (GiB)"]
-        lines.append(f"{'phase':<14}{'keep':>6}{'weights':>10}{'saved':>10}{'working':>10}{'peak':>10}")
-        for p in self["phases"]:
-            sizes = "".join(f"{p[name] / 2**30:>10.2f}" for name in ("weights", "saved", "working", "peak"))
-            lines.append(f"{p['mode']:<14}{p['keep']:>6.2f}{sizes}")
-        lines.append(f"The largest phase decides what fits: {self['peak'] / 2**30:.2f} GiB.")
-        return "\n".join(lines)
-
-
-def estimate(
-    model: Any,
-    config: LemoConfig | None = None,
-    context: int = 4096,
-    batch: int = 1,
-    *,
-    element: int = 2,
-    lora_rank: int = 8,
-    lora_targets: Sequence[str] | str | None = None,
-) -> Estimate:
-    """Memory of every phase of a fine-tuning run. What the largest phase needs decides what fits.
-
-    model: a transformers configuration, whose weights then count `element` bytes each, or the model itself, whose
-    weights count as they are stored (far less if they are quantized); batch documents of `context` tokens each;
-    element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
-    except in weighted phases, where the number of kept blocks varies and three standard deviations are added, and with
-    `Phase.mass`, where the lists of tiles are counted as long as the other limits let them become; `working` is an
-    estimate. Raises UnsupportedModelError for a model that lemo does not know.
-    """
-    if context < 1 or batch < 1:
-        raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
-    config = LemoConfig() if config is None else config
-    loaded = isinstance(model, torch.nn.Module)
-    model_config = base_model(model).config if loaded else model
-    shape = layer_shape(model_config, element=element, lora_rank=lora_rank, lora_targets=lora_targets)
-    recompute = "none" if config.recompute == "auto" else config.recompute
-    layers, tokens = shape.layers, batch * context
-    shapes = [shape.at(i) for i in range(layers)]
-    windows = families.of(model_config).windows(model_config, context)  # layers with one have no lists of tiles
-    eliminating = range(layers) if config.layers is None else set(config.layers)
-    weights = _weights(shape, stored_bytes(model) if loaded else None)
-    quantized = loaded and _quantized(model)
-    phases: list[dict[str, Any]] = []
-    for phase in config.phases or ():
-        rows = _kept_rows(phase, config.block_size, tokens)
-        saved = partial(
-            saved_bytes,
-            recompute=recompute,
-            mode=phase.mode,
-            blocks=-(-rows // config.block_size),
-            documents=batch,
-            weighted=phase.weighted,
-        )
-        tiles = lists_of((rows // batch,) * batch, phase) if phase.mode == "sparse" else None
-        total = sum(
-            saved(s, rows, everything=rows == tokens, tiles=tiles if windows[i] is None else None)
-            if i in eliminating
-            else saved(s, tokens, everything=True)
-            for i, s in enumerate(shapes)
-        )
-        largest = rows if len(eliminating) == layers else tokens
-        working = _working(shape, tokens, largest, phase.mode, recompute, quantized)
-        if tiles is not None:
-            working += STRIP_BYTES
-        if config.return_logits:  # they and their gradient, and both in fp32 for the loss
-            working += 2 * (element + 4) * tokens * shape.vocab
-        phases.append(_row(phase, weights, total, working))
-    return Estimate(tokens=tokens, recompute=recompute, phases=phases, peak=max(p["peak"] for p in phases))
-
-
-def _kept_rows(phase: Phase, block_size: int, tokens: int) -> int:
-    keep = 1.0 if phase.keep is None else phase.keep
-    rows = keep * tokens
-    if phase.weighted:  # independent draws: three standard deviations of their number above its mean
-        rows += 3.0 * block_size * (tokens / block_size * keep * (1.0 - keep)) ** 0.5
-    return min(tokens, round(rows))
-
-
-def _row(phase: Phase, weights: int, saved: int, working: int) -> dict[str, Any]:
-    return {
-        "mode": phase.mode,
-        "keep": 1.0 if phase.keep is None else phase.keep,
-        "weights": weights,
-        "saved": saved,
-        "working": working,
-        "peak": weights + saved + working,
-    }
+    return max(stream + layer, 3 * stream + _LOSS_BYTES)

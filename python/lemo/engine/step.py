@@ -51,7 +51,8 @@ class Step:
     the policy wants to know how much a layer added. borrowed: x belongs to someone else and is copied before it is
     updated. general: some modules are called as they are; what their graphs reach is then checked. tiles(i, x, rows):
     the choice of attention's tiles in layer i for its input x [M, d] and those rows; None: every tile in every layer.
-    share: what this process holds of a sequence that several share; blocks and x are then its own.
+    share: what this process holds of a sequence that several share; blocks and x are then its own. recompute: of all
+    layers, or of each.
     """
 
     family: Family
@@ -59,7 +60,7 @@ class Step:
     blocks: Blocks
     attention: Attention
     mode: Mode
-    recompute: Recompute
+    recompute: Recompute | Sequence[Recompute]
     choose: Callable[[int, Tensor], KeptPair]
     autocast: Autocast
     weighted: bool = False
@@ -102,6 +103,10 @@ class Step:
         if self.share is not None:
             return self.share.everything
         return PackedRows(self.blocks.cu_seqlens, self.blocks.max_seqlen)
+
+    def recompute_of(self, i: int) -> Recompute:
+        """What layer i saves (mode "backward" always saves the same)."""
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[i]
 
     def saved_list(self, kept: Kept) -> SavedList:
         """`kept` as it is saved. Successive layers that share a list share its tensors."""

@@ -224,10 +224,24 @@ def _entries(tiles: int, density: float | None, keys: int | None, local: int) ->
 
 def chooses(rows: PackedRows, phase: Phase) -> bool:
     """Whether any query tile of these rows leaves a tile out."""
-    last = -(-rows.max_seqlen // TILE) - 1
+    return leaves_out(rows.max_seqlen, phase)
+
+
+def leaves_out(longest: int, phase: Phase) -> bool:
+    """Whether any query tile leaves a tile out, if the longest document has so many rows."""
+    last = -(-longest // TILE) - 1
     if last < 0:
         return False
     return budget(last, phase) < last + 1 or ((phase.mass or 1.0) < 1.0 and forced(last, phase) < last + 1)
+
+
+def capacity(rows: int, documents: int, longest: int, phase: Phase) -> int:
+    """Entries that the lists of so many rows may have, without asking the device how long its documents are."""
+    if documents == 1:
+        entries = lists_of((rows,), phase)[1]
+    else:
+        entries = (rows // TILE + documents) * (budget(-(-longest // TILE) - 1, phase) - 1)
+    return max(1, entries)
 
 
 # --- the choice of a step ---------------------------------------------------------------------------------------------
@@ -336,9 +350,5 @@ class TileChooser:
 
     def _capacity(self, slots: int, layer: LayerRows) -> int:
         """Entries that the lists may have, without asking the device."""
-        rows, phase = layer.rows, self.phase
-        if rows.cu_seqlens.shape[0] == 2:
-            entries = lists_of((layer.q.shape[0],), phase)[1]
-        else:
-            entries = slots * (budget(-(-rows.max_seqlen // TILE) - 1, phase) - 1)
-        return max(1, entries)
+        documents = layer.rows.cu_seqlens.shape[0] - 1
+        return capacity(layer.q.shape[0], documents, layer.rows.max_seqlen, self.phase)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from lemo.integration.entries import controller_of
 from lemo.integration.evaluation import LossOnly
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
+from lemo.integration.saving import Savings
 from lemo.integration.schedule import Schedule
 from lemo.integration.trainers import refuse_comparisons, running_trainer
 from lemo.integration.training_pass import Inputs, Plan
@@ -75,7 +76,7 @@ class Controller:
         self._tokens = self._blocks = 0
         self._loss_tokens: Tensor | None = None
         self._lengths: tuple[int, ...] = ()
-        self._recomputed: Recompute = "none"
+        self._recomputed: Recompute | Sequence[Recompute] = "none"
         self._last_phase: int | None = None
         self._policies, self._tile_policies = self._make_policies(), self._make_tile_policies()
         self._tiles: TileChooser | None = None
@@ -87,6 +88,7 @@ class Controller:
         self.loss_only_passes = LossOnly()
         self._covered_forward: Any = None
         self._notes: set[str] = set()
+        self.savings = Savings(family, model, config, self.note)
 
     def _make_policies(self) -> list[Policy | None]:
         return [
@@ -103,11 +105,12 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """The controller of a copy of the model: at the same step, with policies that remember no batch."""
         twin = memo[id(self)] = object.__new__(type(self))
-        anew = ("_policies", "_tile_policies", "_tiles", "_watched")
+        anew = ("_policies", "_tile_policies", "_tiles", "_watched", "savings")
         plain = {name: value for name, value in self.__dict__.items() if name not in anew}
         twin.__dict__.update(copy.deepcopy(plain, memo))
         twin._policies, twin._tile_policies = twin._make_policies(), twin._make_tile_policies()
         twin._tiles = twin._watched = None
+        twin.savings = Savings(twin.family, twin.model, twin.config, twin.note)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -222,7 +225,8 @@ class Controller:
         "sparse": limits, those of the phase; by layer and read from the device, density, the share of the pairs of
         tiles that causality allows, and covered, the share of attention that these hold, as the tile policy estimates
         it (None: it does not); both 1 for a layer with a sliding window, which sees all of it. cost_ratio: products of
-        the pass over those of a dense one (`lemo.engine.cost`); None before the first pass.
+        the pass over those of a dense one (`lemo.engine.cost`); None before the first pass. memory: if a budget
+        or offload decides, how many layers save what, and its bytes.
         """
         index = self._last_phase
         phase = None if index is None else self.schedule.phases[index]
@@ -241,6 +245,7 @@ class Controller:
             "mlp_kept": list(self.mlp_kept_ratios),
             "density": density,
             "covered": covered,
+            "memory": self.savings.report(),
             "cost_ratio": None if phase is None else self._cost_ratio(phase, density),
         }
 
@@ -316,7 +321,7 @@ class Controller:
             policy=self._policies[index] if earlier is None else None,
             tile_policy=self._tile_policies[index],
             seed=self._seed(draw),
-            recompute="full" if earlier is not None else self._recompute(),
+            saving=self.savings if earlier is None else None,
             random=random,
             general=bool(loose),
             earlier=earlier,
@@ -331,7 +336,7 @@ class Controller:
             self._watched = (kept, tiles) if self._watching and kept is not None else None
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
-        self._lengths, self._recomputed = tuple(blocks.lengths), plan.recompute
+        self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
         return stack.run(step, x, params), step
 
     def _check_surroundings(self, layers: list[nn.Module], batch: Tensor) -> None:
@@ -364,6 +369,3 @@ class Controller:
         # Rank 0 draws what a single process draws.
         seed = self.config.seed if rank == 0 else mix_seed(self.config.seed, rank)
         return mix_seed(seed, draw.step, draw.micro_batch)
-
-    def _recompute(self) -> Recompute:
-        return training_pass.recompute_of(self.model, self.config, self.note)

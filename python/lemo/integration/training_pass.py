@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.attend import Attention, TileChoice
-from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.config import LemoConfig, Phase
 from lemo.engine.families.base import Family, Tables
 from lemo.engine.packing import Packed
 from lemo.engine.participation import Participation, may_keep_output, outputs_of, trains_before_layers
@@ -22,7 +22,7 @@ from lemo.engine.step import Autocast, Step
 from lemo.engine.tiles import LayerRows, TileChooser, TilePolicy
 from lemo.integration.kept_lists import ChosenLists, required_blocks
 from lemo.integration.reference import Pass
-from lemo.integration.replay import under_checkpoint
+from lemo.integration.saving import Saving, Savings
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +51,16 @@ class Plan:
     """What a pass is to do.
 
     policy: None keeps everything, or repeats the lists of `earlier`; tile_policy: None attends to all tiles; seed: of
-    the policy's draws; random: whether layers draw random numbers (None: they may); general: some modules are called
-    as they are; remembered: gets the lists, so that other passes can repeat them; share: what this process holds of the
-    batch, None: all of it.
+    the policy's draws; saving: decides what layers save (None: as little as they can); random: whether layers draw
+    random numbers (None: they may); general: some modules are called as they are; remembered: gets the lists, so that
+    other passes can repeat them; share: what this process holds of the batch, None: all of it.
     """
 
     phase: Phase
     policy: Policy | None
     tile_policy: TilePolicy | None
     seed: int
-    recompute: Recompute
+    saving: Savings | None
     random: bool | None
     general: bool
     earlier: Pass | None = None
@@ -90,7 +90,9 @@ def begin(
     lists = ChosenLists(
         plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered, share
     )
+    required = None
     if plan.policy is not None:
+        required = required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled)
         plan.policy.begin(
             StepContext(
                 blocks=packed.blocks,
@@ -100,18 +102,22 @@ def begin(
                 always_last=config.always_last,
                 queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
                 attention=lambda i: attention.options(layers[i]),
-                required=required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled),
+                required=required,
                 share=share,
             )
         )
     tiles = _tile_chooser(config, plan, len(layers))
+    saving = Saving.full(len(layers))
+    if plan.saving is not None:
+        saving = plan.saving.of(phase, packed.blocks.lengths, x.element_size(), required is not None)
     step = Step(
         family=family,
         layers=layers,
         blocks=packed.blocks if share is None else share.own,
         attention=attention,
         mode=phase.mode,
-        recompute=plan.recompute,
+        recompute=saving.recompute,
+        records=saving.records(),
         weighted=phase.weighted,
         random=plan.random,
         general=plan.general,
@@ -169,20 +175,6 @@ def _tiles_of_layers(
         return TileChoice(lambda q, k: chooser.choose(LayerRows(i, x, q, k, whole, scale)))
 
     return tiles
-
-
-def recompute_of(model: nn.Module, config: LemoConfig, note: Callable[[str], None]) -> Recompute:
-    """What the layers save in this pass; `note` is called if that is not what the model's own setting asks for."""
-    # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
-    wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if config.recompute == "auto":
-        return "full" if wanted else "none"
-    if wanted:
-        note(
-            "gradient checkpointing is switched on in the model; lemo runs the layers itself, with "
-            f'recompute="{config.recompute}"'
-        )
-    return config.recompute
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

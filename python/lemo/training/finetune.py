@@ -158,6 +158,7 @@ def finetune(
             set_seed(settings.seed)
             wrapped = processes.together(lambda: with_adapter(model, settings))
             controller = processes.together(lambda: applied.enter_context(_applied(wrapped, settings.lemo_config())))
+            processes.together(lambda: _report_memory(controller, settings, report))
             opened = processes.on_first(lambda: _open(lock, out, inputs.identity, resume, checkpoints, report))
             if opened.complete:
                 return FinetuneResult(out / ADAPTER, 0, settings.steps)
@@ -262,6 +263,17 @@ def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
             f"{' and '.join(f'{keep:g}' for keep in sorted(others))}: its scores still rank the blocks, but were "
             "learned from layers that see another share of them; calibrate with the same --keep"
         )
+
+
+def _report_memory(controller: Any, settings: FinetuneSettings, report: Callable[[str], None]) -> None:
+    """Reports what layers save, if a budget or offload decides. Raises ValueError if a phase does not fit."""
+    if settings.memory_budget is None and not settings.offload:
+        return
+    element = controller.model.get_input_embeddings().weight.element_size()
+    for phase in controller.config.phases:
+        # Of whole windows: those of several documents need about as much.
+        plan = controller.savings.planned(phase, (settings.context,) * settings.batch, element)
+        report(f"{phase.mode} keep {phase.keep:g}: {plan}")
 
 
 def _check_visible(start: Checkpoint | None) -> None:

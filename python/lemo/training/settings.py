@@ -31,6 +31,7 @@ class FinetuneSettings:
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
     the model's family. The adapter is always float32.
+    memory_budget, offload: as in `lemo.LemoConfig`; a budget needs recompute "auto".
     """
 
     context: int = 4096
@@ -43,6 +44,8 @@ class FinetuneSettings:
     calibration: str | None = None
     block_size: int = 64
     recompute: RecomputeSetting = "full"
+    memory_budget: int | None = None
+    offload: bool | int | Literal["auto"] = False
     lr: float = 2e-4
     lr_schedule: LearningRateSchedule = "constant"
     warmup: int = 20
@@ -95,6 +98,8 @@ class FinetuneSettings:
             calibration=self.calibration,
             seed=self.seed,
             recompute=self.recompute,
+            memory_budget=self.memory_budget,
+            offload=self.offload,
             phases=self.phases(),
         )
 

@@ -236,6 +236,8 @@ class RunInProgress:
             record["loss_tokens"] = report["loss_tokens"]
         if report["mlp_kept"] != report["kept"]:
             record["mlp_kept"] = [round(r, 4) for r in report["mlp_kept"]]
+        if report["memory"]:
+            record["memory"] = report["memory"]
         if report["density"]:
             record["density"] = [round(r, 4) for r in report["density"]]
             if None not in report["covered"]:

@@ -1,0 +1,334 @@
+"""What each layer saves for its backward pass, and where: decided on the host, before a step, from shapes alone.
+
+Layers are sized by the most rows that their lists can have, never by counts that only the device knows, so a choice
+costs no synchronization, and processes and resumed runs that see batches of the same shape choose alike. No choice
+changes a result: saving less means computing the same numbers again.
+
+Which layers save more ("richer" ones), in `choose`:
+
+1. Attention's output comes first, on as many layers as fit: its recomputation costs the most per byte, and the more so
+   the longer the documents. Only what is left over is spent on "none", which saves many more bytes of cheaper products.
+2. Among layers, those with more rows come first, since attention's cost grows with the square of the rows; among equal
+   ones the last layers, whose records the backward pass frees first.
+
+Rows are offloaded from the layers that keep most, and among equal ones from the first, which need them back last.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.layout import kept_counts
+from lemo.engine.memory import LayerShape, expert_bytes, saved_bytes, working_bytes
+from lemo.engine.sizes import format_bytes, rounded_up
+from lemo.engine.tiles import STRIP_BYTES, TILE, capacity, leaves_out
+
+Offload = bool | int | Literal["auto"]
+_LEVELS: tuple[Recompute, ...] = ("full", "attention", "none")
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ListSize:
+    """The most rows that a list can have. documents: the batch's; longest: of its documents, in rows of the list;
+    blocks: of the list; everything: it is the step's own list of all tokens."""
+
+    count: int
+    documents: int
+    longest: int
+    blocks: int
+    everything: bool
+
+
+@dataclass(frozen=True)
+class LayerLists:
+    """The lists of a layer. mlp: None if the MLP has that of attention. windowed: its attention has a window that
+    documents exceed, and so no lists of tiles."""
+
+    attention: ListSize
+    mlp: ListSize | None = None
+    windowed: bool = False
+
+    @property
+    def most(self) -> int:
+        return self.attention.count if self.mlp is None else max(self.attention.count, self.mlp.count)
+
+
+def layer_lists(
+    config: LemoConfig, phase: Phase, lengths: Sequence[int], windows: Sequence[int | None], required: bool = False
+) -> list[LayerLists]:
+    """The lists of every layer for documents of these lengths. windows: of every layer's attention, if documents exceed
+    it. required: blocks are kept beyond the budget, and only the device knows how many."""
+    everything = chosen = LayerLists(_rows(lengths, lengths, config.block_size, True))
+    if phase.chooses_blocks:
+        attention = _list(config, phase, phase.keep, lengths, required)
+        mlp = None if phase.mlp_keep is None else _list(config, phase, phase.mlp_keep, lengths, required)
+        chosen = LayerLists(attention, None if mlp is not None and mlp.everything and attention.everything else mlp)
+    eliminating = range(len(windows)) if config.layers is None else set(config.layers)
+    found = [chosen if i in eliminating else everything for i in range(len(windows))]
+    return [
+        lists if window is None else replace(lists, windowed=True) for lists, window in zip(found, windows, strict=True)
+    ]
+
+
+def _rows(lengths: Sequence[int], kept: Sequence[int], block_size: int, everything: bool) -> ListSize:
+    count = sum(kept)
+    return ListSize(count, len(lengths), max(kept), -(-count // block_size), everything)
+
+
+def _list(config: LemoConfig, phase: Phase, keep: float | None, lengths: Sequence[int], required: bool) -> ListSize:
+    b, tokens = config.block_size, sum(lengths)
+    threshold = phase.select == "threshold" and keep is phase.keep
+    if keep is None or threshold or (required and keep < 1.0):
+        return _rows(lengths, lengths, b, False)
+    if keep == 1.0 and not phase.weighted:
+        return _rows(lengths, lengths, b, True)
+    if keep == 0.0:
+        return ListSize(0, len(lengths), 0, 0, False)
+    if phase.weighted:  # independent draws: three standard deviations of their number above its mean
+        drawn = keep * tokens + 3.0 * b * (tokens / b * keep * (1.0 - keep)) ** 0.5
+        count = min(tokens, round(drawn))
+        return ListSize(count, len(lengths), min(count, max(lengths)), -(-count // b), False)
+    counts = kept_counts([-(-n // b) for n in lengths], keep, config.always_first, config.always_last)
+    kept = [min(n, k * b) for n, k in zip(lengths, counts, strict=True)]
+    # A list that happens to hold everything is the step's own; to count its own as well is an upper bound.
+    return _rows(lengths, kept, b, all(-(-n // b) == k for n, k in zip(lengths, counts, strict=True)))
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What a layer saves. rows: what offload moves, activations of kept rows; others: lists, and graphs."""
+
+    rows: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.others
+
+
+def layer_bytes(shape: LayerShape, lists: LayerLists, phase: Phase, recompute: Recompute) -> LayerBytes:
+    """What a layer saves, exactly if its lists are as long as `lists` says (see `saved_bytes`)."""
+    a, m, s = lists.attention, lists.mlp, shape
+    tiles = None
+    if phase.mode == "sparse" and not lists.windowed and leaves_out(a.longest, phase):
+        tiles = (a.count // TILE + a.documents, capacity(a.count, a.documents, a.longest, phase))
+    total = 0
+    if a.count:
+        total = saved_bytes(
+            s,
+            a.count,
+            recompute=recompute,
+            mode=phase.mode,
+            blocks=a.blocks,
+            documents=a.documents,
+            weighted=phase.weighted,
+            everything=a.everything,
+            tiles=tiles,
+        )
+    moved = s.element * a.count * s.hidden
+    if phase.mode == "backward" or recompute == "attention":
+        moved += s.element * a.count * s.heads * s.head_dim + 4 * s.heads * a.count
+    if m is not None:  # a second record, with its list; with "none", the MLP's graph has its rows, not attention's
+        moved += s.element * m.count * s.hidden
+        total += 0 if m.everything or not m.count else 4 * m.count + 4 * (m.documents + 1)
+        none = _mlp_bytes(s, m.count) - _mlp_bytes(s, a.count)
+        total += none if recompute == "none" else s.element * m.count * s.hidden
+    if recompute == "none" and phase.mode != "backward":
+        return LayerBytes(0, total)
+    return LayerBytes(moved, total - moved)
+
+
+def _mlp_bytes(s: LayerShape, rows: int) -> int:
+    """What the MLP saves with "none": its norm's input, and what its graph holds."""
+    width = s.hidden + sum(rank for name, rank in s.lora.items() if name in ("gate", "up", "gate_up", "down"))
+    if s.experts is not None:
+        return s.element * rows * width + expert_bytes(s, rows)
+    width += (2 if s.gated else 1) * s.ffn
+    width += s.hidden if {"gate", "up", "gate_up"} & set(s.lora) else 0
+    return s.element * rows * (width + (s.ffn if s.gated and "down" in s.lora else 0))
+
+
+def same_objects(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
+    """Equal shapes as one object, so that they are looked at once."""
+    known: list[LayerShape] = []
+    found = []
+    for shape in shapes:
+        first = next((k for k in known if k == shape), shape)
+        if first is shape:
+            known.append(shape)
+        found.append(first)
+    return tuple(found)
+
+
+def logit_bytes(shape: LayerShape, tokens: int) -> int:
+    """Logits that are made whole, and their gradient, and both in fp32 for the loss."""
+    return 2 * (shape.element + 4) * tokens * shape.vocab
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What every layer saves, the layers whose rows go to host memory, and the bytes that this takes. weights: with
+    what the optimizer keeps; saved: on the device; host: in host memory."""
+
+    recompute: tuple[Recompute, ...]
+    offloaded: frozenset[int]
+    weights: int
+    saved: int
+    working: int
+    host: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.saved + self.working
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """How many layers save what."""
+        return {level: self.recompute.count(level) for level in _LEVELS if level in self.recompute}
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{level} in {count}" for level, count in self.layers.items())
+        host = f"; rows of {len(self.offloaded)} in host memory ({format_bytes(self.host)})" if self.offloaded else ""
+        return f"layers recompute {layers}{host}; about {format_bytes(self.peak)} a step"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step's memory depends on.
+
+    shapes, lists: of every layer. weights: bytes of the model and its optimizer. tokens: of the batch. dequantizes:
+    weights are made dense for each use. logits: bytes of logits that are made whole. countable: whether `saved_bytes`
+    knows what "none" saves; otherwise it is not chosen.
+    """
+
+    shapes: tuple[LayerShape, ...]
+    lists: tuple[LayerLists, ...]
+    phase: Phase
+    tokens: int
+    weights: int
+    dequantizes: bool = False
+    logits: int = 0
+    countable: bool = True
+
+    @functools.cached_property
+    def _bytes(self) -> list[dict[Recompute, LayerBytes]]:
+        known: dict[tuple[int, LayerLists], dict[Recompute, LayerBytes]] = {}
+        found = []
+        for shape, lists in zip(self.shapes, self.lists, strict=True):
+            key = (id(shape), lists)
+            if key not in known:
+                known[key] = {level: layer_bytes(shape, lists, self.phase, level) for level in _LEVELS}
+            found.append(known[key])
+        return found
+
+    def of(self, layer: int, recompute: Recompute) -> LayerBytes:
+        return self._bytes[layer][recompute]
+
+    def working(self, recompute: Sequence[Recompute]) -> int:
+        """What is needed at a time besides weights and saved rows, at most."""
+        return max(self._working[level == "none"] for level in recompute)
+
+    @functools.cached_property
+    def _working(self) -> dict[bool, int]:
+        """For layers that save everything, and for others."""
+        largest = max(lists.most for lists in self.lists)
+        sparse = self.phase.mode == "sparse" and any(leaves_out(x.attention.longest, self.phase) for x in self.lists)
+        more = self.logits + (STRIP_BYTES if sparse else 0)
+        kinds = {id(s): s for s in self.shapes}.values()
+        where = (self.tokens, largest, self.phase.mode)
+        return {
+            level == "none": more + max(working_bytes(s, *where, level, self.dequantizes) for s in kinds)
+            for level in ("none", "full")
+        }
+
+    def plan(self, recompute: Sequence[Recompute], offloaded: frozenset[int]) -> MemoryPlan:
+        sizes = [self.of(i, level) for i, level in enumerate(recompute)]
+        saved = sum(size.others if i in offloaded else size.total for i, size in enumerate(sizes))
+        moved = sorted((sizes[i].rows for i in offloaded), reverse=True)
+        # Of offloaded rows, those of two layers are on the device at a time: one is worked on, one is being copied.
+        saved += sum(moved[:2])
+        host = sum(moved)
+        return MemoryPlan(tuple(recompute), offloaded, self.weights, saved, self.working(recompute), host)
+
+
+def fixed(needs: Needs, recompute: Recompute, offload: Offload = False) -> MemoryPlan:
+    """All layers save the same; offloaded ones at most attention's output, as graphs cannot be moved."""
+    offloaded = _to_offload(needs, 0 if offload == "auto" else offload)
+    levels = [
+        "attention" if i in offloaded and recompute == "none" and needs.phase.mode != "backward" else recompute
+        for i in range(len(needs.shapes))
+    ]
+    return needs.plan(levels, offloaded)
+
+
+def choose(needs: Needs, budget: int, offload: Offload = False) -> MemoryPlan:
+    """The plan that recomputes least within `budget` bytes; see the top of this file. Raises ValueError, naming the
+    least budget, if nothing fits."""
+    count = len(needs.shapes)
+    levels: list[Recompute] = ["full"] * count
+    offloaded = _to_offload(needs, 0 if offload == "auto" else offload)
+    plan = needs.plan(levels, offloaded)
+    while offload == "auto" and plan.peak > budget and len(offloaded) < count:
+        offloaded = _to_offload(needs, len(offloaded) + 1)
+        plan = needs.plan(levels, offloaded)
+    if plan.peak > budget:
+        raise ValueError(_too_small(needs, plan, budget, offload))
+    if needs.phase.mode == "backward":  # what it saves does not depend on it
+        return plan
+    everything = needs.plan(["none"] * count, offloaded)
+    if needs.countable and not offloaded and everything.peak <= budget:  # which may need less working memory
+        return everything
+    order = sorted(range(count), key=lambda i: (-needs.lists[i].most, -i))
+    steps: tuple[tuple[Recompute, Recompute], ...] = (("attention", "full"), ("none", "attention"))
+    for level, before in steps:
+        for i in order:
+            if levels[i] != before or (level == "none" and (i in offloaded or not needs.countable)):
+                continue
+            if _grown(needs, plan, i, level) > budget:
+                continue
+            trial = needs.plan([*levels[:i], level, *levels[i + 1 :]], offloaded)
+            if trial.peak <= budget:
+                levels[i], plan = level, trial
+    return plan
+
+
+def _grown(needs: Needs, plan: MemoryPlan, layer: int, level: Recompute) -> int:
+    """At least the peak if a layer saves more: rules most of them out without adding all layers up again."""
+    if layer in plan.offloaded:
+        return plan.peak
+    return plan.peak + needs.of(layer, level).total - needs.of(layer, plan.recompute[layer]).total
+
+
+def _to_offload(needs: Needs, layers: bool | int) -> frozenset[int]:
+    """The layers whose rows go to host memory: those that keep most, the first of equal ones."""
+    count = len(needs.lists)
+    number = count if layers is True else min(int(layers), count)
+    return frozenset(sorted(range(count), key=lambda i: (-needs.lists[i].most, i))[:number])
+
+
+def _too_small(needs: Needs, plan: MemoryPlan, budget: int, offload: Offload) -> str:
+    parts = (
+        f"weights and optimizer {format_bytes(plan.weights)}, saved rows {format_bytes(plan.saved)}, "
+        f"working memory {format_bytes(plan.working)}"
+    )
+    ways = ["raise it"]
+    if offload is False:
+        ways.append("offload saved rows to host memory (offload=True, --offload all)")
+    ways.append("keep fewer tokens or train on shorter windows")
+    return (
+        f"memory_budget is {format_bytes(budget)}, and a step of mode {needs.phase.mode!r} with {needs.tokens} tokens "
+        f"needs at least {rounded_up(plan.peak)} with everything recomputed ({parts}): {', or '.join(ways)}"
+    )

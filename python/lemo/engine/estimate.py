@@ -1,0 +1,212 @@
+"""What fits, before anything is run: the memory of every phase, and the longest context that a GPU holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lemo.engine import budget, families
+from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.memory import LayerShape, layer_shape, quantized, stored_bytes, weight_bytes
+from lemo.engine.sizes import format_bytes, left_for_steps
+from lemo.engine.wrappers import base_model
+
+# Contexts are tried in multiples of so many tokens, up to the most that one batch may have.
+_STEP, _MOST = 1024, 1 << 30
+_GIB = 1 << 30
+
+
+class Estimate(dict[str, Any]):
+    """{"tokens", "recompute", "phases": [{"mode", "keep", "weights", "saved", "working", "peak", "host", "layers",
+    "offloaded"}], "peak"}, in bytes; prints as a table in GiB. layers: how many save what; host: in host memory."""
+
+    def __str__(self) -> str:
+        lines = [f"{self['tokens']} tokens, recompute {self['recompute']} (GiB)"]
+        host = any(p["host"] for p in self["phases"])
+        names = ("weights", "saved", "working", "peak", *(("host",) if host else ()))
+        by_layer = self["recompute"] == "by budget" or host
+        lines.append(f"{'phase':<14}{'keep':>6}{''.join(f'{name:>10}' for name in names)}")
+        for p in self["phases"]:
+            sizes = "".join(f"{p[name] / _GIB:>10.2f}" for name in names)
+            lines.append(f"{p['mode']:<14}{p['keep']:>6.2f}{sizes}")
+            if by_layer:
+                saved = ", ".join(f"{n} {level}" for level, n in p["layers"].items())
+                offloaded = f"; rows of {p['offloaded']} in host memory" if p["offloaded"] else ""
+                lines.append(f"{'':<14}layers: {saved}{offloaded}")
+        lines.append(f"The largest phase decides what fits: {self['peak'] / _GIB:.2f} GiB.")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What an estimate needs to know of a model."""
+
+    shape: LayerShape
+    shapes: tuple[LayerShape, ...]
+    weights: int
+    quantized: bool
+    config: Any
+
+    @classmethod
+    def of(cls, model: Any, element: int, lora_rank: int, lora_targets: Sequence[str] | str | None) -> _Model:
+        loaded = isinstance(model, torch.nn.Module)
+        config = base_model(model).config if loaded else model
+        shape = layer_shape(config, element=element, lora_rank=lora_rank, lora_targets=lora_targets)
+        shapes = budget.same_objects(shape.at(i) for i in range(shape.layers))
+        return cls(
+            shape,
+            shapes,
+            weight_bytes(shape, stored_bytes(model) if loaded else None),
+            loaded and quantized(model),
+            config,
+        )
+
+    def plan(self, config: LemoConfig, phase: Phase, context: int, batch: int) -> budget.MemoryPlan:
+        shape, tokens = self.shape, context * batch
+        windows = families.of(self.config).windows(self.config, context)
+        needs = budget.Needs(
+            shapes=self.shapes,
+            lists=tuple(budget.layer_lists(config, phase, (context,) * batch, windows)),
+            phase=phase,
+            tokens=tokens,
+            weights=self.weights,
+            dequantizes=self.quantized,
+            logits=budget.logit_bytes(shape, tokens) if config.return_logits else 0,
+        )
+        if config.budget is not None:
+            return budget.choose(needs, config.budget, config.offload)
+        recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
+        return budget.fixed(needs, recompute, config.offload)
+
+
+def estimate(
+    model: Any,
+    config: LemoConfig | None = None,
+    context: int = 4096,
+    batch: int = 1,
+    *,
+    element: int = 2,
+    lora_rank: int = 8,
+    lora_targets: Sequence[str] | str | None = None,
+) -> Estimate:
+    """Memory of every phase of a fine-tuning run. What the largest phase needs decides what fits.
+
+    model: a transformers configuration, whose weights then count `element` bytes each, or the model itself, whose
+    weights count as they are stored (far less if they are quantized); batch documents of `context` tokens each;
+    element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
+    except in weighted phases, where the number of kept blocks varies and three standard deviations are added, with
+    thresholds, which may keep everything, and with `Phase.mass`, where the lists of tiles are counted as long as the
+    other limits let them become; `working` is an estimate. Raises UnsupportedModelError for a model that lemo does not
+    know, and ValueError for a memory_budget that is too small.
+    """
+    if context < 1 or batch < 1:
+        raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
+    config = LemoConfig() if config is None else config
+    known = _Model.of(model, element, lora_rank, lora_targets)
+    phases = [_row(phase, known.plan(config, phase, context, batch)) for phase in config.phases or ()]
+    recompute = "none" if config.recompute == "auto" else config.recompute
+    return Estimate(
+        tokens=batch * context,
+        recompute=recompute if config.memory_budget is None else "by budget",
+        phases=phases,
+        peak=max(p["peak"] for p in phases),
+    )
+
+
+def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
+    return {
+        "mode": phase.mode,
+        "keep": 1.0 if phase.keep is None else phase.keep,
+        "weights": plan.weights,
+        "saved": plan.saved,
+        "working": plan.working,
+        "peak": plan.peak,
+        "host": plan.host,
+        "layers": plan.layers,
+        "offloaded": len(plan.offloaded),
+    }
+
+
+# --- the longest context ----------------------------------------------------------------------------------------------
+
+
+class Longest(dict[str, Any]):
+    """{"gpu", "left", "batch", "positions", "phases": [{"mode", "keep", "limits", "context", "context_offload",
+    "host"}]}: the longest contexts whose steps take at most `left` bytes, with everything recomputed, without and with
+    offload (which then has `host` bytes in host memory). positions: the model's own, or None. Prints as a table."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"The longest context that fits {format_bytes(self['gpu'])}, everything recomputed, batch {self['batch']} "
+            f"({format_bytes(self['left'])} for a step; the rest is for the CUDA context and fragmentation)",
+            f"{'mode':<26}{'tokens':>12}{'with offload':>14}{'host GiB':>10}",
+        ]
+        for p in self["phases"]:
+            name = f"{p['mode']} keep {p['keep']:g}" if p["keep"] < 1 else p["mode"]
+            name += "".join(f" {limit}={value:g}" for limit, value in p["limits"].items())
+            lines.append(f"{name:<26}{p['context']:>12}{p['context_offload']:>14}{p['host'] / _GIB:>10.1f}")
+        positions = self["positions"]
+        if positions is not None and any(p["context_offload"] > positions for p in self["phases"]):
+            lines.append(f"The model itself has {positions} positions: what lies beyond needs --interpolate-positions.")
+        return "\n".join(lines)
+
+
+def longest(
+    model: Any,
+    gpu: int,
+    config: LemoConfig | None = None,
+    batch: int = 1,
+    *,
+    element: int = 2,
+    lora_rank: int = 8,
+    lora_targets: Sequence[str] | str | None = None,
+) -> Longest:
+    """The longest context that fits a GPU of `gpu` bytes, for every phase of `config`; 0 if not even 1024 tokens do.
+
+    Everything is recomputed, whatever `config` says of it, and `batch` documents make a step; the other arguments are
+    those of `estimate`. A context is a multiple of 1024 tokens.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1; got {batch}")
+    config = LemoConfig() if config is None else config
+    known, left = _Model.of(model, element, lora_rank, lora_targets), left_for_steps(gpu)
+    base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False)
+    rows = []
+    for phase in config.phases or ():
+        found = []
+        for offload in (False, True):
+            settings = dataclasses.replace(base, offload=offload)
+            found.append(_search(known, settings, phase, batch, left))
+        host = known.plan(settings, phase, found[1], batch).host if found[1] else 0
+        rows.append(
+            {
+                "mode": phase.mode,
+                "keep": 1.0 if phase.keep is None else phase.keep,
+                "limits": phase.limits,
+                "context": found[0],
+                "context_offload": found[1],
+                "host": host,
+            }
+        )
+    positions = getattr(known.config, "max_position_embeddings", None)
+    return Longest(gpu=gpu, left=left, batch=batch, positions=positions, phases=rows)
+
+
+def _search(known: _Model, config: LemoConfig, phase: Phase, batch: int, left: int) -> int:
+    """The largest multiple of _STEP whose step fits: a step's memory grows with its context."""
+
+    def fits(steps: int) -> bool:
+        return known.plan(config, phase, steps * _STEP, batch).peak <= left
+
+    most = _MOST // batch // _STEP
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * _STEP

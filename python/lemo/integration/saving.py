@@ -1,0 +1,172 @@
+"""What the layers of a pass save, and where: the model's setting, the run's, or a plan within its memory budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lemo.engine import budget
+from lemo.engine.budget import MemoryPlan, Needs
+from lemo.engine.config import LemoConfig, Phase, Recompute
+from lemo.engine.families.base import Family
+from lemo.engine.linear import ordinary, projection
+from lemo.engine.memory import frozen_bytes, layer_shape, quantized, trained_bytes
+from lemo.engine.offload import HostMemory, OffloadedRecords
+from lemo.engine.records import Records
+from lemo.integration.replay import under_checkpoint
+
+# Plans for so many shapes of batches are remembered.
+_REMEMBERED = 256
+# Activation functions whose graphs `saved_bytes` counts.
+_COUNTED = (
+    "torch.nn.modules.activation.SiLU",
+    "transformers.activations.SiLUActivation",
+    "torch.nn.modules.activation.ReLU",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Saving:
+    """recompute: by layer. offloaded: layers whose rows go to host memory."""
+
+    recompute: tuple[Recompute, ...]
+    offloaded: frozenset[int] = frozenset()
+    host: HostMemory | None = None
+
+    @classmethod
+    def full(cls, layers: int) -> Saving:
+        """Of passes without a backward pass."""
+        recompute: Recompute = "full"
+        return cls((recompute,) * layers)
+
+    def records(self) -> Records:
+        """Where a step's records go."""
+        return OffloadedRecords(self.host, self.offloaded) if self.host is not None and self.offloaded else Records()
+
+
+class Savings:
+    """Decides for every pass of one model. plan: the last one; None if there was none, or nothing to choose."""
+
+    def __init__(self, family: Family, model: Any, config: LemoConfig, note: Callable[[str], None]) -> None:
+        self.family, self.model, self.config, self.note = family, model, config, note
+        self.plan: MemoryPlan | None = None
+        count = len(family.layers(family.decoder(model)))
+        if config.offload is not True and config.offload != "auto" and config.offload > count:
+            raise ValueError(f"LemoConfig.offload: the model has {count} layers; got {config.offload}")
+        self._host = HostMemory(note)
+        self._plans: dict[Any, MemoryPlan] = {}
+
+    def of(self, phase: Phase, lengths: Sequence[int], element: int, required: bool) -> Saving:
+        """For a pass over documents of these lengths, in activations of `element` bytes. required: blocks are kept
+        beyond the budget, and only the device knows how many."""
+        config, count = self.config, len(self.family.layers(self.family.decoder(self.model)))
+        surrounded = under_checkpoint()
+        if surrounded and config.offload:
+            self.note("offload is off inside an activation checkpoint around the model, which recomputes all of it")
+        if surrounded or (config.budget is None and not config.offload):
+            return Saving((self.recompute(),) * count)
+        self.plan = plan = self.planned(phase, lengths, element, required)
+        return Saving(plan.recompute, plan.offloaded, self._host)
+
+    def planned(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> MemoryPlan:
+        """Raises ValueError if the budget is too small."""
+        key = (id(phase), tuple(lengths), element, required, self._adapted())
+        if key not in self._plans:
+            if len(self._plans) >= _REMEMBERED:
+                self._plans.clear()
+            needs, config = self.needs(phase, lengths, element, required), self.config
+            if config.budget is None:
+                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload)
+            else:
+                self._plans[key] = budget.choose(needs, config.budget, config.offload)
+                self._note_uncounted(needs)
+        return self._plans[key]
+
+    def _note_uncounted(self, needs: Needs) -> None:
+        if not needs.countable:
+            self.note(
+                "memory_budget: this model's adapters or activations (dropout, DoRA, trained weights) save what lemo "
+                'cannot count, so no layer saves everything; if that fits, set recompute="none" in place of the budget'
+            )
+
+    def recompute(self) -> Recompute:
+        """What every layer saves, if there is neither a budget nor offload."""
+        # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
+        wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        chosen = self.config.recompute
+        if chosen == "auto":
+            return "full" if wanted else "none"
+        if wanted:
+            self.note(
+                "gradient checkpointing is switched on in the model; lemo runs the layers itself, with "
+                f'recompute="{chosen}"'
+            )
+        return chosen
+
+    def needs(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> Needs:
+        """What a pass needs, see `of`."""
+        layers, tokens = self.family.layers(self.family.decoder(self.model)), sum(lengths)
+        shape = layer_shape(self.model.config, element=element)
+        found, countable = [], True
+        for i, layer in enumerate(layers):
+            ranks, counted = _adapters(self.family, layer)
+            countable = countable and counted
+            found.append(dataclasses.replace(shape, lora=ranks).at(i))
+        if phase.mlp_keep is not None and shape.inner_saved:  # which of the two parts saves it is not known
+            countable = False
+        windows = self.family.windows(self.model.config, max(lengths))
+        return Needs(
+            shapes=budget.same_objects(found),
+            lists=tuple(budget.layer_lists(self.config, phase, lengths, windows, required)),
+            phase=phase,
+            tokens=tokens,
+            weights=frozen_bytes(self.model) + trained_bytes(self.model),
+            dequantizes=quantized(self.model),
+            logits=budget.logit_bytes(shape, tokens) if self.config.return_logits else 0,
+            countable=countable,
+        )
+
+    def _adapted(self) -> tuple[int, int]:
+        """What changes if adapters are added or removed between steps."""
+        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        return len(trained), sum(trained)
+
+    def report(self) -> dict[str, Any]:
+        """The last plan in plain values; empty if there was nothing to choose."""
+        if self.plan is None:
+            return {}
+        return {
+            "layers": self.plan.layers,
+            "offloaded": len(self.plan.offloaded),
+            "saved_bytes": self.plan.saved,
+            "host_bytes": self.plan.host,
+            "estimated_peak_bytes": self.plan.peak,
+        }
+
+
+def _adapters(family: Family, layer: nn.Module) -> tuple[dict[str, int], bool]:
+    """Ranks of a layer's adapters by projection, and whether `saved_bytes` counts all that its graphs save."""
+    roles = {}
+    for path, module in layer.named_modules():
+        name = path.rpartition(".")[2]
+        if name in family.projections:
+            roles[id(module)] = family.projections[name]
+    ranks: dict[str, int] = {}
+    for module in (*family.attention_modules(layer), *family.mlp_modules(layer)):
+        role = roles.get(id(module))
+        if role is None:
+            if not (ordinary(module, *_COUNTED) or type(module).__name__.endswith("Norm")):
+                return ranks, False
+            continue
+        found = projection(module)
+        if found is None or found.magnitude is not None:
+            return ranks, False
+        if found.a is not None:
+            if not isinstance(found.a, nn.Parameter):  # several adapters, added up anew in every pass
+                return ranks, False
+            ranks[role] = found.a.shape[0]
+    return ranks, True

@@ -1,0 +1,211 @@
+"""Which layers save more under a memory budget: bounds, order, exact bytes, equal results."""
+
+import lemo
+import pytest
+import torch
+from lemo.engine import budget
+from lemo.engine.budget import LayerLists, ListSize, Needs
+from lemo.engine.memory import LayerShape
+from lemo.engine.sizes import GPUS, gpu_bytes, left_for_steps, parse_bytes, rounded_up
+from support.models import ATTENTION, LINEARS, base, batch, gradients, lora, tuned
+from support.saved import count
+
+LAYERS, BLOCK = 4, 8
+SHAPE = LayerShape(LAYERS, 4096, 32, 8, 128, 14336, 128256, lora={"q": 8, "k": 8, "v": 8, "o": 8})
+
+
+def needs(rows=(8192,) * LAYERS, mode="skip", **options):
+    lists = tuple(LayerLists(ListSize(n, 1, n, n // 64, False)) for n in rows)
+    phase = lemo.Phase(mode, **options.pop("phase", {}))
+    return Needs((SHAPE,) * LAYERS, lists, phase, tokens=16384, weights=16 << 30, **options)
+
+
+def test_a_budget_is_kept_and_spent_as_far_as_layers_allow():
+    n = needs()
+    least, most = budget.fixed(n, "full").peak, budget.fixed(n, "none").peak
+    step = n.of(0, "attention").total - n.of(0, "full").total
+    before = least
+    for size in range(least, most + step, (most - least) // 23):
+        plan = budget.choose(n, size)
+        assert plan == budget.choose(n, size)
+        assert plan.peak <= size and plan.peak >= before
+        before = plan.peak
+        # No layer could save more.
+        for i, level in enumerate(plan.recompute):
+            richer = {"full": "attention", "attention": "none"}.get(level)
+            if richer is not None:
+                trial = [*plan.recompute[:i], richer, *plan.recompute[i + 1 :]]
+                assert n.plan(trial, plan.offloaded).peak > size
+    assert budget.choose(n, most).recompute == ("none",) * LAYERS
+
+
+def test_attention_first_and_the_last_layers_first():
+    n = needs()
+    start = budget.fixed(n, "full").peak
+    step = n.of(0, "attention").total - n.of(0, "full").total
+    found = [budget.choose(n, start + k * step).recompute for k in range(LAYERS + 1)]
+    assert found == [("full",) * (LAYERS - k) + ("attention",) * k for k in range(LAYERS + 1)]
+    mixed = budget.choose(n, budget.fixed(n, "none").peak - 1).recompute
+    assert mixed == ("attention", "none", "none", "none")
+
+
+def test_layers_with_more_rows_come_first():
+    n = needs(rows=(8192, 16384, 8192, 8192))
+    plan = budget.choose(n, budget.fixed(n, "full").peak + n.of(1, "attention").total - n.of(1, "full").total)
+    assert plan.recompute == ("full", "attention", "full", "full")
+    plan = budget.fixed(n, "full", 2)
+    assert plan.offloaded == {1, 0}
+
+
+def test_too_small_a_budget_names_the_least():
+    n = needs()
+    least = budget.fixed(n, "full").peak
+    with pytest.raises(ValueError, match=f"needs at least {rounded_up(least)}") as error:
+        budget.choose(n, least - 1)
+    assert "offload" in str(error.value)
+    assert budget.choose(n, parse_bytes(rounded_up(least))).peak <= parse_bytes(rounded_up(least))
+
+
+def test_offload_takes_as_few_layers_as_the_budget_needs():
+    n = needs()
+    full = budget.fixed(n, "full")
+    rows = n.of(0, "full").rows
+    for size, layers in ((full.peak, 0), (full.peak - 1, 3), (full.peak - 2 * rows, 4)):
+        plan = budget.choose(n, size, "auto")
+        assert plan.peak <= size and plan.offloaded == set(range(layers))
+    # Two of the offloaded layers' rows are on the device at a time.
+    assert full.saved - budget.fixed(n, "full", True).saved == (LAYERS - 2) * rows
+    with pytest.raises(ValueError, match=r"memory_budget is .* and a step of mode 'skip' with 16384 tokens needs"):
+        budget.choose(n, full.peak - 2 * rows - 1, "auto")
+
+
+def test_offloaded_layers_save_no_graphs():
+    plan = budget.fixed(needs(), "none", 2)
+    assert plan.recompute == ("attention", "attention", "none", "none")
+    assert budget.choose(needs(), 1 << 40, 1).recompute == ("attention", "none", "none", "none")
+    assert budget.choose(needs(countable=False), 1 << 40).recompute == ("attention",) * LAYERS
+
+
+def test_mode_backward_saves_the_same_whatever_is_chosen():
+    n = needs(mode="backward")
+    assert budget.choose(n, 1 << 40).saved == budget.fixed(n, "none").saved
+
+
+def config(**options):
+    phase = lemo.Phase(**{"mode": "skip", "policy": "random", **options.pop("phase", {})})
+    return lemo.LemoConfig(block_size=BLOCK, phases=[phase], seed=3, **options)
+
+
+def planned(model, lengths, extra, **options):
+    """Settings whose budget is what full recomputation needs, and `extra` times what one layer's attention adds."""
+    settings = config(memory_budget="1TiB", **options)
+    n = lemo.apply(model, settings).savings.needs(settings.phases[0], lengths, 4)
+    lemo.remove(model)
+    size = budget.fixed(n, "full").peak + int(extra * (n.of(0, "attention").total - n.of(0, "full").total))
+    return config(memory_budget=size, **options), n
+
+
+@pytest.mark.parametrize("targets", [ATTENTION["llama"], LINEARS["llama"]])
+@pytest.mark.parametrize(
+    ("phase", "layers"),
+    [({}, None), ({}, [0, 2]), ({"mlp_keep": 0.25}, None), ({"keep": 0.25, "mlp_keep": 1.0}, None)],
+    ids=["one-list", "some-layers", "two-lists", "all-of-the-mlp"],
+)
+def test_bytes_are_those_of_the_plan(targets, phase, layers, monkeypatch):
+    """With layers that save different things, and lists of different lengths."""
+    found, plans = set(), []
+    choose = budget.choose
+    # The list of all tokens is the step's, and no layer's.
+    everything = 4 * 128 + 4 * 3 if layers is not None or phase.get("mlp_keep") == 1.0 else 0
+    for extra in (0, 1.5, 3):
+        model = lora(base("llama", layers=LAYERS), targets).train()
+        settings, _ = planned(model, (64, 64), extra, phase=phase, layers=layers)
+        monkeypatch.setattr(budget, "choose", lambda *a: plans.append(choose(*a)) or plans[-1])
+        got, *_ = count(model, settings, monkeypatch)
+        monkeypatch.undo()
+        assert got == plans[-1].saved + everything
+        found.add(plans[-1].recompute)
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("phase", [{}, {"mlp_keep": 0.25}, {"mode": "dense", "policy": None}])
+def test_results_are_those_of_fixed_choices(phase):
+    inputs, found = batch("packed"), {}
+    for name in ("none", "attention", "full", 0.5, 1.5, 2.5):
+        model = tuned("llama", layers=LAYERS)
+        if isinstance(name, str):
+            settings = config(phase=phase, recompute=name)
+        else:
+            settings, _ = planned(model, (17, 1, 32), name, phase=phase)
+        controller = lemo.apply(model, settings)
+        found[name] = gradients(model, inputs)
+        if not isinstance(name, str):
+            assert controller.report()["memory"]["layers"] == {
+                k: v for k, v in (("full", LAYERS - int(name)), ("attention", int(name))) if v
+            }
+    loss, grads = found.pop("none")
+    for other, theirs in found.values():
+        assert torch.equal(loss, other)
+        assert all(torch.equal(theirs[n], g) for n, g in grads.items())
+
+
+def test_the_budget_is_checked_in_every_step_and_before_it():
+    model = tuned("llama")
+    controller = lemo.apply(model, config(memory_budget=1 << 20))
+    with pytest.raises(
+        ValueError, match=r"memory_budget is 1\.0 MiB, and a step of mode 'skip' with 111 tokens needs at"
+    ):
+        gradients(model, batch("plain"))
+    assert controller.report()["memory"] == {}
+
+
+def test_adapters_that_cannot_be_counted_are_reported(caplog):
+    model = lora(base("llama"), ATTENTION["llama"], lora_dropout=0.1).train()
+    controller = lemo.apply(model, config(memory_budget="1TiB"))
+    gradients(model, batch("plain"))
+    assert controller.report()["memory"]["layers"] == {"attention": 3}
+    assert "cannot count" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_budget": -1}, "positive number of bytes; got -1"),
+        ({"memory_budget": "much"}, "expected a number of bytes, like 40GiB"),
+        ({"memory_budget": True}, "expected a number of bytes, like 40GiB"),
+        ({"memory_budget": "4GiB", "recompute": "full"}, 'leave recompute at "auto"'),
+        ({"offload": -1}, "LemoConfig.offload must be"),
+        ({"offload": "all"}, "LemoConfig.offload must be"),
+        ({"offload": "auto"}, "give memory_budget"),
+        ({"offload": True, "recompute": "none"}, 'use recompute "attention" or "full"'),
+    ],
+)
+def test_wrong_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        lemo.LemoConfig(**options)
+
+
+def test_more_layers_than_the_model_has():
+    model = tuned("llama")
+    with pytest.raises(ValueError, match="the model has 3 layers; got 4"):
+        lemo.apply(model, lemo.LemoConfig(offload=4))
+    lemo.apply(model, lemo.LemoConfig(offload=3))
+
+
+def test_settings_survive_json():
+    settings = lemo.LemoConfig(memory_budget="40GiB", offload="auto")
+    assert settings.budget == 40 << 30
+    assert lemo.LemoConfig.from_dict(settings.to_dict()) == settings
+
+
+def test_sizes():
+    assert [parse_bytes(t) for t in ("40GiB", "1.5 MiB", "2kb", "12", 7)] == [40 << 30, 3 << 19, 2000, 12, 7]
+    for wrong in ("", "GiB", "-1GiB", "1.2.3", "40 gigs", None, 1.5):
+        with pytest.raises(ValueError, match="expected a number of bytes"):
+            parse_bytes(wrong)
+    assert (
+        gpu_bytes("H100") == gpu_bytes("h100") and gpu_bytes("80GiB") == 80 << 30 and gpu_bytes("RTX 4090") < 24 << 30
+    )
+    with pytest.raises(ValueError, match="neither a size like 80GiB nor one of a10"):
+        gpu_bytes("h1000")
+    assert all(0 < left_for_steps(gpu_bytes(name)) < gpu_bytes(name) for name in GPUS)

@@ -1,0 +1,192 @@
+"""Saved rows that wait in host memory: equal results, few on the device, memory that is reused."""
+
+import gc
+
+import lemo
+import lemo.engine.offload as offload
+import lemo.engine.stack
+import pytest
+import torch
+from lemo.engine.forward import forward
+from lemo.engine.offload import HostMemory, OffloadedRecords, _Meter
+from support.models import batch, gradients, tuned
+
+LAYERS, BLOCK = 4, 8
+PHASES = {
+    "dense": {"mode": "dense"},
+    "skip": {"policy": "random"},
+    "two-lists": {"policy": "random", "mlp_keep": 0.25},
+    "nothing-for-attention": {"policy": "random", "keep": 0.0, "mlp_keep": 0.5},
+    "backward": {"mode": "backward", "weighted": True},
+    "sparse": {"mode": "sparse", "density": 0.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    """Small ones, that rows do not fill evenly."""
+    monkeypatch.setattr(offload, "CHUNK_BYTES", 1000)
+
+
+def settings(phase="skip", **options):
+    return lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase(**PHASES[phase])], seed=3, **options)
+
+
+def host(controller):
+    return controller.savings._host
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("options", [{"recompute": "attention"}, {"recompute": "full"}, {}], ids=str)
+def test_results_are_those_without(phase, options):
+    """Bit for bit, with all layers or some of them offloaded; without `recompute`, the others save everything."""
+    inputs, found = batch("packed"), []
+    for layers in (False, True, 2):
+        controller = lemo.apply(model := tuned("llama", layers=LAYERS), settings(phase, offload=layers, **options))
+        found.append(gradients(model, inputs))
+        if layers:
+            assert host(controller).chunks == len(host(controller)._free) > 0
+            assert controller.report()["memory"]["offloaded"] == (LAYERS if layers is True else layers)
+    (loss, grads), *others = found
+    for other, theirs in others:
+        assert torch.equal(loss, other)
+        assert all(torch.equal(theirs[n], g) for n, g in grads.items())
+
+
+@pytest.mark.parametrize("layers", [1, 3, True])
+@pytest.mark.parametrize("recompute", ["full", "attention"])
+def test_at_most_two_layers_are_on_the_device(layers, recompute, monkeypatch):
+    """Counted after every put and pop, against what the plan adds up."""
+    most: list[int] = []
+    after_forward: list[int] = []
+
+    def rows(records):
+        kept = [t for r in records for t in (r.x_kept, r.out, r.lse) if t is not None]
+        return sum(t.nbytes for t in (*kept, *(t for m in records._moved.values() for t in m.tensors.values())))
+
+    for name in ("put", "pop"):
+        original = getattr(OffloadedRecords, name)
+
+        def counted(self, given, original=original):
+            found = original(self, given)
+            popped = (
+                found.x_kept.nbytes + sum(t.nbytes for t in (found.out, found.lse) if t is not None) if found else 0
+            )
+            most.append(rows(self) + popped)
+            return found
+
+        monkeypatch.setattr(OffloadedRecords, name, counted)
+
+    def spy(step, x):
+        forward(step, x)
+        after_forward.append(rows(step.records))
+
+    monkeypatch.setattr(lemo.engine.stack, "forward", spy)
+    controller = lemo.apply(model := tuned("llama", layers=LAYERS), settings(recompute=recompute, offload=layers))
+    ids = torch.randint(3, 80, (2, 64))  # of whole blocks, so that all lists are equally long
+    gradients(model, {"input_ids": ids, "labels": ids})
+    plan = controller.savings.plan
+    needs = controller.savings.needs(controller.phase, (64, 64), 4)
+    sizes = [needs.of(i, level) for i, level in enumerate(plan.recompute)]
+    others = sum(size.others for size in sizes)
+    offloaded = LAYERS if layers is True else layers
+    # Offloaded are the first layers. The rows of the last layer leave only if another one follows.
+    assert plan.offloaded == set(range(offloaded))
+    held = sum(size.rows for i, size in enumerate(sizes) if i not in plan.offloaded)
+    ends = sizes[-1].rows if offloaded == LAYERS else 0
+    assert after_forward == [held + ends]
+    assert max(most) <= plan.saved - others
+    assert plan.host == sum(sizes[i].rows for i in plan.offloaded)
+
+
+def test_memory_is_reused_over_steps_of_varying_lengths():
+    controller = lemo.apply(model := tuned("llama"), settings("dense", offload=True, recompute="attention"))
+    memory, sizes = host(controller), []
+    for length in (60, 30, 64, 7, 64, 50, 64):
+        ids = torch.randint(3, 80, (1, length))
+        gradients(model, {"input_ids": ids, "labels": ids})
+        sizes.append(memory.chunks)
+    assert sizes[0] < sizes[2] == sizes[-1]
+    assert len(memory._free) == memory.chunks and memory.nbytes == 1000 * memory.chunks
+    assert memory.nbytes - controller.savings.plan.host < 1000 * 3
+
+
+def test_a_pass_without_backward_gives_its_memory_back():
+    controller = lemo.apply(model := tuned("llama"), settings("dense", offload=True, recompute="full"))
+    inputs = batch("plain")
+    loss = model(**inputs).loss
+    assert len(host(controller)._free) == 0
+    del loss
+    gc.collect()
+    assert len(host(controller)._free) == host(controller).chunks
+    # Two passes in flight have separate memory.
+    expected = gradients(model, inputs)[1]
+    first, second = model(**inputs).loss, model(**inputs).loss
+    used = host(controller).chunks
+    model.zero_grad()
+    first.backward()
+    assert host(controller).chunks == used == 2 * len(host(controller)._free)
+    assert all(torch.equal(p.grad, expected[n]) for n, p in model.named_parameters() if p.grad is not None)
+    del second
+
+
+def test_no_more_host_memory(monkeypatch):
+    empty, count = torch.empty, []
+
+    def refuse(*args, **options):
+        if options.get("dtype") is torch.uint8:
+            count.append(options)
+            if len(count) > 3:
+                raise RuntimeError("CUDA error: out of memory\nmore")
+        return empty(*args, **options)
+
+    lemo.apply(model := tuned("llama"), settings(offload=True))
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(
+        ValueError, match=r"offload: the host gave no more host memory after .*MiB \(CUDA error: out of"
+    ):
+        gradients(model, batch("plain"))
+
+
+def test_inside_an_activation_checkpoint_offload_is_off(caplog):
+    from torch.utils.checkpoint import checkpoint
+
+    controller = lemo.apply(model := tuned("llama"), settings("dense", offload=True, recompute="full"))
+    inputs = batch("plain")
+    checkpoint(lambda: model(**inputs).loss, use_reentrant=False).backward()
+    assert host(controller).chunks == 0 and "offload is off" in caplog.text
+
+
+class Event:
+    def __init__(self, at, done=True):
+        self.at, self.done = at, done
+
+    def query(self):
+        return self.done
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_a_slow_host_is_reported_once():
+    notes: list[str] = []
+    memory = HostMemory(notes.append)
+    memory.chunks = 1
+
+    def measured(wait, done=True):
+        memory.begin(torch.device("cuda"))
+        meter = memory.meter
+        if meter is not None:
+            meter.copies.append((Event(0), Event(50), 10**9))
+            meter.waits.append((Event(0), Event(wait)))
+            meter.waits.append((Event(100 - wait), Event(100, done)))
+        return meter
+
+    assert measured(1) is not None
+    assert measured(20, done=False) is not None  # the first one was fast
+    assert measured(20) is None and notes == []  # the second one is not over
+    memory._pending.waits[-1][1].done = True
+    measured(20)
+    assert len(notes) == 1 and "waited for copies 40% of a step's time" in notes[0] and "20.0 GB/s" in notes[0]
+    assert measured(50) is None and len(notes) == 1
+    assert _Meter().slow() == "" and _Meter().complete()
