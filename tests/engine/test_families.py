@@ -93,6 +93,14 @@ def test_modules_are_checked_at_any_depth():
         check_modules(Nested(), lm)
 
 
+def test_scales_of_logits():
+    from transformers import GraniteMoeConfig
+
+    assert families.logit_scale(base("llama").config) == 1.0
+    assert families.logit_scale(base("granite", logits_scaling=4.0).config) == 0.25
+    assert families.logit_scale(GraniteMoeConfig(logits_scaling=8.0)) == 0.125  # of any model, for its evaluation
+
+
 def test_soft_caps():
     assert families.logit_softcap(base("llama").config) == 0.0
     assert families.logit_softcap(Gemma2Config()) == 30.0  # of any model, for its evaluation
