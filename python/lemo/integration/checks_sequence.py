@@ -28,6 +28,11 @@ def check_sequence(group: Group, family: Family, model: Any, config: LemoConfig)
             )
     if config.return_logits:
         _refuse("return_logits=True asks for logits of tokens that other processes hold", "leave it out")
+    if config.budget is not None or config.offload:
+        _refuse(
+            "memory_budget and offload plan without the rows that processes exchange",
+            'set recompute="full" (or "attention", "none") instead',
+        )
     layers = family.layers(family.decoder(model))
     if family.dropout(model) > 0 or draws(loose_modules(family, layers)):
         _refuse(

@@ -12,11 +12,12 @@ from torch import nn
 from lemo.engine import budget
 from lemo.engine.budget import MemoryPlan, Needs
 from lemo.engine.config import LemoConfig, Phase, Recompute
-from lemo.engine.families.base import Family
+from lemo.engine.families.base import Family, refuse
 from lemo.engine.linear import ordinary, projection
 from lemo.engine.memory import frozen_bytes, layer_shape, quantized, trained_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords
 from lemo.engine.records import Records
+from lemo.engine.wrappers import sharded
 from lemo.integration.replay import under_checkpoint
 
 # Plans for so many shapes of batches are remembered.
@@ -110,6 +111,11 @@ class Savings:
     def needs(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> Needs:
         """What a pass needs, see `of`."""
         layers, tokens = self.family.layers(self.family.decoder(self.model)), sum(lengths)
+        if any(map(sharded, layers)):
+            refuse(
+                "memory_budget and offload with FSDP2, whose gathered layers their plans do not count",
+                'set recompute="full" (or "attention", "none") instead',
+            )
         shape = layer_shape(self.model.config, element=element)
         found, countable = [], True
         for i, layer in enumerate(layers):
