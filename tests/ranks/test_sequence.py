@@ -44,6 +44,8 @@ def test_what_is_refused_is_named(ranks):
         assert "a batch of 1 blocks cannot be divided among 2 processes" in refused["one block"]
         assert 'policy "exact" needs the queries and keys of all tokens' in refused["exact"]
         assert "return_logits=True" in refused["logits"]
+        assert refused["budget"] == refused["offload"]
+        assert "memory_budget and offload plan without" in refused["budget"]
 
 
 def test_heads_that_cannot_be_divided_are_an_error():

@@ -127,6 +127,10 @@ def refused() -> dict[str, str]:
     for layer in layers_of(model)[1]:
         fully_shard(layer, ignored_params={p for n, p in layer.named_parameters() if "lora" in n})
     attempt("ignored", model)
+    try:
+        run({"phase": lemo.Phase("dense"), "options": {"memory_budget": 2**40}})
+    except ValueError as error:
+        found["budget"] = str(error)
     return found
 
 

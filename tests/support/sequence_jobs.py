@@ -159,6 +159,8 @@ def refused() -> dict[str, str]:
     attempt("one block", dense, {"input_ids": torch.full((1, BLOCK), 5), "labels": torch.full((1, BLOCK), 5)})
     attempt("exact", lemo.Phase("skip", keep=0.5, policy="exact"))
     attempt("logits", dense, return_logits=True)
+    attempt("budget", dense, memory_budget=2**30)
+    attempt("offload", dense, offload=True)
     return found
 
 
