@@ -11,7 +11,7 @@ import pytest
 import torch
 from lemo import _native
 from ops.test_torch import SOME, select_everywhere
-from support import cases
+from support import attention_cases, cases
 from support.cases import name_of
 
 HEADERS = Path(__file__).parents[2] / "cpp" / "include" / "lemo"
@@ -123,7 +123,7 @@ MAPS = ("rows", "rows_k", "cu_seqlens_k", "places")
 CASES = [
     *SOME,
     cases.Norm("documents", 24, residual=True, bias=True),
-    cases.Attention("all_64", 4, 2, 16, lists=True),
+    attention_cases.Attention("all_64", 4, 2, 16, lists=True),
 ]
 
 

@@ -23,7 +23,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 def listed() -> list:
     """What the tools run: every head_dim, packed and at original offsets, ragged tiles, weights, lists, an empty row
     list, one block. Two tiles of keys are enough for a pipeline to go round."""
-    from support.cases import DIMS, Attention
+    from support.attention_cases import DIMS, Attention
 
     return [
         *(Attention("ragged_64", 4, 1, dim, "rows") for dim in DIMS),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from lemo import ops
 from support import cases, oracle
-from support.cases import PACKINGS, Attention, Draw, Loss, leaf
+from support.attention_cases import Attention
+from support.cases import PACKINGS, Draw, Loss, leaf
 from support.compare import error
 
 

@@ -9,7 +9,8 @@ import torch
 from lemo import _native, ops
 from lemo.engine.layout import Kept, select
 from support import oracle
-from support.cases import CASES, CPU_CASES, DIMS, PACKINGS, SELECT, Attention, name_of
+from support.attention_cases import DIMS, Attention
+from support.cases import CASES, CPU_CASES, PACKINGS, SELECT, name_of
 from support.compare import check_single
 from support.elementwise_cases import Rotary, SwiGLU
 

@@ -11,7 +11,8 @@ from lemo.engine.layout import Blocks, select
 from ops.test_cpu_cases import check_select, outputs_may_be_inputs
 from ops.test_tiles import check_select_tiles
 from support import oracle
-from support.cases import ATTENTION, CASES, PACKINGS, SELECT, Loss, Norm, Select, name_of
+from support.attention_cases import ATTENTION
+from support.cases import CASES, PACKINGS, SELECT, Loss, Norm, Select, name_of
 from support.compare import check_half
 from support.tile_cases import SELECT_TILES
 

@@ -10,7 +10,8 @@ import torch
 from lemo import _native, ops
 from lemo._native import constant
 from ops.test_cpu_cases import UNNAMED, unnamed_rows_stay
-from support.cases import ATTENTION, DIMS, Attention, Results, name_of
+from support.attention_cases import ATTENTION, DIMS, Attention
+from support.cases import Results, name_of
 from support.compare import check_half, error
 from torch import Tensor
 

@@ -8,7 +8,8 @@ from lemo import ops
 from lemo.engine.elementwise import ReLU, UnreadSwiGLU
 from lemo.engine.layout import Blocks
 from support import oracle
-from support.cases import Attention, Draw
+from support.attention_cases import Attention
+from support.cases import Draw
 from support.compare import error
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import oracle
-from support.cases import ATTENTION, LOSS, NORMS, PACKINGS, PREDICT, SCORES, leaf, name_of
+from support.attention_cases import ATTENTION
+from support.cases import LOSS, NORMS, PACKINGS, PREDICT, SCORES, leaf, name_of
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> None:

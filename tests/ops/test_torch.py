@@ -8,7 +8,7 @@ import pytest
 import torch
 from lemo import ops
 from lemo.engine.layout import Blocks, Kept
-from support import cases
+from support import attention_cases, cases
 from support.cases import PACKINGS, name_of
 from support.elementwise_cases import Rotary, SwiGLU
 from support.tile_cases import SelectTiles, TileScores
@@ -21,11 +21,11 @@ SOME = [
     cases.Norm("ragged", 24, rows=False),
     Rotary(9, 3, 16, "fused", named=True),
     SwiGLU(5, 24, "fused"),
-    cases.Attention("documents", 4, 2, 16, "strided"),
-    cases.Attention("documents", 2, 1, 16, "rows", given=True),
-    cases.Attention("more_queries", 2, 1, 16),
-    cases.Attention("chunks", 2, 1, 16, "rows", given=True),
-    cases.Attention("chunks", 2, 1, 16, "rows", window=70, softcap=3.0, sinks=True),
+    attention_cases.Attention("documents", 4, 2, 16, "strided"),
+    attention_cases.Attention("documents", 2, 1, 16, "rows", given=True),
+    attention_cases.Attention("more_queries", 2, 1, 16),
+    attention_cases.Attention("chunks", 2, 1, 16, "rows", given=True),
+    attention_cases.Attention("chunks", 2, 1, 16, "rows", window=70, softcap=3.0, sinks=True),
     cases.Scores("documents", 4, 2, 16),
     cases.Predict("documents", 24),
     cases.Loss(20, 16, 40, bias=True, rank=4, dweight=True, segment=8),
@@ -87,7 +87,7 @@ def test_opcheck_select() -> None:
 @pytest.mark.parametrize("op", ["gather", "gather_norm", "swiglu", "attention_forward"])
 def test_opcheck_with_gradients(op) -> None:
     table: dict[str, Any] = {"gather": SOME[0], "gather_norm": SOME[2], "swiglu": SwiGLU(5, 24)}
-    case = (table | {"attention_forward": cases.Attention("documents", 2, 1, 16, sinks=True, window=20)})[op]
+    case = (table | {"attention_forward": attention_cases.Attention("documents", 2, 1, 16, sinks=True, window=20)})[op]
     for func, args in calls_of(lambda: case.run(case.inputs("cpu", torch.float32))):
         if func._schema.name == f"lemo::{op}":
             floats = [isinstance(a, torch.Tensor) and a.is_floating_point() and len(a) > 1 for a in args]

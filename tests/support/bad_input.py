@@ -17,8 +17,9 @@ from lemo import _native, ops
 from lemo.engine.layout import Blocks, Kept, select
 from lemo.engine.policies import make_policy
 from lemo.predictors import CalibrationError
+from support.attention_cases import Attention
 from support.bad_commands import COMMANDS, change_config, flip, truncate
-from support.cases import PACKINGS, Attention
+from support.cases import PACKINGS
 from torch import Tensor
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ import transformers
 from lemo import _native, ops
 from lemo.cli import main
 from lemo.predictors import PredictorSet
+from support.attention_cases import Attention
 from support.bad_input import NB, SPLIT, TABLE, Bad, CommandError, M, P, T
-from support.cases import Attention, Draw
+from support.cases import Draw
 from support.models import base as make_base
 from support.models import batch, tuned
 from torch import Tensor
