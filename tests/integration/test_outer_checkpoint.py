@@ -55,7 +55,10 @@ def test_gradients_are_those_without_a_checkpoint(phase, recompute):
     got = collect(model, lambda: checkpointed(model, ids).backward())
     assert_close(got, expected)
     assert controller.micro_batch == 1
-    assert controller.report() == report
+    # The checkpoint recomputes more, and so leaves out another share of all products.
+    repeated = controller.report()
+    assert repeated.pop("cost_ratio") > 0 and report.pop("cost_ratio") > 0
+    assert repeated == report
     assert "sparse" not in phase or all(density < 1 for density in report["density"])
 
 

@@ -55,9 +55,6 @@ class Savings:
     def __init__(self, family: Family, model: Any, config: LemoConfig, note: Callable[[str], None]) -> None:
         self.family, self.model, self.config, self.note = family, model, config, note
         self.plan: MemoryPlan | None = None
-        count = len(family.layers(family.decoder(model)))
-        if config.offload is not True and config.offload != "auto" and config.offload > count:
-            raise ValueError(f"LemoConfig.offload: the model has {count} layers; got {config.offload}")
         self._host = HostMemory(note)
         self._plans: dict[Any, MemoryPlan] = {}
 
