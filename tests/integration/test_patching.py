@@ -185,3 +185,13 @@ def test_a_controller_is_not_pickled():
     controller = lemo.apply(tuned("llama"), settings())
     with pytest.raises(TypeError, match="cannot be pickled: save the model"):
         pickle.dumps(controller)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # transformers 5.24 renamed the argument
+def test_a_cache_is_refused_in_training(name):
+    from transformers import DynamicCache
+
+    model = tuned("llama")
+    lemo.apply(model)
+    with pytest.raises(ValueError, match=r"past_key_values \(cache\) is not available in training"):
+        model(**batch("plain"), **{name: DynamicCache()})

@@ -59,10 +59,11 @@ def _check_arguments(named: dict[str, Any]) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if named.get(name):
             raise ValueError(f"{name}=True is not available in training with lemo: call model.eval() or lemo.remove")
-    if named.get("past_key_values") is not None:
+    # transformers names the argument `cache` from 5.24 on, and still takes the old name.
+    if any(named.get(name) is not None for name in ("past_key_values", "cache")):
         raise ValueError(
-            "past_key_values is not available in training with lemo: call model.eval() to generate; adapters that "
-            "train them (prefix tuning, cartridges) are not supported"
+            "past_key_values (cache) is not available in training with lemo: call model.eval() to generate; adapters "
+            "that train them (prefix tuning, cartridges) are not supported"
         )
     if (named.get("input_ids") is None) == (named.get("inputs_embeds") is None):
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
