@@ -1,7 +1,7 @@
 """Do the lowest versions of transformers and PEFT that pyproject.toml declares work together, and with lemo?
 
 Makes a separate environment that has those two in their lowest versions and everything else from the environment
-this runs in, and trains tiny models there. Needs a package index. The tests named here take about a minute.
+this runs in, and trains tiny models there. Needs a package index. The tests named here take two minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ PACKAGES = ("transformers", "peft")
 TESTS = (
     "tests/engine/test_apply.py",
     "tests/engine/test_dense.py",
+    "tests/engine/test_every_family.py",
     "tests/engine/test_families.py",
     "tests/integration/test_patching.py",
 )
