@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lemo
 import pytest
+from lemo.engine.families import UnsupportedModelError
 from lemo.engine.memory import layer_shape, saved_bytes
 from lemo.engine.sizes import gpu_bytes, left_for_steps
 from lemo.engine.tiles import TILE, capacity
@@ -150,3 +151,15 @@ def test_estimate_of_a_real_shape():
     assert 14.5e9 < skip["weights"] < 17e9
     assert result["peak"] == max(skip["peak"], backward["peak"])
     assert "largest phase" in str(result)
+
+
+def test_the_longest_context_is_one_that_cuda_computes():
+    from transformers import Gemma3TextConfig, GptOssConfig, MistralConfig
+
+    mistral = MistralConfig(num_hidden_layers=2, sliding_window=5000)
+    assert lemo.longest(mistral, 80 << 30)["phases"][0]["context"] == 4096
+    mistral.sliding_window = None
+    assert lemo.longest(mistral, 80 << 30)["phases"][0]["context"] > 8192
+    for config, words in ((Gemma3TextConfig(), "heads of 256"), (GptOssConfig(), "sinks")):
+        with pytest.raises(UnsupportedModelError, match=rf"{words}.* on CUDA"):
+            lemo.longest(config, 80 << 30)

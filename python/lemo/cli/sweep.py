@@ -98,7 +98,7 @@ def _plan(args: argparse.Namespace) -> Any:
         rows = (Row(DENSE, "dense", rival=True), *rows)
     if args.only:
         rows = tuple(r for r in rows if r.name == DENSE or any(part in r.name for part in args.only))
-        if len(rows) == 1:
+        if len(rows) == 1 and not any(part in DENSE for part in args.only):
             raise ValueError(f"--only {' '.join(args.only)}: no row has this in its name; --plan shows all rows")
     if not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes:g}: expected a number above 0")

@@ -325,7 +325,7 @@ def _too_small(needs: Needs, plan: MemoryPlan, budget: int, offload: Offload) ->
         f"working memory {format_bytes(plan.working)}"
     )
     ways = ["raise it"]
-    if offload is False:
+    if offload is False and plan.saved > 0 and plan.peak - plan.saved <= budget:
         ways.append("offload saved rows to host memory (offload=True, --offload all)")
     ways.append("keep fewer tokens or train on shorter windows")
     return (

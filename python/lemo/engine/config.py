@@ -82,8 +82,9 @@ class Phase:
     mode: "skip" leaves tokens out of layers forward and backward (paper section 4); "backward" computes the forward
         pass exactly and sends gradients through kept tokens only; "sparse" keeps all tokens and leaves out pairs of
         query and key tiles in attention, forward and backward; "dense" keeps everything.
-    keep: fraction of every document's blocks that a layer keeps. Default 0.5 (1 in "sparse" and "dense"). With less
-        than 1, "sparse" also leaves tokens out as "skip" does, and pairs of tiles among the others.
+    keep: fraction of every document's blocks that a layer keeps. Default 0.5 (1 in "sparse" and "dense"). With 0 a
+        layer keeps nothing, not even `always_first`, and trains nothing. With less than 1, "sparse" also leaves tokens
+        out as "skip" does, and pairs of tiles among the others.
     share: share of the steps, relative to the other phases' shares.
     policy: how blocks are chosen (see `lemo.engine.policies`). Default in "skip": if the run has calibrated predictors,
         "sampled" with their scores, one draw for all layers ("predictors" with `select` "threshold" or `mlp_keep`);

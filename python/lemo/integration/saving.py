@@ -87,8 +87,9 @@ class Savings:
     def _note_uncounted(self, needs: Needs) -> None:
         if not needs.countable:
             self.note(
-                "memory_budget: this model's adapters or activations (dropout, DoRA, trained weights) save what lemo "
-                'cannot count, so no layer saves everything; if that fits, set recompute="none" in place of the budget'
+                "memory_budget: this model's adapters or activations (dropout, DoRA, trained weights, other functions "
+                "than SiLU and ReLU) save what lemo cannot count, so no layer saves everything; if that fits, set "
+                'recompute="none" in place of the budget'
             )
 
     def recompute(self) -> Recompute:

@@ -118,7 +118,10 @@ def recommend(rows: list[dict[str, Any]], equal: str, seeds: int, tolerance: flo
 
 def _change(row: dict[str, Any]) -> str:
     against = row["against_dense"]
-    ends = [100 * math.expm1(against[n]) for n in ("difference", "low", "high")]
+    # What a verdict needs both intervals for has to lie outside of what is shown.
+    low = min(against[n] for n in ("low", "t_low") if against[n] is not None)
+    high = max(against[n] for n in ("high", "t_high") if against[n] is not None)
+    ends = [100 * math.expm1(x) for x in (against["difference"], low, high)]
     return f"{ends[0]:+.2f} % perplexity [{ends[1]:+.2f}, {ends[2]:+.2f}]"
 
 
