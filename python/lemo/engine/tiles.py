@@ -39,9 +39,9 @@ TILE = _native.constant("LEMO_TILE_ROWS")
 FIRST_TILES = 1
 # (tokens of the longest document, probed rows of each query tile), and one row beyond. Probing may take 2 % of
 # a step. For the step of the 8B shape with 8K keys per query on an H200, two rows took 0.5 % at 64K tokens and 2.2 % at
-# 256K (docs/notebook.md): their cost grows with rows x tokens^2, the step with tokens. The other entries are
-# extrapolated from these two measurements.
-PROBED_ROWS = ((16 << 10, 32), (32 << 10, 16), (64 << 10, 8), (128 << 10, 3))
+# 256K (docs/notebook.md): their cost grows with rows x tokens^2, the step with tokens. From these two measurements the
+# table allows 2 % up to 32K, and 1 % beyond, where steps are long; no entry has been timed itself.
+PROBED_ROWS = ((16 << 10, 32), (32 << 10, 16), (64 << 10, 4), (128 << 10, 2))
 # Scores of a strip of query tiles, and what is needed to make them, in bytes.
 STRIP_BYTES = 64 << 20
 
