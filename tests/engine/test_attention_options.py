@@ -4,7 +4,7 @@ window."""
 import lemo
 import pytest
 import torch
-from engine.test_modes import blocks_of, packed, reference_gradients
+from engine.test_modes import blocks_of
 from engine.test_sparse import batch as long_batch
 from engine.test_step import Chunks
 from lemo import ops
@@ -13,7 +13,7 @@ from lemo.engine.families.base import AttentionOptions
 from lemo.engine.families.llama import Llama
 from lemo.engine.packing import pack
 from support import reference
-from support.models import LINEARS, assert_close, base, batch, clone, gradients, lora
+from support.models import LINEARS, assert_close, base, batch, clone, gradients, lora, packed, reference_gradients
 
 BLOCK, WINDOW, SOFTCAP = 4, 10, 2.0
 RECOMPUTE = ["none", "attention", "full"]
@@ -44,19 +44,6 @@ def model(monkeypatch):
         attention.sinks = torch.nn.Parameter(torch.randn(4))
     found.get_base_model().model.layers[1].self_attn.sinks = None
     return found
-
-
-@pytest.fixture
-def chosen(monkeypatch):
-    lists = []
-    original = lemo.engine.policies.select  # type: ignore[attr-defined]
-
-    def record(*args, **kwargs):
-        lists.append(original(*args, **kwargs))
-        return lists[-1]
-
-    monkeypatch.setattr(lemo.engine.policies, "select", record)
-    return lists
 
 
 def config(recompute, **phase):

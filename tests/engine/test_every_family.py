@@ -12,7 +12,20 @@ from lemo.engine import families
 from lemo.engine.families import UnsupportedModelError
 from lemo.engine.memory import layer_shape, saved_bytes
 from support import own_layers
-from support.models import ATTENTION, FAMILIES, LINEARS, VOCAB, assert_close, base, batch, gradients, lora, tuned
+from support.models import (
+    ATTENTION,
+    FAMILIES,
+    LINEARS,
+    VOCAB,
+    assert_close,
+    base,
+    batch,
+    gradients,
+    lora,
+    packed,
+    reference_gradients,
+    tuned,
+)
 from support.models import clone as copy_of
 from support.saved import count
 from support.tile_pairs import pairs_of
@@ -30,41 +43,6 @@ def settings(mode="dense", recompute="none", **phase):
 def everything(family):
     """Names of what an adapter may be put on: projections, embedding and head."""
     return [*LINEARS[family], "embed_tokens", "lm_head"]
-
-
-def packed(family, inputs):
-    """Packed ids, shifted targets, positions and documents."""
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-    document = torch.arange(mask.shape[0])[:, None].expand(mask.shape)[mask]
-    if "position_ids" in inputs:
-        positions = inputs["position_ids"][mask]
-        document = document + (positions == 0).cumsum(0)
-    elif FAMILIES[family].counts_padding:
-        positions = torch.arange(mask.shape[1]).expand(mask.shape)[mask]
-    else:
-        positions = (mask.long().cumsum(1) * mask - 1)[mask]
-    return inputs["input_ids"][mask], targets[mask], positions, document
-
-
-def reference_gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture
-def chosen(monkeypatch):
-    """Every kept list as it was chosen."""
-    lists = []
-    original = lemo.engine.policies.select  # type: ignore[attr-defined]
-
-    def record(*args, **kwargs):
-        lists.append(original(*args, **kwargs))
-        return lists[-1]
-
-    monkeypatch.setattr(lemo.engine.policies, "select", record)
-    return lists
 
 
 # --- everything kept: transformers itself -----------------------------------------------------------------------------

@@ -6,38 +6,21 @@ import pytest
 import torch
 from lemo.engine.layout import Kept
 from support import reference
-from support.models import LAYERS, LINEARS, assert_close, base, batch, clone, gradients, lora, tuned
+from support.models import (
+    LAYERS,
+    LINEARS,
+    assert_close,
+    base,
+    batch,
+    clone,
+    gradients,
+    lora,
+    packed,
+    reference_gradients,
+    tuned,
+)
 
 BLOCK = 8
-
-
-@pytest.fixture
-def chosen(monkeypatch):
-    """Every kept list as it was chosen."""
-    lists = []
-    original = lemo.engine.policies.select  # type: ignore[attr-defined]
-
-    def record(*args, **kwargs):
-        lists.append(original(*args, **kwargs))
-        return lists[-1]
-
-    monkeypatch.setattr(lemo.engine.policies, "select", record)
-    return lists
-
-
-def packed(family, inputs):
-    """Packed ids, shifted targets and the reference model's documents and positions."""
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-    document = torch.arange(mask.shape[0])[:, None].expand(mask.shape)[mask]
-    if "position_ids" in inputs:
-        positions = inputs["position_ids"][mask]
-        document = document + (positions == 0).cumsum(0)
-    elif family == "opt":
-        positions = (mask.long().cumsum(1) * mask - 1)[mask]
-    else:
-        positions = torch.arange(mask.shape[1]).expand(mask.shape)[mask]
-    return inputs["input_ids"][mask], targets[mask], positions, document
 
 
 def layers_of(family, model, inputs):
@@ -49,12 +32,6 @@ def layers_of(family, model, inputs):
 def config(recompute="none", **phase):
     options = {"mode": "skip", "keep": 0.5, "policy": "random", **phase}
     return lemo.LemoConfig(block_size=BLOCK, recompute=recompute, phases=[lemo.Phase(**options)], seed=3)
-
-
-def reference_gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def blocks_of(kept: Kept) -> torch.Tensor:

@@ -9,25 +9,13 @@ import lemo.engine.step
 import pytest
 import torch
 from lemo.engine.families import UnsupportedModelError
-from lemo.engine.layout import Kept
 from support import reference
-from support.models import assert_close, batch, clone, gradients
+from support.models import assert_close, batch, clone, gradients, reference_gradients
 from support.toy import Reference, balance, toy
 from torch import nn
 
 __all__ = ["toy"]
 BLOCK = 8
-
-
-@pytest.fixture
-def chosen(monkeypatch):
-    """Every kept list as it was chosen."""
-    lists: list[Kept] = []
-    original = lemo.engine.policies.select  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        lemo.engine.policies, "select", lambda *args, **kwargs: lists.append(original(*args, **kwargs)) or lists[-1]
-    )
-    return lists
 
 
 @pytest.fixture(params=[8192, 16], ids=["whole", "pieces"])
@@ -46,12 +34,6 @@ def packed(inputs):
     targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:][mask]
     document = torch.arange(mask.shape[0])[:, None].expand(mask.shape)[mask]
     return inputs["input_ids"][mask], targets, torch.arange(mask.shape[1]).expand(mask.shape)[mask], document
-
-
-def reference_gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])

@@ -12,7 +12,7 @@ from lemo.engine.attend import PackedRows
 from lemo.engine.config import _TILE, TILE_OPTIONS
 from lemo.engine.tiles import TILE, LayerRows, TileChooser, budget, make_tile_policy
 from support import reference
-from support.models import LAYERS, LINEARS, assert_close, base, clone, gradients, lora, tuned
+from support.models import LAYERS, LINEARS, assert_close, base, clone, gradients, lora, reference_gradients, tuned
 from support.tile_pairs import pairs_of
 
 LENGTHS = (640, 129, 431)  # tiles of 128: whole, one row more, a part
@@ -83,12 +83,6 @@ class Sparse(reference.Model):
             mask = mask & pairs_of(choice[0].rows, choice[1])
         q, k, v = self.qkv(layer, x, rows)
         return self.out_proj(layer, torch.einsum("hij,jhd->ihd", self.scores(layer, q, k, mask).softmax(-1), v))
-
-
-def reference_gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def everything(ids):

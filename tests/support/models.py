@@ -263,3 +263,25 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 
 def clone(model):
     return copy.deepcopy(model)
+
+
+def packed(family: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed ids, shifted targets, positions and documents of a batch, as the reference models take them."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    document = torch.arange(mask.shape[0])[:, None].expand(mask.shape)[mask]
+    if "position_ids" in inputs:
+        positions = inputs["position_ids"][mask]
+        document = document + (positions == 0).cumsum(0)
+    elif FAMILIES[family].counts_padding:
+        positions = torch.arange(mask.shape[1]).expand(mask.shape)[mask]
+    else:
+        positions = (mask.long().cumsum(1) * mask - 1)[mask]
+    return inputs["input_ids"][mask], targets[mask], positions, document
+
+
+def reference_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of a loss that was made from the model's parameters."""
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
