@@ -1,6 +1,7 @@
 """The layers' backward pass, in place of the gradient dx [T, d] of the residual stream, from the last layer.
 
-Lists are replayed from the records, never chosen again; what was not saved is recomputed, on kept rows.
+Lists are replayed from the records, never chosen again; what was not saved is recomputed, on kept rows. A segment of
+layers without records first runs forward again, from the stream before it, with the lists of the forward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lemo import ops
 from lemo.engine.families.base import NormWeights
-from lemo.engine.forward import gather_norm
+from lemo.engine.forward import forward_again, gather_norm
 from lemo.engine.gradients import ParameterGradients
 from lemo.engine.randomness import Generators, generators, set_generators
 from lemo.engine.records import Record
@@ -24,15 +25,25 @@ from lemo.engine.step import Step
 def backward(step: Step, dx: Tensor, params: Sequence[Tensor]) -> ParameterGradients:
     """Runs the layers' gradients over dx in place; every record is dropped once it is used."""
     grads = ParameterGradients(params, step.general, step.weights)
-    for i in reversed(range(len(step.layers))):
+    *again, last = step.layer_segments
+    _segment(step, last, dx, grads)
+    for layers in reversed(again):
+        with _replay(step.runs[layers.start].generators, dx.device):
+            forward_again(step, layers, step.records.pop_stream())
+        _segment(step, layers, dx, grads)
+    # Read only now that the device has done the work anyway, and before any gradient is handed out.
+    step.raise_on_fault()
+    return grads
+
+
+def _segment(step: Step, layers: range, dx: Tensor, grads: ParameterGradients) -> None:
+    """Layers that have records."""
+    for i in reversed(layers):
         with step.layer(i) as layer:
             while (record := step.records.pop(i)) is not None:
                 with _replay(record.generators, dx.device):
                     _BACKWARD[record.part](step, layer, record, dx, grads)
             grads.divide()
-    # Read only now that the device has done the work anyway, and before any gradient is handed out.
-    step.raise_on_fault()
-    return grads
 
 
 def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:

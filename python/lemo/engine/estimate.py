@@ -27,7 +27,7 @@ class Estimate(dict[str, Any]):
         lines = [f"{self['tokens']} tokens, recompute {self['recompute']} (GiB)"]
         host = any(p["host"] for p in self["phases"])
         names = ("weights", "saved", "working", "peak", *(("host",) if host else ()))
-        by_layer = self["recompute"] == "by budget" or host
+        by_layer = self["recompute"] == "by budget" or host or any(p["segments"] for p in self["phases"])
         lines.append(f"{'phase':<14}{'keep':>6}{''.join(f'{name:>10}' for name in names)}")
         for p in self["phases"]:
             sizes = "".join(f"{p[name] / _GIB:>10.2f}" for name in names)
@@ -35,7 +35,8 @@ class Estimate(dict[str, Any]):
             if by_layer:
                 saved = ", ".join(f"{n} {level}" for level, n in p["layers"].items())
                 offloaded = f"; rows of {p['offloaded']} in host memory" if p["offloaded"] else ""
-                lines.append(f"{'':<14}layers: {saved}{offloaded}")
+                again = _run_again(p["segments"])
+                lines.append(f"{'':<14}layers: {saved}{offloaded}{again}")
         lines.append(f"The largest phase decides what fits: {self['peak'] / _GIB:.2f} GiB.")
         return "\n".join(lines)
 
@@ -77,9 +78,10 @@ class _Model:
             logits=budget.logit_bytes(shape, tokens) if config.return_logits else 0,
         )
         if config.budget is not None:
-            return budget.choose(needs, config.budget, config.offload)
+            return budget.choose(needs, config.budget, config.offload, config.recompute_layers)
         recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
-        return budget.fixed(needs, recompute, config.offload)
+        again = False if config.recompute_layers == "auto" else config.recompute_layers
+        return budget.fixed(needs, recompute, config.offload, again)
 
 
 def estimate(
@@ -116,6 +118,10 @@ def estimate(
     )
 
 
+def _run_again(segments: Sequence[int]) -> str:
+    return f"; {sum(segments[:-1])} run again, in segments of {', '.join(map(str, segments[:-1]))}" if segments else ""
+
+
 def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
     return {
         "mode": phase.mode,
@@ -127,6 +133,7 @@ def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
         "host": plan.host,
         "layers": plan.layers,
         "offloaded": len(plan.offloaded),
+        "segments": list(plan.segments),
     }
 
 
