@@ -49,49 +49,82 @@ def _segment(step: Step, layers: range, dx: Tensor, grads: ParameterGradients) -
 def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
     """Attention and MLP on one list. g [M, d]: gradient of what the layer adds to its rows."""
     saved, (n1, n2) = record.saved_list, step.family.norms(layer)
-    weighted = saved.weights is not None
+    if record.mlp is None:
+        _layer_again(step, layer, record, dx, grads)
+        return
+    assert record.x_mlp is not None and record.attention is not None
     g = ops.gather(dx, saved.rows, saved.weights, saved.slots)
-    if record.mlp is not None:
-        assert record.x_mlp is not None and record.attention is not None
-        dstatistics = step.statistics.gradient(record.layer, saved, slice(0, saved.count))
-        dh2 = grads.through(record.mlp, g, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
-        record.mlp = None
-        ds2 = branch = _norm_backward(dh2, record.x_mlp, n2, g, grads)
-        segment, record.attention, record.x_mlp = record.attention, None, None
+    dstatistics = step.statistics.gradient(record.layer, saved, slice(0, saved.count))
+    dh2 = grads.through(record.mlp, g, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
+    record.mlp = None
+    branch = _norm_backward(dh2, record.x_mlp, n2, g, grads)
+    segment, record.attention, record.x_mlp = record.attention, None, None
+    del g, dh2
+    dh = grads.through(segment, branch, _attention_parameters(step, layer, grads))
+    # g reached the input through x_mlp, so the rows are replaced.
+    _norm_backward_into(dx, saved.rows, dh, record.x_kept, n1, branch, False, grads)
+
+
+def _layer_again(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
+    """As `_layer`, of what was not saved. Without weights, the rows' gradient g is updated in place, in dx itself if
+    the layer works on all tokens. With weights the rows of dx keep the identity's gradient, and g becomes the branch's:
+    what reaches the input by way of the MLP, without the identity."""
+    saved, n1 = record.saved_list, step.family.norms(layer)[0]
+    weighted = saved.weights is not None
+    in_place = saved.table_rows is None and not weighted
+    g = dx if in_place else ops.gather(dx, saved.rows, saved.weights, saved.slots)
+    out, segment = _attention_again(step, layer, record, n1)
+    dout = _mlp_again(step, layer, record, out, g, grads)
+    del out
+    dh = grads.through(segment, dout, _attention_parameters(step, layer, grads))
+    del segment, dout
+    if in_place:
+        _norm_backward_into(dx, None, dh, record.x_kept, n1, None, True, grads)
     else:
-        a, segment = _attention_again(step, layer, record, n1, want_output=True)
-        branch = _mlp_again(step, layer, record, a, g, grads)
-        del a
-        # With weights, branch lacks g: the identity path keeps its own gradient.
-        ds2 = g.add_(branch) if weighted else branch
-    del g
-    dh = grads.through(segment, ds2, _attention_parameters(step, layer, grads))
-    # Unweighted: g reached the input through x_mlp, so the rows are replaced. Weighted: they still hold the identity's.
-    _norm_backward_into(dx, saved.rows, dh, record.x_kept, n1, branch, weighted, grads)
+        _norm_backward_into(dx, saved.rows, dh, record.x_kept, n1, g, weighted, grads)
 
 
-def _mlp_again(step: Step, layer: nn.Module, record: Record, a: Tensor, g: Tensor, grads: ParameterGradients) -> Tensor:
-    """Gradient [M, d] that reaches the MLP norm's input from g, recomputed in chunks of rows from attention's a [M, d];
-    includes g itself (the identity path) unless gradients are weighted."""
-    family, weighted = step.family, record.saved_list.weights is not None
+def _mlp_again(
+    step: Step, layer: nn.Module, record: Record, out: Tensor, g: Tensor, grads: ParameterGradients
+) -> Tensor:
+    """Gradient [M, Hq D] of attention's output out [M, Hq D], from g [M, d]. Output projection and MLP are computed
+    again in chunks of rows, and g is replaced by the gradient that reaches the MLP norm's input: it includes g itself
+    (the identity path) unless gradients are weighted."""
+    family, saved = step.family, record.saved_list
     n2, params = family.norms(layer)[1], grads.held_by(family.mlp_modules(layer))
-    branch = torch.empty_like(g)
+    of_attention = _attention_parameters(step, layer, grads)
+    dout = torch.empty_like(out)
     want_output = bool(step.random)
-    for c in step.chunks(record.saved_list.count):
-        h2, x_mlp = gather_norm(a[c], None, record.x_kept[c], n2)
+    for c in step.chunks(saved.count):
+        a, projection = trace(lambda leaf: family.attention_output(layer, leaf), out[c])
+        h2, x_mlp = gather_norm(a, None, record.x_kept[c], n2)
         _, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
-        del h2
-        dh2 = grads.through(mlp, g[c], params, step.statistics.gradient(record.layer, record.saved_list, c))
-        _norm_backward_into(branch[c], None, dh2, x_mlp, n2, None if weighted else g[c], False, grads)
-    return branch
+        del a, h2
+        dh2 = grads.through(mlp, g[c], params, step.statistics.gradient(record.layer, saved, c))
+        if saved.weights is None:
+            _norm_backward_into(g[c], None, dh2, x_mlp, n2, None, True, grads)
+            dout[c] = grads.through(projection, g[c], of_attention)
+        else:
+            branch = _norm_backward(dh2, x_mlp, n2, None, grads)
+            dout[c] = grads.through(projection, g[c] + branch, of_attention)
+            g[c] = branch
+    return dout
 
 
 def _attention(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
     """Attention alone, if the MLP has another list."""
-    n1, rows = step.family.norms(layer)[0], record.saved_list.rows
-    segment = record.attention or _attention_again(step, layer, record, n1, want_output=False)[1]
-    record.attention = None
-    dh = grads.through(segment, ops.gather(dx, rows), _attention_parameters(step, layer, grads))
+    n1, rows, held = step.family.norms(layer)[0], record.saved_list.rows, _attention_parameters(step, layer, grads)
+    if record.attention is not None:
+        segment, record.attention = record.attention, None
+        dh = grads.through(segment, ops.gather(dx, rows), held)
+    else:
+        out, segment = _attention_again(step, layer, record, n1)
+        dout = torch.empty_like(out)
+        for c in step.chunks(rows.shape[0]):
+            projection = trace(lambda leaf: step.family.attention_output(layer, leaf, bool(step.random)), out[c])[1]
+            dout[c] = grads.through(projection, ops.gather(dx, rows[c]), held)
+        del out
+        dh = grads.through(segment, dout, held)
     _norm_backward_into(dx, rows, dh, record.x_kept, n1, None, True, grads)
 
 
@@ -121,18 +154,15 @@ def _attention_parameters(step: Step, layer: nn.Module, grads: ParameterGradient
     return held if sinks is None or not grads.wants(sinks) or any(p is sinks for p in held) else [*held, sinks]
 
 
-def _attention_again(
-    step: Step, layer: nn.Module, record: Record, n: NormWeights, want_output: bool
-) -> tuple[Tensor, Segment]:
-    """Attention of the kept rows, recomputed with its graph: (a [M, d], graph from the norm's output to a)."""
+def _attention_again(step: Step, layer: nn.Module, record: Record, n: NormWeights) -> tuple[Tensor, Segment]:
+    """Attention of the kept rows, recomputed with its graph: (out [M, Hq D], graph from the norm's output to out). The
+    graph's backward pass may overwrite out."""
+    saved, given = record.saved_list, (record.out, record.lse)
     h, _ = gather_norm(record.x_kept, None, None, n)
-    want_output = want_output or bool(step.random)
-
-    def attend(leaf: Tensor) -> Tensor:
-        out = step.attention.differentiable(layer, leaf, record.saved_list, record.tiles, record.out, record.lse)
-        return step.family.attention_output(layer, out.flatten(1), want_output)
-
-    return trace(attend, h)
+    return trace(
+        lambda leaf: step.attention.differentiable(layer, leaf, saved, record.tiles, *given, reuse_out=True).flatten(1),
+        h,
+    )
 
 
 def _norm_backward(dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, grads: ParameterGradients) -> Tensor:

@@ -92,7 +92,7 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, 
     record = Record(i, "layer", saved, x_kept, generators=states)
     a = _attend(step, layer, record, h, run)
     del h
-    if a is None:
+    if run.last and not run.graphs:
         step.records.put(record)
         return
     observe, norms = None if run.again else step.observe, []
@@ -104,11 +104,12 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, 
             norms.append(_lengths(a + m))
     else:
         for c in step.chunks(saved.count):
-            h2, x_mlp = gather_norm(a[c], None, x_kept[c], n2)
+            added = step.family.attention_output(layer, a[c])
+            h2, x_mlp = gather_norm(added, None, x_kept[c], n2)
             m = _mlp(step, layer, h2, _count(step, run, i))
             ops.scatter_add_(x, saved.rows[c], m, x_mlp)
             if observe is not None:
-                norms.append(_lengths(m + a[c]))
+                norms.append(_lengths(m + added))
     if observe is not None and kept is not None:
         observe(i, torch.cat(norms), kept)
     _put(step, record, run)
@@ -121,11 +122,16 @@ def _kept_attention(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerR
     states = _generators(step, run, x.device)
     h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[0])
     record = Record(i, "attention", saved, x_kept, generators=states)
-    a = _attend(step, layer, record, h, dataclasses.replace(run, last=False))
-    assert a is not None
-    if step.observe is not None and kept is not None:
-        step.observe(i, _lengths(a), kept)
-    ops.scatter_add_(x, saved.rows, a, x_kept)
+    a = _attend(step, layer, record, h, run)
+    del h
+    observe, norms = None if run.again else step.observe, []
+    for c in (slice(0, saved.count),) if run.graphs else step.chunks(saved.count):
+        added = a if run.graphs else step.family.attention_output(layer, a[c])
+        ops.scatter_add_(x, saved.rows[c], added, x_kept[c])
+        if observe is not None:
+            norms.append(_lengths(added))
+    if observe is not None and kept is not None:
+        observe(i, torch.cat(norms), kept)
     _put(step, record, run)
 
 
@@ -149,9 +155,10 @@ def _kept_mlp(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) ->
     _put(step, record, run)
 
 
-def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerRun) -> Tensor | None:
-    """What attention adds to the kept rows, [M, d], of the norm's output h [M, d], or None if that is not needed; fills
-    the record's graph, or its output and log-sum-exp."""
+def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerRun) -> Tensor:
+    """Attention of the kept rows from the norm's output h [M, d]. Fills the record's graph, and gives what is added to
+    the rows, [M, d]; or else its output and log-sum-exp, and gives the output [M, Hq D], which is still to be
+    projected."""
     saved = record.saved_list
     choice = run.tiles
     if not run.again and step.tiles is not None and step.attention.options(layer).window is None:
@@ -168,7 +175,7 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerR
     record.tiles = choice
     if run.saves == "attention":
         record.out, record.lse = out, lse
-    return None if run.last else step.family.attention_output(layer, out.flatten(1))
+    return out.flatten(1)
 
 
 def _put(step: Step, record: Record, run: LayerRun) -> None:
@@ -214,15 +221,15 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun)
         step.records.put(record)
     if run.last:
         return
-    a = step.family.attention_output(layer, out.flatten(1))
-    del out, lse
+    out = out.flatten(1)
     observe, norms = None if run.again else step.observe, []
     for c in step.chunks(x.shape[0]):
-        h2, x_mlp = gather_norm(a[c], None, x[c], n2)
+        added = step.family.attention_output(layer, out[c])
+        h2, x_mlp = gather_norm(added, None, x[c], n2)
         m = _mlp(step, layer, h2, _count(step, run, i))
         torch.add(x_mlp, m, out=x[c])
         if observe is not None:
-            norms.append(_lengths(m + a[c]))
+            norms.append(_lengths(m + added))
     if observe is not None:
         observe(i, torch.cat(norms), Kept.everything(step.blocks))
 
