@@ -1,5 +1,7 @@
 """Segments of layers that run again from the stream before them: equal results, lists replayed, bytes as planned."""
 
+import sys
+
 import lemo
 import lemo.engine.backward
 import lemo.engine.stack
@@ -42,3 +44,23 @@ def test_results_are_those_without(phase, recompute):
     for other, theirs in others:
         assert torch.equal(loss, other)
         assert theirs.keys() == grads.keys() and all(torch.equal(theirs[n], g) for n, g in grads.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "qwen2", "gpt_oss", "qwen3"])
+@pytest.mark.parametrize("phase", ["dense", "two-lists", "weighted"])
+def test_large_layers_go_backward_in_pieces(family, phase, monkeypatch):
+    """A few heads of attention at a time, and projections in chunks of rows: gradients as of a layer that saves all."""
+    inputs, found = batch("packed"), []
+    for recompute in ("none", "attention", "full"):
+        if recompute != "none":
+            monkeypatch.setattr(sys.modules["lemo.ops.attention"], "HEADS_BYTES", 1)
+            monkeypatch.setattr(lemo.engine.backward, "SEPARATE_BYTES", 1)
+            monkeypatch.setattr(lemo.engine.step, "MLP_ROWS", 7)
+        lemo.apply(model := tuned(family), settings(phase, recompute=recompute))
+        found.append(gradients(model, inputs))
+    (loss, grads), *others = found
+    for other, theirs in others:
+        torch.testing.assert_close(other, loss)
+        assert theirs.keys() == grads.keys()
+        for name, gradient in grads.items():
+            torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

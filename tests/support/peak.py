@@ -11,7 +11,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     libraries does not."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    results = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results.events()
     found = sorted((e.start_ns(), e.nbytes()) for e in results if e.name() == "[memory]")
     now = most = 0
     for _, size in found:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lemo import ops
 from lemo.engine.families.base import AttentionOptions, Family, Tables
+from lemo.engine.linear import projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +127,13 @@ class Attention:
         options = self.options(layer)
         tiles = tiles_of(choice, options, q, k)
         return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse, reuse_out)
+
+    def separable(self, layer: nn.Module) -> bool:
+        """Whether the backward pass may go through attention and through the projections before it one after the
+        other, and through the latter in pieces of rows: nothing but these projections is between the norm and attention
+        then, and their graph does not depend on their values."""
+        specs = map(projection, self.family.attention_modules(layer))
+        return all(spec is not None and spec.magnitude is None for spec in specs)
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""

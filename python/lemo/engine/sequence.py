@@ -370,6 +370,9 @@ class SequenceAttention(Attention):
         y = self.attend_with_gradient(q, k, v, whole, whole, options, tiles, out, lse, reuse_out)
         return _Exchange.apply(y, whole.counts, group, False)
 
+    def separable(self, layer: nn.Module) -> bool:
+        return False
+
     def options(self, layer: nn.Module) -> AttentionOptions:
         """With the sinks of this process's heads."""
         options, group = super().options(layer), self.share.group
