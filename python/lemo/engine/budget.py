@@ -21,13 +21,14 @@ worked on, only the streams before it are saved besides, so segments grow shorte
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.layout import kept_counts
-from lemo.engine.memory import LayerShape, expert_bytes, saved_bytes, working_bytes
+from lemo.engine.memory import LayerShape, expert_bytes, forward_bytes, saved_bytes, working_bytes
 from lemo.engine.sizes import format_bytes, parse_bytes, rounded_up
 from lemo.engine.tiles import STRIP_BYTES, TILE, capacity, leaves_out
 
@@ -251,22 +252,48 @@ class Needs:
     def of(self, layer: int, recompute: Recompute) -> LayerBytes:
         return self._bytes[layer][recompute]
 
-    def working(self, recompute: Sequence[Recompute]) -> int:
-        """What is needed at a time besides weights and saved rows, at most."""
-        return max(self._working[level == "none"] for level in recompute)
+    def working(self, recompute: Sequence[Recompute], again: bool = False) -> int:
+        """What is needed at a time besides weights and saved rows, at most. again: layers run again."""
+        return max([self._working[level] for level in set(recompute)] + [self._forward_again] * again)
 
     @functools.cached_property
-    def _working(self) -> dict[bool, int]:
-        """For layers that save everything, and for others."""
-        largest = max(lists.most for lists in self.lists)
-        sparse = self.phase.mode == "sparse" and any(leaves_out(x.attention.longest, self.phase) for x in self.lists)
-        more = self.logits + (STRIP_BYTES if sparse else 0)
-        kinds = {id(s): s for s in self.shapes}.values()
-        where = (self.tokens, largest, self.phase.mode)
+    def _working(self) -> dict[Recompute, int]:
+        """By what layers save."""
+        layers = zip(self.shapes, self.lists, strict=True)
+        kinds = {(id(s), lists.most, self._in_place(lists)): s for s, lists in layers}
         return {
-            level == "none": more + max(working_bytes(s, *where, level, self.dequantizes) for s in kinds)
-            for level in ("none", "full")
+            level: self._always
+            + max(
+                working_bytes(
+                    s,
+                    self.tokens,
+                    rows,
+                    self.phase.mode,
+                    level,
+                    self.dequantizes,
+                    in_place=in_place,
+                    separable=self.countable,
+                )
+                for (_, rows, in_place), s in kinds.items()
+            )
+            for level in _LEVELS
         }
+
+    @property
+    def _always(self) -> int:
+        sparse = self.phase.mode == "sparse" and any(leaves_out(x.attention.longest, self.phase) for x in self.lists)
+        return self.logits + (STRIP_BYTES if sparse else 0)
+
+    def _in_place(self, lists: LayerLists) -> bool:
+        return lists.mlp is None and lists.attention.everything and not self.phase.weighted
+
+    @functools.cached_property
+    def _forward_again(self) -> int:
+        """With the gradient of the stream, of a layer whose rows are not saved yet."""
+        rows = self.tokens if self.phase.mode == "backward" else max(lists.most for lists in self.lists)
+        least = min(self.of(i, "full").rows for i in range(len(self.shapes)))
+        kinds = {id(s): s for s in self.shapes}.values()
+        return self._always + self.stream + max(forward_bytes(s, self.tokens, rows) for s in kinds) - least
 
     @property
     def stream(self) -> int:
@@ -290,7 +317,8 @@ class Needs:
             saved, host = max(saved, here + sum(moved[:2])), max(host, sum(moved))
             streams.append(start)
             start += count
-        known = (tuple(recompute), offloaded, self.weights, saved, self.working(recompute), host)
+        working = self.working(recompute, len(segments) > 1)
+        known = (tuple(recompute), offloaded, self.weights, saved, working, host)
         return MemoryPlan(*known, segments if len(segments) > 1 else ())
 
 
@@ -317,25 +345,17 @@ def choose(needs: Needs, budget: int, offload: Offload = False, again: Again = "
     everything = needs.plan(["none"] * count, offloaded)
     if needs.countable and not offloaded and not segments and everything.peak <= budget:
         return everything  # which may need less working memory
+    limit = _host_limit(offload)
     order = sorted(range(count), key=lambda i: (-needs.lists[i].most, -i))
     steps: tuple[tuple[Recompute, Recompute], ...] = (("attention", "full"), ("none", "attention"))
     for level, before in steps:
         for i in order:
             if levels[i] != before or (level == "none" and (i in offloaded or not needs.countable)):
                 continue
-            if _grown(needs, plan, i, level) > budget:
-                continue
             trial = needs.plan([*levels[:i], level, *levels[i + 1 :]], offloaded, segments)
-            if trial.peak <= budget:
+            if trial.peak <= budget and trial.host <= max(limit, plan.host):
                 levels[i], plan = level, trial
     return plan
-
-
-def _grown(needs: Needs, plan: MemoryPlan, layer: int, level: Recompute) -> int:
-    """At least the peak if a layer saves more: rules most of them out without adding all layers up again."""
-    if layer in plan.offloaded or plan.segments:
-        return plan.peak
-    return plan.peak + needs.of(layer, level).total - needs.of(layer, plan.recompute[layer]).total
 
 
 def _fitting(needs: Needs, budget: int, offload: Offload, ways: Iterable[tuple[int, ...]]) -> MemoryPlan:
@@ -356,10 +376,14 @@ def _fewest_offloaded(needs: Needs, budget: int, offload: Offload, segments: tup
     levels: list[Recompute] = ["full"] * len(needs.shapes)
     if not isinstance(offload, str):
         return needs.plan(levels, _to_offload(needs, offload), segments)
-    limit = None if offload == "auto" else parse_bytes(offload)
     plans = [needs.plan(levels, _to_offload(needs, n), segments) for n in range(len(levels) + 1)]
-    plans = [plan for plan in plans if limit is None or plan.host <= limit]  # without offload nothing is there
+    plans = [plan for plan in plans if plan.host <= _host_limit(offload)]  # without offload nothing is there
     return next((plan for plan in plans if plan.peak <= budget), min(plans, key=lambda plan: plan.peak))
+
+
+def _host_limit(offload: Offload) -> float:
+    """Bytes of host memory that may be used."""
+    return parse_bytes(offload) if isinstance(offload, str) and offload != "auto" else math.inf
 
 
 def _to_try(needs: Needs, again: Again, budget: int, offload: Offload) -> Iterator[tuple[int, ...]]:
@@ -388,10 +412,8 @@ def _equal(layers: int, size: int) -> tuple[int, ...]:
 def _least(needs: Needs, offload: Offload) -> tuple[int, ...]:
     """The segments that need the least memory; () if that is to save the input of every layer."""
     count = len(needs.shapes)
-    levels: list[Recompute] = ["full"] * count
-    offloaded = _to_offload(needs, offload if not isinstance(offload, str) else 0)
     ways = [(), *(_uneven(needs, m, count) for m in range(2, count // 2 + 1))]
-    return min(ways, key=lambda segments: needs.plan(levels, offloaded, segments).peak)
+    return min(ways, key=lambda segments: _fewest_offloaded(needs, 0, offload, segments).peak)
 
 
 def _uneven(needs: Needs, segments: int, layers: int) -> tuple[int, ...]:

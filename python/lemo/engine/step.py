@@ -30,6 +30,9 @@ from lemo.engine.weights import Weights, of_layers
 
 # Rows the MLP works on at a time if its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192
+# From so many bytes of a layer's rows on, its norm's output is made once more in the backward pass and not kept during
+# attention: another pass over the rows for as much memory.
+SEPARATE_BYTES = 1 << 30
 
 
 class Autocast(NamedTuple):

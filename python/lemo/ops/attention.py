@@ -293,11 +293,11 @@ def _by_heads(
     for first in range(0, key_heads, size):
         of_keys = slice(first, first + size)
         heads = slice(group * first, group * (first + size))
-        *grads, dsink = run(heads, of_keys)
-        for whole, part, of in zip((dq, dk, dv), grads, (heads, of_keys, of_keys), strict=True):
-            whole[:, of] = part
-        if dsinks is not None and dsink is not None:
-            dsinks[heads] = dsink
+        found = run(heads, of_keys)
+        dq[:, heads], dk[:, of_keys], dv[:, of_keys] = found[:3]
+        if dsinks is not None and found[3] is not None:
+            dsinks[heads] = found[3]
+        del found  # before the next heads' are made
     return dq, dk, dv, dsinks
 
 
