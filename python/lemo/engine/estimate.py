@@ -142,19 +142,21 @@ def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
 
 class Longest(dict[str, Any]):
     """{"gpu", "left", "batch", "positions", "phases": [{"mode", "keep", "limits", "context", "context_offload",
-    "host"}]}: the longest contexts whose steps take at most `left` bytes, with everything recomputed, without and with
-    offload (which then has `host` bytes in host memory). positions: the model's own, or None. Prints as a table."""
+    "host", "context_again"}]}: the longest contexts whose steps take at most `left` bytes, with everything recomputed,
+    without and with offload (which then has `host` bytes in host memory), and with segments of layers that run again.
+    positions: the model's own, or None. Prints as a table."""
 
     def __str__(self) -> str:
         lines = [
             f"The longest context that fits {format_bytes(self['gpu'])}, everything recomputed, batch {self['batch']} "
             f"({format_bytes(self['left'])} for a step; the rest is for the CUDA context and fragmentation)",
-            f"{'mode':<26}{'tokens':>12}{'with offload':>14}{'host GiB':>10}",
+            f"{'mode':<26}{'tokens':>12}{'run again':>12}{'with offload':>14}{'host GiB':>10}",
         ]
         for p in self["phases"]:
             name = f"{p['mode']} keep {p['keep']:g}" if p["keep"] < 1 else p["mode"]
             name += "".join(f" {limit}={value:g}" for limit, value in p["limits"].items())
-            lines.append(f"{name:<26}{p['context']:>12}{p['context_offload']:>14}{p['host'] / _GIB:>10.1f}")
+            contexts = f"{p['context']:>12}{p['context_again']:>12}{p['context_offload']:>14}"
+            lines.append(f"{name:<26}{contexts}{p['host'] / _GIB:>10.1f}")
         positions = self["positions"]
         if positions is not None and any(p["context_offload"] > positions for p in self["phases"]):
             lines.append(f"The model itself has {positions} positions: what lies beyond needs --interpolate-positions.")
@@ -191,14 +193,14 @@ def longest(
     config = LemoConfig() if config is None else config
     known, left = _Model.of(model, element, lora_rank, lora_targets), left_for_steps(gpu)
     most = _most_with_kernels(known.config)
-    base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False)
+    base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False, recompute_layers=False)
     rows = []
     for phase in config.phases or ():
         found = []
-        for offload in (False, True):
-            settings = dataclasses.replace(base, offload=offload)
+        offloaded = dataclasses.replace(base, offload=True)
+        for settings in (base, offloaded, dataclasses.replace(base, recompute_layers=True)):
             found.append(min(_search(known, settings, phase, batch, left), most))
-        host = known.plan(settings, phase, found[1], batch).host if found[1] else 0
+        host = known.plan(offloaded, phase, found[1], batch).host if found[1] else 0
         rows.append(
             {
                 "mode": phase.mode,
@@ -207,6 +209,7 @@ def longest(
                 "context": found[0],
                 "context_offload": found[1],
                 "host": host,
+                "context_again": found[2],
             }
         )
     positions = getattr(known.config, "max_position_embeddings", None)

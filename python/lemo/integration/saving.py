@@ -90,6 +90,12 @@ class Savings:
                 self._note_uncounted(needs)
         return self._plans[key]
 
+    def pin(self, phase: Phase, lengths: Sequence[int], element: int) -> None:
+        """Pins the host memory of such passes in advance; the first of them would otherwise do it."""
+        if self.config.plans_memory:
+            pinned = next(self.model.parameters()).is_cuda
+            self._host.give_back(self._host.take(self.planned(phase, lengths, element).host, pinned))
+
     def _note_uncounted(self, needs: Needs) -> None:
         if not needs.countable:
             self.note(

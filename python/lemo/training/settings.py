@@ -31,7 +31,7 @@ class FinetuneSettings:
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
     the model's family. The adapter is always float32.
-    memory_budget, offload: as in `lemo.LemoConfig`; a budget needs recompute "auto".
+    memory_budget, offload, recompute_layers: as in `lemo.LemoConfig`; a budget needs recompute "auto".
     """
 
     context: int = 4096
@@ -45,7 +45,8 @@ class FinetuneSettings:
     block_size: int = 64
     recompute: RecomputeSetting = "full"
     memory_budget: int | None = None
-    offload: bool | int | Literal["auto"] = False
+    offload: bool | int | str = False
+    recompute_layers: bool | int | Literal["auto"] = "auto"
     lr: float = 2e-4
     lr_schedule: LearningRateSchedule = "constant"
     warmup: int = 20
@@ -100,6 +101,7 @@ class FinetuneSettings:
             recompute=self.recompute,
             memory_budget=self.memory_budget,
             offload=self.offload,
+            recompute_layers=self.recompute_layers,
             phases=self.phases(),
         )
 
