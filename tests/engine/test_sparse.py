@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import re
 
 import lemo
 import pytest
@@ -194,6 +195,44 @@ def test_a_step_of_several_phases():
     assert controller.report()["density"] == []
     lemo.apply(plain, lemo.LemoConfig(block_size=8, phases=[lemo.Phase("dense")]))
     assert torch.equal(loss, gradients(plain, inputs)[0]) and not torch.equal(loss, sparse_loss)
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        ({"density": 0.5, "local": 3}, r"limits \(density=0.5, local=3\) .* documents of more than 640 tokens"),
+        (
+            {"density": None, "keys": 640},
+            r"limits \(keys=640, local=1\) .* documents of more than 640 tokens .* use mode \"dense\"",
+        ),
+        ({"density": 0.3, "keep": 0.25}, r"more than 384 tokens in a layer, .* use mode \"skip\""),
+        ({"density": 1.0}, r"limits \(density=1, local=1\) leave nothing out of any document"),
+    ],
+    ids=str,
+)
+def test_a_sparse_phase_that_leaves_nothing_out_is_said_once(phase, said, caplog):
+    model, inputs = tuned("llama", max_position_embeddings=1024), batch()
+    controller = lemo.apply(model, config(**phase))
+    for _ in range(2):
+        gradients(model, inputs)
+        controller.step()
+    (message,) = (r.getMessage() for r in caplog.records if r.name.startswith("lemo"))
+    assert re.search(said, message) and set(controller.report()["density"]) == {1.0}
+
+
+def test_a_sparse_phase_of_sliding_windows_says_so(caplog):
+    model = tuned("mistral", max_position_embeddings=1024, sliding_window=64)
+    lemo.apply(model, config())
+    gradients(model, batch())
+    assert "every layer has a sliding window" in caplog.text
+
+
+def test_a_short_batch_after_longer_ones_says_nothing(caplog):
+    model, inputs = tuned("llama", max_position_embeddings=1024), batch()
+    lemo.apply(model, config())
+    for stop in (None, 200):
+        gradients(model, {k: v if k == "use_cache" else v[:, :stop] for k, v in inputs.items()})
+    assert caplog.text == ""
 
 
 def test_a_reference_pass_sees_the_same_tiles():
