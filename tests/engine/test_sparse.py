@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import re
+import weakref
 
 import lemo
 import pytest
@@ -15,6 +16,7 @@ from lemo.engine.tiles import TILE, LayerRows, TileChooser, budget, make_tile_po
 from support import reference
 from support.models import LAYERS, LINEARS, assert_close, base, clone, gradients, lora, reference_gradients, tuned
 from support.tile_pairs import pairs_of
+from torch.utils.checkpoint import checkpoint
 
 LENGTHS = (640, 129, 431)  # tiles of 128: whole, one row more, a part
 
@@ -249,6 +251,28 @@ def test_a_reference_pass_sees_the_same_tiles():
     with torch.no_grad():
         exact = model(**inputs).loss
     assert (exact - loss).abs() > 1e-4
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["", "in an activation checkpoint"])
+def test_lists_of_tiles_end_with_their_backward_pass(outer, chosen):
+    model, inputs = tuned("llama", max_position_embeddings=1024), batch()
+    controller = lemo.apply(model, config("full"))
+    start = torch.zeros((), requires_grad=True)
+
+    def run(scale):
+        return model(**inputs).loss * scale.exp()
+
+    loss = checkpoint(run, start, use_reentrant=False) if outer else run(start)
+    lists = [weakref.ref(tiles.tiles) for _, tiles in chosen]
+    chosen.clear()
+    with controller.reference_pass():
+        model(**inputs)  # they wait for it
+    loss.backward()
+    chosen.clear()
+    assert len(lists) >= 3 and all(held() is None for held in lists)
+    with pytest.raises(RuntimeError, match=r"between the training pass and loss.backward\(\)"):
+        with controller.reference_pass():
+            model(**inputs)
 
 
 @pytest.mark.parametrize("policy", ["probe", "recent"])

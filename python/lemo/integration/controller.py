@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -184,7 +185,8 @@ class Controller:
         """Forward passes inside leave out what this step's training pass over the same batch did, layer by layer.
 
         For losses that compare the two. Gradients are off inside; the model may be in any mode, its adapters disabled.
-        The forward pass raises RuntimeError if no training pass had the batch. In phases whose forward pass is exact
+        The forward pass raises RuntimeError if no training pass had the batch, and in mode "sparse" if that has had its
+        backward pass, with which lists of tiles are freed. In phases whose forward pass is exact
         there is nothing to repeat, and transformers runs.
         """
         before = self.referring
@@ -314,7 +316,9 @@ class Controller:
             share = Share(self.sequence, inputs.packed.blocks)
         phase = self.schedule.phases[index]
         remember = not phase.exact and not again
-        kept = self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None
+        kept = self._passes.begin(draw, inputs.batch, inputs.packed.blocks) if remember else None
+        # Inside an activation checkpoint, the backward pass is that of a recomputation.
+        ended = self._passes.of(draw) if again and earlier is None else kept
         if self._watching and kept is None and not again:  # a pass that nothing repeats
             kept = Pass(inputs.batch.detach(), inputs.packed.blocks.lengths)
         plan = Plan(
@@ -328,6 +332,7 @@ class Controller:
             earlier=earlier,
             remembered=kept,
             share=share,
+            when_done=None if ended is None else functools.partial(self._end_pass, ended),
         )
         x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
         if not again:  # a recomputation may end half-way, and has nothing new to report
@@ -343,6 +348,10 @@ class Controller:
             self._tiled_phases.add(index)
             self._note_complete_tiles(phase, tiles, step)
         return stream, step
+
+    def _end_pass(self, of: Pass) -> None:
+        """A training pass's backward pass is done."""
+        of.end(keep_tiles=self._watched is not None and self._watched[0] is of)
 
     def _note_complete_tiles(self, phase: Phase, tiles: TileChooser, step: Step) -> None:
         """Notes that the first pass of a phase in mode "sparse" attended to everything, if so. (Known on the host.)"""
