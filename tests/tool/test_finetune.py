@@ -107,6 +107,34 @@ def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_pat
     assert not list((tmp_path / "skip").glob("checkpoint-*"))
 
 
+def test_kinds_of_lora(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """What PEFT is asked for, and that a run resumes with it, exactly."""
+    kind = ("--dora", "--rslora", "--modules-to-save", "norm", "lm_head", "--lora-targets", "all-linear")
+    out, small = tmp_path / "run", ("--steps", "3", "--save-every", "1", "--dense")
+    assert finetune(model_folder, text_folder, out, *kind, *small) == 0
+    saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert saved["use_dora"] and saved["use_rslora"] and set(saved["modules_to_save"]) == {"norm", "lm_head"}
+    assert {"gate_proj", "q_proj"} <= {name.rpartition(".")[2] for name in saved["target_modules"]}
+    names = " ".join(weights(out))
+    assert "lora_magnitude_vector" in names and "model.norm.weight" in names and "lm_head.weight" in names
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-3")
+    shutil.rmtree(out / "adapter")
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--dora"]) == 0
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    capsys.readouterr()
+    assert finetune(model_folder, text_folder, tmp_path / "no", "--modules-to-save", "nose") == 2
+    assert "modules_to_save ['nose']: the model has no module nose" in capsys.readouterr().err
+
+
+def test_runs_of_earlier_versions_are_the_same_runs() -> None:
+    plain = FinetuneSettings().to_json()
+    assert not {"dora", "rslora", "modules_to_save"} & plain.keys()
+    settings = FinetuneSettings(dora=True, modules_to_save=("norm",))
+    assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert FinetuneSettings.from_json(plain) == FinetuneSettings()
+
+
 def test_sparse_phases(new_model, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """Lists of tiles in a whole run: logged, reported, drawn, and resumed exactly."""
     pytest.importorskip("matplotlib")
@@ -330,6 +358,7 @@ def test_learning_rates(kind: str) -> None:
         ("max_grad_norm", (-1.0, math.inf, math.nan)),
         ("seed", (-1, 1 << 32)),
         ("lora_targets", ((),)),
+        ("modules_to_save", ((),)),
     ],
 )
 def test_settings_that_make_no_sense(name: str, values: tuple[Any, ...]) -> None:

@@ -100,6 +100,12 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "lora_alpha": ("scale of the adapter is alpha / rank", float, "LoRA"),
     "lora_dropout": ("dropout before the adapter", float, "LoRA"),
 }
+# The same, as options without a value, and as lists of names.
+_SWITCHES = {
+    "dora": "DoRA: the norms of the adapted weights train as well",
+    "rslora": "rsLoRA: the adapter's scale is alpha / sqrt(rank)",
+}
+_LISTS = ("lora_targets", "modules_to_save")
 
 
 def add(subparsers: Any) -> None:
@@ -128,6 +134,14 @@ def add(subparsers: Any) -> None:
         metavar="NAME",
         help="linear layers to adapt, or all-linear (default: those of attention)",
     )
+    for name, text in _SWITCHES.items():
+        groups["LoRA"].add_argument(f"--{name}", action="store_true", default=None, help=text)
+    groups["LoRA"].add_argument(
+        "--modules-to-save",
+        nargs="+",
+        metavar="NAME",
+        help="modules that train as a whole and are saved with the adapter, like lm_head or norm",
+    )
     saving = parser.add_argument_group("saving")
     saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")
     saving.add_argument("--keep-checkpoints", type=int, default=2, help="complete checkpoints that stay on the disk")
@@ -147,7 +161,8 @@ _INPUTS = ("model", "tokenizer", "data", *DATA_OPTIONS, "interpolate_positions",
 
 
 def _settings(args: argparse.Namespace) -> FinetuneSettings:
-    given = {name: getattr(args, name) for name in [*_SETTINGS, "lora_targets"] if getattr(args, name) is not None}
+    names = (*_SETTINGS, *_SWITCHES, *_LISTS)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.dense:
         if args.schedule not in (None, "dense"):
             raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
@@ -156,8 +171,7 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
         given.setdefault("recompute", "auto")
     if not args.resume:
         check_defaults_matter(given.get("schedule", FinetuneSettings.schedule), args.keep, args.policy)
-    if "lora_targets" in given:
-        given["lora_targets"] = tuple(given["lora_targets"])
+    given |= {name: tuple(given[name]) for name in _LISTS if name in given}
     if "calibration" in given:
         given["calibration"] = os.path.abspath(given["calibration"])
     if args.resume:

@@ -80,6 +80,10 @@ def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     from lemo.engine.families import find
 
     targets: Any = list(settings.lora_targets or find(model)[0].lora_targets)
+    saved = list(settings.modules_to_save or ())
+    names = {name for path, _ in model.named_modules() for name in (path, path.rpartition(".")[2])}
+    if unknown := [name for name in saved if name not in names]:
+        raise ValueError(f"modules_to_save {saved}: the model has no module {', '.join(unknown)}")
     try:
         return get_peft_model(
             model,
@@ -88,6 +92,9 @@ def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
                 lora_alpha=settings.lora_alpha,
                 lora_dropout=settings.lora_dropout,
                 target_modules=targets[0] if targets == ["all-linear"] else targets,
+                use_dora=settings.dora,
+                use_rslora=settings.rslora,
+                modules_to_save=saved or None,
                 task_type="CAUSAL_LM",
             ),
         )

@@ -30,7 +30,8 @@ class FinetuneSettings:
     batch: windows of `context` tokens per forward pass. In each process, batch x accumulate windows make one step.
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
-    the model's family. The adapter is always float32.
+    the model's family. The adapter is always float32. dora, rslora: as PEFT's use_dora and use_rslora; modules_to_save:
+    names of modules that train as a whole and are saved with the adapter, in the model's dtype.
     memory_budget, offload: as in `lemo.LemoConfig`; a budget needs recompute "auto".
     """
 
@@ -55,6 +56,9 @@ class FinetuneSettings:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] | None = None
+    dora: bool = False
+    rslora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
     held_out: float = 0.0
     seed: int = 1
 
@@ -77,6 +81,8 @@ class FinetuneSettings:
             raise ValueError(f"seed is {self.seed}, expected an integer from 0 to {(1 << 32) - 1}")
         if self.lora_targets is not None and not self.lora_targets:
             raise ValueError("lora_targets is empty, expected names of linear layers or all-linear")
+        if self.modules_to_save is not None and not self.modules_to_save:
+            raise ValueError("modules_to_save is empty, expected names of modules, or None")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1]")
         if not 0 <= self.held_out < 1:
@@ -104,10 +110,13 @@ class FinetuneSettings:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values. Settings of later versions are left out while they change nothing, so that the runs of earlier
+        ones are the same runs."""
         values = dataclasses.asdict(self)
-        if self.lora_targets is not None:
-            values["lora_targets"] = list(self.lora_targets)
-        return values
+        for name in _LISTS:
+            values[name] = None if values[name] is None else list(values[name])
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in _LATER or value != defaults[name]}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> FinetuneSettings:
@@ -115,9 +124,12 @@ class FinetuneSettings:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FinetuneSettings)})
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)} are not known to this version of lemo")
-        targets = values.get("lora_targets", ())
-        return FinetuneSettings(**{**values, "lora_targets": None if targets is None else tuple(targets)})
+        names = {name: tuple(values[name]) for name in _LISTS if values.get(name) is not None}
+        return FinetuneSettings(**{**values, **names})
 
+
+_LISTS = ("lora_targets", "modules_to_save")
+_LATER = ("dora", "rslora", "modules_to_save")
 
 # Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).
 _EXACT_SHARE = default_phases()[-1].share
