@@ -106,6 +106,9 @@ class PackedWindows(torch.utils.data.Dataset):
 
     def spans(self, i: int) -> list[Span]:
         """The parts of documents in window i, in order; their lengths add up to its tokens."""
+        return self._whole(i)
+
+    def _whole(self, i: int) -> list[Span]:
         if not 0 <= i < self.length:
             raise IndexError(i)
         number, place = self._find(i)
@@ -126,7 +129,11 @@ class PackedWindows(torch.utils.data.Dataset):
         return [self.documents.document(d)[start:stop] for d, start, stop in self.spans(i)]
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return self._item(self.spans(i))
+        return self._part(i, self._item(self._whole(i)))
+
+    def _part(self, i: int, item: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is trained on, of all of window i."""
+        return item
 
     def _item(self, spans: Sequence[Span]) -> dict[str, torch.Tensor]:
         parts = [self.documents.document(d)[start:stop] for d, start, stop in spans]
@@ -179,7 +186,7 @@ class CutWindows(PackedWindows):
         return min(max(one - tokens // 2, 0), room)
 
     def spans(self, i: int) -> list[Span]:
-        whole = super().spans(i)
+        whole = self._whole(i)
         if self.tokens(i) == self.context:
             return whole
         start = self._start(i, self._item(whole)["labels"])
@@ -191,8 +198,7 @@ class CutWindows(PackedWindows):
             at += b - a
         return parts
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        item = self._item(super().spans(i))
+    def _part(self, i: int, item: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.tokens(i) == self.context:
             return item
         start = self._start(i, item["labels"])
