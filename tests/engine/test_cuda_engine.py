@@ -1,11 +1,13 @@
 """The engine on a GPU in bf16 against the CPU in fp32, with the same draws."""
 
 import copy
+import functools
 import itertools
 
 import lemo
 import pytest
 import torch
+from lemo.engine.families import UnsupportedModelError
 from support.models import ATTENTION, FAMILIES, LAYERS, base, gradients, lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -60,7 +62,7 @@ def test_families_without_kernels_are_refused(family):
     m = model(family)
     m.get_base_model().to(device="cuda", dtype=torch.bfloat16)
     lemo.apply(m, lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase("dense")]))
-    with pytest.raises(lemo.UnsupportedModelError, match="on CUDA"):
+    with pytest.raises(UnsupportedModelError, match="on CUDA"):
         m(**{k: v.cuda() if torch.is_tensor(v) else v for k, v in batch().items()})
 
 
@@ -101,7 +103,22 @@ def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase):
         return
     total = torch.cat([g.flatten() for g in grads.values()])
     error = torch.cat([(theirs[n] - g).flatten() for n, g in grads.items()])
-    assert error.norm() / total.norm() < 0.1  # bf16; up to 0.065 measured where few labels decide
+    # bf16: up to 0.065 measured where few labels decide, and twice transformers' own error in families that amplify it.
+    assert error.norm() / total.norm() < max(0.1, 2 * rounding(family, labelled))
+
+
+@functools.cache
+def rounding(family, labelled):
+    """The relative error of the gradients that transformers' own layers have in bf16, on the CPU."""
+    plain, found = model(family), []
+    for dtype in (torch.float32, torch.bfloat16):
+        m = copy.deepcopy(plain)
+        m.get_base_model().to(dtype=dtype)
+        for name, p in m.named_parameters():
+            if "lora_" in name:
+                p.data = p.data.float()
+        found.append(torch.cat([g.float().flatten() for g in gradients(m, batch(labelled))[1].values()]))
+    return float((found[1] - found[0]).norm() / found[0].norm())
 
 
 def test_no_label_gives_zero_gradients_on_a_gpu():
@@ -214,9 +231,11 @@ def test_a_failed_or_abandoned_pass_leaves_offload_in_order():
 
 
 def test_a_budget_is_kept_on_a_gpu():
-    """Peaks of three budgets, against what the plan says: saved bytes differ between plans as they do on the GPU."""
+    """Peaks of three budgets, against what the plan says: saved bytes differ between plans as they do on the GPU.
+
+    All have attention's output of the last layers: while none does, the layer that is worked on makes its own."""
     found = []
-    for extra in (0, 4, 8):
+    for extra in (2, 6, 10):
         m = on_gpu(layers=12, intermediate_size=128, max_position_embeddings=32768)
         phases = [lemo.Phase("dense")]
         needs = lemo.apply(m, lemo.LemoConfig(phases=phases, memory_budget="70GiB")).savings.needs(
