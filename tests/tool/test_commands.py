@@ -74,16 +74,18 @@ def test_calibrate_then_finetune_evaluate_report_info(
 def test_calibrate_for_attention_mass(
     new_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = new_model(tmp_path / "model", positions=768)
+    model = new_model(tmp_path / "model", positions=1152)
     text = tmp_path / "text"
     text.mkdir()
     for i in range(4):
         (text / f"{i}.txt").write_text(make_text(i, 1500))
-    common = ["--model", str(model), "--data", str(text), "--context", "768", "--target", "mass", "--quiet"]
+    common = ["--model", str(model), "--data", str(text), "--context", "1152", "--target", "mass", "--quiet"]
     out = tmp_path / "tiles"
     assert main(["calibrate", *common, "--steps", "3", "--documents", "4", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "covered mass at density 0.125" in shown and "predictors" in shown and "probe 2" in shown
+    assert "covered mass at density 0.5" in shown and "predictors" in shown and "probe 2" in shown
+    # Nine tiles, of which three are attended to in any case.
+    assert "density 0.125: documents this short leave no choice" in shown and "mass at density 0.125" not in shown
     assert sorted(p.name for p in out.iterdir()) == ["lemo_config.json", "predictors.safetensors"]
     saved = json.loads((out / "lemo_config.json").read_text())
     assert saved["target"] == "mass" and saved["block_size"] == 128 and saved["report"]["training"]["steps"] == 3
@@ -91,6 +93,7 @@ def test_calibrate_for_attention_mass(
     assert main(["info", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "target: mass" in shown and "covered mass at density 0.5" in shown
+    assert "density 0.125: documents this short leave no choice" in shown and "mass at density 0.125" not in shown
     # What it is not for, before any step.
     run = [
         "finetune",
