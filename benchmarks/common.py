@@ -66,13 +66,14 @@ def header() -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """How to run it again: no result path, and files by name, wherever this machine had them."""
+    """How to run it again: no result path, no limit of time, and files by name, wherever this machine had them."""
     words = []
     skip = False
     for word in arguments:
-        if not skip and word != "--out":
+        left_out = word in ("--out", "--budget-minutes")
+        if not skip and not left_out:
             words.append(Path(word).name if Path(word).is_absolute() else word)
-        skip = word == "--out"
+        skip = left_out
     return shlex.join(["python", *words])
 
 

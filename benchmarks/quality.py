@@ -38,11 +38,12 @@ from typing import Any
 
 import quality_stats as stats
 import torch
-from common import ROOT, commit, device_name, table, write_results
+from common import ROOT, header, table, write_results
 from quality_schedules import CONTEXTS, MODEL, ROWS, Costs, Row, cost, segments, unavailable
 from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, train
 
 BASE = "not adapted"
+MADE_BY = ("commit", "gpu", "versions")  # what every run says of itself
 
 
 def digest(values: Any) -> str:
@@ -184,7 +185,7 @@ class Study:
     def keep(self, spec: Spec, result: dict[str, Any]) -> None:
         from lemo.storage import write_text
 
-        made = {"spec": spec.to_dict(), "commit": commit(), "gpu": device_name()}
+        made = {"spec": spec.to_dict()} | {name: header()[name] for name in MADE_BY}
         write_text(self.folder / "runs" / f"{name_of(spec)}.json", json.dumps(result | made))
 
     # ---- what is wanted
@@ -415,9 +416,11 @@ def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:
     args = study.args
     rows, missing = published(study)
     runs = [r for r in study.results().values() if "losses" in r]
+    where = {name: r[name] for r in runs[-1:] for name in MADE_BY}  # not of the machine that writes the table
     path = write_results(
         args.out or f"quality-{Path(args.model).name}-{args.setting}",
         rows,
+        **where,
         setting=args.setting,
         model=Path(args.model).name,
         context=args.context,

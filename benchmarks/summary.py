@@ -103,16 +103,20 @@ def headline() -> Headline | None:
 
 
 def long_contexts() -> list[str]:
-    """Mode "sparse" with a fixed number of keys, from 64K tokens on, against the steps of the same run."""
+    """Mode "sparse" with a fixed number of keys, from 64K tokens on, against the steps of the same run.
+
+    Of files that measured the same step the first counts: those with a peer come before those of costs."""
     results = step_results() | {
         path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("costs-*.json"))
     }
-    rows, sources = [], []
+    rows, sources, shown = [], [], set()
     for name, result in results.items():
         of = [row for row in result["rows"] if "step_ms" in row and row["model"] == "llama3-8b"]
         for row in of:
-            if row["mode"] != "sparse" or not row.get("keys") or row["context"] < 65536:
+            setting = (row["context"], row["keep"], row["keys"]) if row.get("keys") else None
+            if row["mode"] != "sparse" or setting is None or row["context"] < 65536 or setting in shown:
                 continue
+            shown.add(setting)
             same = [r for r in of if (r["context"], r["recompute"]) == (row["context"], row["recompute"])]
             peer = next((r for r in same if "Liger" in r["method"] and "step_ms" in r), None)
             dense = next((r for r in same if r["method"] == "lemo" and r["mode"] == "dense"), None)

@@ -94,6 +94,15 @@ class Checker {
     layout(name, t, role);
   }
 
+  // CUDA kernels move rows of `name` 16 bytes at a time; `letter`: of their width in the header. Asked before outputs
+  // are looked at, which cannot be aligned either if the width is not a multiple.
+  void width(const char* name, const lemo_tensor& t, const char* letter = "d") const {
+    const int64_t d = t.shape[t.ndim - 1];
+    if (on_cpu() || d % 8 == 0) return;
+    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": expected " + letter + " to be a multiple of 8 on CUDA, got " +
+                                      std::to_string(d) + "; pad the rows");
+  }
+
   bool on_cpu() const { return exec_.device == LEMO_CPU; }
   bool values() const { return on_cpu() && purpose_ == Purpose::kRun; }
 

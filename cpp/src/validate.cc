@@ -80,6 +80,7 @@ void validate_exec(const lemo_exec& exec) {
 void validate(const lemo_exec& exec, const lemo_gather_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("x", a.x, {{"T", kAny}, {"d", kAny}});
+  check.width("x", a.x);
   check_rows_fit("x", a.x.shape[0]);
   const bool identity = !present(a.rows);
   const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
@@ -103,6 +104,7 @@ void validate(const lemo_exec& exec, const lemo_gather_args& a, Purpose purpose)
 void validate(const lemo_exec& exec, const lemo_scatter_add_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("x", a.x, {{"T", kAny}, {"d", kAny}}, Role::kOutput);
+  check.width("x", a.x);
   check_rows_fit("x", a.x.shape[0]);
   const bool identity = !present(a.rows);
   const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
@@ -118,6 +120,7 @@ void validate(const lemo_exec& exec, const lemo_scatter_add_args& a, Purpose pur
 void validate(const lemo_exec& exec, const lemo_gather_norm_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("x", a.x, {{"T", kAny}, {"d", kAny}});
+  check.width("x", a.x);
   check_rows_fit("x", a.x.shape[0]);
   const bool identity = !present(a.rows);
   const int64_t m = identity ? a.x.shape[0] : a.rows.shape[0];
@@ -147,6 +150,7 @@ void validate(const lemo_exec& exec, const lemo_gather_norm_args& a, Purpose pur
 void validate(const lemo_exec& exec, const lemo_gather_norm_backward_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("dy", a.dy, {{"M", kAny}, {"d", kAny}});
+  check.width("dy", a.dy);
   check_rows_fit("dy", a.dy.shape[0]);
   const int64_t m = a.dy.shape[0];
   const int64_t d = a.dy.shape[1];
@@ -197,6 +201,7 @@ void validate(const lemo_exec& exec, const lemo_rotary_args& a, Purpose purpose)
 void validate(const lemo_exec& exec, const lemo_swiglu_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("gate", a.gate, {{"M", kAny}, {"f", kAny}});
+  check.width("gate", a.gate, "f");
   const int64_t m = a.gate.shape[0], f = a.gate.shape[1];
   check.like("up", a.up, "gate", a.gate, {{"M", m}, {"f", f}});
   check.like("out", a.out, "gate", a.gate, {{"M", m}, {"f", f}}, Role::kOutput);
@@ -205,6 +210,7 @@ void validate(const lemo_exec& exec, const lemo_swiglu_args& a, Purpose purpose)
 void validate(const lemo_exec& exec, const lemo_swiglu_backward_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("dout", a.dout, {{"M", kAny}, {"f", kAny}});
+  check.width("dout", a.dout, "f");
   const int64_t m = a.dout.shape[0], f = a.dout.shape[1];
   check.like("gate", a.gate, "dout", a.dout, {{"M", m}, {"f", f}});
   check.like("up", a.up, "dout", a.dout, {{"M", m}, {"f", f}});
@@ -258,6 +264,7 @@ void validate(const lemo_exec& exec, const lemo_scores_args& a, Purpose purpose)
 void validate(const lemo_exec& exec, const lemo_predict_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("x", a.x, {{"T", kAny}, {"d", kAny}});
+  check.width("x", a.x);
   check_rows_fit("x", a.x.shape[0]);
   check.like("wq1", a.wq1, "x", a.x, {{"rq", kAny}, {"d", a.x.shape[1]}});
   check.like("wq2", a.wq2, "x", a.x, {{"sq", kAny}, {"rq", a.wq1.shape[0]}});
@@ -538,6 +545,7 @@ void validate(const lemo_exec& exec, const lemo_list_tiles_args& a, Purpose purp
 void validate(const lemo_exec& exec, const lemo_linear_cross_entropy_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.data("hidden", a.hidden, {{"N", kAny}, {"d", kAny}});
+  check.width("hidden", a.hidden);
   check_rows_fit("hidden", a.hidden.shape[0]);
   const Dim n = {"N", a.hidden.shape[0]};
   const Dim d = {"d", a.hidden.shape[1]};

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kRowBlock) swiglu_backward_kernel(const Swiglu
 
 void swiglu(const lemo_exec& exec, const lemo_swiglu_args& a) {
   const int64_t m = a.gate.shape[0];
-  const Grid grid = grid_for<kForwardChunk>("gate", m, a.gate.shape[1], "f");
+  const Grid grid = grid_for<kForwardChunk>("gate", m, a.gate.shape[1]);
   if (grid.blocks == 0) return;
   const DeviceGuard guard(exec.device_index);
   dispatch_dtype(a.gate.dtype, [&](auto type) {
@@ -112,7 +112,7 @@ void swiglu(const lemo_exec& exec, const lemo_swiglu_args& a) {
 
 void swiglu_backward(const lemo_exec& exec, const lemo_swiglu_backward_args& a) {
   const int64_t m = a.dout.shape[0];
-  const Grid grid = grid_for<kBackwardChunk>("dout", m, a.dout.shape[1], "f");
+  const Grid grid = grid_for<kBackwardChunk>("dout", m, a.dout.shape[1]);
   if (grid.blocks == 0) return;
   const DeviceGuard guard(exec.device_index);
   dispatch_dtype(a.dout.dtype, [&](auto type) {

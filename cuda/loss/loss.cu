@@ -33,7 +33,6 @@ class Loss {
         classes_(a.weight.shape[0]),
         columns_(round_up(classes_, kVector)),
         r_(present(a.lora_a) ? a.lora_a.shape[0] : 0) {
-    check_width("hidden", d_);
     if (r_ % kVector != 0) {
       throw Error(LEMO_UNSUPPORTED, "lora_a: expected r to be a multiple of 8 on CUDA, got " + std::to_string(r_) +
                                         "; pad lora_a with zero rows and lora_b with zero columns");

@@ -11,14 +11,6 @@ namespace lemo::cuda {
 
 constexpr int kRowBlock = 128;  // threads of a block whose rows take one warp each
 
-// `letter`: of the width of `name` in the header.
-inline void check_width(const char* name, int64_t d, const char* letter = "d") {
-  if (d % kVector != 0) {
-    throw Error(LEMO_UNSUPPORTED, std::string(name) + ": expected " + letter + " to be a multiple of 8 on CUDA, got " +
-                                      std::to_string(d) + "; pad the rows");
-  }
-}
-
 // Where nothing is summed over a row, a warp takes a chunk of it, kChunk vectors per lane: enough loads in flight for
 // narrow and wide rows alike.
 constexpr int kLanes = 32;
@@ -48,8 +40,7 @@ inline unsigned block_count(const char* name, int64_t blocks) {
 }
 
 template <int kChunk>
-Grid grid_for(const char* name, int64_t m, int64_t d, const char* letter = "d") {
-  check_width(name, d, letter);
+Grid grid_for(const char* name, int64_t m, int64_t d) {
   const int64_t vectors = d / kVector;
   const int64_t chunks = ceil_div(vectors, kChunk * kLanes);
   return {vectors, chunks, block_count(name, ceil_div(m * chunks, kRowBlock / kLanes))};
@@ -74,7 +65,6 @@ struct RowShape {
 // stay in registers; one warp up to d = 1024, where no barrier is needed, and a block beyond.
 template <class Function>
 void dispatch_width(const char* name, int64_t d, Function&& f) {
-  check_width(name, d);
   if (d <= 256) return f(RowShape<32, 1>{});
   if (d <= 512) return f(RowShape<32, 2>{});
   if (d <= 1024) return f(RowShape<32, 4>{});

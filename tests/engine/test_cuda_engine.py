@@ -1,11 +1,13 @@
 """The engine on a GPU in bf16 against the CPU in fp32, with the same draws."""
 
 import copy
+import functools
 import itertools
 
 import lemo
 import pytest
 import torch
+from lemo.engine.families import UnsupportedModelError
 from support.models import ATTENTION, FAMILIES, LAYERS, base, gradients, lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -16,9 +18,9 @@ SHAPE = {"hidden_size": 128, "num_attention_heads": 2}
 
 def model(family):
     """Weights that are exact in bf16, and small enough for its rounding to stay small."""
-    m = lora(base(family, **SHAPE, **(FAMILIES[family].kernels or {})), ATTENTION[family]).train()
+    m = lora(base(family, **SHAPE, **FAMILIES[family].kernels), ATTENTION[family]).train()
     for name, p in m.named_parameters():
-        scale = 0.2 if p.dim() == 2 else 1.0
+        scale = 0.2 if p.dim() > 1 else 1.0
         p.data = (p.data * scale).bfloat16().float() if "lora_" not in name else p.data * 0.5
     return m
 
@@ -52,21 +54,27 @@ BY_ACTIVATIONS = ("skip-update-norm", "backward-weighted-sampled", "sparse-probe
 
 # All families in the phases that between them run every function of one; everything else with those of LAYERS.
 OF_A_FAMILY = ("dense", "skip-random", "backward-weighted", "sparse-recent")
-ON_CUDA = [family for family, tiny in FAMILIES.items() if tiny.kernels is not None]
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ON_CUDA])
-def test_families_without_kernels_are_refused(family):
-    m = model(family)
+@pytest.mark.parametrize(
+    ("options", "phase", "words"),
+    [
+        ({"head_dim": 192}, {"mode": "dense"}, "heads of 192 values on CUDA"),
+        ({}, {"mode": "skip", "policy": "exact"}, "exact scores of blocks with heads of 256 values and soft-capped"),
+    ],
+    ids=("heads", "scores"),
+)
+def test_what_has_no_kernels_is_refused(options, phase, words):
+    m = lora(base("gemma2", **SHAPE, **FAMILIES["gemma2"].kernels | options), ATTENTION["gemma2"]).train()
     m.get_base_model().to(device="cuda", dtype=torch.bfloat16)
-    lemo.apply(m, lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase("dense")]))
-    with pytest.raises(lemo.UnsupportedModelError, match="on CUDA"):
+    lemo.apply(m, lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase(**phase)]))
+    with pytest.raises(UnsupportedModelError, match=words):
         m(**{k: v.cuda() if torch.is_tensor(v) else v for k, v in batch().items()})
 
 
 @pytest.mark.parametrize(
     ("family", "phase"),
-    [(family, phase) for family in ON_CUDA for phase in PHASES if family in LAYERS or phase in OF_A_FAMILY],
+    [(family, phase) for family in FAMILIES for phase in PHASES if family in LAYERS or phase in OF_A_FAMILY],
 )
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("labelled", [1.0, 0.2])
@@ -90,7 +98,8 @@ def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase):
     if phase not in BY_ACTIVATIONS:
         assert report["kept"] == their_report["kept"] and report["loss_tokens"] == their_report["loss_tokens"]
     if phase.startswith("sparse"):
-        assert all(d < 1 for d in report["density"])
+        windows = controller.family.windows(plain.config, max(LONG))  # layers with one choose no tiles
+        assert all(d < 1 for d, window in zip(report["density"], windows, strict=True) if window is None)
         torch.testing.assert_close(report["density"], their_report["density"], rtol=0, atol=0.1)
     if phase in ("sparse-probe", "sparse-mass"):
         torch.testing.assert_close(report["covered"], their_report["covered"], rtol=0, atol=0.05)
@@ -101,7 +110,22 @@ def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase):
         return
     total = torch.cat([g.flatten() for g in grads.values()])
     error = torch.cat([(theirs[n] - g).flatten() for n, g in grads.items()])
-    assert error.norm() / total.norm() < 0.1  # bf16; up to 0.065 measured where few labels decide
+    # bf16: up to 0.065 measured where few labels decide, and twice transformers' own error in families that amplify it.
+    assert error.norm() / total.norm() < max(0.1, 2 * rounding(family, labelled))
+
+
+@functools.cache
+def rounding(family, labelled):
+    """The relative error of the gradients that transformers' own layers have in bf16, on the CPU."""
+    plain, found = model(family), []
+    for dtype in (torch.float32, torch.bfloat16):
+        m = copy.deepcopy(plain)
+        m.get_base_model().to(dtype=dtype)
+        for name, p in m.named_parameters():
+            if "lora_" in name:
+                p.data = p.data.float()
+        found.append(torch.cat([g.float().flatten() for g in gradients(m, batch(labelled))[1].values()]))
+    return float((found[1] - found[0]).norm() / found[0].norm())
 
 
 def test_no_label_gives_zero_gradients_on_a_gpu():
@@ -214,9 +238,11 @@ def test_a_failed_or_abandoned_pass_leaves_offload_in_order():
 
 
 def test_a_budget_is_kept_on_a_gpu():
-    """Peaks of three budgets, against what the plan says: saved bytes differ between plans as they do on the GPU."""
+    """Peaks of three budgets, against what the plan says: saved bytes differ between plans as they do on the GPU.
+
+    All have attention's output of the last layers: while none does, the layer that is worked on makes its own."""
     found = []
-    for extra in (0, 4, 8):
+    for extra in (2, 6, 10):
         m = on_gpu(layers=12, intermediate_size=128, max_position_embeddings=32768)
         phases = [lemo.Phase("dense")]
         needs = lemo.apply(m, lemo.LemoConfig(phases=phases, memory_budget="70GiB")).savings.needs(

@@ -136,8 +136,11 @@ def test_wrong_dtypes_and_devices_are_named() -> None:
         ops.gather(torch.ones(8, 20, device="cuda", dtype=torch.float16)[:, 1:17], rows)
     with pytest.raises(ValueError, match=r"gate: .*multiples of 16 bytes"):
         ops.swiglu(*torch.ones(2, 8, 20, device="cuda", dtype=torch.float16))
+    narrow = torch.ones(2, 8, 24, device="cuda", dtype=torch.float16)[..., :20]  # what comes out would not be aligned
     with pytest.raises(NotImplementedError, match=r"gate: expected f to be a multiple of 8 on CUDA, got 20"):
-        ops.swiglu(*torch.ones(2, 8, 24, device="cuda", dtype=torch.float16)[..., :20])
+        ops.swiglu(*narrow)
+    with pytest.raises(NotImplementedError, match=r"x: expected d to be a multiple of 8 on CUDA, got 20"):
+        ops.gather(narrow[0], rows)
 
 
 def test_a_bad_target_makes_the_loss_nan() -> None:

@@ -101,6 +101,7 @@ class Step:
     general: bool = True
     segments: Sequence[int] = ()
     share: Share | None = None
+    when_done: Callable[[], None] | None = None
     records: Records = field(default_factory=Records)
     weights: Weights = field(init=False)
     statistics: RowStatistics = field(default_factory=RowStatistics)
