@@ -154,9 +154,9 @@ def _mlp_again(
     family, saved = step.family, record.saved_list
     n2, params = family.norms(layer)[1], grads.held_by(family.mlp_modules(layer))
     of_attention = _attention_parameters(step, layer, grads)
-    dout = torch.empty_like(out)
     want_output = bool(step.random)
-    for c in step.chunks(saved.count):
+
+    def part(c: slice) -> Tensor:
         a, projection = trace(lambda leaf: family.attention_output(layer, leaf), out[c])
         h2, x_mlp = gather_norm(a, None, record.x_kept[c], n2)
         _, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
@@ -164,12 +164,26 @@ def _mlp_again(
         dh2 = grads.through(mlp, g[c], params, step.statistics.gradient(record.layer, saved, c))
         if saved.weights is None:
             _norm_backward_into(g[c], None, dh2, x_mlp, n2, None, True, grads)
-            dout[c] = grads.through(projection, g[c], of_attention)
-        else:
-            branch = _norm_backward(dh2, x_mlp, n2, None, grads)
-            dout[c] = grads.through(projection, g[c] + branch, of_attention)
-            g[c] = branch
-    return dout
+            return grads.through(projection, g[c], of_attention)
+        branch = _norm_backward(dh2, x_mlp, n2, None, grads)
+        dout = grads.through(projection, g[c] + branch, of_attention)
+        g[c] = branch
+        return dout
+
+    return _in_chunks(step, out, part)
+
+
+def _in_chunks(step: Step, like: Tensor, part: Callable[[slice], Tensor]) -> Tensor:
+    """part(c) of all chunks of rows, of the shape of `like`."""
+    whole = None
+    for c in step.chunks(like.shape[0]):
+        found = part(c)
+        if found.shape[0] == like.shape[0]:
+            return found
+        whole = torch.empty_like(like) if whole is None else whole
+        whole[c] = found
+    assert whole is not None
+    return whole
 
 
 def _attention(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
@@ -180,10 +194,12 @@ def _attention(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: 
         dh = grads.through(segment, ops.gather(dx, rows), held)
     else:
         out, segment = _attention_again(step, layer, record, n1)
-        dout = torch.empty_like(out)
-        for c in step.chunks(rows.shape[0]):
+
+        def part(c: slice) -> Tensor:
             projection = trace(lambda leaf: step.family.attention_output(layer, leaf, bool(step.random)), out[c])[1]
-            dout[c] = grads.through(projection, ops.gather(dx, rows[c]), held)
+            return grads.through(projection, ops.gather(dx, rows[c]), held)
+
+        dout = _in_chunks(step, out, part)
         del out
         dh = grads.through(segment, dout, held)
     _norm_backward_into(dx, rows, dh, record.x_kept, n1, None, True, grads)

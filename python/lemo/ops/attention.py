@@ -239,14 +239,14 @@ class _Attention(torch.autograd.Function):
         )
         lse, *lists = lists
 
-        def run(heads: slice, key_heads: slice) -> Gradients:
+        def run(heads: slice | None, key_heads: slice | None) -> Gradients:
             return attention_backward(
-                dout[:, heads],
-                q[:, heads],
-                k[:, key_heads],
-                v[:, key_heads],
-                out[:, heads],
-                lse[heads],
+                _cut(dout, heads),
+                _cut(q, heads),
+                _cut(k, key_heads),
+                _cut(v, key_heads),
+                _cut(out, heads),
+                lse if heads is None else lse[heads],
                 *lists,
                 cu_seqlens_k=cu_seqlens_k,
                 rows_k=rows_k,
@@ -254,7 +254,7 @@ class _Attention(torch.autograd.Function):
                 max_seqlen_k=max_seqlen_k,
                 window=window,
                 softcap=softcap,
-                sinks=None if sinks is None else sinks[heads],
+                sinks=sinks if sinks is None or heads is None else sinks[heads],
                 places=places,
                 places_k=places_k,
                 want_dsinks=ctx.needs_input_grad[3],
@@ -274,19 +274,24 @@ def heads_at_a_time(rows: int, heads: int, key_heads: int, head_dim: int) -> int
     return min(key_heads, max(1, HEADS_BYTES // (4 * rows * head_dim * (heads // key_heads) or 1)))
 
 
+def _cut(x: Tensor, heads: slice | None) -> Tensor:
+    return x if heads is None else x[:, heads]
+
+
 def _by_heads(
-    run: Callable[[slice, slice], Gradients],
+    run: Callable[[slice | None, slice | None], Gradients],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     space: Tensor | None,
     sinks: Tensor | None,
 ) -> Gradients:
-    """(dq, dk, dv, dsinks) of run(heads, key_heads), which are independent. space: memory for dq, of its shape."""
+    """(dq, dk, dv, dsinks) of run(heads, key_heads), which are independent; None: all of them. space: memory for dq, of
+    its shape."""
     key_heads = k.shape[1]
     group, size = q.shape[1] // key_heads, heads_at_a_time(q.shape[0], q.shape[1], key_heads, q.shape[2])
     if size == key_heads:
-        return run(slice(None), slice(None))
+        return run(None, None)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if space is None else space
     dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
     dsinks = None if sinks is None else torch.empty_like(sinks, dtype=torch.float32)
