@@ -20,6 +20,7 @@ worked on, only the streams before it are saved besides, so segments grow shorte
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -260,7 +261,7 @@ class Needs:
     def _working(self) -> dict[Recompute, int]:
         """By what layers save."""
         layers = zip(self.shapes, self.lists, strict=True)
-        kinds = {(id(s), lists.most, self._in_place(lists)): s for s, lists in layers}
+        kinds = {(id(s), lists.most, self._in_place(lists), lists.mlp is None): s for s, lists in layers}
         return {
             level: self._always
             + max(
@@ -272,9 +273,9 @@ class Needs:
                     level,
                     self.dequantizes,
                     in_place=in_place,
-                    separable=self.countable,
+                    separable=self.countable and one_list,
                 )
-                for (_, rows, in_place), s in kinds.items()
+                for (_, rows, in_place, one_list), s in kinds.items()
             )
             for level in _LEVELS
         }
@@ -376,9 +377,14 @@ def _fewest_offloaded(needs: Needs, budget: int, offload: Offload, segments: tup
     levels: list[Recompute] = ["full"] * len(needs.shapes)
     if not isinstance(offload, str):
         return needs.plan(levels, _to_offload(needs, offload), segments)
-    plans = [needs.plan(levels, _to_offload(needs, n), segments) for n in range(len(levels) + 1)]
-    plans = [plan for plan in plans if plan.host <= _host_limit(offload)]  # without offload nothing is there
-    return next((plan for plan in plans if plan.peak <= budget), min(plans, key=lambda plan: plan.peak))
+    limit, numbers = _host_limit(offload), range(len(levels) + 1)
+
+    def plan(n: int) -> MemoryPlan:
+        return needs.plan(levels, _to_offload(needs, n), segments)
+
+    # More layers need more of the host and less of the device.
+    most = bisect.bisect_right(numbers, limit, key=lambda n: plan(n).host) - 1
+    return plan(min(most, bisect.bisect_left(numbers, -budget, key=lambda n: -plan(n).peak)))
 
 
 def _host_limit(offload: Offload) -> float:

@@ -21,7 +21,8 @@ _GIB = 1 << 30
 
 class Estimate(dict[str, Any]):
     """{"tokens", "recompute", "phases": [{"mode", "keep", "weights", "saved", "working", "peak", "host", "layers",
-    "offloaded"}], "peak"}, in bytes; prints as a table in GiB. layers: how many save what; host: in host memory."""
+    "offloaded", "segments"}], "peak"}, in bytes; prints as a table in GiB. layers: how many save what; host: in host
+    memory; segments: layers of each, if all but the last run again."""
 
     def __str__(self) -> str:
         lines = [f"{self['tokens']} tokens, recompute {self['recompute']} (GiB)"]
