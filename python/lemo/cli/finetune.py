@@ -46,7 +46,7 @@ examples:
       --resume --model NEW (--data NEW, --calibration NEW), accepted if their contents are the same
 
 schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:weighted][:NAME=VALUE][@SHARE]
-  default      skip most of the steps, then dense: the best result for the time spent
+  default      skip in most of the steps, then dense: the most steps for the time spent
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
   backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model

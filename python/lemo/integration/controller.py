@@ -301,7 +301,7 @@ class Controller:
         """The residual stream [T, d] after the last layer, before the final norm, and the step that made it."""
         decoder = self.family.decoder(self.model)
         layers = self.family.layers(decoder)
-        self.family.check_kernels(self.model.config, inputs.packed.blocks.max_seqlen, inputs.batch.device)
+        self.family.check_kernels(self.model.config, inputs.batch.device)
         if self.micro_batch == 0:
             self._check_surroundings(layers, inputs.batch)
         check_modules(self.family, self.model)
@@ -315,6 +315,9 @@ class Controller:
             self.sequence.check_same(inputs.batch, inputs.packed.positions, inputs.targets)
             share = Share(self.sequence, inputs.packed.blocks)
         phase = self.schedule.phases[index]
+        if any(self.config.scores_exactly(p) for p in self.schedule.phases[index:]):
+            longest, device = inputs.packed.blocks.max_seqlen, inputs.batch.device
+            self.family.check_score_kernels(self.model.config, longest, device)
         remember = not phase.exact and not again
         kept = self._passes.begin(draw, inputs.batch, inputs.packed.blocks) if remember else None
         # Inside an activation checkpoint, the backward pass is that of a recomputation.

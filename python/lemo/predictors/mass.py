@@ -56,6 +56,9 @@ class MassTeacher(Teacher):
         super().__init__(model, TILE, False)
         self.probes = probes
 
+    def check_scores(self, tokens: int) -> None:
+        self.family.check_kernels(self.config, self.device)  # masses have the same sizes of heads, and no options
+
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         q, k, scale = self.queries_keys(index, x, blocks)
         return tile_mass(q, k, scale, self.probes, query_strips(blocks.num_blocks, _QUERY_TILES))
