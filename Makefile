@@ -133,7 +133,7 @@ minimum: $(VENV)/.dev
 QUANTIZED := $(BUILD)/quantized
 .PHONY: quantized
 quantized: $(QUANTIZED)/.installed
-	PYTHONPATH="$(abspath $(QUANTIZED))" $(BIN)/python -m pytest -q tests/engine/test_quantized.py
+	PYTHONPATH="$(abspath $(QUANTIZED))" $(BIN)/python -m pytest -q tests/engine/test_quantized.py tests/benchmarks/test_quantized.py
 
 $(QUANTIZED)/.installed: $(VENV)/.dev pyproject.toml
 	@rm -rf $(QUANTIZED)
