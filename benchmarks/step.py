@@ -9,6 +9,7 @@ nothing eliminated has the peer's loss and gradients.
   python benchmarks/step.py --context 8192 --recompute none     # nothing recomputed
   python benchmarks/step.py --only dense skip-0.5               # some of the rows; the peer always runs
   python benchmarks/step.py --context 262144 --peer none --steps 1     # lemo alone: its dense step takes minutes here
+  python benchmarks/step.py --context 1048576 --peer none --steps 1 --only sparse-8k-keys --memory-budget 131GiB
   python benchmarks/step.py --model tiny --context 512          # a smoke run, also without a GPU (no memory figures)
 
 Rows:
@@ -16,6 +17,7 @@ Rows:
 
 step_ms is the median of the timed steps, by CUDA events, step_ms_min and step_ms_max their spread; peak_mib the largest
 amount of memory that PyTorch had allocated during one of them, weights included, and before_mib what it had before.
+memory: what --memory-budget, --offload and --recompute-layers chose; host memory is pinned before the timed steps.
 time_ratio is the peer's time over ours (above 1: lemo is faster), memory_ratio our peak over the peer's (below 1: lemo
 needs less), dense_ratio the time of lemo's own dense step over ours. kept is the share of blocks that a layer kept, on
 average, computed that of the pairs of tiles in its attention. The loss is the last step's; in mode "skip" it
@@ -39,6 +41,7 @@ from typing import Any
 
 import torch
 from common import add_output, header, table, write_results
+from lemo.cli.common import offload, recompute_layers, size
 from llama import LIGER, PLAIN, SHAPES, Base, make_base, make_model, missing_liger, ours, peer, release
 
 COLUMNS = (
@@ -76,6 +79,24 @@ class Row:
         return f"mode {self.mode}, {self.keep:g} of the tokens kept, {'weighted, ' * self.weighted}{chosen}"
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Settings of lemo's rows, as in `lemo.LemoConfig`."""
+
+    memory_budget: int | None = None
+    offload: bool | int | str = False
+    recompute_layers: bool | int | str = "auto"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not the default."""
+        defaults = vars(Memory())
+        return {name: value for name, value in vars(self).items() if value != defaults[name]}
+
+    def options(self, recompute: str) -> dict[str, Any]:
+        return vars(self) | {"recompute": recompute if self.memory_budget is None else "auto"}
+
+
 ROWS = {
     "dense": Row("dense"),
     "skip-0.5": Row("skip", 0.5, "update_norm"),
@@ -92,7 +113,7 @@ ROWS = {
 MORE = ("sparse-0.25", "sparse-0.125")
 
 
-def settings(row: Row, recompute: str, calibration: Path) -> Any:
+def settings(row: Row, recompute: str, calibration: Path, memory: Memory | None = None) -> Any:
     import lemo
 
     keep = None if row.mode == "dense" else row.keep
@@ -106,7 +127,10 @@ def settings(row: Row, recompute: str, calibration: Path) -> Any:
         density=row.density,
         keys=row.keys,
     )
-    return lemo.LemoConfig(phases=[phase], recompute=recompute, calibration=calibration if row.calibrated else None)
+    options = {} if memory is None else memory.options(recompute)
+    return lemo.LemoConfig(
+        phases=[phase], calibration=calibration if row.calibrated else None, **({"recompute": recompute} | options)
+    )
 
 
 def untrained_calibration(base: Base, folder: Path) -> Path:
@@ -170,6 +194,8 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
                 loss = loss.detach()
 
             ids = document(base, tokens)
+            if controller is not None:
+                controller.savings.pin(controller.phase, (tokens,), base.weights["lm_head.weight"].element_size())
             step(ids if tokens < WARM_WHOLE else document(base, WARM_TOKENS))
             if base.cuda:
                 torch.cuda.synchronize()
@@ -187,6 +213,7 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
                 figures["kept"] = round(statistics.mean(controller.kept_ratios), 4)
                 computed = controller.report()["density"]
                 figures["computed"] = round(statistics.mean(computed), 4) if computed else None
+                figures |= {"memory": plan} if (plan := controller.report()["memory"]) else {}
             if base.cuda:
                 figures["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     except torch.OutOfMemoryError:
@@ -299,6 +326,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["liger", "plain", "none"],
         help="plain: without Liger; none: lemo alone (default: liger on a GPU, plain without one)",
     )
+    parser.add_argument("--memory-budget", type=size, help="lemo's rows: as for lemo finetune, in place of --recompute")
+    parser.add_argument("--offload", type=offload, default=False, help="lemo's rows: as for lemo finetune")
+    parser.add_argument(
+        "--recompute-layers", type=recompute_layers, default="auto", help="lemo's rows: as for lemo finetune"
+    )
+    parser.add_argument("--cap", type=size, help="memory that PyTorch may take of the GPU")
     add_output(parser, "step")
     args = parser.parse_args(arguments)
     if args.layers is not None and args.layers < 1:
@@ -312,6 +345,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    memory = Memory(args.memory_budget, args.offload, args.recompute_layers)
+    if args.cap is not None:
+        torch.cuda.set_per_process_memory_fraction(args.cap / torch.cuda.get_device_properties(0).total_memory)
     made = header()  # before anything is written: a results file under version control would make the commit "-dirty"
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names in transformers that old versions lack
     peer_name, left_out = choose_peer(args.peer)
@@ -350,9 +386,9 @@ def main() -> int:
                 reference = identity | {"policy": None, "weighted": False} | same | found
                 reference = add(compare(reference, reference, None))
             for name, row in chosen.items():
-                config = settings(row, args.recompute, calibration)
+                config = settings(row, args.recompute, calibration, memory)
                 found = measure(base, ours(base, config), tokens, steps)
-                found = identity_of(name, row, config) | same | found
+                found = identity_of(name, row, config) | same | memory.given | found
                 dense = found if row.mode == "dense" else dense
                 add(compare(found, reference, dense))
     print(table(rows, COLUMNS))
