@@ -270,6 +270,7 @@ class LinearGroup(Function):
         outputs, norms = [], []
         adapters = _Adapters.of(parts, h.dtype)
         t = None if adapters.a is None else h @ adapters.a.t()
+        inner = adapters.split(t)
         for i, (scale, form) in enumerate(settings):
             weight, bias, a, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
             assert weight is not None
@@ -280,7 +281,7 @@ class LinearGroup(Function):
                 norm = _row_norms(w, a, b, scale)
                 g = magnitude.float() / norm
             if want_output:
-                y = _output(h, w, bias, adapters.part(t, i), adapters.b[i], scale, g)
+                y = _output(h, w, bias, inner[i], adapters.b[i], scale, g)
             else:
                 width = weight.shape[0] if form is None else form.width
                 y = h.new_zeros(1, 1).expand(h.shape[0], width)
@@ -305,30 +306,31 @@ class LinearGroup(Function):
         dt = None
         if adapters.a is not None and (want_dh or any(want_a)):
             dt = dys[0].new_empty(dys[0].shape[0], adapters.a.shape[0])
+        inner, dinner = adapters.split(t), adapters.split(dt)
         da: list[Tensor | None] = [None] * n
         db: list[Tensor | None] = [None] * n
         dm: list[Tensor | None] = [None] * n
         for i, ((scale, form), dy) in enumerate(zip(ctx.settings, dys, strict=True)):
-            weight, _, a, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
+            weight, _, _, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
             if want_dh or want_m[i]:
                 w = _dense(weight, form).to(dtype)
             if magnitude is not None:
                 if want_m[i]:
-                    found = _magnitude_gradient(dy, h, w, adapters.part(t, i), b, scale)
+                    found = _magnitude_gradient(dy, h, w, inner[i], b, scale)
                     dm[i] = found.div_(norms[i]).to(magnitude.dtype)
                 dy = dy * (magnitude.float() / norms[i]).to(dtype)
             if want_dh:
                 dh = dy @ w if dh is None else dh.addmm_(dy, w)
                 del w
-            if a is not None and dt is not None:
-                adapters.part(dt, i).addmm_(dy, adapters.b[i], beta=0, alpha=scale)
+            if dinner[i] is not None:
+                dinner[i].addmm_(dy, adapters.b[i], beta=0, alpha=scale)
             if want_b[i]:
-                db[i] = _product_fp32(dy.t(), adapters.part(t, i))
+                db[i] = _product_fp32(dy.t(), inner[i])
         if want_dh and dt is not None:
             dh.addmm_(dt, adapters.a)
         if any(want_a):
-            found = _product_fp32(dt.t(), h)  # type: ignore[union-attr]
-            da = [found[adapters.places[i]].to(parts[_PARTS * i + 2].dtype) if want_a[i] else None for i in range(n)]
+            found = adapters.split(_product_fp32(dt.t(), h), 0)  # type: ignore[union-attr]
+            da = [found[i].to(parts[_PARTS * i + 2].dtype) if want_a[i] else None for i in range(n)]
         _scale([(g, scale) for g, (scale, _) in zip(db, ctx.settings, strict=True) if g is not None])
         db = [None if g is None else g.to(parts[_PARTS * i + 3].dtype) for i, g in enumerate(db)]
         grads = ((None, None, da[i], db[i], dm[i]) for i in range(n))
@@ -342,44 +344,37 @@ def _wanted(ctx: Any, part: int) -> tuple[bool, ...]:
 
 class _Adapters(NamedTuple):
     """Adapters of several projections of the same rows, in the dtype of their products: all a as one [R, d], each b
-    [o, r], and which of the R each projection has."""
+    [o, r], and how many of the R each projection has."""
 
     a: Tensor | None
     b: list[Any]
-    places: list[slice]
+    ranks: list[int]
 
     @classmethod
     def of(cls, parts: Sequence[Tensor | None], dtype: torch.dtype) -> _Adapters:
         a, b = parts[2::_PARTS], list(parts[3::_PARTS])
-        places, end = [], 0
-        for one in a:
-            start, end = end, end if one is None else end + one.shape[0]
-            places.append(slice(start, end))
+        ranks = [0 if one is None else one.shape[0] for one in a]
         given = [x for x in (*a, *b) if x is not None]
         count = len(given) // 2
         if not given:
-            return cls(None, b, places)
-        if any(x.dtype != dtype for x in given):
-            given = _cast(given, dtype)
-            copies = iter(given[count:])
-            b = [None if x is None else next(copies) for x in b]
-        return cls(given[0] if count == 1 else torch.cat(given[:count]), b, places)
+            return cls(None, b, ranks)
+        if all(x.dtype == dtype for x in given):
+            return cls(given[0] if count == 1 else torch.cat(given[:count]), b, ranks)
+        # Casts with one launch on a GPU; those of all a lie one after the other.
+        sizes = [x.numel() for x in given]
+        memory = given[0].new_empty(sum(sizes), dtype=dtype)
+        cast = [piece.view(x.shape) for piece, x in zip(memory.split(sizes), given, strict=True)]
+        torch._foreach_copy_(cast, given)
+        rest = iter(cast[count:])
+        joined = cast[0] if count == 1 else memory[: sum(sizes[:count])].view(sum(ranks), -1)
+        return cls(joined, [None if x is None else next(rest) for x in b], ranks)
 
-    def part(self, t: Tensor | None, i: int) -> Any:
-        """Columns of projection i out of t [M, R]; None if it has no adapter."""
-        place = self.places[i]
-        if t is None or place.start == place.stop:
-            return None
-        return t if place.stop - place.start == t.shape[1] else t[:, place]
-
-
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies in another dtype, all with one launch on a GPU."""
-    sizes = [x.numel() for x in tensors]
-    flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
-    copies = [piece.view(x.shape) for piece, x in zip(flat.split(sizes), tensors, strict=True)]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
+    def split(self, t: Tensor | None, dim: int = 1) -> list[Any]:
+        """What each projection has of t [M, R], or with dim 0 of t [R, d]; None for one without an adapter."""
+        if t is None:
+            return [None] * len(self.ranks)
+        pieces = iter(t.split(self.ranks, dim) if max(self.ranks) < t.shape[dim] else [t] * len(self.ranks))
+        return [piece if rank else None for piece, rank in zip(pieces, self.ranks, strict=True)]
 
 
 def _scale(pairs: Sequence[tuple[Tensor, float]]) -> None:

@@ -215,15 +215,17 @@ class _Operator:
     def by_position(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """All arguments in the order of the parameters; None: the dispatcher has to say what is wrong with them."""
         n = len(args)
-        if not keywords.keys() <= self.later(n):
+        needed, allowed = self.keywords_after(n)
+        if not needed <= keywords.keys() <= allowed:
             return None
         get = keywords.get
         return (*args, *[get(name, default) for name, default in zip(self.names[n:], self.defaults[n:], strict=True)])
 
     @functools.cache  # noqa: B019 - operators live as long as the library
-    def later(self, n: int) -> frozenset[str]:
-        """Names of the parameters after the first n."""
-        return frozenset(self.names[n:])
+    def keywords_after(self, n: int) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the parameters after the first n: of those without a default, and of all."""
+        later = self.parameters[n:]
+        return frozenset(p.name for p in later if not p.has_default), frozenset(p.name for p in later)
 
     def undispatched(self, args: tuple[Any, ...]) -> bool:
         """Whether calling the kernel itself is all that the dispatcher would do: tensors on the CPU or CUDA that
