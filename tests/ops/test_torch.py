@@ -191,11 +191,11 @@ def test_a_profiler_and_a_mode_see_the_operators() -> None:
 def test_what_the_dispatcher_refuses_or_converts() -> None:
     x, rows = torch.randn(5, 8), torch.arange(3, dtype=torch.int32)
     same = ops.gather_norm(x, rows, None, None, None, "rms", 1.0)
-    converted = ops.gather_norm(x, rows, None, None, None, "rms", 1)  # type: ignore[arg-type]
+    converted = ops.gather_norm(x, rows, None, None, None, "rms", 1)
     torch.testing.assert_close(converted, same, rtol=0, atol=0)
     named = ops.gather_norm_backward(dy=x, s=x, weight=None, ds_extra=None, norm="rms", eps=1.0)
     torch.testing.assert_close(named, ops.gather_norm_backward(x, x, None, None, "rms", 1.0), rtol=0, atol=0)
     with pytest.raises((RuntimeError, TypeError), match="ds_extra"):  # optional, but without a default
-        ops.gather_norm_backward(dy=x, s=x, weight=None, norm="rms", eps=1.0)  # type: ignore[call-arg]
+        ops.gather_norm_backward(dy=x, s=x, weight=None, norm="rms", eps=1.0)
     with pytest.raises((RuntimeError, TypeError), match="wieghts"):
-        ops.gather(x, rows, wieghts=None)  # type: ignore[call-arg]
+        ops.gather(x, rows, wieghts=None)

@@ -329,8 +329,8 @@ class LinearGroup(Function):
         if want_dh and dt is not None:
             dh.addmm_(dt, adapters.a)
         if any(want_a):
-            found = adapters.split(_product_fp32(dt.t(), h), 0)  # type: ignore[union-attr]
-            da = [found[i].to(parts[_PARTS * i + 2].dtype) if want_a[i] else None for i in range(n)]
+            of_each = adapters.split(_product_fp32(dt.t(), h), 0)  # type: ignore[union-attr]
+            da = [of_each[i].to(parts[_PARTS * i + 2].dtype) if want_a[i] else None for i in range(n)]
         _scale([(g, scale) for g, (scale, _) in zip(db, ctx.settings, strict=True) if g is not None])
         db = [None if g is None else g.to(parts[_PARTS * i + 3].dtype) for i, g in enumerate(db)]
         grads = ((None, None, da[i], db[i], dm[i]) for i in range(n))
