@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+# What makes a local graph's start require a gradient. Every graph ends in it, and none gives it one.
+_ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
+
 
 class _Enter(Function):
     """Starts a local graph at h without keeping h alive, as a leaf would."""
@@ -53,7 +56,7 @@ def trace(
 ) -> tuple[Tensor, Segment]:
     """function(h) with its local graph; note: gets the second output, if there is one."""
     with torch.enable_grad():
-        start = _Enter.apply(h.detach(), torch.zeros((), requires_grad=True))
+        start = _Enter.apply(h.detach(), _ANCHOR)
         edge = get_gradient_edge(start)
         y, statistics = split(function(start))
         if statistics is not None and note is not None:

@@ -17,7 +17,7 @@ from lemo.engine.linear import ordinary, projection
 from lemo.engine.memory import frozen_bytes, layer_shape, quantized, trained_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords
 from lemo.engine.records import Records
-from lemo.engine.wrappers import sharded
+from lemo.engine.wrappers import sharded, tree
 from lemo.integration.replay import under_checkpoint
 
 # Plans for so many shapes of batches are remembered.
@@ -107,7 +107,7 @@ class Savings:
     def recompute(self) -> Recompute:
         """What every layer saves, if there is neither a budget nor offload."""
         # A checkpoint around the model would recompute all of it for every local graph that a layer keeps.
-        wanted = under_checkpoint() or any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        wanted = under_checkpoint() or any(map(_checkpointed, tree(self.model)))
         chosen = self.config.recompute
         if chosen == "auto":
             return "full" if wanted else "none"
@@ -163,6 +163,12 @@ class Savings:
             "host_bytes": self.plan.host,
             "estimated_peak_bytes": self.plan.peak,
         }
+
+
+def _checkpointed(module: nn.Module) -> Any:
+    """Whether gradient checkpointing is on, which transformers keeps in an instance over a default of its class. A
+    failed `getattr` of a module takes long."""
+    return module.__dict__.get("gradient_checkpointing", getattr(type(module), "gradient_checkpointing", False))
 
 
 def _adapters(family: Family, layer: nn.Module) -> tuple[dict[str, int], bool]:
