@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from common import header, short_device_name, table, write_results
-from llama import SHAPES, Base, make_base, make_model, with_adapters
+from models import SHAPES, Base, make_base, make_model, with_adapters
 from step import ROWS, settings
 from torch import distributed
 

@@ -75,6 +75,12 @@ def in_thousands(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
+def saved(row: dict[str, Any]) -> str:
+    """What a step recomputed, and the layers whose rows waited in host memory."""
+    layers = row.get("offload", 0)
+    return row["recompute"] + (f", {layers} layers offloaded" if layers else "")
+
+
 def step_results() -> dict[str, dict[str, Any]]:
     """By name, the newest first."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step-*.json"))}
@@ -89,6 +95,7 @@ def headline() -> Headline | None:
             row["row"]: row
             for row in result["rows"]
             if (row["context"], row["recompute"], row["model"]) == (65536, "full", "llama3-8b")
+            and not row.get("offload")
             and "Liger" in row.get("peer", "")
             and {"time_ratio", "memory_ratio"} <= row.keys()
         }
@@ -111,7 +118,7 @@ def long_contexts() -> list[str]:
     }
     rows, sources, shown = [], [], set()
     for name, result in results.items():
-        of = [row for row in result["rows"] if "step_ms" in row and row["model"] == "llama3-8b"]
+        of = [r for r in result["rows"] if "step_ms" in r and r["model"] == "llama3-8b" and not r.get("offload")]
         for row in of:
             setting = (row["context"], row["keep"], row["keys"]) if row.get("keys") else None
             if row["mode"] != "sparse" or setting is None or row["context"] < 65536 or setting in shown:
@@ -151,7 +158,7 @@ def steps() -> list[str]:
         rows = [
             [
                 in_thousands(row["context"]),
-                row["recompute"],
+                saved(row),
                 label(row),
                 row["policy"] or "",
                 "out of memory" if "error" in row else f"{row['step_ms']:,.0f} ms",
