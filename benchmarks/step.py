@@ -213,6 +213,10 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
                 figures["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     except torch.OutOfMemoryError:
         figures = {"error": "out of memory"}
+    except ValueError as error:
+        if not str(error).startswith("offload: the host gave no more"):
+            raise
+        figures = {"error": "out of host memory"}
     return figures
 
 

@@ -13,11 +13,14 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import memory_pages
 import quality_pages
+from memory_pages import in_thousands, saved
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,6 +59,11 @@ class Headline:
     source: str
 
 
+# Drawn by curves.py.
+CONTEXTS = [
+    "![A LoRA step by context, from 8K to 1M tokens: time, peak memory and tokens per second](images/contexts.svg)",
+    "",
+]
 SHOWN = ("peer", "dense", "sparse-8k-keys", "skip-0.5", "skip-0.3", "backward-0.5")
 
 
@@ -69,16 +77,6 @@ def label(row: dict[str, Any]) -> str:
         limit = f"{in_thousands(row['keys'])} keys" if row["keys"] else f"{row['density']:g}"
         return f"lemo, `sparse` {limit}" + (f", keep {row['keep']:g}" if row["keep"] < 1 else "")
     return f"lemo, `{row['mode']}` {row['keep']:g}" + " weighted" * row.get("weighted", False)
-
-
-def in_thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def saved(row: dict[str, Any]) -> str:
-    """What a step recomputed, and the layers whose rows waited in host memory."""
-    layers = row.get("offload", 0)
-    return row["recompute"] + (f", {layers} layers offloaded" if layers else "")
 
 
 def step_results() -> dict[str, dict[str, Any]]:
@@ -194,6 +192,14 @@ def steps() -> list[str]:
         left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
         lines += [*markdown(header, rows), "", " ".join(filter(None, [what, *left_out, source(name, result)])), ""]
     return lines
+
+
+def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Table]) -> list[str]:
+    """A table of a results file, if it exists."""
+    if (result := load(name)) is None:
+        return []
+    title, header, rows = make(result)
+    return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
 
 # --- everything else --------------------------------------------------------------------------------------------------
@@ -479,7 +485,11 @@ def pages() -> list[tuple[Path, str, list[str]]]:
     found = headline()
     everything = [
         *([] if found is None else [f"![{found.title}: time and {found.memory}](images/step.svg)", ""]),
+        *CONTEXTS,
         *steps(),
+        *measured_table("paper-h200", memory_pages.paper),
+        *measured_table("memory-estimate-h200", memory_pages.estimates),
+        *measured_table("memory-growth-h200", memory_pages.growth),
         *attention_in_short("attention-h100"),
         *quality(),
         *quality_pages.tables(),

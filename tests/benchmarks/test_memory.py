@@ -62,3 +62,23 @@ def test_limits(memory: Any) -> None:
     assert not memory.grown(row)
     assert memory.grown(row | {"reserved_growth_bytes": 21 << 20})
     assert memory.grown(row | {"live_growth_bytes": 1 << 20})
+
+
+def test_tables(memory: Any) -> None:
+    pages = importlib.import_module("memory_pages")
+    row = {"setting": "lemo, nothing eliminated", "context": 32768, "recompute": "attention", "offload": "all"}
+    row |= {"budget": None, "estimate_mib": 20000}
+    _, header, rows = pages.estimates(
+        {"rows": [row, row | {"measured_mib": 19800, "error": 0.0101, "budget": "48GiB"}]}
+    )
+    assert rows[0] == [row["setting"], "32K", "attention, all layers offloaded", "20,000 MiB", "", ""]
+    assert rows[1][2:] == ["48GiB", "20,000 MiB", "19,800 MiB", "+1.0%"] and len(header) == 6
+    grown = {"row": "dense", "context": 4096, "recompute": "full", "offload": 0, "steps": 200, "live_mib": 15459.2}
+    grown |= {"live_growth_bytes": 0, "reserved_mib": 20000.0, "reserved_growth_bytes": -(2 << 20)}
+    title, header, rows = pages.growth({"rows": [grown]})
+    assert "up to 4K tokens" in title and len(header) == len(rows[0])
+    assert rows[0][2:] == ["200", "15,459 MiB", "+0.00 MiB", "20,000 MiB", "-2.00 MiB"]
+    refused = {"row": "lemo", "method": "lemo", "model": "opt-350m", "context": 32768, "refused": True, "error": "no"}
+    refused |= {"paper_memory_times": 1.884}
+    _, header, rows = pages.paper({"rows": [refused]})
+    assert rows == [["opt-350m", "32K", "lemo", "", "refused", "", "", "", "1.88 x"]] and len(header) == 9
