@@ -2,6 +2,7 @@
 # make docs    the documentation as a site, in build/site (a minute; downloads mkdocs)
 # make test    everything the project checks: lint, types, CUDA compilation, build, tests
 # make minimum the lowest versions of transformers and PEFT that pyproject.toml declares (2 minutes; downloads them)
+# make quantized  the tests of quantized bases, with bitsandbytes and torchao (half a minute; downloads 47 MB)
 # make wheels  a CPU wheel and, if there is nvcc, a CUDA wheel with every kernel (slow to compile), in dist/
 # make fuzz    random calls of the C interface under sanitizers, for FUZZ_SECONDS (600); stops at the first fault
 # make help    this text; also: setup, lint, format, check (tests alone), cuda-compile, cuda-full, clean
@@ -126,6 +127,19 @@ fuzz: $(VENV)/.tools
 # The lowest declared versions of transformers and PEFT together, in a separate environment (build/minimum).
 minimum: $(VENV)/.dev
 	$(BIN)/python .ci/minimum.py --venv $(BUILD)/minimum
+
+# Bases that bitsandbytes and torchao quantize. They lie in a folder apart, since PEFT imports what it finds of them in every
+# process, for seconds; neither brings another torch.
+QUANTIZED := $(BUILD)/quantized
+.PHONY: quantized
+quantized: $(QUANTIZED)/.installed
+	PYTHONPATH="$(abspath $(QUANTIZED))" $(BIN)/python -m pytest -q tests/engine/test_quantized.py tests/benchmarks/test_quantized.py
+
+$(QUANTIZED)/.installed: $(VENV)/.dev pyproject.toml
+	@rm -rf $(QUANTIZED)
+	@$(BIN)/python -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["quantized"], sep="\n")' \
+	  | $(PIP) --no-deps --target $(QUANTIZED) --requirement /dev/stdin
+	@touch $@
 
 # One Python's wheels; the kernels are compiled once for all of them (build/wheels).
 WHEELS ?= cpu $(if $(NVCC),cuda)

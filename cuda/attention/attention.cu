@@ -14,6 +14,7 @@ namespace {
 
 using attention::BackwardParams;
 using attention::ForwardParams;
+using attention::ScoreOptions;
 using attention::TileLists;
 
 TensorView view_of(const lemo_tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
@@ -46,17 +47,7 @@ void check_supported(const char* operation, const Args& args) {
   if (!std::isfinite(args.scale) || args.scale < 0.0f) {
     unsupported(operation, "scale: expected a finite value >= 0, got " + std::to_string(args.scale));
   }
-  constexpr const char* kNone = " on CUDA, whose kernels do not have it yet (the CPU backend does), got ";
-  if (args.window > 0) {
-    unsupported(operation, std::string("window: expected 0") + kNone + std::to_string(args.window));
-  }
-  if (args.softcap > 0) {
-    unsupported(operation, std::string("softcap: expected 0") + kNone + std::to_string(args.softcap));
-  }
-  if (present(args.sinks)) {
-    unsupported(operation, std::string("sinks: expected no tensor") + kNone + "one");
-  }
-  with_head_dim(operation, args.q.shape[2], [](auto) {});
+  with_head_dim<true>(operation, args.q.shape[2], [](auto) {});
 }
 
 // Whether the sm_90a kernels are used: if both the build and the device have them. LEMO_CUDA_CAPABILITY=80 turns them
@@ -73,6 +64,24 @@ bool use_sm90(const lemo_exec& exec) {
 template <class Args>
 TileLists lists_of(const Args& args) {
   return {data<const int32_t>(args.tile_offsets), data<const int32_t>(args.tiles)};
+}
+
+template <class Args>
+ScoreOptions options_of(const Args& args) {
+  const auto* places = data<const int32_t>(present(args.places) ? args.places : args.rows);
+  const auto* key_places = key_rows(args).separate ? data<const int32_t>(args.places_k) : places;
+  return {args.window > INT32_MAX ? 0 : args.window, places, key_places, args.softcap};  // no place is that far away
+}
+
+// Options of scores, and heads beyond 128, have kernels in sm80/ only.
+template <class Args>
+bool use_options(const Args& args) {
+  return options_of(args).present() || args.q.shape[2] > 128;
+}
+
+template <class Args>
+bool use_sm90(const lemo_exec& exec, const Args& args) {
+  return use_sm90(exec) && !use_options(args);
 }
 
 int64_t list_capacity(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
@@ -94,7 +103,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
       Size(capacity) + Size(args.cu_seqlens.shape[0]) * (spare * LEMO_TILE_ROWS) + list_capacity(args.tiles);
   (rows * heads * (Size(args.q.shape[2]) + 256)).bytes("exec.workspace", 8);
 #ifdef LEMO_CUDA_SM90
-  if (use_sm90(exec)) {
+  if (use_sm90(exec, args)) {
     BackwardWorkspace workspace{};
     with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
@@ -118,6 +127,24 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
   return workspace;
 }
 
+void run_forward(const lemo_exec& exec, const lemo_attention_forward_args& args, const ForwardParams& params) {
+  constexpr const char* kName = "attention_forward";
+  if (use_options(args)) {
+    return with_head_dim<true>(kName, args.q.shape[2], [&](auto head_dim) {
+      attention::sm80::launch_forward_options<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+    });
+  }
+  with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+#ifdef LEMO_CUDA_SM90
+    if (use_sm90(exec)) {
+      return attention::sm90::launch_forward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
+    }
+#endif
+    attention::sm80::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
+  });
+}
+
 }  // namespace
 
 void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args& args) {
@@ -138,6 +165,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   params.storage_rows = args.q.shape[0];
   params.key_storage_rows = args.k.shape[0];
   params.scale = args.scale;
+  params.options = options_of(args);
   params.counter = static_cast<int*>(exec.workspace);
   params.lists = lists_of(args);
   DeviceGuard guard(exec.device_index);
@@ -146,20 +174,16 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
                                         params.heads,     params.head_dim,      params.lse, params.lse_stride};
     attention::launch_blank_rows(blank, stream_of(exec));
   }
-  if (no_pairs(params.documents, params.key_documents)) return;
-  with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-#ifdef LEMO_CUDA_SM90
-    if (use_sm90(exec)) {
-      return attention::sm90::launch_forward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
-    }
-#endif
-    attention::sm80::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
-  });
+  if (!no_pairs(params.documents, params.key_documents)) run_forward(exec, args, params);
+  if (present(args.sinks)) {
+    attention::launch_add_sinks({data<const float>(args.sinks), params.out, params.lse, params.lse_stride,
+                                 params.documents, params.heads, params.head_dim},
+                                args.q.dtype, stream_of(exec));
+  }
 }
 
-uint64_t attention_forward_workspace(const lemo_exec& exec, const lemo_attention_forward_args&) {
-  return use_sm90(exec) ? sizeof(int) : 0;
+uint64_t attention_forward_workspace(const lemo_exec& exec, const lemo_attention_forward_args& args) {
+  return use_sm90(exec, args) ? sizeof(int) : 0;
 }
 
 void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& args) {
@@ -187,6 +211,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.key_heads = static_cast<int32_t>(args.k.shape[1]);
   params.group = params.heads / params.key_heads;
   params.scale = args.scale;
+  params.options = options_of(args);
   params.storage_rows = args.q.shape[0];
   params.key_storage_rows = args.k.shape[0];
   params.head_dim = static_cast<int32_t>(args.q.shape[2]);
@@ -204,12 +229,23 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
     attention::launch_blank_rows({keys, queries, true, {params.dk, params.dv}, params.key_heads, dim, nullptr, 0},
                                  stream_of(exec));
   }
+  if (present(args.dsinks)) {
+    attention::launch_sink_gradient(
+        {data<const float>(args.sinks), params.dout, params.out, params.lse, params.lse_stride, params.documents,
+         params.heads, params.head_dim, static_cast<float*>(args.dsinks.data)},
+        args.q.dtype, stream_of(exec));
+  }
   if (no_pairs(params.documents, params.key_documents)) return;
   const BackwardWorkspace workspace = backward_workspace(exec, args, exec.workspace);
   params.delta = workspace.delta;
   params.dq_float = workspace.dq_float;
   params.query_list_offsets = workspace.query_list_offsets;
   params.query_list_tiles = workspace.query_list_tiles;
+  if (use_options(args)) {
+    return with_head_dim<true>(kName, args.q.shape[2], [&](auto head_dim) {
+      attention::sm80::launch_backward_options<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+    });
+  }
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
 #ifdef LEMO_CUDA_SM90

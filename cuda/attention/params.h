@@ -16,6 +16,15 @@ struct TileLists {
   const int32_t* tiles;    // tile numbers within the document
 };
 
+// What the family of a model adds to scores. The kernels of sm80/ have separate instantiations with these.
+struct ScoreOptions {
+  int64_t window;             // a query sees the keys whose places are above its own - window; 0: all. Not with lists
+  const int32_t* places;      // of packed query rows, ascending within a document; null: the number of the row
+  const int32_t* key_places;  // of packed key rows
+  float softcap;              // c > 0: the softmax is over c tanh(scale * q.k / c); 0: over scale * q.k
+  bool present() const { return window != 0 || softcap != 0.0f; }
+};
+
 struct ForwardParams {
   TensorView q, k, v, out;
   float* lse;
@@ -29,6 +38,7 @@ struct ForwardParams {
   int32_t group;  // query heads per key head
   int32_t head_dim;
   float scale;
+  ScoreOptions options;
   int* counter;  // workspace of the sm_90a kernel
 };
 
@@ -45,6 +55,7 @@ struct BackwardParams {
   int32_t key_heads;
   int32_t group;
   float scale;
+  ScoreOptions options;
   float* delta;     // sm_80, workspace [heads, capacity]: dout . out
   float* dq_float;  // sm_80, workspace [capacity, heads, head_dim], or null: a separate kernel computes dq
   TileLists lists;  // transposed: the query tiles of each key tile
@@ -78,12 +89,41 @@ struct BlankRows {
 };
 void launch_blank_rows(const BlankRows& params, cudaStream_t stream);
 
+// Logits [heads] that join the denominator only (-infinity: none).
+struct Sinks {
+  const float* sinks;
+  TensorView out;  // rescaled
+  float* lse;      // with the sink from then on
+  int64_t lse_stride;
+  Documents documents;  // of queries
+  int32_t heads;
+  int32_t head_dim;
+};
+void launch_add_sinks(const Sinks& params, int32_t dtype, cudaStream_t stream);
+
+struct SinkGradient {
+  const float* sinks;
+  TensorView dout, out;
+  const float* lse;
+  int64_t lse_stride;
+  Documents documents;  // of queries
+  int32_t heads;
+  int32_t head_dim;
+  float* dsinks;  // [heads]
+};
+void launch_sink_gradient(const SinkGradient& params, int32_t dtype, cudaStream_t stream);
+
 // One definition per head_dim, in instantiations/; each throws LEMO_UNSUPPORTED for a type this build leaves out.
 namespace sm80 {
 template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+// With options of scores, or head_dim 256.
+template <int kHeadDim>
+void launch_forward_options(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
+template <int kHeadDim>
+void launch_backward_options(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 }  // namespace sm80
 
 // The same on sm_90a, one definition per padded head_dim (common/sm90/padded_head_dim.h).

@@ -254,9 +254,14 @@ __device__ __forceinline__ void multiply_part(Scores& s, const uint32_t (&a)[2][
 }
 
 // Tensor cores wait for exponentials and the other way round, and the assembler does not interleave the two within a
-// warp; what hides either is the number of warps, hence the register budget of four thread blocks.
+// warp; what hides either is the number of warps, hence the register budget of four thread blocks; of two, if the probe
+// rows alone take half of a thread's registers.
+template <int kHeadDim>
+constexpr int kBlocks = kHeadDim > 128 ? 2 : 4;
+
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 4) partial_kernel(const __grid_constant__ ScoreParams params) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kHeadDim>)
+    partial_kernel(const __grid_constant__ ScoreParams params) {
   using Layout = SharedLayout<kHeadDim>;
   using Loader = TileLoader<T, kKeys, kHeadDim, kThreads>;
   constexpr int kDepth = kHeadDim / 16;

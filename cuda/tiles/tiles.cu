@@ -67,7 +67,7 @@ void tile_scores(const lemo_exec& exec, const lemo_tile_scores_args& args) {
     return dim3(static_cast<unsigned>(params.slots), static_cast<unsigned>(chunks));
   };
   if (params.key_tiles > 0) {
-    with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
+    with_head_dim<true>(kName, args.q.shape[2], [&](auto head_dim) {
       tiling::launch_partial<decltype(head_dim)::value>(params, args.q.dtype, stream);
     });
     launch(kName, tiling::sum_chunks, grid(params.chunks), tiling::kReduceThreads, 0, stream, params);

@@ -17,7 +17,7 @@ import pytest
 from lemo.cli import build_parser
 from lemo.engine.config import POLICIES
 from lemo.engine.families import FAMILIES
-from lemo.training.settings import parse_schedule
+from lemo.training.settings import parse_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -87,7 +87,7 @@ def test_commands_are_accepted(page: Path, capsys: pytest.CaptureFixture[str]) -
             assert stopped.code == 0, f"{command}: {capsys.readouterr().err}"
         else:
             if getattr(args, "schedule", None):
-                parse_schedule(args.schedule)
+                parse_stages(args.schedule)
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
@@ -109,7 +109,7 @@ def test_commands_and_options_in_prose_exist(page: Path) -> None:
         for option in re.findall(r"`(--[a-z][a-z-]*)[^`]*`", text):
             assert option in options, f"{option} is not an option of any command"
     for schedule in re.findall(r"`--schedule ([^`]+)`", text):
-        parse_schedule(schedule)
+        parse_stages(schedule)
 
 
 def has(module: str, name: str) -> bool:

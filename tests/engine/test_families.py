@@ -10,8 +10,11 @@ from lemo.engine import families
 from lemo.engine.checks import check_modules
 from lemo.engine.families import FAMILIES as KNOWN
 from lemo.engine.families import UnsupportedModelError
+from lemo.engine.families.gemma import Gemma2
 from lemo.engine.families.llama import Llama
 from lemo.engine.memory import layer_shape
+from lemo.predictors.mass import MassTeacher
+from lemo.predictors.teacher import Teacher
 from support.models import ATTENTION, FAMILIES, LAYERS, LINEARS, assert_close, base, batch, gradients, lora, tuned
 from torch import nn
 from transformers import (
@@ -152,21 +155,46 @@ def test_a_window_that_no_document_exceeds_is_no_option_of_attention(monkeypatch
     assert windows_of_calls(model, batch("plain"), monkeypatch) == [None] * 3
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
 def test_what_kernels_do_not_compute_is_refused_before_a_run():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    mistral = families.of(MistralConfig())
-    mistral.check_kernels(MistralConfig(), 8192, cpu)
-    mistral.check_kernels(MistralConfig(), 4096, cuda)
+    for config in (MistralConfig(), Gemma2Config(), Gemma3TextConfig(), GptOssConfig()):
+        families.of(config).check_kernels(config, CUDA)
+    config = MistralConfig(head_dim=192)
+    families.of(config).check_kernels(config, CPU)
     with pytest.raises(
-        UnsupportedModelError,
-        match=r"a sliding window of 4096 in documents of 8192 tokens on CUDA \(MistralFor.*; .*at most 4096 tokens",
+        UnsupportedModelError, match=r"192 values on CUDA \(MistralFor.*64, 80, 96, 128 or 256; .*\(--device cpu\)$"
     ):
-        mistral.check_kernels(MistralConfig(), 8192, cuda)
-    for config, what in ((Gemma2Config(), "soft-capped scores"), (GptOssConfig(), "sinks")):
-        with pytest.raises(UnsupportedModelError, match=f"{what}.* on CUDA .*; train on the CPU \\(--device cpu\\)$"):
-            families.of(config).check_kernels(config, 64, cuda)
-    with pytest.raises(UnsupportedModelError, match=r"heads of 256 values on CUDA \(Gemma3ForCausalLM\)"):
-        families.of(Gemma3TextConfig()).check_kernels(Gemma3TextConfig(), 64, cuda)
+        families.of(config).check_kernels(config, CUDA)
+
+
+def test_exact_scores_without_kernels_are_refused_before_a_run():
+    mistral = families.of(MistralConfig())
+    mistral.check_score_kernels(MistralConfig(), 8192, CPU)
+    mistral.check_score_kernels(MistralConfig(), 4096, CUDA)
+    for config, words in (
+        (MistralConfig(), r"a sliding window of 4096 in documents of 8192 tokens on CUDA \(MistralFor"),
+        (Gemma2Config(), "heads of 256 values and soft-capped scores and a sliding window of 4096"),
+        (Gemma3TextConfig(sliding_window=9000), r"heads of 256 values on CUDA \(Gemma3For"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=f'{words}.*calibrate on the CPU .*"random"$'):
+            families.of(config).check_score_kernels(config, 8192, CUDA)
+
+
+@pytest.mark.parametrize("options", [{"policy": "exact"}, {"policy": "sampled", "policy_options": {"source": "exact"}}])
+def test_training_by_exact_scores_asks_for_their_kernels(options, monkeypatch):
+    """Also if a later phase is the first that needs them; and so does calibration, but not that of tiles."""
+    asked: list[int] = []
+    monkeypatch.setattr(Gemma2, "check_score_kernels", lambda self, config, tokens, device: asked.append(tokens))
+    model = tuned("gemma2")
+    phases = [lemo.Phase("dense", share=0.5), lemo.Phase("skip", share=0.5, **options)]
+    lemo.apply(model, settings(phases=phases)).total_steps = 2
+    gradients(model, batch("packed"))
+    assert asked == [32]
+    for teacher, expected in ((Teacher(model, 16, False), [32, 50]), (MassTeacher(model, 2), [32, 50])):
+        teacher.check_scores(50)
+        assert asked == expected
 
 
 def test_layers_with_a_window_have_no_lists_of_tiles_to_save():

@@ -137,7 +137,9 @@ def bitsandbytes(bits: int) -> Callable[[Any], Any]:
     """Every linear layer of the layers in 4 or 8 bits of bitsandbytes, which runs on the CPU too."""
 
     def change(model: Any) -> Any:
-        bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        bnb = pytest.importorskip(
+            "bitsandbytes", reason="bitsandbytes is not installed (make quantized runs this with it)"
+        )
         for module in list(model.modules()):
             for name, child in list(module._modules.items()):
                 if type(child) is not nn.Linear or name not in LINEARS["llama"]:
@@ -160,7 +162,8 @@ def torchao(config: str, **options: Any) -> Callable[[Any], Any]:
     """Every linear layer, the head included, by torchao."""
 
     def change(model: Any) -> Any:
-        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        reason = "torchao is not installed (make quantized runs this with it)"
+        quantization = pytest.importorskip("torchao.quantization", reason=reason)
         if not hasattr(quantization, config):
             pytest.skip(f"this torchao has no {config}")
         quantization.quantize_(model, getattr(quantization, config)(**options))

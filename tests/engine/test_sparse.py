@@ -3,6 +3,8 @@
 import inspect
 import itertools
 import math
+import re
+import weakref
 
 import lemo
 import pytest
@@ -14,6 +16,7 @@ from lemo.engine.tiles import TILE, LayerRows, TileChooser, budget, make_tile_po
 from support import reference
 from support.models import LAYERS, LINEARS, assert_close, base, clone, gradients, lora, reference_gradients, tuned
 from support.tile_pairs import pairs_of
+from torch.utils.checkpoint import checkpoint
 
 LENGTHS = (640, 129, 431)  # tiles of 128: whole, one row more, a part
 
@@ -196,6 +199,44 @@ def test_a_step_of_several_phases():
     assert torch.equal(loss, gradients(plain, inputs)[0]) and not torch.equal(loss, sparse_loss)
 
 
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        ({"density": 0.5, "local": 3}, r"limits \(density=0.5, local=3\) .* documents of more than 640 tokens"),
+        (
+            {"density": None, "keys": 640},
+            r"limits \(keys=640, local=1\) .* documents of more than 640 tokens .* use mode \"dense\"",
+        ),
+        ({"density": 0.3, "keep": 0.25}, r"more than 384 tokens in a layer, .* use mode \"skip\""),
+        ({"density": 1.0}, r"limits \(density=1, local=1\) leave nothing out of any document"),
+    ],
+    ids=str,
+)
+def test_a_sparse_phase_that_leaves_nothing_out_is_said_once(phase, said, caplog):
+    model, inputs = tuned("llama", max_position_embeddings=1024), batch()
+    controller = lemo.apply(model, config(**phase))
+    for _ in range(2):
+        gradients(model, inputs)
+        controller.step()
+    (message,) = (r.getMessage() for r in caplog.records if r.name.startswith("lemo"))
+    assert re.search(said, message) and set(controller.report()["density"]) == {1.0}
+
+
+def test_a_sparse_phase_of_sliding_windows_says_so(caplog):
+    model = tuned("mistral", max_position_embeddings=1024, sliding_window=64)
+    lemo.apply(model, config())
+    gradients(model, batch())
+    assert "every layer has a sliding window" in caplog.text
+
+
+def test_a_short_batch_after_longer_ones_says_nothing(caplog):
+    model, inputs = tuned("llama", max_position_embeddings=1024), batch()
+    lemo.apply(model, config())
+    for stop in (None, 200):
+        gradients(model, {k: v if k == "use_cache" else v[:, :stop] for k, v in inputs.items()})
+    assert caplog.text == ""
+
+
 def test_a_reference_pass_sees_the_same_tiles():
     model, inputs = tuned("llama", max_position_embeddings=1024), batch()
     controller = lemo.apply(model, config())
@@ -210,6 +251,28 @@ def test_a_reference_pass_sees_the_same_tiles():
     with torch.no_grad():
         exact = model(**inputs).loss
     assert (exact - loss).abs() > 1e-4
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["", "in an activation checkpoint"])
+def test_lists_of_tiles_end_with_their_backward_pass(outer, chosen):
+    model, inputs = tuned("llama", max_position_embeddings=1024), batch()
+    controller = lemo.apply(model, config("full"))
+    start = torch.zeros((), requires_grad=True)
+
+    def run(scale):
+        return model(**inputs).loss * scale.exp()
+
+    loss = checkpoint(run, start, use_reentrant=False) if outer else run(start)
+    lists = [weakref.ref(tiles.tiles) for _, tiles in chosen]
+    chosen.clear()
+    with controller.reference_pass():
+        model(**inputs)  # they wait for it
+    loss.backward()
+    chosen.clear()
+    assert len(lists) >= 3 and all(held() is None for held in lists)
+    with pytest.raises(RuntimeError, match=r"between the training pass and loss.backward\(\)"):
+        with controller.reference_pass():
+            model(**inputs)
 
 
 @pytest.mark.parametrize("policy", ["probe", "recent"])

@@ -22,7 +22,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 def listed() -> list:
     """What the tools run: every head_dim, packed and at original offsets, ragged tiles, weights, lists, an empty row
-    list, one block. Two tiles of keys are enough for a pipeline to go round."""
+    list, one block, and options of scores. Two tiles of keys are enough for a pipeline to go round."""
     from support.attention_cases import DIMS, Attention
 
     return [
@@ -39,7 +39,17 @@ def listed() -> list:
         Attention("empty_sides", 2, 1, 128),
         Attention("kept_of_both", 4, 1, 96, "rows"),
         Attention("chunks", 2, 1, 64, "rows", given=True),
+        *(Attention("ragged_128", 2, 1, dim, "rows", window=97) for dim in (*DIMS, 256)),
+        Attention("gap_128", 2, 1, 64, "strided", window=2, softcap=3.0),
+        *(Attention("gap_64", 2, 1, dim, "rows", given=True, softcap=3.0, sinks=True) for dim in (128, 256)),
+        *(Attention("kept_of_both", 2, 1, dim, "rows", window=100) for dim in (128, 256)),
+        *(Attention("gap_128", 2, 1, dim, softcap=2.0, lists=True) for dim in (64, 256)),
+        Attention("more_queries", 2, 1, 96, window=60, sinks=True),
     ]
+
+
+def has_options(case) -> bool:
+    return bool(case.window or case.softcap or case.sinks or case.dim == 256)
 
 
 def run(only: list[int] | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from lemo import _native, ops
 from lemo._native import constant
 from ops.test_cpu_cases import UNNAMED, unnamed_rows_stay
-from support.attention_cases import ATTENTION, DIMS, Attention
+from support.attention_cases import ATTENTION, CUDA_ATTENTION, DIMS, Attention
 from support.cases import Results, name_of
 from support.compare import check_half, error
 from torch import Tensor
@@ -26,7 +26,7 @@ def device_gib() -> float:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", ATTENTION, ids=name_of)
+@pytest.mark.parametrize("case", [*ATTENTION, *CUDA_ATTENTION], ids=name_of)
 def test_against_the_oracle(case, dtype) -> None:
     check_half(case, dtype)
 
@@ -47,6 +47,11 @@ RACES = [
     *(Attention("gap_128", 4, 2, dim, "rows", given=True, lists=True) for dim in DIMS),
     *(Attention("chunks", 8, 2, dim) for dim in DIMS),
     *(Attention("kept_of_both", 4, 1, dim, "rows") for dim in DIMS),
+    *(Attention("gap_128", 4, 2, dim, "rows", window=150) for dim in (*DIMS, 256)),
+    *(Attention("kept_of_both", 4, 2, dim, "rows", window=100, softcap=3.0) for dim in (64, 128, 256)),
+    *(Attention("ragged_128", 4, 2, dim, softcap=2.0, lists=True) for dim in (64, 128, 256)),
+    *(Attention("gap_64", 4, 2, 256, "rows", given) for given in (False, True)),
+    Attention("gap_128", 8, 2, 64, "rows", window=150, sinks=True),
 ]
 
 
@@ -104,10 +109,15 @@ def in_strips(
     dout: Tensor,
     dtype: torch.dtype,
     tiles_seen: Tensor | None = None,
+    *,
     strip: int = 1024,
+    window: int = 0,
+    places: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Results:
     """Causal attention of one document [M, H, D] and its gradients in dtype, a strip of queries at a time. tiles_seen:
-    bool [tiles of queries, tiles of keys]."""
+    bool [tiles of queries, tiles of keys]; window and softcap as the operator has them, by default at places 0 to M."""
+    places = torch.arange(q.shape[0], device=q.device) if places is None else places
     group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     q, k, v, dout = (
         t.to(dtype).transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), dout)
@@ -118,7 +128,13 @@ def in_strips(
     for a in range(0, q.shape[1], strip):
         b = min(a + strip, q.shape[1])
         s = (q[:, a:b] @ k[:, :b].transpose(1, 2)).float() * scale
+        slope = torch.ones((), device=q.device)
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+            slope = 1 - (s / softcap) ** 2
         seen = torch.ones(b - a, b, dtype=torch.bool, device=q.device).tril(a)
+        if window:
+            seen &= places[:b] > places[a:b, None] - window
         if tiles_seen is not None:
             near = tiles_seen[a // TILE_ROWS : -(-b // TILE_ROWS), : -(-b // TILE_ROWS)]
             seen &= near.repeat_interleave(TILE_ROWS, 0).repeat_interleave(TILE_ROWS, 1)[: b - a, :b]
@@ -127,7 +143,7 @@ def in_strips(
         p = torch.exp(s - lse[:, a:b, None]).to(dtype)
         out[:, a:b] = p @ v[:, :b]
         delta = (dout[:, a:b].float() * out[:, a:b].float()).sum(-1, keepdim=True)
-        ds = (p.float() * ((dout[:, a:b] @ v[:, :b].transpose(1, 2)).float() - delta)).to(dtype)
+        ds = (p.float() * ((dout[:, a:b] @ v[:, :b].transpose(1, 2)).float() - delta) * slope).to(dtype)
         dq[:, a:b] = (ds @ k[:, :b]) * scale
         dk[:, :b] += (ds.transpose(1, 2) @ q[:, a:b]).float() * scale
         dv[:, :b] += (p.transpose(1, 2) @ dout[:, a:b]).float()
@@ -155,6 +171,25 @@ def test_65536_tokens(dim, listed) -> None:
     dq, dk, dv, _ = ops.attention_backward(dout, q, k, v, out, lse, cu, rows, None, None, n, dim**-0.5)
     actual = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
+
+
+@pytest.mark.parametrize("dim", [*DIMS, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("window", "softcap"), [(1000, 0.0), (4096, 3.0)])
+def test_windows_in_20100_tokens(dim, deterministic, window, softcap) -> None:
+    """Of which some are left out, so that windows begin at any row, and hold fewer rows than places."""
+    torch.manual_seed(0)
+    n, heads, dtype = 20100, (4, 2, 2, 4), torch.bfloat16
+    places = (torch.rand(n, device="cuda") < 0.8).nonzero()[:, 0].int()
+    m = places.shape[0]
+    q, k, v, dout = (torch.randn(m, h, dim, device="cuda").to(dtype) for h in heads)
+    cu = torch.tensor([0, m], dtype=torch.int32, device="cuda")
+    options = {"window": window, "softcap": softcap, "places": places}
+    out, lse = ops.attention_forward(q, k, v, cu, None, m, dim**-0.5, **options)
+    more = (cu, None, None, None, m, dim**-0.5, deterministic)
+    gradients = ops.attention_backward(dout, q, k, v, out, lse, *more, **options)[:3]
+    actual = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    judge(actual, *(in_strips(q, k, v, dout, t, **options) for t in (torch.float32, dtype)), dtype)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -206,38 +241,23 @@ def test_chunks_of_queries_of_9000_tokens(dim, deterministic) -> None:
     judge(actual, *(in_strips(q, k, v, dout, t) for t in (torch.float32, dtype)), dtype)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"window": 3}, "window: expected 0 on CUDA.*got 3"),
-        ({"softcap": 2.0}, "softcap: expected 0 on CUDA.*got 2"),
-        ({"sinks": torch.zeros(2)}, "sinks: expected no tensor on CUDA"),
-        ({"dim": 256}, "head_dim 64.*got 256"),
-    ],
-    ids=("window", "softcap", "sinks", "head_dim"),
-)
-def test_what_the_kernels_lack_is_refused_before_anything_is_written(options, words) -> None:
-    options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-    x = torch.ones(6, 2, options.pop("dim", 64), device="cuda", dtype=torch.bfloat16)
-    cu, cu_k, *places = (
-        torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([0, 6], [0, 4], range(6), range(4))
-    )
-    if "window" in options:
-        options |= dict(zip(("places", "places_k"), places, strict=True))
+def test_a_size_of_heads_without_kernels_is_refused_before_anything_is_written() -> None:
+    x = torch.ones(6, 2, 192, device="cuda", dtype=torch.bfloat16)
+    cu, cu_k = (torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([0, 6], [0, 4]))
     # Separate keys, fewer than queries: rows that see none would be blanked first.
     where = {"cu_seqlens": cu, "max_seqlen": 6, "cu_seqlens_k": cu_k, "max_seqlen_k": 4, "scale": 0.5}
-    inputs = {"q": x, "k": x[:4], "v": x[:4]} | where | options
+    inputs = {"q": x, "k": x[:4], "v": x[:4]} | where
     lse = torch.full((2, 6), 7.0, device="cuda")
     out, dq, dk, dv = (torch.full_like(t, 7.0) for t in (x, x, x[:4], x[:4]))
-    with pytest.raises(NotImplementedError, match=words):
+    with pytest.raises(NotImplementedError, match=r"head_dim 64.*got 192"):
         _native.call("attention_forward", x.device, inputs | {"out": out, "lse": lse})
     gradients = {"dq": dq, "dk": dk, "dv": dv}
-    with pytest.raises(NotImplementedError, match=words):
+    with pytest.raises(NotImplementedError, match=r"head_dim 64.*got 192"):
         _native.call("attention_backward", x.device, inputs | {"dout": x, "out": out, "lse": lse} | gradients)
     assert all((t == 7.0).all() for t in (out, lse, *gradients.values()))
 
 
-@pytest.mark.parametrize("case", [c for c in RACES if not (c.lists or c.given or c.split)], ids=name_of)
+@pytest.mark.parametrize("case", [c for c in RACES if not (c.lists or c.given or c.split or c.window)], ids=name_of)
 def test_equal_keys_of_their_own_change_no_bit(case) -> None:
     t = case.inputs("cuda", torch.bfloat16)
     lists = (t["cu_seqlens"], t.get("rows"), case.max_seqlen, case.dim**-0.5)
@@ -283,12 +303,13 @@ def test_lists_of_over_a_thousand_tiles(dim, deterministic) -> None:
 
 
 @pytest.mark.skipif(device_gib() < 60, reason="a million rows of 32 heads take 45 GiB of GPU memory")
-@pytest.mark.parametrize("dim", [80, 128])
-def test_a_million_rows(dim) -> None:
-    """Kept rows at both ends of a storage of 2^32 elements (2^31.3 with head_dim 80); all other rows hold NaN."""
+@pytest.mark.parametrize(("dim", "window"), [(80, 0), (128, 0), (128, 2**19), (256, 2**19)])
+def test_a_million_rows(dim, window) -> None:
+    """Kept rows at both ends of a storage of 2^32 elements (2^31.3 with head_dim 80); all other rows hold NaN. The
+    window is that of storage rows."""
     torch.cuda.empty_cache()
     torch.manual_seed(0)
-    rows_in_all, heads, dtype = 2**20 + 64, (32, 8, 8, 32), torch.bfloat16
+    rows_in_all, heads, dtype = 2**20 + 64, (16, 4, 4, 16) if dim == 256 else (32, 8, 8, 32), torch.bfloat16
     rows = torch.cat(
         [torch.arange(64, 200), torch.arange(2**19 - 64, 2**19 + 64), torch.arange(rows_in_all - 300, rows_in_all)]
     )
@@ -299,9 +320,11 @@ def test_a_million_rows(dim) -> None:
     for whole, part in zip(storage, packed, strict=True):
         whole.index_copy_(0, rows, part)
     cu = torch.tensor([0, m], dtype=torch.int32, device="cuda")
-    out, lse = ops.attention_forward(q, k, v, cu, rows.int(), m, dim**-0.5)
+    options = {"window": window}
+    out, lse = ops.attention_forward(q, k, v, cu, rows.int(), m, dim**-0.5, **options)
     found = {"out": out[rows], "lse": lse}
     assert not out[200 : 2**19 - 64].any()
-    gradients = ops.attention_backward(dout, q, k, v, out, lse, cu, rows.int(), None, None, m, dim**-0.5)[:3]
+    more = (cu, rows.int(), None, None, m, dim**-0.5)
+    gradients = ops.attention_backward(dout, q, k, v, out, lse, *more, **options)[:3]
     found |= {name: t[rows] for name, t in zip(("dq", "dk", "dv"), gradients, strict=True)}
-    judge(found, *(in_strips(*packed, t) for t in (torch.float32, dtype)), dtype)
+    judge(found, *(in_strips(*packed, t, places=rows, **options) for t in (torch.float32, dtype)), dtype)

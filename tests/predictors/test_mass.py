@@ -88,7 +88,11 @@ def test_report_and_progress(long_model, long_texts, calibrated):
         assert 0 < report["mean"][name][0] <= report["mean"]["exact"][0] + 1e-6
     assert report["mean"]["probe 4"][0] > report["mean"]["random"][0]
     text = format_coverage(report)
-    assert text.count("\n") == 2 * (LAYERS + 3) and "probe 2" in text and "density 0.5" in text
+    assert text.count("\n") == LAYERS + 4 and "probe 2" in text and "mass at density 0.5" in text
+    assert text.endswith("density 1: every tile is attended to, whatever its score")
+    assert 0 < report["competing"][0] < 1 == report["competing"][1]
+    old = {name: value for name, value in report.items() if name != "competing"}  # as earlier versions wrote it
+    assert "mass at density 1" in format_coverage(old)
     json.dumps(calibrated.report)
     with pytest.raises(ValueError, match="densities"):
         evaluate_coverage(long_model, calibrated, long_texts[16:17], (0.0,))

@@ -43,9 +43,19 @@ def test_what_is_refused_is_named(ranks):
         assert "Call the model with labels" in refused["no labels"]
         assert "a batch of 1 blocks cannot be divided among 2 processes" in refused["one block"]
         assert 'policy "exact" needs the queries and keys of all tokens' in refused["exact"]
+        assert 'tile_policy "predictors" reads tiles of tokens that several' in refused["predicted tiles"]
         assert "return_logits=True" in refused["logits"]
         assert refused["budget"] == refused["offload"]
         assert "memory_budget and offload plan without" in refused["budget"]
+
+
+@pytest.mark.parametrize("name", jobs.DATA_PARALLEL)
+def test_two_groups_of_two_with_data_parallelism(ranks, name):
+    losses, expected = jobs.data_parallel_alone(jobs.DATA_PARALLEL[name])
+    for rank, result in enumerate(ranks(4, "support.sequence_jobs.some_cases")):
+        loss, ours = result["data parallel"][name]
+        assert loss == pytest.approx(losses[rank // 2], rel=1e-5)
+        assert_close(ours, expected, 2e-5)
 
 
 def test_heads_that_cannot_be_divided_are_an_error():

@@ -277,7 +277,27 @@ ATTENTION = [
     *(Attention("chunks", hq, hk, 64) for hq, hk in ((2, 2), (6, 2), (8, 1))),
     *(Attention("more_queries", hq, hk, 64) for hq, hk in ((2, 2), (8, 1))),
 ]
-# What the kernels on CUDA do not have yet.
+# What the kernels with options have to prove, which on the CPU a few cases do (CPU_ATTENTION): windows that end within
+# and between tiles, soft-caps that bend scores, sinks; and head_dim 256, which runs the same kernels.
+CUDA_ATTENTION = [
+    *(
+        Attention(p, 4, 2, dim, storage, window=w)
+        for p, storage in (("documents", "packed"), ("gap_128", "rows"), ("ragged_128", "strided"), ("long", "rows"))
+        for dim in (*DIMS, 256)
+        for w in (2, 97, 200)
+    ),
+    *(Attention(p, 4, 2, dim, window=100) for p in SPLIT_PACKINGS for dim in (*DIMS, 256)),
+    *(Attention("chunks", 4, 1, dim, "rows", True, window=200) for dim in (*DIMS, 256)),
+    *(Attention("gap_64", 4, 2, dim, "rows", g, 4.0, softcap=5.0) for dim in (*DIMS, 256) for g in (False, True)),
+    *(Attention("gap_128", 4, 2, dim, "rows", softcap=2.0, lists=True) for dim in (*DIMS, 256)),
+    *(Attention("gap_64", 8, 2, dim, "rows", g, sinks=True) for dim in (*DIMS, 256) for g in (False, True)),
+    *(Attention("gap_128", 4, 2, dim, "rows", g, window=150, softcap=3.0, sinks=True) for dim in DIMS for g in (0, 1)),
+    *(Attention("documents", 4, 2, 256, s, g) for s, g in (("packed", False), ("rows", True))),
+    *(Attention("gap_128", 4, 2, 256, "rows", g, lists=True) for g in (False, True)),
+    Attention("more_queries", 4, 2, 64, sinks=True),
+    Attention("keep_none", sinks=True, window=5),
+]
+# Also sizes of heads that the kernels on CUDA do not have.
 CPU_ATTENTION = [
     *(Attention("documents", 4, 2, dim, "rows", given) for dim in (160, 192, 256) for given in (False, True)),
     *(Attention(p, 4, 2, 32, "packed", window=w) for p in ("documents", "gap_64", "ragged_128") for w in (2, 40, 130)),

@@ -45,7 +45,7 @@ def layers_of(model: Any) -> Any:
 
 def shard(model: Any, apart: bool = False, root: bool = True, mesh: Any = None, **options: Any) -> None:
     if mesh is not None:
-        options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
+        options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
     inner, layers = layers_of(model)
     for layer in layers:
         fully_shard(layer, **options)

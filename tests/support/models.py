@@ -44,8 +44,8 @@ VOCAB = 89
 @dataclass(frozen=True)
 class Tiny:
     """A family's tiny model. separates: whether transformers itself keeps packed documents apart; counts_padding:
-    whether it gives padding on the left a position; kernels: options of a model whose attention the CUDA kernels
-    compute, None if they compute none of the family's."""
+    whether it gives padding on the left a position; kernels: options for tests on CUDA, with a size of heads that the
+    kernels have."""
 
     model: Any
     config: Any
@@ -54,19 +54,21 @@ class Tiny:
     options: dict[str, Any] = field(default_factory=dict)
     separates: bool = True
     counts_padding: bool = True
-    kernels: dict[str, Any] | None = field(default_factory=lambda: {"num_key_value_heads": 1})
+    kernels: dict[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 1})
 
 
 ROTARY: dict[str, Any] = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
-# A head size that the kernels have, for families whose head size is a setting.
+# Head sizes that the kernels have, for families whose head size is a setting.
 HEADS_OF_128 = {"num_key_value_heads": 1, "head_dim": 128}
+HEADS_OF_256 = {"num_key_value_heads": 1, "head_dim": 256}
+# Rounding to 16 bits would choose other experts for some of the rows.
+EVERY_EXPERT = {"num_experts_per_tok": 5}
 GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "initializer_range": 0.2}
 # Windows that documents of these tests exceed, in some of the layers.
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-WITHOUT_WINDOWS = {**HEADS_OF_128, "layer_types": ["full_attention"] * 3}
 GEMMA = {**GATED, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24, "layer_types": ALTERNATING}
 # Every family that lemo supports; a new one is a line here. tests/engine/test_every_family.py compares each one with
 # transformers' own layers, in every mode, with a few combinations of options that together touch everything a family
@@ -81,14 +83,14 @@ FAMILIES = {
         MistralConfig,
         **ROTARY,
         options={**GATED, "head_dim": 16, "sliding_window": 1024},
-        kernels={**HEADS_OF_128, "sliding_window": None},
+        kernels={**HEADS_OF_128, "sliding_window": 150},
     ),
     "ministral": Tiny(
         MinistralForCausalLM,
         MinistralConfig,
         **ROTARY,
         options={**GATED, "head_dim": 8, "sliding_window": 12, "layer_types": ALTERNATING},
-        kernels=WITHOUT_WINDOWS,
+        kernels=HEADS_OF_128,
     ),
     "opt": Tiny(
         OPTForCausalLM,
@@ -117,7 +119,7 @@ FAMILIES = {
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
         },
-        kernels={**HEADS_OF_128, "num_experts_per_tok": 5},  # in bf16 a router's close calls go either way
+        kernels={**HEADS_OF_128, **EVERY_EXPERT},
     ),
     "gemma2": Tiny(
         Gemma2ForCausalLM,
@@ -129,9 +131,15 @@ FAMILIES = {
             "final_logit_softcapping": 4.0,
             "attn_implementation": "eager",
         },
-        kernels={**WITHOUT_WINDOWS, "attn_logit_softcapping": None},
+        kernels=HEADS_OF_256,
     ),
-    "gemma3_text": Tiny(Gemma3ForCausalLM, Gemma3TextConfig, **ROTARY, options=GEMMA, kernels=WITHOUT_WINDOWS),
+    "gemma3_text": Tiny(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        **ROTARY,
+        options=GEMMA,
+        kernels={**HEADS_OF_256, "query_pre_attn_scalar": 256},  # with larger scores, rounding them matters
+    ),
     # Gates that are clamped, sinks that matter.
     "gpt_oss": Tiny(
         GptOssForCausalLM,
@@ -155,7 +163,7 @@ FAMILIES = {
             },
         },
         separates=False,
-        kernels=None,
+        kernels={"num_key_value_heads": 1, "head_dim": 64, **EVERY_EXPERT},
     ),
     "granite": Tiny(
         GraniteForCausalLM,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -9,8 +12,12 @@ import lemo
 import torch
 from lemo.engine.families.base import AttentionOptions
 from lemo.engine.families.llama import Llama
+from lemo.predictors import PredictorNetwork, PredictorSet, model_fingerprint
+from support.fsdp_jobs import gradients as sharded_gradients
+from support.fsdp_jobs import shard
 from support.models import ATTENTION, LINEARS, VOCAB, base, lora
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 BLOCK = 8
 
@@ -77,6 +84,12 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": gaps,
         "options": {"recompute": "full"},
     },
+    "predictors": {"phase": lemo.Phase("skip", keep=0.4, policy="predictors"), "predicts": True},
+    "predictors, threshold": {"phase": lemo.Phase("skip", policy="predictors", select="threshold"), "predicts": True},
+    "drawn by predictors": {
+        "phase": lemo.Phase("sparse", keys=128, local=0, keep=0.4, policy="sampled"),
+        "predicts": True,
+    },
     "gemma3_text": {"phase": lemo.Phase("skip", **SKIP), "family": "gemma3_text", "batch": padded},
     "gpt_oss": {"phase": lemo.Phase("skip", **SKIP), "family": "gpt_oss", "batch": padded},
     "qwen3_moe": {"phase": lemo.Phase("dense"), "family": "qwen3_moe", "batch": padded},
@@ -106,6 +119,28 @@ def options_of(layer: Any) -> AttentionOptions:
     return AttentionOptions(float(a.scaling), *kinds[a.layer_idx % 3])
 
 
+@contextlib.contextmanager
+def predictors_of(tuned: Any) -> Iterator[str]:
+    """A calibration folder of predictors that were not trained: the same in every process."""
+    g = torch.Generator().manual_seed(0)
+    config = tuned.get_base_model().config
+    made = PredictorSet(
+        layers=[PredictorNetwork(config.hidden_size, 8, 4, generator=g).export() for _ in range(3)],
+        norm="rms",
+        pool="mean",
+        eps=1e-5,
+        normalize=True,
+        thresholds=(0.0, 0.01, -0.01),
+        keep=(0.5,) * 3,
+        block_size=BLOCK,
+        context=512,
+        fingerprint=model_fingerprint(tuned),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(f"{folder}/calibration")
+        yield f"{folder}/calibration"
+
+
 def run(case: dict[str, Any], group: Any) -> dict[str, Any]:
     """Loss, gradients, kept ratios and densities of the second step."""
     if case.get("options of layers"):
@@ -119,8 +154,11 @@ def _run(case: dict[str, Any], group: Any, sinks: bool = False) -> dict[str, Any
     for i, layer in enumerate(tuned.get_base_model().model.layers if sinks else ()):  # type: ignore[operator]
         drawn = torch.randn(4, generator=torch.Generator().manual_seed(i))
         layer.self_attn.sinks = None if i % 3 == 1 else nn.Parameter(drawn)
-    settings = lemo.LemoConfig(block_size=BLOCK, phases=[case["phase"]], seed=7, **case.get("options", {}))
-    controller = lemo.apply(tuned, settings, sequence_group=group)
+    options = case.get("options", {})
+    with predictors_of(tuned) if case.get("predicts") else contextlib.nullcontext() as calibration:
+        options = {**options, "calibration": calibration}
+        settings = lemo.LemoConfig(block_size=BLOCK, phases=[case["phase"]], seed=7, **options)
+        controller = lemo.apply(tuned, settings, sequence_group=group)
     controller.data_rank = 0
     loss = torch.zeros(())
     for _ in range(2):
@@ -158,6 +196,7 @@ def refused() -> dict[str, str]:
     attempt("no labels", dense, {k: v for k, v in packed().items() if k != "labels"})
     attempt("one block", dense, {"input_ids": torch.full((1, BLOCK), 5), "labels": torch.full((1, BLOCK), 5)})
     attempt("exact", lemo.Phase("skip", keep=0.5, policy="exact"))
+    attempt("predicted tiles", lemo.Phase("sparse", tile_policy="predictors"), calibration="nowhere")
     attempt("logits", dense, return_logits=True)
     attempt("budget", dense, memory_budget=2**30)
     attempt("offload", dense, offload=True)
@@ -167,4 +206,62 @@ def refused() -> dict[str, str]:
 def some_cases() -> dict[str, Any]:
     found = {name: run(CASES[name], distributed.group.WORLD) for name in FOUR}
     case = {"phase": lemo.Phase("skip", keep=0.1, policy="random"), "batch": few}
-    return {**found, "few": run(case, distributed.group.WORLD)}
+    return {**found, "few": run(case, distributed.group.WORLD), "data parallel": data_parallel()}
+
+
+# ---- groups next to data parallelism ---------------------------------------------------------------------------------
+
+# By name: as CASES, and what surrounds the model.
+DATA_PARALLEL: dict[str, dict[str, Any]] = {
+    "ddp": {"phase": lemo.Phase("skip", **SKIP)},
+    "ddp among those of one place": {"phase": lemo.Phase("sparse", keys=128, local=0, **SKIP), "across": True},
+    "ddp, everything trains": {"phase": lemo.Phase("skip", **SKIP), "trains": True},
+    "fsdp": {"phase": lemo.Phase("skip", **SKIP), "options": {"recompute": "full"}, "divided": (4,)},
+    "fsdp within groups": {"phase": lemo.Phase("dense"), "divided": (2, 2)},
+    "fsdp, everything trains": {"phase": lemo.Phase("skip", **SKIP), "trains": True, "divided": (4,)},
+}
+
+
+def document(number: int) -> dict[str, Any]:
+    """The batch of a group: others have other lengths and numbers of labels."""
+    return packed(((150, 7, 60), (90, 33))[number], 10 + number)
+
+
+def data_parallel() -> dict[str, Any]:
+    """Losses and gradients of two groups of two processes, each with a batch, in the second step."""
+    groups = [distributed.new_group([2 * i, 2 * i + 1]) for i in range(2)]
+    across = [distributed.new_group([i, i + 2]) for i in range(2)]
+    number, place = divmod(distributed.get_rank(), 2)
+    found = {}
+    for name, case in DATA_PARALLEL.items():
+        tuned = model(trains=case.get("trains", False))
+        if "divided" in case:
+            shard(tuned, mesh=case["divided"])
+        settings = lemo.LemoConfig(block_size=BLOCK, phases=[case["phase"]], seed=7, **case.get("options", {}))
+        controller = lemo.apply(tuned, settings, sequence_group=groups[number])
+        outer: Any = tuned
+        if "divided" not in case:
+            outer = DistributedDataParallel(tuned, process_group=across[place] if case.get("across") else None)
+        loss = torch.zeros(())
+        for _ in range(2):
+            outer.zero_grad()
+            loss = outer(**document(number)).loss
+            loss.backward()
+            controller.step()
+        found[name] = loss.item(), sharded_gradients(tuned)
+    return found
+
+
+def data_parallel_alone(case: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same in one process, by accumulation."""
+    tuned = model(trains=case.get("trains", False))
+    settings = lemo.LemoConfig(block_size=BLOCK, phases=[case["phase"]], seed=7, **case.get("options", {}))
+    controller = lemo.apply(tuned, settings)
+    losses = []
+    for number in range(2):
+        controller.data_rank = 2 * number  # a group draws as its first process
+        controller.seek(1)
+        loss = tuned(**document(number)).loss
+        (loss / 2).backward()
+        losses.append(loss.item())
+    return losses, sharded_gradients(tuned)

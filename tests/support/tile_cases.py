@@ -86,7 +86,7 @@ class TileScores:
 
 TILE_SCORES = [
     *(TileScores(p, storage=s) for p in TILE_PACKINGS for s in ("packed", "rows")),
-    *(TileScores("documents", 4, 2, dim, 2, "strided") for dim in (64, 80, 96, 128)),
+    *(TileScores("documents", 4, 2, dim, 2, "strided") for dim in (64, 80, 96, 128, 256)),
     *(TileScores("documents", hq, hk, 64, 1) for hq, hk in ((1, 1), (9, 3), (8, 1), (3, 3))),
     *(TileScores(p, probes=probes) for p in ("documents", "kept") for probes in (1, 2, 3, 128)),
     TileScores("documents", 9, 3, 64, 128, "rows"),

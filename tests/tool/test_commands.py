@@ -74,16 +74,18 @@ def test_calibrate_then_finetune_evaluate_report_info(
 def test_calibrate_for_attention_mass(
     new_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = new_model(tmp_path / "model", positions=768)
+    model = new_model(tmp_path / "model", positions=1152)
     text = tmp_path / "text"
     text.mkdir()
     for i in range(4):
         (text / f"{i}.txt").write_text(make_text(i, 1500))
-    common = ["--model", str(model), "--data", str(text), "--context", "768", "--target", "mass", "--quiet"]
+    common = ["--model", str(model), "--data", str(text), "--context", "1152", "--target", "mass", "--quiet"]
     out = tmp_path / "tiles"
     assert main(["calibrate", *common, "--steps", "3", "--documents", "4", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "covered mass at density 0.125" in shown and "predictors" in shown and "probe 2" in shown
+    assert "covered mass at density 0.5" in shown and "predictors" in shown and "probe 2" in shown
+    # Nine tiles, of which three are attended to in any case.
+    assert "density 0.125: documents this short leave no choice" in shown and "mass at density 0.125" not in shown
     assert sorted(p.name for p in out.iterdir()) == ["lemo_config.json", "predictors.safetensors"]
     saved = json.loads((out / "lemo_config.json").read_text())
     assert saved["target"] == "mass" and saved["block_size"] == 128 and saved["report"]["training"]["steps"] == 3
@@ -91,6 +93,7 @@ def test_calibrate_for_attention_mass(
     assert main(["info", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "target: mass" in shown and "covered mass at density 0.5" in shown
+    assert "density 0.125: documents this short leave no choice" in shown and "mass at density 0.125" not in shown
     # What it is not for, before any step.
     run = [
         "finetune",
@@ -166,15 +169,29 @@ def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["estimate", "--model", "/nowhere", "--context", "256", "--schedule", "sparse", "--keep", "0.3"]) != 0
 
 
-def test_the_longest_context(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--model", str(model_folder), "--gpu", "2GiB", "--json"]) == 0
+def test_the_longest_context(new_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(new_model(tmp_path / "model", hidden=256))  # heads of 64
+    assert main(["estimate", "--model", model, "--gpu", "2GiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["mode"] for row in found["phases"]] == ["dense", "backward", "skip", "sparse", "sparse"]
     assert all(0 < row["context"] <= row["context_offload"] and row["host"] > 0 for row in found["phases"])
-    command = ["estimate", "--model", str(model_folder), "--gpu", "h100", "--schedule", "skip:0.25", "--context", "256"]
-    assert main(command) == 0
+    assert main(["estimate", "--model", model, "--gpu", "h100", "--schedule", "skip:0.25", "--context", "256"]) == 0
     text = capsys.readouterr().out
     assert "fits 79.10 GiB" in text and "skip keep 0.25" in text and "256 tokens, recompute full" in text
+
+
+def test_exact_scores_that_cuda_lacks_are_refused_before_weights_are_read() -> None:
+    import torch
+    from lemo.cli.common import check_supported
+    from lemo.engine.families import UnsupportedModelError
+    from transformers import MistralConfig
+
+    config, cuda = MistralConfig(num_hidden_layers=1, sliding_window=64), torch.device("cuda")
+    check_supported(config, cuda)
+    check_supported(config, cuda, scored=64)
+    check_supported(config, scored=65)
+    with pytest.raises(UnsupportedModelError, match="a sliding window of 64 in documents of 65 tokens on CUDA"):
+        check_supported(config, cuda, scored=65)
 
 
 def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lemo.data import (
     IGNORE_INDEX,
+    CutWindows,
     DataError,
     Documents,
     PackedWindows,
@@ -56,6 +57,37 @@ def test_packing_properties(lengths: list[int], context: int) -> None:
         assert (labels != IGNORE_INDEX).any()
     # Nothing twice, and all but the tail that fills no window and windows without a label is there.
     assert len(set(seen)) == len(seen) == (documents.num_tokens // context - dropped) * context
+
+
+def test_cut_windows_are_parts_at_shifted_places() -> None:
+    """Of every window that is to have fewer tokens; with the positions that these have in the whole, and a label."""
+    lengths = [7, 130, 3, 64, 1, 200, 2, 95]
+    masks = [np.arange(n) % 50 == 7 for n in lengths]  # a few labels, which most parts lie beside
+    for trained in (None, masks):
+        arrays = [documents_of(lengths).document(d) for d in range(len(lengths))]
+        documents = Documents.from_arrays(arrays, [0] * len(lengths), ["made"], trained)
+        whole = PackedWindows(documents, 64, seed=3, length=40)
+        windows = CutWindows(documents, 64, seed=3, tokens_of=lambda i: 16 if i % 2 else 64, length=40)
+        again = CutWindows(documents, 64, seed=3, tokens_of=lambda i: 16, length=40)
+        places = set()
+        for i in range(40):
+            item, all_of_it = windows[i], whole[i]
+            if i % 2 == 0:
+                assert all(torch.equal(item[name], values) for name, values in all_of_it.items())
+                assert windows.spans(i) == whole.spans(i)
+                continue
+            ids = item["input_ids"]
+            start = int((all_of_it["input_ids"] == ids[0]).nonzero()[0])
+            places.add(start)
+            for name, values in all_of_it.items():
+                part = values[start : start + 16].clone()
+                if name == "labels":
+                    part[0] = IGNORE_INDEX
+                assert torch.equal(item[name], part)
+            assert (item["labels"] != IGNORE_INDEX).any()
+            assert torch.equal(torch.from_numpy(np.concatenate(windows.pieces(i))), ids.int())
+            assert all(torch.equal(again[i][name], values) for name, values in item.items())
+        assert len(places) > 10 and max(places) <= 48
 
 
 def test_masked_tokens_are_no_labels_and_windows_without_one_are_left_out() -> None:

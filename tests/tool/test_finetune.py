@@ -107,6 +107,65 @@ def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_pat
     assert not list((tmp_path / "skip").glob("checkpoint-*"))
 
 
+def test_phases_of_shorter_windows(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Dense steps on parts of the windows, then on whole ones: what is trained on, logged, drawn, and resumed."""
+    options = ("--schedule", "dense:window=1/4@0.5,dense@0.5", "--steps", "4", "--save-every", "1", "--maps", "4")
+    out = tmp_path / "run"
+    assert finetune(model_folder, text_folder, out, *options, "--keep-checkpoints", "4") == 0
+    steps = [r for r in records(out) if "loss" in r]
+    assert [r["phase"].get("window") for r in steps] == [0.25, 0.25, None, None]
+    assert all(r["loss_tokens"] <= 2 * 15 for r in steps[:2]) and all(r["loss_tokens"] > 2 * 40 for r in steps[2:])
+    maps = [json.loads(line) for line in (out / "maps.jsonl").read_text().splitlines()]
+    assert [sum(r["lengths"]) for r in maps] == [16, 16, 64, 64] and all(r["documents"] for r in maps)
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    assert "dense 1.0 window 0.25" in capsys.readouterr().out
+    for number in (2, 3, 4):  # within the first phase
+        shutil.rmtree(out / f"checkpoint-{number}")
+    shutil.move(out / "adapter", tmp_path / "adapter")
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
+    whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
+    for schedule, said in (
+        ("skip:window=1/4", 'window needs mode "dense"'),
+        ("dense:window=2", "window is '2', expected a share of the context like 1/4"),
+        ("dense:window=1/0", "window is '1/0', expected a share"),
+        ("dense:window=1/16", "expected windows of at least one block of 8 tokens"),
+    ):
+        assert finetune(model_folder, text_folder, tmp_path / "no", "--schedule", schedule) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match="window= cuts the data of lemo finetune"):
+        parse_schedule("dense:window=1/4")
+
+
+def test_kinds_of_lora(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """What PEFT is asked for, and that a run resumes with it, exactly."""
+    kind = ("--dora", "--rslora", "--modules-to-save", "norm", "lm_head", "--lora-targets", "all-linear")
+    out, small = tmp_path / "run", ("--steps", "3", "--save-every", "1", "--dense")
+    assert finetune(model_folder, text_folder, out, *kind, *small) == 0
+    saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert saved["use_dora"] and saved["use_rslora"] and set(saved["modules_to_save"]) == {"norm", "lm_head"}
+    assert {"gate_proj", "q_proj"} <= {name.rpartition(".")[2] for name in saved["target_modules"]}
+    names = " ".join(weights(out))
+    assert "lora_magnitude_vector" in names and "model.norm.weight" in names and "lm_head.weight" in names
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-3")
+    shutil.rmtree(out / "adapter")
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--dora"]) == 0
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    capsys.readouterr()
+    assert finetune(model_folder, text_folder, tmp_path / "no", "--modules-to-save", "nose") == 2
+    assert "modules_to_save ['nose']: the model has no module nose" in capsys.readouterr().err
+
+
+def test_runs_of_earlier_versions_are_the_same_runs() -> None:
+    plain = FinetuneSettings().to_json()
+    assert not {"dora", "rslora", "modules_to_save"} & plain.keys()
+    settings = FinetuneSettings(dora=True, modules_to_save=("norm",))
+    assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert FinetuneSettings.from_json(plain) == FinetuneSettings()
+
+
 def test_sparse_phases(new_model, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """Lists of tiles in a whole run: logged, reported, drawn, and resumed exactly."""
     pytest.importorskip("matplotlib")
@@ -330,6 +389,7 @@ def test_learning_rates(kind: str) -> None:
         ("max_grad_norm", (-1.0, math.inf, math.nan)),
         ("seed", (-1, 1 << 32)),
         ("lora_targets", ((),)),
+        ("modules_to_save", ((),)),
     ],
 )
 def test_settings_that_make_no_sense(name: str, values: tuple[Any, ...]) -> None:

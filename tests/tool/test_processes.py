@@ -97,7 +97,7 @@ def log(out: Path) -> list[dict]:
 def test_two_processes_are_two_accumulated_passes(two, model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
     """Equal windows, equally weighted labels, the same evaluation: the same adapter."""
     data = ["--model", str(model_folder), "--data", str(text_folder), "--held-out", "0.2"]
-    dense = ["finetune", *data, *OPTIONS, "--dense", "--batch", "2"]
+    dense = ["finetune", *data, *OPTIONS, "--schedule", "dense:window=1/2@0.5,dense@0.5", "--batch", "2"]
     done, windows = two(*dense, "--out", str(tmp_path / "two"))
     assert [code for code, _ in done] == [0, 0], done
     assert sorted(windows[0] + windows[1]) == list(range(16))

@@ -16,7 +16,7 @@ from lemo.study.conclusions import as_text, recommend
 from lemo.study.statistics import interval, paired_bootstrap
 from lemo.study.sweep_page import sweep_page
 from lemo.training.finetune import finetune as train
-from lemo.training.settings import FinetuneSettings, parse_schedule
+from lemo.training.settings import FinetuneSettings
 
 Command = Callable[..., list[str]]
 
@@ -111,19 +111,26 @@ def test_rates_are_chosen_on_other_text_and_a_diverged_run_is_a_result(command: 
 def test_cheaper_steps_come_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal cost, from given times of a step."""
     settings = FinetuneSettings(context=1024, steps=100)
-    rows = (sweep.ROWS[0], sweep.Row("mix", "skip:0.5@0.7,dense@0.3"), sweep.Row("w", "dense", part=2))
+    rows = (
+        sweep.ROWS[0],
+        sweep.Row("mix", "skip:0.5@0.7,dense@0.3"),
+        sweep.Row("w", "dense", part=2),
+        sweep.Row("short, then full", "dense:window=1/4@0.75,dense@0.25"),
+    )
     study = object.__new__(sweep.Study)
     study.plan = sweep.Plan(settings, rows, (1,), (1e-4,))
-    study.times = {"dense": 1.0, "skip:0.5": 0.4, "dense in windows of 1/2": 0.5}
-    assert [study.steps(row) for row in rows] == [100, round(100 / 0.58), 200]
-    assert [study.cost(row) for row in rows] == pytest.approx([1.0, 172 * 0.58 / 100, 1.0])
+    study.times = {"dense": 1.0, "skip:0.5": 0.4, "dense in windows of 1/2": 0.5, "dense:window=1/4": 0.2}
+    assert [study.steps(row) for row in rows] == [100, round(100 / 0.58), 200, 250]
+    assert [study.cost(row) for row in rows] == pytest.approx([1.0, 172 * 0.58 / 100, 1.0, 1.0])
+    with pytest.raises(ValueError, match="the shortest windows have 32 tokens"):
+        sweep.Plan(settings, (rows[0], sweep.parse_row("dense:window=1/32")), (1,), (1e-4,))
 
 
 def test_default_rows_are_schedules_and_have_rivals() -> None:
     for row in sweep.ROWS:
-        parse_schedule(row.schedule)
+        assert len(row.stages) == len(row.schedule.split(","))
     assert len({row.name for row in sweep.ROWS}) == len(sweep.ROWS)
-    assert {"skip", "sparse", "backward", "dense"} <= {p.mode for r in sweep.ROWS for p in parse_schedule(r.schedule)}
+    assert {"skip", "sparse", "backward", "dense"} <= {s.phase.mode for r in sweep.ROWS for s in r.stages}
     assert sum(row.rival for row in sweep.ROWS) >= 3
     assert sweep.parse_row("sparse:keys=4096") == sweep.Row("sparse:keys=4096", "sparse:keys=4096")
     assert sweep.parse_row("mine=skip:0.3") == sweep.Row("mine", "skip:0.3")

@@ -8,7 +8,8 @@
  *
  *   out_i = sum_j P_ij v_j,  P_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij),  s_ij = scale * q_i . k_j
  *
- * Query head h reads key and value head h / (Hq / Hk). The size of a head is 64, 80, 96 or 128 on CUDA, any on the CPU.
+ * Query head h reads key and value head h / (Hq / Hk). The size of a head is 64, 80, 96, 128 or 256 on CUDA, any on the
+ * CPU.
  *
  * Options that some models' attention has:
  *
@@ -40,7 +41,7 @@
  * what was seen. Tile lists exclude separate rows of keys, and a window (LEMO_UNSUPPORTED).
  *
  * In the shapes below, capacity is the length of `rows`, or R without it, and at least M; capacity_k likewise for keys.
- * Further limits on CUDA (LEMO_UNSUPPORTED): `scale` is at least 0, and `softcap`, `window` and `sinks` are absent. */
+ * A further limit on CUDA (LEMO_UNSUPPORTED): `scale` is at least 0. */
 #ifndef LEMO_ATTENTION_H
 #define LEMO_ATTENTION_H
 

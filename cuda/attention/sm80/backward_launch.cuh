@@ -8,20 +8,22 @@
 
 namespace lemo::cuda::attention::sm80 {
 
-template <typename T, int kHeadDim>
+// kOptions as in the kernels.
+template <typename T, int kHeadDim, bool kOptions>
 void run_backward(const BackwardParams& params, cudaStream_t stream) {
   const Documents& documents = params.documents;
   const dim3 row_grid(static_cast<unsigned>((documents.capacity * params.heads + kRowPassItems - 1) / kRowPassItems));
   launch("attention_backward", delta_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
 
-  using KeyConfig = KeyGradientConfig<kHeadDim>;
+  using KeyConfig = KeyGradientConfig<kHeadDim, kOptions>;
   const int64_t key_slots = tile_slots(params.key_documents, KeyConfig::kKeys);
   const bool split = documents.aligned, listed = params.lists.offsets != nullptr;
-  const auto key_kernel = split    ? key_gradient_kernel<T, kHeadDim, true, false>
-                          : listed ? key_gradient_kernel<T, kHeadDim, false, true>
-                                   : key_gradient_kernel<T, kHeadDim, false, false>;
-  launch("attention_backward", key_kernel, static_cast<unsigned>(key_slots * params.key_heads), KeyConfig::kWarps * 32,
-         KeyGradientLayout<kHeadDim>::kBytes, stream, params);
+  const auto key_kernel = split    ? key_gradient_kernel<T, kHeadDim, true, false, kOptions>
+                          : listed ? key_gradient_kernel<T, kHeadDim, false, true, kOptions>
+                                   : key_gradient_kernel<T, kHeadDim, false, false, kOptions>;
+  launch("attention_backward", key_kernel,
+         static_cast<unsigned>(key_slots * params.key_heads * KeyConfig::kColumnParts), KeyConfig::kWarps * 32,
+         KeyGradientLayout<kHeadDim, kOptions>::kBytes, stream, params);
 
   if (params.dq_float != nullptr) {
     launch("attention_backward", convert_kernel<T, kHeadDim>, row_grid, kRowPassThreads, 0, stream, params);
@@ -33,9 +35,9 @@ void run_backward(const BackwardParams& params, cudaStream_t stream) {
                           params.query_list_offsets, params.query_list_tiles},
                          stream);
     }
-    const auto kernel = split    ? query_gradient_kernel<T, kHeadDim, true, false>
-                        : listed ? query_gradient_kernel<T, kHeadDim, false, true>
-                                 : query_gradient_kernel<T, kHeadDim, false, false>;
+    const auto kernel = split    ? query_gradient_kernel<T, kHeadDim, true, false, kOptions>
+                        : listed ? query_gradient_kernel<T, kHeadDim, false, true, kOptions>
+                                 : query_gradient_kernel<T, kHeadDim, false, false, kOptions>;
     launch("attention_backward", kernel, static_cast<unsigned>(slots * params.heads), QueryConfig::kWarps * 32,
            QueryGradientLayout<kHeadDim>::kBytes, stream, params);
   }

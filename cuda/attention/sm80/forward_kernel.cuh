@@ -6,6 +6,7 @@
 #include "attention/sm80/forward_config.h"
 #include "attention/sm80/listed_rows.cuh"
 #include "attention/sm80/online_softmax.cuh"
+#include "attention/sm80/score_options.cuh"
 #include "common/launch.h"
 #include "common/sm80/mma_tile.cuh"
 
@@ -14,11 +15,12 @@ namespace lemo::cuda::attention::sm80 {
 using namespace cuda::sm80;  // common/sm80
 
 // kSplit: keys have separate rows. kListed: there are tile lists, and rows within the loop are the numbers of
-// ListedKeys. Without them, registers are not spent on either.
-template <typename T, int kHeadDim, bool kSplit, bool kListed>
-__global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
+// ListedKeys. kOptions: there may be a window (without lists) or a soft-cap. Without them, registers are not spent on
+// any.
+template <typename T, int kHeadDim, bool kSplit, bool kListed, bool kOptions>
+__global__ void __launch_bounds__(ForwardConfig<kHeadDim, kOptions>::kWarps * 32)
     forward_kernel(const __grid_constant__ ForwardParams params) {
-  using Config = ForwardConfig<kHeadDim>;
+  using Config = ForwardConfig<kHeadDim, kOptions>;
   constexpr int kThreads = Config::kWarps * 32;
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys;
   constexpr int kRowTiles = kQueries / Config::kWarps / 16;
@@ -66,7 +68,30 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   const uint32_t key_lane = keys + (by_column.row * kPitch + by_column.column) * 2;
   const uint32_t value_lane = values + (by_row.row * kPitch + by_row.column) * 2;
 
-  const int last_tile = -located.document.ahead / kKeys;
+  [[maybe_unused]] const DocumentPlaces query_places = {params.options.places, tile.start, max(tile.first, 0),
+                                                        tile.length};
+  [[maybe_unused]] const DocumentPlaces key_places = {params.options.key_places, own_keys.start,
+                                                      -located.document.ahead, tile.length};
+  // With a window: the first key tile that any query sees, and the first key that all see.
+  __shared__ int windowed_last_tile, all_see;
+  const int first_tile = -located.document.ahead / kKeys;
+  if constexpr (kOptions) {
+    if (kListed || params.options.window == 0) {
+      if (threadIdx.x == 0) {
+        windowed_last_tile = first_tile;
+        all_see = INT_MIN;
+      }
+    } else if (warp < 2) {  // one for each
+      const int row = warp == 0 ? query_start : query_start + kQueries - 1;
+      const int first = key_places.first_from(query_places.nearest(row) - (params.options.window - 1));
+      if (lane == 0) {
+        (warp == 0 ? windowed_last_tile : all_see) =
+            warp == 0 ? first_tile + (first - first_tile * kKeys) / kKeys : first;
+      }
+    }
+    __syncthreads();
+  }
+  const int& last_tile = choose<kOptions>(windowed_last_tile, first_tile);
   const int key_end = kListed ? listed.end : min(query_start + kQueries, tile.length);
   int key_tile = (key_end + kKeys - 1) / kKeys - 1;
   {
@@ -95,11 +120,12 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     }
   }
 
-  OnlineSoftmax<kRowTiles> softmax;
+  OnlineSoftmax<kRowTiles> softmax(kOptions ? kLowestWithOptions : -FLT_MAX);
   float out[kRowTiles][kHeadDim / 8][4];
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) clear(out[i]);
-  const float scale_log2 = params.scale * kLog2E;
+  const float scale = kOptions ? exponent_scale(params.options, params.scale) : params.scale;
+  const float scale_log2 = scale * kLog2E;
 
 #pragma unroll 1
   for (; key_tile >= last_tile; --key_tile) {
@@ -116,7 +142,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) clear(s[i]);
     if (active) {
-#pragma unroll(Config::kQueriesInRegisters ? kHeadDim : kScoreUnroll<kListed>)
+#pragma unroll(Config::kQueriesInRegisters ? kHeadDim : kScoreUnroll < kListed || kOptions >)
       for (int k = 0; k < kHeadDim / 16; ++k) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
@@ -136,6 +162,28 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
           for (int i = 0; i < kRowTiles; ++i) {
             multiply<T>(s[i][2 * n], a[i], b[0], b[1]);
             multiply<T>(s[i][2 * n + 1], a[i], b[2], b[3]);
+          }
+        }
+      }
+      if constexpr (kOptions) {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) soft_cap(s[i], params.options, params.scale);
+        if (!kListed && key_start < all_see) {
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int64_t bound =
+                  query_places.nearest(warp_start + i * 16 + half * 8 + lane / 4) - params.options.window;
+#pragma unroll
+              for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                  const int key = key_start + n * 8 + (lane % 4) * 2 + c;
+                  if (key_places.nearest(key) <= bound) s[i][n][half * 2 + c] = -INFINITY;
+                }
+              }
+            }
           }
         }
       }
@@ -185,13 +233,19 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
     }
   }
 
+  if constexpr (kOptions && !kListed)
+    copy_async_wait<0>();  // the first copies, if a window without keys left the loop no turn
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
     float inverse[2], lse[2];
     const int row = warp_start + i * 16 + lane / 4 + (kListed ? listed.own_shift : 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      softmax.finish(2 * i + half, params.scale, inverse[half], lse[half]);
+      softmax.finish(2 * i + half, scale, inverse[half], lse[half]);
+      if (kOptions && isinf(inverse[half])) {  // a window without keys
+        inverse[half] = 0.0f;
+        lse[half] = -INFINITY;
+      }
       if (lane % 4 == 0 && row + half * 8 < query_rows.length && row + half * 8 >= query_rows.first) {
         params.lse[head * params.lse_stride + query_rows.start + row + half * 8] = lse[half];
       }
@@ -200,15 +254,16 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kWarps * 32)
   }
 }
 
-template <typename T, int kHeadDim>
+// kOptions as in the kernel.
+template <typename T, int kHeadDim, bool kOptions>
 void run_forward(const ForwardParams& params, cudaStream_t stream) {
-  using Config = ForwardConfig<kHeadDim>;
+  using Config = ForwardConfig<kHeadDim, kOptions>;
   constexpr int kBytes = (Config::kQueries + 2 * Config::kKeys) * (kHeadDim + kPadding) * 2;
   // Heads fastest: all heads' heaviest tiles start first, which evens out the end of the launch.
   const int64_t slots = query_slots<kAlignedRows>(params.documents, Config::kQueries);
-  const auto kernel = params.documents.aligned          ? forward_kernel<T, kHeadDim, true, false>
-                      : params.lists.offsets != nullptr ? forward_kernel<T, kHeadDim, false, true>
-                                                        : forward_kernel<T, kHeadDim, false, false>;
+  const auto kernel = params.documents.aligned          ? forward_kernel<T, kHeadDim, true, false, kOptions>
+                      : params.lists.offsets != nullptr ? forward_kernel<T, kHeadDim, false, true, kOptions>
+                                                        : forward_kernel<T, kHeadDim, false, false, kOptions>;
   launch("attention_forward", kernel, static_cast<unsigned>(slots * params.heads), Config::kWarps * 32, kBytes, stream,
          params);
 }

@@ -8,6 +8,7 @@
 #include "attention/sm80/backward_config.h"
 #include "attention/sm80/listed_rows.cuh"
 #include "attention/sm80/online_softmax.cuh"
+#include "attention/sm80/score_options.cuh"
 #include "common/launch.h"
 #include "common/sm80/mma_tile.cuh"
 
@@ -24,10 +25,15 @@ __device__ __forceinline__ void add_pair(float* target, float x, float y) {
 #endif
 }
 
+template <typename T>
+__device__ __forceinline__ TensorView from_column(const TensorView& tensor, int column) {
+  return {static_cast<T*>(tensor.data) + column, tensor.row_stride, tensor.head_stride};
+}
+
 // Shared memory of a block, in bytes from its start.
-template <int kHeadDim>
+template <int kHeadDim, bool kOptions>
 struct KeyGradientLayout {
-  using Config = KeyGradientConfig<kHeadDim>;
+  using Config = KeyGradientConfig<kHeadDim, kOptions>;
   static constexpr int kPitch = kHeadDim + kPadding;
   static constexpr int kScorePitch = Config::kQueries + kPadding;
   static constexpr int kQueryBytes = Config::kQueries * kPitch * 2;
@@ -39,13 +45,15 @@ struct KeyGradientLayout {
   static constexpr int kBytes = kScores + Config::kKeys * kScorePitch * 2;
 };
 
-template <typename T, int kHeadDim, bool kSplit, bool kListed>
-__global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
+// kOptions: there may be a window (without lists) or a soft-cap.
+template <typename T, int kHeadDim, bool kSplit, bool kListed, bool kOptions>
+__global__ void __launch_bounds__(KeyGradientConfig<kHeadDim, kOptions>::kWarps * 32)
     key_gradient_kernel(const __grid_constant__ BackwardParams params) {
-  using Config = KeyGradientConfig<kHeadDim>;
-  using Layout = KeyGradientLayout<kHeadDim>;
+  using Config = KeyGradientConfig<kHeadDim, kOptions>;
+  using Layout = KeyGradientLayout<kHeadDim, kOptions>;
   constexpr int kThreads = Config::kWarps * 32;
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
+  constexpr int kParts = Config::kColumnParts, kPartColumns = kHeadDim / kParts;
   static_assert(kKeys == Config::kWarps * 16 && Config::kDqRowWarps * Config::kDqColumnWarps == Config::kWarps);
   static_assert(2 * kQueries <= kThreads);
   static_assert(!(kSplit && kListed) && (!kListed || LEMO_TILE_ROWS % kKeys == 0));
@@ -53,7 +61,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   using KeyLoader = TileLoader<T, kKeys, kHeadDim, kThreads>;
 
   // The first tile of a document has the most queries and starts first.
-  const int slot = static_cast<int>(blockIdx.x / params.key_heads);
+  const int slot = static_cast<int>(blockIdx.x / kParts / params.key_heads);
   const int document = locate_document(params.key_documents, kKeys, 1, slot);
   const AlignedDocument aligned =
       align_document<kAlignedRows, kSplit>(params.documents, params.key_documents, document);
@@ -62,19 +70,31 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   // What the loop has no registers to spare for.
   __shared__ Tile stored_keys;
   __shared__ int stored_first;
+  constexpr bool kWindow = kOptions && !kListed;
+  __shared__ DocumentPlaces stored_query_places, stored_key_places;
   const Tile own_keys = {aligned.key_start, aligned.length, 0, 0, kUncut};
+  const DocumentPlaces own_query_places = {params.options.places, aligned.query_start, max(aligned.first, 0),
+                                           aligned.length};
+  const DocumentPlaces own_key_places = {params.options.key_places, aligned.key_start, -aligned.ahead, aligned.length};
   if constexpr (kSplit) {
     if (threadIdx.x == 0) {
       stored_keys = own_keys;
       stored_first = aligned.first;
+      if constexpr (kWindow) {
+        stored_query_places = own_query_places;
+        stored_key_places = own_key_places;
+      }
     }
     __syncthreads();
   }
+  [[maybe_unused]] const DocumentPlaces& query_places = choose<kSplit>(stored_query_places, own_query_places);
+  [[maybe_unused]] const DocumentPlaces& key_places = choose<kSplit>(stored_key_places, own_key_places);
   const Tile& key_rows = choose<kSplit>(stored_keys, own_keys);
   const int& first_row = choose<kSplit>(stored_first, aligned.first);  // of the queries
   const int length = aligned.length, query_base = aligned.query_start;
   const auto query_rows = [&] { return Tile{query_base, length, 0, 0, first_row}; };
-  const int key_head = blockIdx.x % params.key_heads;
+  const int key_head = blockIdx.x / kParts % params.key_heads;
+  const int first_column = blockIdx.x % kParts * kPartColumns;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   extern __shared__ __align__(16) unsigned char shared[];
@@ -96,6 +116,22 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     if constexpr (kListed) return listed.after(row, entry);
     return row + kQueries;
   };
+  // With a window: the end of the queries that see any of the keys, and the first query that does not see all of them.
+  __shared__ int windowed_query_end, some_hidden;
+  if constexpr (kWindow) {
+    if (params.options.window == 0) {
+      if (threadIdx.x == 0) {
+        windowed_query_end = length;
+        some_hidden = INT_MAX;
+      }
+    } else if (warp < 2) {  // one for each
+      const int row = warp == 0 ? key_start + kKeys - 1 : key_start;
+      const int first = query_places.first_from(key_places.nearest(row) + params.options.window);
+      if (lane == 0) (warp == 0 ? windowed_query_end : some_hidden) = first;
+    }
+    __syncthreads();
+  }
+  const int& query_end = choose<kWindow>(windowed_query_end, length);
   const int first_entry = listed.begin;
   int next_query = first_query, next_entry = first_entry, next_head = key_head * params.group;
   QueryLoader loader;
@@ -118,7 +154,7 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
     }
     copy_async_commit();
     next_query = query_after(next_query, next_entry);
-    if (next_query >= length) {
+    if (next_query >= query_end) {
       next_query = first_query;
       next_entry = first_entry;
       ++next_head;
@@ -138,16 +174,16 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
   // This thread's keys: `key` and key + 8.
   const int key = key_start + warp * 16 + lane / 4;
 
-  float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
+  float dk[kPartColumns / 8][4], dv[kPartColumns / 8][4];
   clear(dk);
   clear(dv);
-  const float scale_log2 = params.scale * kLog2E;
+  const float scale_log2 = (kOptions ? exponent_scale(params.options, params.scale) : params.scale) * kLog2E;
   const int end_head = (key_head + 1) * params.group;
   int stage = 0;
 #pragma unroll 1
   for (int head = key_head * params.group; head < end_head; ++head) {
 #pragma unroll 1
-    for (int query_start = first_query, entry = first_entry; query_start < length;
+    for (int query_start = first_query, entry = first_entry; query_start < query_end;
          query_start = query_after(query_start, entry)) {
       copy_async_wait<0>();
       __syncthreads();  // this stage has arrived; the other one and the scores are no longer in use
@@ -157,9 +193,37 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
       const float* row_values = reinterpret_cast<const float*>(shared + stage_offset + 2 * Layout::kQueryBytes);
       stage ^= 1;
 
-      float p[kQueries / 8][4];
+      float p[kQueries / 8][4], ds[kQueries / 8][4];
+      const auto multiply_values = [&] {
+        clear(ds);
+        multiply_rows<T, kQueries, kHeadDim, kPitch>(ds, value_lane, douts + by_column_bytes);
+#pragma unroll
+        for (int n = 0; n < kQueries / 8; ++n) {
+          const float2 delta = *reinterpret_cast<const float2*>(row_values + kQueries + n * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) ds[n][c] -= c % 2 == 0 ? delta.x : delta.y;
+        }
+      };
       clear(p);
       multiply_rows<T, kQueries, kHeadDim, kPitch>(p, key_lane, queries + by_column_bytes);
+      if constexpr (kOptions) {
+        multiply_values();
+        soft_cap(p, ds, params.options, params.scale);
+        if (kWindow && query_start + kQueries > some_hidden) {
+#pragma unroll
+          for (int n = 0; n < kQueries / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const int64_t bound =
+                  query_places.nearest(query_start + n * 8 + lane % 4 * 2 + c) - params.options.window;
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                if (key_places.nearest(key + half * 8) <= bound) p[n][half * 2 + c] = -INFINITY;
+              }
+            }
+          }
+        }
+      }
       if (query_start < key_start + kKeys - 1) {
 #pragma unroll
         for (int n = 0; n < kQueries / 8; ++n) {
@@ -172,7 +236,8 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
       }
 #pragma unroll
       for (int n = 0; n < kQueries / 8; ++n) {
-        const float2 lse = *reinterpret_cast<const float2*>(row_values + n * 8 + lane % 4 * 2);
+        float2 lse = *reinterpret_cast<const float2*>(row_values + n * 8 + lane % 4 * 2);
+        if constexpr (kOptions) lse = {closed_lse(lse.x), closed_lse(lse.y)};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           p[n][c] = exp2_fast(fmaf(p[n][c], scale_log2, -(c % 2 == 0 ? lse.x : lse.y) * kLog2E));
@@ -197,14 +262,11 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
           }
         }
       }
-      float ds[kQueries / 8][4];
-      clear(ds);
-      multiply_rows<T, kQueries, kHeadDim, kPitch>(ds, value_lane, douts + by_column_bytes);
+      if constexpr (!kOptions) multiply_values();
 #pragma unroll
       for (int n = 0; n < kQueries / 8; ++n) {
-        const float2 delta = *reinterpret_cast<const float2*>(row_values + kQueries + n * 8 + lane % 4 * 2);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) ds[n][c] = p[n][c] * (ds[n][c] - (c % 2 == 0 ? delta.x : delta.y));
+        for (int c = 0; c < 4; ++c) ds[n][c] *= p[n][c];
       }
       if (params.dq_float != nullptr) {
         unsigned char* scores =
@@ -215,14 +277,15 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
           *reinterpret_cast<uint32_t*>(scores + 8 * Layout::kScorePitch * 2 + n * 16) = pack<T>(ds[n][2], ds[n][3]);
         }
       }
-      multiply_fragments<T, kHeadDim, kQueries, kPitch>(dv, p, douts + by_row_bytes);
-      multiply_fragments<T, kHeadDim, kQueries, kPitch>(dk, ds, queries + by_row_bytes);
+      multiply_fragments<T, kPartColumns, kQueries, kPitch>(dv, p, douts + by_row_bytes + first_column * 2);
+      multiply_fragments<T, kPartColumns, kQueries, kPitch>(dk, ds, queries + by_row_bytes + first_column * 2);
 
       if (params.dq_float != nullptr) {
         __syncthreads();  // every warp's scores are written
-        constexpr int kRows = kQueries / Config::kDqRowWarps, kColumns = kHeadDim / Config::kDqColumnWarps;
+        constexpr int kRows = kQueries / Config::kDqRowWarps, kColumns = kPartColumns / Config::kDqColumnWarps;
         static_assert(kRows % 16 == 0 && kColumns % 16 == 0);
-        const int row = warp % Config::kDqRowWarps * kRows, column = warp / Config::kDqRowWarps * kColumns;
+        const int row = warp % Config::kDqRowWarps * kRows,
+                  column = first_column + warp / Config::kDqRowWarps * kColumns;
         const uint32_t a_lane =
             base + Layout::kScores + (by_column.row * Layout::kScorePitch + by_column.column + row) * 2;
         const uint32_t b_lane = base + by_row_bytes + column * 2;
@@ -263,8 +326,10 @@ __global__ void __launch_bounds__(KeyGradientConfig<kHeadDim>::kWarps * 32)
       }
     }
   }
-  store_rows<T>(params.key_documents, key_rows, params.dk, key_head, key, dk, params.scale, params.scale);
-  store_rows<T>(params.key_documents, key_rows, params.dv, key_head, key, dv, 1.0f, 1.0f);
+  if constexpr (kWindow) copy_async_wait<0>();  // the first copies, if no query sees these keys
+  store_rows<T>(params.key_documents, key_rows, from_column<T>(params.dk, first_column), key_head, key, dk,
+                params.scale, params.scale);
+  store_rows<T>(params.key_documents, key_rows, from_column<T>(params.dv, first_column), key_head, key, dv, 1.0f, 1.0f);
 }
 
 }  // namespace lemo::cuda::attention::sm80

@@ -11,16 +11,17 @@ namespace lemo::cuda::attention::sm80 {
 template <int kRowTiles>
 class OnlineSoftmax {
  public:
-  __device__ __forceinline__ OnlineSoftmax() {
+  // `lowest`: finite, so that a scale of 0 makes no NaN.
+  __device__ __forceinline__ explicit OnlineSoftmax(float lowest) {
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r) {
-      maximum_[r] = -FLT_MAX;  // finite, so that a scale of 0 makes no NaN
+      maximum_[r] = lowest;
       sum_[r] = 0.0f;
     }
   }
 
   // s becomes exp2(scale_log2 * (s - running maximum)); `out` is rescaled to that maximum. Every row must hold at least
-  // one key that is not masked.
+  // one key that is not masked, or `lowest` times the scale be finite.
   template <int kKeyTiles, int kOutTiles>
   __device__ __forceinline__ void update(float (&s)[kRowTiles][kKeyTiles][4], float (&out)[kRowTiles][kOutTiles][4],
                                          float scale_log2) {

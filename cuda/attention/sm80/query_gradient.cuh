@@ -7,6 +7,7 @@
 #include "attention/sm80/backward_config.h"
 #include "attention/sm80/listed_rows.cuh"
 #include "attention/sm80/online_softmax.cuh"
+#include "attention/sm80/score_options.cuh"
 #include "common/launch.h"
 #include "common/sm80/mma_tile.cuh"
 
@@ -26,7 +27,8 @@ struct QueryGradientLayout {
 };
 
 // kListed: there are tile lists, and rows within the loop are the numbers of ListedKeys.
-template <typename T, int kHeadDim, bool kSplit, bool kListed>
+// kOptions: there may be a window (without lists) or a soft-cap.
+template <typename T, int kHeadDim, bool kSplit, bool kListed, bool kOptions>
 __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     query_gradient_kernel(const __grid_constant__ BackwardParams params) {
   using Config = QueryGradientConfig<kHeadDim>;
@@ -34,7 +36,8 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   constexpr int kThreads = Config::kWarps * 32;
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys, kPitch = Layout::kPitch;
   static_assert(kQueries == Config::kWarps * 16);
-  static_assert(!kListed || (!kSplit && kQueries == LEMO_TILE_ROWS));
+  constexpr int kParts = LEMO_TILE_ROWS / kQueries;  // tiles of this kernel in one of the lists
+  static_assert(!kListed || (!kSplit && kParts * kQueries == LEMO_TILE_ROWS));
 
   const QueryTile located = locate_queries<kAlignedRows, kSplit>(params.documents, params.key_documents, kQueries,
                                                                  static_cast<int>(blockIdx.x / params.heads));
@@ -50,15 +53,18 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
       stored = rows;
       if constexpr (kListed) {
         const int index = tile.count - 1 - tile.index;
-        const int slot = static_cast<int>(blockIdx.x / params.heads) - tile.index + index;
-        listed = ListedKeys({params.query_list_offsets, params.query_list_tiles}, slot, tile, index);
+        int slot = static_cast<int>(blockIdx.x / params.heads) - tile.index;  // of the document's first tile
+        if constexpr (kParts > 1) slot += tile.start / LEMO_TILE_ROWS - tile.start / kQueries;
+        slot += index / kParts;
+        listed = ListedKeys({params.query_list_offsets, params.query_list_tiles}, slot, tile, index / kParts);
+        if constexpr (kParts > 1) listed.end = min(listed.end, listed.own + (index % kParts + 1) * kQueries);
       }
     }
     __syncthreads();
   }
   const Tile &query_rows = choose<kStored>(stored, rows).queries, &key_rows = choose<kStored>(stored, rows).keys;
   const int tile_start = (tile.count - 1 - tile.index) * kQueries + located.document.ahead;
-  const int query_start = kListed ? listed.own : tile_start;
+  const int query_start = kListed ? listed.own + (kParts > 1 ? tile_start % LEMO_TILE_ROWS : 0) : tile_start;
   const int head = blockIdx.x % params.heads, key_head = head / params.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -95,7 +101,20 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
   }
   const int own_end = min(tile_start + kQueries, tile.length);
   const int& key_end = choose<kListed>(listed.end, own_end);
-  load_keys(0, 0);
+  int first_key = 0;
+  // The first key that every query of the tile sees.
+  [[maybe_unused]] int all_see = INT_MIN;
+  [[maybe_unused]] const DocumentPlaces query_places = {params.options.places, tile.start, max(tile.first, 0),
+                                                        tile.length};
+  [[maybe_unused]] const DocumentPlaces key_places = {params.options.key_places, rows.keys.start, 0, tile.length};
+  if constexpr (kOptions && !kListed) {
+    if (params.options.window != 0) {
+      const int64_t reach = params.options.window - 1;
+      first_key = key_places.first_from(query_places.nearest(tile_start) - reach) / kKeys * kKeys;
+      all_see = key_places.first_from(query_places.nearest(tile_start + kQueries - 1) - reach);
+    }
+  }
+  load_keys(first_key, 0);
 
   // This thread's queries: `query` and query + 8.
   const int query = query_start + warp * 16 + lane / 4;
@@ -106,17 +125,18 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     const int row = query + half * 8 + (kListed ? listed.own_shift : 0);
     if (row >= tile.length || row < tile.first) continue;
     const int packed_row = tile.start + row;
-    lse_log2[half] = params.lse[head * params.lse_stride + packed_row] * kLog2E;
+    const float lse = params.lse[head * params.lse_stride + packed_row];
+    lse_log2[half] = (kOptions ? closed_lse(lse) : lse) * kLog2E;
     delta[half] = params.delta[head * params.documents.capacity + packed_row];
     if (params.key_weights != nullptr) slots[half] = params.row_slots[packed_row];
   }
 
   float dq[kHeadDim / 8][4];
   clear(dq);
-  const float scale_log2 = params.scale * kLog2E;
+  const float scale_log2 = (kOptions ? exponent_scale(params.options, params.scale) : params.scale) * kLog2E;
   int stage = 0;
 #pragma unroll 1
-  for (int key_start = 0; key_start < key_end; key_start += kKeys) {
+  for (int key_start = first_key; key_start < key_end; key_start += kKeys) {
     copy_async_wait<0>();
     __syncthreads();  // this stage has arrived, and the other one is no longer in use
     if (key_start + kKeys < key_end) load_keys(key_start + kKeys, stage ^ 1);
@@ -129,6 +149,31 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     clear(p);
     clear(ds);
     multiply_rows<T, kKeys, kHeadDim, kPitch>(p, query_lane, keys + by_column_bytes);
+    const auto multiply_values = [&] {
+      multiply_rows<T, kKeys, kHeadDim, kPitch>(ds, dout_lane, values + by_column_bytes);
+    };
+    if constexpr (kOptions) {
+      multiply_values();
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) ds[n][c] -= delta[c / 2];
+      }
+      soft_cap(p, ds, params.options, params.scale);
+      if (!kListed && key_start < all_see) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t bound = query_places.nearest(query + half * 8) - params.options.window;
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              if (key_places.nearest(key_start + n * 8 + lane % 4 * 2 + c) <= bound) p[n][half * 2 + c] = -INFINITY;
+            }
+          }
+        }
+      }
+    }
     if (key_start + kKeys - 1 > query_start) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -139,13 +184,13 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
         }
       }
     }
-    multiply_rows<T, kKeys, kHeadDim, kPitch>(ds, dout_lane, values + by_column_bytes);
+    if constexpr (!kOptions) multiply_values();
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         p[n][c] = exp2_fast(fmaf(p[n][c], scale_log2, -lse_log2[c / 2]));
-        ds[n][c] = p[n][c] * (ds[n][c] - delta[c / 2]);
+        ds[n][c] = p[n][c] * (kOptions ? ds[n][c] : ds[n][c] - delta[c / 2]);
       }
     }
     if (params.key_weights != nullptr) {
@@ -162,6 +207,7 @@ __global__ void __launch_bounds__(QueryGradientConfig<kHeadDim>::kWarps * 32)
     }
     multiply_fragments<T, kHeadDim, kKeys, kPitch>(dq, ds, keys + by_row_bytes);
   }
+  if constexpr (kOptions && !kListed) copy_async_wait<0>();  // the first copies, if a window without keys left no turn
   store_rows<T>(params.documents, query_rows, params.dq, kStored ? static_cast<int>(blockIdx.x % params.heads) : head,
                 query + (kListed ? listed.own_shift : 0), dq, params.scale, params.scale);
 }

@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and any(out.iterdir()) and not args.overwrite:
         raise CalibrationError(f"{out} exists already: choose another --out or add --overwrite")
     check_target(out, args.overwrite)  # not after the training
-    model = load_model(args, args.context, to_train=True)
+    scored = args.context if args.target == "importance" else None
+    model = load_model(args, args.context, to_train=True, scored=scored)
     documents = load_data(args, model.config)
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     documents = dataclasses.replace(documents, trained=None)  # what is informative does not depend on labels

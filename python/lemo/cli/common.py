@@ -264,9 +264,9 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     return config
 
 
-def check_supported(config: Any, context: int | None = None, device: Any = None) -> None:
-    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on documents of `context` tokens on
-    `device`.
+def check_supported(config: Any, device: Any = None, scored: int | None = None) -> None:
+    """Raises UnsupportedModelError for a model that lemo cannot train, at all or on `device`. scored: tokens of the
+    documents whose blocks are to be scored exactly there.
 
     Looks at an empty copy: no weights are read.
     """
@@ -284,12 +284,17 @@ def check_supported(config: Any, context: int | None = None, device: Any = None)
             f"lemo does not support models of type {config.model_type!r} ({_first_line(error)})"
         ) from error
     family, _ = families.find(model)
-    if context is not None:
-        family.check_kernels(config, context, torch.device("cpu") if device is None else device)
+    device = torch.device("cpu") if device is None else device
+    family.check_kernels(config, device)
+    if scored is not None:
+        family.check_score_kernels(config, scored, device)
 
 
-def load_model(args: argparse.Namespace, context: int | None = None, *, to_train: bool = False) -> Any:
-    """The frozen base model of --model on --device, in --dtype. to_train: only one that lemo can train."""
+def load_model(
+    args: argparse.Namespace, context: int | None = None, *, to_train: bool = False, scored: int | None = None
+) -> Any:
+    """The frozen base model of --model on --device, in --dtype. to_train, scored: only one that `check_supported` lets
+    pass."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -300,7 +305,7 @@ def load_model(args: argparse.Namespace, context: int | None = None, *, to_train
     if args.quiet:
         transformers_logging.disable_progress_bar()
     if to_train:  # first: an unsupported model matters more than a context that is too long for it
-        check_supported(load_config(args.model, None, False), context, device_of(args.device))
+        check_supported(load_config(args.model, None, False), device_of(args.device), scored)
     config = load_config(args.model, context, bool(args.interpolate_positions))
     device = device_of(args.device)
     name = args.dtype or "auto"

@@ -46,7 +46,7 @@ examples:
       --resume --model NEW (--data NEW, --calibration NEW), accepted if their contents are the same
 
 schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:weighted][:NAME=VALUE][@SHARE]
-  default      skip most of the steps, then dense: the best result for the time spent
+  default      skip in most of the steps, then dense: the most steps for the time spent
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
   backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model
@@ -55,6 +55,8 @@ schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:wei
   mode sparse keeps every token and leaves out pairs of query and key tiles, most of the cost at long contexts:
   sparse:0.25 attends to a quarter of the earlier keys, sparse:keys=8192 to so many, sparse:mass=0.9 to as many as hold
   that share of attention; sparse:keys=8192:keep=0.3 leaves tokens out as well
+  dense:window=1/4@0.9,dense@0.1 trains on a quarter of each window first, at shifted places and with the positions that
+  it has in the whole: what one can do without lemo, and as good as elimination in our study of adaptation; try it, too
 policies (--policy, for skip phases): predictors (the paper's: needs --calibration), update_norm (the default without a
   calibration), sampled, random, exact (slow: for comparison). In a schedule, :shared after sampled or random makes one
   draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration
@@ -100,6 +102,12 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "lora_alpha": ("scale of the adapter is alpha / rank", float, "LoRA"),
     "lora_dropout": ("dropout before the adapter", float, "LoRA"),
 }
+# The same, as options without a value, and as lists of names.
+_SWITCHES = {
+    "dora": "DoRA: the norms of the adapted weights train as well",
+    "rslora": "rsLoRA: the adapter's scale is alpha / sqrt(rank)",
+}
+_LISTS = ("lora_targets", "modules_to_save")
 
 
 def add(subparsers: Any) -> None:
@@ -128,6 +136,14 @@ def add(subparsers: Any) -> None:
         metavar="NAME",
         help="linear layers to adapt, or all-linear (default: those of attention)",
     )
+    for name, text in _SWITCHES.items():
+        groups["LoRA"].add_argument(f"--{name}", action="store_true", default=None, help=text)
+    groups["LoRA"].add_argument(
+        "--modules-to-save",
+        nargs="+",
+        metavar="NAME",
+        help="modules that train as a whole and are saved with the adapter, like lm_head or norm",
+    )
     saving = parser.add_argument_group("saving")
     saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")
     saving.add_argument("--keep-checkpoints", type=int, default=2, help="complete checkpoints that stay on the disk")
@@ -147,7 +163,8 @@ _INPUTS = ("model", "tokenizer", "data", *DATA_OPTIONS, "interpolate_positions",
 
 
 def _settings(args: argparse.Namespace) -> FinetuneSettings:
-    given = {name: getattr(args, name) for name in [*_SETTINGS, "lora_targets"] if getattr(args, name) is not None}
+    names = (*_SETTINGS, *_SWITCHES, *_LISTS)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.dense:
         if args.schedule not in (None, "dense"):
             raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
@@ -156,8 +173,7 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
         given.setdefault("recompute", "auto")
     if not args.resume:
         check_defaults_matter(given.get("schedule", FinetuneSettings.schedule), args.keep, args.policy)
-    if "lora_targets" in given:
-        given["lora_targets"] = tuple(given["lora_targets"])
+    given |= {name: tuple(given[name]) for name in _LISTS if name in given}
     if "calibration" in given:
         given["calibration"] = os.path.abspath(given["calibration"])
     if args.resume:

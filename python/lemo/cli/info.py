@@ -152,14 +152,20 @@ def calibration(folder: Path) -> dict[str, Any]:
 
 def _coverage(predictors: PredictorSet, report: dict[str, Any], layers: Any) -> dict[str, Any]:
     """What a calibration for mass measured: a table per density, a column per score."""
+    from lemo.predictors.mass import no_choice
+
     mean, densities = report.pop("mean", {}), report.pop("densities", [])
     tables: dict[str, Any] = {}
     rows = [*layers, mean] if isinstance(layers, list) else []
     for d, density in enumerate(densities):
+        if (reason := no_choice(report, d)) is not None:
+            tables[f"density {density:g}"] = reason
+            continue
         tables[f"covered mass at density {density:g}"] = [
             {"layer": i if i < len(rows) - 1 else "mean"} | {name: values[d] for name, values in row.items()}
             for i, row in enumerate(rows)
         ]
+    report.pop("competing", None)
     return {"report": report, **tables}
 
 

@@ -30,11 +30,12 @@ from lemo.data.order import permutation
 from lemo.data.records import IGNORE_INDEX
 from lemo.data.split import split_held_out
 from lemo.data.tokens import TOKEN_DTYPES, write_tokens
-from lemo.data.windows import PackedWindows, evaluation_pieces, evaluation_spans
+from lemo.data.windows import CutWindows, PackedWindows, evaluation_pieces, evaluation_spans
 
 __all__ = [
     "IGNORE_INDEX",
     "TOKEN_DTYPES",
+    "CutWindows",
     "DataError",
     "Documents",
     "PackedWindows",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from lemo.data.documents import DataError, Documents
-from lemo.data.order import permutation
+from lemo.data.order import draws, permutation
 from lemo.data.records import IGNORE_INDEX
 
 # (document, start, stop): a part of a document, in its own tokens.
 Span = tuple[int, int, int]
+
+_PLACES = 1 << 32  # of the streams of a seed that passes over the data do not reach
 
 
 class PackedWindows(torch.utils.data.Dataset):
@@ -98,8 +100,15 @@ class PackedWindows(torch.utils.data.Dataset):
         number = int(np.searchsorted(self._ends, i, side="right")) - 1
         return number, i - self._ends[number]
 
+    def tokens(self, i: int) -> int:
+        """Of window i."""
+        return self.context
+
     def spans(self, i: int) -> list[Span]:
-        """The parts of documents in window i, in order; their lengths add up to the context."""
+        """The parts of documents in window i, in order; their lengths add up to its tokens."""
+        return self._whole(i)
+
+    def _whole(self, i: int) -> list[Span]:
         if not 0 <= i < self.length:
             raise IndexError(i)
         number, place = self._find(i)
@@ -120,7 +129,13 @@ class PackedWindows(torch.utils.data.Dataset):
         return [self.documents.document(d)[start:stop] for d, start, stop in self.spans(i)]
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        spans = self.spans(i)
+        return self._part(i, self._item(self._whole(i)))
+
+    def _part(self, i: int, item: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is trained on, of all of window i."""
+        return item
+
+    def _item(self, spans: Sequence[Span]) -> dict[str, torch.Tensor]:
         parts = [self.documents.document(d)[start:stop] for d, start, stop in spans]
         ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         positions = torch.cat([torch.arange(len(p)) for p in parts])
@@ -135,6 +150,61 @@ class PackedWindows(torch.utils.data.Dataset):
         """int32 [D + 1]: first token of every document part of window i, and the context."""
         lengths = [stop - start for _, start, stop in self.spans(i)]
         return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+class CutWindows(PackedWindows):
+    """`PackedWindows` of which some are cut: to `tokens_of(i)` tokens, at a place that depends on (seed, i) alone.
+
+    Positions stay those in the whole window, so that short windows train all of a long context's positions. The part
+    has a label if the window does.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        context: int,
+        *,
+        seed: int,
+        tokens_of: Callable[[int], int],
+        length: int | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__(documents, context, seed=seed, length=length, report=report)
+        self._tokens_of = tokens_of
+
+    def tokens(self, i: int) -> int:
+        return self._tokens_of(i)
+
+    def _start(self, i: int, labels: torch.Tensor) -> int:
+        """The first token of window i that stays, from the labels [context] of all of it."""
+        tokens, room = self.tokens(i), self.context - self.tokens(i)
+        start = int(draws(self.seed, _PLACES, i, 1)[0] % (room + 1))
+        if (labels[start + 1 : start + tokens] != IGNORE_INDEX).any():
+            return start
+        labelled = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        one = int(labelled[int(draws(self.seed, _PLACES + 1, i, 1)[0] % len(labelled))])
+        return min(max(one - tokens // 2, 0), room)
+
+    def spans(self, i: int) -> list[Span]:
+        whole = self._whole(i)
+        if self.tokens(i) == self.context:
+            return whole
+        start = self._start(i, self._item(whole)["labels"])
+        parts, at = [], 0
+        for d, a, b in whole:
+            first, last = max(start - at, 0), min(start + self.tokens(i) - at, b - a)
+            if first < last:
+                parts.append((d, a + first, a + last))
+            at += b - a
+        return parts
+
+    def _part(self, i: int, item: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.tokens(i) == self.context:
+            return item
+        start = self._start(i, item["labels"])
+        part = {name: values[start : start + self.tokens(i)].clone() for name, values in item.items()}
+        part["labels"][0] = IGNORE_INDEX  # nothing before it is there to predict it
+        return part
 
 
 def evaluation_spans(documents: Documents, context: int, max_tokens: int | None = None) -> list[Span]:

@@ -396,6 +396,11 @@ class LemoConfig:
         # Chosen anew in every layer, the same blocks train a worse adapter (docs/notebook.md).
         return "sampled", {"shared": True, **phase.policy_options}
 
+    def scores_exactly(self, phase: Phase) -> bool:
+        """Whether a phase chooses blocks by the exact scores of a layer's queries and keys."""
+        policy, options = self.policy(phase)
+        return phase.chooses_blocks and "exact" in (policy, options.get("source"))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

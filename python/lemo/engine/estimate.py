@@ -154,15 +154,6 @@ class Longest(dict[str, Any]):
         return "\n".join(lines)
 
 
-def _most_with_kernels(config: Any) -> int:
-    """Tokens of the longest document whose attention CUDA computes, a multiple of the contexts that are searched."""
-    family, longest = families.of(config), 2**40
-    family.check_kernels(config, 1, torch.device("cuda"))
-    if not family.options_without_kernels(config, longest):
-        return longest
-    return min(w for w in family.windows(config, longest) if w is not None) // _STEP * _STEP
-
-
 def longest(
     model: Any,
     gpu: int,
@@ -176,21 +167,21 @@ def longest(
     """The longest context that fits a GPU of `gpu` bytes, for every phase of `config`; 0 if not even 1024 tokens do.
 
     Everything is recomputed, whatever `config` says of it, and `batch` documents make a step; the other arguments are
-    those of `estimate`. A context is a multiple of 1024 tokens, and ends at a window that CUDA kernels do not have.
-    Raises UnsupportedModelError for a model whose attention they do not compute at all.
+    those of `estimate`. A context is a multiple of 1024 tokens. Raises UnsupportedModelError for a model whose
+    attention CUDA kernels do not compute.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
     config = LemoConfig() if config is None else config
     known, left = _Model.of(model, element, lora_rank, lora_targets), left_for_steps(gpu)
-    most = _most_with_kernels(known.config)
+    families.of(known.config).check_kernels(known.config, torch.device("cuda"))
     base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False)
     rows = []
     for phase in config.phases or ():
         found = []
         for offload in (False, True):
             settings = dataclasses.replace(base, offload=offload)
-            found.append(min(_search(known, settings, phase, batch, left), most))
+            found.append(_search(known, settings, phase, batch, left))
         host = known.plan(settings, phase, found[1], batch).host if found[1] else 0
         rows.append(
             {

@@ -64,6 +64,8 @@ class Stack(Function):
             grads.sum_over(step.share.group)
         if step.weighted:  # a layer for which nothing was drawn has an estimate too: zero
             grads.add_zeros([layer for i, layer in enumerate(step.layers) if i not in recorded])
+        if step.when_done is not None:
+            step.when_done()
         out = (_handed_out(p, grads.of(p)) for p in ctx.params)
         return dx if ctx.needs_input_grad[0] else None, None, *out
 

@@ -70,6 +70,7 @@ class Step:
     borrowed: bool = True
     general: bool = True
     share: Share | None = None
+    when_done: Callable[[], None] | None = None
     records: Records = field(default_factory=Records)
     weights: Weights = field(init=False)
     statistics: RowStatistics = field(default_factory=RowStatistics)

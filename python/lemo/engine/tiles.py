@@ -16,6 +16,7 @@ name in `lemo.engine.config.TilePolicyName`.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import itertools
@@ -44,6 +45,8 @@ FIRST_TILES = 1
 PROBED_ROWS = ((16 << 10, 32), (32 << 10, 16), (64 << 10, 4), (128 << 10, 2))
 # Scores of a strip of query tiles, and what is needed to make them, in bytes.
 STRIP_BYTES = 64 << 20
+
+_TILE_COUNTS = range(1, 1 << 24)  # of a document: more than 2 G tokens
 
 # Of the query tiles with slots first, first + 1, ...: (first, slots, width) -> float32 [slots, width].
 MassScorer = Callable[[int, int, int], Tensor]
@@ -233,6 +236,12 @@ def leaves_out(longest: int, phase: Phase) -> bool:
     if last < 0:
         return False
     return budget(last, phase) < last + 1 or ((phase.mass or 1.0) < 1.0 and forced(last, phase) < last + 1)
+
+
+def longest_complete(phase: Phase) -> int | None:
+    """Tokens of the longest document of which no query tile leaves a tile out; None: no document is too long."""
+    tiles = bisect.bisect_left(_TILE_COUNTS, True, key=lambda tiles: leaves_out(tiles * TILE, phase))
+    return None if tiles == len(_TILE_COUNTS) else (_TILE_COUNTS[tiles] - 1) * TILE
 
 
 def capacity(rows: int, documents: int, longest: int, phase: Phase) -> int:

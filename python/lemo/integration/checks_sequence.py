@@ -15,8 +15,7 @@ def check_sequence(group: Group, family: Family, model: Any, config: LemoConfig)
     """Raises ValueError, naming it, for what `sequence_group` cannot be combined with."""
     group.check_heads(family.shape(model.config))
     for phase in config.phases or ():
-        policy, options = config.policy(phase)
-        if phase.chooses_blocks and "exact" in (policy, options.get("source")):
+        if config.scores_exactly(phase):
             _refuse(
                 'policy "exact" needs the queries and keys of all tokens in one process',
                 'use "predictors", "update_norm", "sampled" or "random"',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from lemo.engine.policies import Policy, make_policy, mix_seed
 from lemo.engine.randomness import process_rank
 from lemo.engine.sequence import Group, Share
 from lemo.engine.step import Step
-from lemo.engine.tiles import TileChooser, TilePolicy, make_tile_policy
+from lemo.engine.tiles import TileChooser, TilePolicy, longest_complete, make_tile_policy
 from lemo.engine.wrappers import base_model, sharded
 from lemo.integration import training_pass, trl_head
 from lemo.integration.callback import LemoCallback
@@ -88,6 +89,7 @@ class Controller:
         self.loss_only_passes = LossOnly()
         self._covered_forward: Any = None
         self._notes: set[str] = set()
+        self._tiled_phases: set[int] = set()  # in mode "sparse", that have had a pass
         self.savings = Savings(family, model, config, self.note)
 
     def _make_policies(self) -> list[Policy | None]:
@@ -183,7 +185,8 @@ class Controller:
         """Forward passes inside leave out what this step's training pass over the same batch did, layer by layer.
 
         For losses that compare the two. Gradients are off inside; the model may be in any mode, its adapters disabled.
-        The forward pass raises RuntimeError if no training pass had the batch. In phases whose forward pass is exact
+        The forward pass raises RuntimeError if no training pass had the batch, and in mode "sparse" if that has had its
+        backward pass, with which lists of tiles are freed. In phases whose forward pass is exact
         there is nothing to repeat, and transformers runs.
         """
         before = self.referring
@@ -298,7 +301,7 @@ class Controller:
         """The residual stream [T, d] after the last layer, before the final norm, and the step that made it."""
         decoder = self.family.decoder(self.model)
         layers = self.family.layers(decoder)
-        self.family.check_kernels(self.model.config, inputs.packed.blocks.max_seqlen, inputs.batch.device)
+        self.family.check_kernels(self.model.config, inputs.batch.device)
         if self.micro_batch == 0:
             self._check_surroundings(layers, inputs.batch)
         check_modules(self.family, self.model)
@@ -312,8 +315,13 @@ class Controller:
             self.sequence.check_same(inputs.batch, inputs.packed.positions, inputs.targets)
             share = Share(self.sequence, inputs.packed.blocks)
         phase = self.schedule.phases[index]
+        if any(self.config.scores_exactly(p) for p in self.schedule.phases[index:]):
+            longest, device = inputs.packed.blocks.max_seqlen, inputs.batch.device
+            self.family.check_score_kernels(self.model.config, longest, device)
         remember = not phase.exact and not again
-        kept = self._passes.begin(inputs.batch, inputs.packed.blocks) if remember else None
+        kept = self._passes.begin(draw, inputs.batch, inputs.packed.blocks) if remember else None
+        # Inside an activation checkpoint, the backward pass is that of a recomputation.
+        ended = self._passes.of(draw) if again and earlier is None else kept
         if self._watching and kept is None and not again:  # a pass that nothing repeats
             kept = Pass(inputs.batch.detach(), inputs.packed.blocks.lengths)
         plan = Plan(
@@ -327,6 +335,7 @@ class Controller:
             earlier=earlier,
             remembered=kept,
             share=share,
+            when_done=None if ended is None else functools.partial(self._end_pass, ended),
         )
         x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
         if not again:  # a recomputation may end half-way, and has nothing new to report
@@ -337,7 +346,37 @@ class Controller:
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
         self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
-        return stack.run(step, x, params), step
+        stream = stack.run(step, x, params)
+        if tiles is not None and earlier is None and index not in self._tiled_phases:
+            self._tiled_phases.add(index)
+            self._note_complete_tiles(phase, tiles, step)
+        return stream, step
+
+    def _end_pass(self, of: Pass) -> None:
+        """A training pass's backward pass is done."""
+        of.end(keep_tiles=self._watched is not None and self._watched[0] is of)
+
+    def _note_complete_tiles(self, phase: Phase, tiles: TileChooser, step: Step) -> None:
+        """Notes that the first pass of a phase in mode "sparse" attended to everything, if so. (Known on the host.)"""
+        if tiles.chosen:
+            return
+        most = longest_complete(phase)
+        limits = ", ".join(f"{name}={value:g}" for name, value in [*phase.limits.items(), ("local", phase.local)])
+        eliminating = range(len(step.layers)) if self.config.layers is None else self.config.layers
+        if all(step.attention.options(step.layers[i]).window is not None for i in eliminating):
+            reason = "every layer has a sliding window, all of which is computed"
+        elif most is None:
+            reason = f"its limits ({limits}) leave nothing out of any document"
+        else:
+            reason = (
+                f"its limits ({limits}) leave something out of documents of more than {most} tokens in a layer, and "
+                "this batch has none"
+            )
+        self.note(
+            f'mode "sparse" left no tile of attention out in the first pass of phase {self._last_phase}: {reason}. '
+            "Such a step costs what full attention costs: give longer documents or lower limits (density, keys, mass), "
+            f'or use mode "{"skip" if phase.skips else "dense"}"'
+        )
 
     def _check_surroundings(self, layers: list[nn.Module], batch: Tensor) -> None:
         """Checks what may have changed since `lemo.apply`: who trains, adapters, how weights are spread."""

@@ -53,7 +53,8 @@ class Plan:
     policy: None keeps everything, or repeats the lists of `earlier`; tile_policy: None attends to all tiles; seed: of
     the policy's draws; saving: decides what layers save (None: as little as they can); random: whether layers draw
     random numbers (None: they may); general: some modules are called as they are; remembered: gets the lists, so that
-    other passes can repeat them; share: what this process holds of the batch, None: all of it.
+    other passes can repeat them; share: what this process holds of the batch, None: all of it; when_done: called once
+    the backward pass is.
     """
 
     phase: Phase
@@ -66,6 +67,7 @@ class Plan:
     earlier: Pass | None = None
     remembered: Pass | None = None
     share: Share | None = None
+    when_done: Callable[[], None] | None = None
 
 
 def begin(
@@ -128,6 +130,7 @@ def begin(
         borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
         autocast=_autocast(x),
         participation=participation,
+        when_done=plan.when_done,
     )
     return x, step, lists, tiles
 

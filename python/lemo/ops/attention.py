@@ -11,7 +11,7 @@ Keys with separate rows (chunks of queries over all keys so far, context paralle
 document is aligned at its end: query i of nq sees key j of nk iff j <= i + nk - nq. A query that sees no key has out 0,
 lse -inf and gradients 0. Not together with tile lists.
 
-Options of a model's attention, on the CPU only so far (CUDA: NotImplementedError). With s_ij = scale q_i . k_j:
+Options of a model's attention, with s_ij = scale q_i . k_j:
 ``softcap`` c > 0 makes it c tanh(s_ij / c). ``window`` w > 0: i sees j only if place(j) > place(i) - w; places are
 ``places`` (int32 [M], ascending within a document) or else storage rows, so that rows which ``rows`` leaves out count.
 With cu_seqlens_k, ``places`` and ``places_k`` (int32 [Mk]) are needed. Not together with tile lists. ``sinks`` (float32

@@ -25,6 +25,7 @@ from lemo.predictors.store import PredictorSet
 from lemo.predictors.teacher import Teacher
 from lemo.predictors.tiles import (
     ALL_ROWS,
+    LOCAL,
     choose,
     distance_knots,
     distance_logits,
@@ -54,6 +55,9 @@ class MassTeacher(Teacher):
     def __init__(self, model: nn.Module, probes: int) -> None:
         super().__init__(model, TILE, False)
         self.probes = probes
+
+    def check_scores(self, tokens: int) -> None:
+        self.family.check_kernels(self.config, self.device)  # masses have the same sizes of heads, and no options
 
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         q, k, scale = self.queries_keys(index, x, blocks)
@@ -159,10 +163,11 @@ def evaluate_coverage(
 
     pieces: documents int64 [T], of which more than 4 tiles; progress: called with no arguments after every layer.
 
-    Returns {"densities", "documents", "layers": [{score: [by density]}], "mean": the same over layers}. Covered mass is
-    the share of the softmax of the query tiles (the first eight of a document left out, or the first half of a short
-    one) that the chosen tiles hold, the three that are always chosen included. "predicted": what the predictors
-    themselves expect their choice to cover.
+    Returns {"densities", "documents", "layers": [{score: [by density]}], "mean": the same over layers, "competing"}.
+    Covered mass is the share of the softmax of the query tiles (the first eight of a document left out, or the first
+    half of a short one) that the chosen tiles hold, the three that are always chosen included. "predicted": what the
+    predictors themselves expect their choice to cover. "competing": by density, the share of the tiles that compete by
+    score which is chosen; 0 and 1 leave no choice, and every score covers the same.
     """
     for density in densities:
         if not 0.0 < density <= 1.0:
@@ -172,6 +177,7 @@ def evaluate_coverage(
     placed = predictors.to(device=teacher.device, dtype=dtype)
     sums: list[dict[str, list[float]]] = [{} for _ in teacher.layers]
     counts = [0] * len(teacher.layers)
+    competing, won = 0, [0] * len(densities)
 
     def visit(layer: int, x: Tensor, blocks: Blocks) -> None:
         tiles = blocks.num_blocks
@@ -198,8 +204,17 @@ def evaluate_coverage(
                 if name == "predictors":
                     _add(sums[layer], "predicted", i, float(covered(predicted, chosen)[counted].sum()))
         counts[layer] += int(counted.sum())
+        if layer == 0:
+            count_choices(m[counted], tiles)
         if progress is not None:
             progress()
+
+    def count_choices(m: Tensor, tiles: int) -> None:
+        nonlocal competing
+        free = free_tiles(m, tiles)
+        competing += int(free.sum())
+        for i, density in enumerate(densities):
+            won[i] += int((choose(torch.zeros_like(free), m, density) & free).sum())
 
     documents = 0
     for ids in pieces:
@@ -209,7 +224,21 @@ def evaluate_coverage(
         raise ValueError("pieces: expected at least one document, got none")
     layers = [{name: [v / n for v in row] for name, row in rows.items()} for rows, n in zip(sums, counts, strict=True)]
     mean = {name: [sum(c) / len(layers) for c in zip(*(r[name] for r in layers), strict=True)] for name in layers[0]}
-    return {"densities": list(densities), "documents": documents, "layers": layers, "mean": mean}
+    shares = [n / max(1, competing) for n in won]
+    return {"densities": list(densities), "documents": documents, "layers": layers, "mean": mean, "competing": shares}
+
+
+def no_choice(report: dict[str, Any], index: int) -> str | None:
+    """Why scores make no difference at a density of a report, by its index; None: they do."""
+    share = report.get("competing", {index: 0.5})[index]
+    if share >= 1.0:
+        return "every tile is attended to, whatever its score"
+    if share <= 0.0:
+        return (
+            f"documents this short leave no choice: a query tile attends to itself, the first tile and {LOCAL} before "
+            "it in any case, and the density allows no more"
+        )
+    return None
 
 
 def _add(sums: dict[str, list[float]], name: str, index: int, value: float) -> None:
@@ -220,10 +249,14 @@ def _add(sums: dict[str, list[float]], name: str, index: int, value: float) -> N
 
 
 def format_coverage(report: dict[str, Any]) -> str:
-    """The report of ``evaluate_coverage`` or of a calibration for mass as text, a table per density."""
+    """The report of ``evaluate_coverage`` or of a calibration for mass as text, a table per density at which scores
+    make a difference."""
     names = list(report["mean"])
     text = []
     for d, density in enumerate(report["densities"]):
+        if (reason := no_choice(report, d)) is not None:
+            text += [f"density {density:g}: {reason}", ""]
+            continue
         lines = [["layer", *names]]
         for i, row in enumerate([*report["layers"], report["mean"]]):
             label = "mean" if i == len(report["layers"]) else str(i)

@@ -48,6 +48,7 @@ class Teacher:
 
     def read(self, ids: Tensor, consume: Consumer) -> None:
         """One document: ids int64 [T]."""
+        self.check_scores(ids.shape[0])
         self.visit(ids, lambda i, x, blocks: consume(i, x, self.exact(i, x, blocks), blocks))
 
     @torch.no_grad()
@@ -81,7 +82,8 @@ class Teacher:
         Predictors meet such a residual stream in training, where eliminated tokens carry what an earlier layer left in
         them; learned from dense activations alone they score those tokens by chance.
         """
-        self.family.check_kernels(self.config, ids.shape[0], self.device)
+        self.family.check_kernels(self.config, self.device)
+        self.check_scores(ids.shape[0])
         ids = ids.to(self.device)
         blocks = Blocks.from_lengths([ids.shape[0]], self.block_size, self.device)
         disable = getattr(self.model, "disable_adapter", None)
@@ -110,6 +112,10 @@ class Teacher:
                 autocast=Autocast(x.device.type, x.dtype, False),
             )
             forward(step, x.clone())
+
+    def check_scores(self, tokens: int) -> None:
+        """Raises UnsupportedModelError if the model's device cannot compute `exact` in documents of so many tokens."""
+        self.family.check_score_kernels(self.config, tokens, self.device)
 
     def exact(self, index: int, x: Tensor, blocks: Blocks) -> Tensor:
         """Exact informativeness float32 [nb] of layer ``index`` for its input x [T, d]."""

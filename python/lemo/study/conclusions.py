@@ -59,7 +59,8 @@ def _loss(run: dict[str, Any]) -> float:
 def _note(study: Study, row: Row, runs: dict[int, dict[str, Any]]) -> str:
     """What a reader has to know of a row's numbers."""
     notes = []
-    if runs and row.part == 1 and row.schedule != "dense" and not any(r["left_out"] for r in runs.values()):
+    eliminates = any(stage.phase.mode != "dense" for stage in row.stages)
+    if runs and eliminates and not any(r["left_out"] for r in runs.values()):
         notes.append("left nothing out at this context: the same as dense")
     rates, best = study.plan.rates, study.rate(row)
     tried = [study.settings(row, rate, study.plan.seeds[0]) for rate in rates]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from lemo.data import Documents, PackedWindows
+from lemo.data import Documents
 from lemo.training.adapters import restored_modules
 from lemo.training.finetune import with_adapter
 from lemo.training.settings import FinetuneSettings
+from lemo.training.windows import training_windows
 
 
 def synchronize(device: torch.device) -> None:
@@ -31,7 +32,7 @@ def training_steps(
     import lemo
 
     device = next(model.parameters()).device
-    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=1 << 30)
+    windows = training_windows(documents, settings, length=1 << 30)
     with restored_modules(model):
         set_seed(settings.seed)
         wrapped = with_adapter(model, settings)

@@ -30,26 +30,33 @@ from lemo.training.adapters import loaded_adapter, restored_modules
 from lemo.training.checkpoint import locked
 from lemo.training.evaluate import score
 from lemo.training.finetune import LOG_FILE, finetune, read_log
-from lemo.training.settings import PRESETS, FinetuneSettings, parse_schedule
+from lemo.training.settings import PRESETS, FinetuneSettings, Stage, parse_stages
 
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way of training. schedule: as `lemo finetune --schedule` takes it; part: of the context that its windows have;
-    rival: could be had without lemo."""
+    """A way of training. schedule: as `lemo finetune --schedule` takes it; part: of the context that its windows have,
+    in all phases; rival: could be had without lemo."""
 
     name: str
     schedule: str
     part: int = 1
     rival: bool = False
 
+    @property
+    def stages(self) -> list[Stage]:
+        return parse_stages(self.schedule)
+
 
 ROWS = (
     Row(DENSE, "dense", rival=True),
     Row("windows of 1/2", "dense", part=2, rival=True),
     Row("windows of 1/4", "dense", part=4, rival=True),
+    # Shares of the steps at which windows are about 70 % of the cost, as in the rows below.
+    Row("windows of 1/2, then full", "dense:window=1/2@0.84,dense@0.16", rival=True),
+    Row("windows of 1/4, then full", "dense:window=1/4@0.91,dense@0.09", rival=True),
     Row("random 0.5, then exact", "skip:0.5:random:shared@0.7,dense@0.3", rival=True),
     Row("skip 0.7, then exact", "skip:0.7@0.7,dense@0.3"),
     Row("skip 0.5, then exact", "skip:0.5@0.7,dense@0.3"),
@@ -68,7 +75,7 @@ def parse_row(text: str) -> Row:
     name, equals, schedule = text.partition("=")
     if not equals or ":" in name:  # sparse:keys=8192 is a schedule without a name
         name = schedule = text
-    parse_schedule(schedule)
+    parse_stages(schedule)
     return Row(name, schedule)
 
 
@@ -95,7 +102,7 @@ class Plan:
             raise ValueError(f"expected different seeds and at least one learning rate, got {self.seeds}, {self.rates}")
         if self.equal not in ("cost", "steps"):
             raise ValueError(f'equal is {self.equal!r}, expected "cost" or "steps"')
-        smallest = self.settings.context // max(row.part for row in self.rows)
+        smallest = min(int(self.settings.context / row.part * s.window) for row in self.rows for s in row.stages)
         if smallest < self.settings.block_size:
             raise ValueError(f"the shortest windows have {smallest} tokens, fewer than a block; give a longer context")
 
@@ -223,7 +230,7 @@ class Study:
 
     def _step_time(self, row: Row) -> float:
         """Mean time of a step over the row's phases, by their shares of the steps."""
-        phases = parse_schedule(row.schedule)
+        phases = [stage.phase for stage in row.stages]
         whole = sum(p.share for p in phases)
         keys = [key for key, _ in _phases(row)]
         return sum(p.share / whole * self._seconds(key) for p, key in zip(phases, keys, strict=True))
@@ -322,7 +329,7 @@ def _predicts(row: Row) -> bool:
     chosen = ("predictors", "sampled", None)
     return any(
         (p.chooses_blocks and p.policy in chosen and p.mode != "backward") or p.tile_policy == "predictors"
-        for p in parse_schedule(row.schedule)
+        for p in (stage.phase for stage in row.stages)
     )
 
 

@@ -46,6 +46,7 @@ from lemo.training.run_folder import (
 from lemo.training.run_log import LOG_FILE, RunLog, read_log
 from lemo.training.settings import FinetuneSettings
 from lemo.training.trainer import Report, RunInProgress, RunTrainer, training_arguments
+from lemo.training.windows import training_windows
 
 __all__ = ["ADAPTER", "LOG_FILE", "RUN_FILE", "FinetuneResult", "RunLog", "finetune", "read_log", "run_settings"]
 
@@ -80,6 +81,10 @@ def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     from lemo.engine.families import find
 
     targets: Any = list(settings.lora_targets or find(model)[0].lora_targets)
+    saved = list(settings.modules_to_save or ())
+    names = {name for path, _ in model.named_modules() for name in (path, path.rpartition(".")[2])}
+    if unknown := [name for name in saved if name not in names]:
+        raise ValueError(f"modules_to_save {saved}: the model has no module {', '.join(unknown)}")
     try:
         return get_peft_model(
             model,
@@ -88,6 +93,9 @@ def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
                 lora_alpha=settings.lora_alpha,
                 lora_dropout=settings.lora_dropout,
                 target_modules=targets[0] if targets == ["all-linear"] else targets,
+                use_dora=settings.dora,
+                use_rslora=settings.rslora,
+                modules_to_save=saved or None,
                 task_type="CAUSAL_LM",
             ),
         )
@@ -210,8 +218,7 @@ def _inputs(
         identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
     if resumed:
         check_identity(resumed, identity)  # before the calibration refuses another model with a less specific message
-    length = settings.steps * settings.batch * settings.accumulate * identity["processes"]
-    windows = PackedWindows(documents, settings.context, seed=settings.seed, length=length, report=report)
+    windows = training_windows(documents, settings, processes=identity["processes"], report=report)
     return _Inputs(identity, documents, held, windows)
 
 
@@ -270,9 +277,9 @@ def _report_memory(controller: Any, settings: FinetuneSettings, report: Callable
     if settings.memory_budget is None and not settings.offload:
         return
     element = controller.model.get_input_embeddings().weight.element_size()
-    for phase in controller.config.phases:
+    for phase, tokens in zip(controller.config.phases, settings.window_lengths(), strict=True):
         # Of whole windows: those of several documents need about as much.
-        plan = controller.savings.planned(phase, (settings.context,) * settings.batch, element)
+        plan = controller.savings.planned(phase, (tokens,) * settings.batch, element)
         report(f"{phase.mode} keep {phase.keep:g}: {plan}")
 
 

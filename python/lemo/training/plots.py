@@ -60,7 +60,7 @@ def phase_name(record: dict[str, Any]) -> str:
     """The phase of a step's line as text; empty if it was not logged."""
     phase = record.get("phase", "")
     if isinstance(phase, dict):
-        limits = [f"{k} {phase[k]:g}" for k in ("density", "keys", "mass") if phase.get(k) is not None]
+        limits = [f"{k} {phase[k]:g}" for k in ("density", "keys", "mass", "window") if phase.get(k) is not None]
         return " ".join([*(str(phase[k]) for k in ("mode", "keep", "policy") if phase.get(k) is not None), *limits])
     return str(phase)
 

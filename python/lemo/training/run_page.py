@@ -223,7 +223,8 @@ def dense_rate(phases: Sequence[Sequence[dict[str, Any]]]) -> float | None:
         r["tokens_per_second"]
         for group in phases
         for r in group
-        if isinstance(r.get("phase"), dict) and r["phase"].get("mode") == "dense" and r.get("tokens_per_second")
+        if isinstance(r.get("phase"), dict) and r["phase"].get("mode") == "dense" and "window" not in r["phase"]
+        if r.get("tokens_per_second")
     ]
     return float(np.median(rates)) if rates else None
 
@@ -248,7 +249,9 @@ def _relative(run: _Run) -> str:
     rows = []
     for group in phases:
         rate = _median(group, "tokens_per_second")
-        rows.append([phase_name(group[0]), len(group), rate, None if not rate else dense / rate])
+        phase = group[0].get("phase")
+        window = phase.get("window", 1.0) if isinstance(phase, dict) else 1.0
+        rows.append([phase_name(group[0]), len(group), rate, None if not rate else window * dense / rate])
     caption = "A step's time relative to this run's dense steps (medians of what was logged)"
     return table(("phase", "logged steps", "tokens/s", "cost of a step, dense = 1"), rows, caption, name="costs")
 

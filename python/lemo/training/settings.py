@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from lemo.engine.config import (
@@ -14,6 +15,7 @@ from lemo.engine.config import (
     RECOMPUTE,
     TILE_POLICIES,
     LemoConfig,
+    Mode,
     Phase,
     RecomputeSetting,
     default_phases,
@@ -26,11 +28,12 @@ LearningRateSchedule = Literal["constant", "linear", "cosine"]
 class FinetuneSettings:
     """Everything that decides what a run computes. Two runs with equal settings and data give the same adapter.
 
-    schedule: see `parse_schedule`.
+    schedule: see `parse_schedule` and `Stage`.
     batch: windows of `context` tokens per forward pass. In each process, batch x accumulate windows make one step.
     calibration: folder written by `lemo calibrate`, needed by the policies `predictors` and `sampled`.
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
-    the model's family. The adapter is always float32.
+    the model's family. The adapter is always float32. dora, rslora: as PEFT's use_dora and use_rslora; modules_to_save:
+    names of modules that train as a whole and are saved with the adapter, in the model's dtype.
     memory_budget, offload: as in `lemo.LemoConfig`; a budget needs recompute "auto".
     """
 
@@ -55,6 +58,9 @@ class FinetuneSettings:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] | None = None
+    dora: bool = False
+    rslora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
     held_out: float = 0.0
     seed: int = 1
 
@@ -77,6 +83,8 @@ class FinetuneSettings:
             raise ValueError(f"seed is {self.seed}, expected an integer from 0 to {(1 << 32) - 1}")
         if self.lora_targets is not None and not self.lora_targets:
             raise ValueError("lora_targets is empty, expected names of linear layers or all-linear")
+        if self.modules_to_save is not None and not self.modules_to_save:
+            raise ValueError("modules_to_save is empty, expected names of modules, or None")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}, expected a fraction in (0, 1]")
         if not 0 <= self.held_out < 1:
@@ -87,10 +95,22 @@ class FinetuneSettings:
             raise ValueError(f"lr_schedule is {self.lr_schedule!r}, expected constant, linear or cosine")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute is {self.recompute!r}, expected one of {', '.join(RECOMPUTE)}")
+        if min(self.window_lengths()) < max(2, self.block_size):
+            raise ValueError(
+                f"schedule is {self.schedule!r}, expected windows of at least one block of {self.block_size} tokens: "
+                f"of a context of {self.context}, its shortest have {min(self.window_lengths())}"
+            )
         self.lemo_config()
 
+    def stages(self) -> list[Stage]:
+        return parse_stages(self.schedule, self.keep, self.policy)
+
     def phases(self) -> list[Phase]:
-        return parse_schedule(self.schedule, self.keep, self.policy)
+        return [stage.phase for stage in self.stages()]
+
+    def window_lengths(self) -> list[int]:
+        """Tokens of a window in each phase."""
+        return [int(self.context * stage.window) for stage in self.stages()]
 
     def lemo_config(self) -> LemoConfig:
         return LemoConfig(
@@ -104,10 +124,13 @@ class FinetuneSettings:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values. Settings of later versions are left out while they change nothing, so that the runs of earlier
+        ones are the same runs."""
         values = dataclasses.asdict(self)
-        if self.lora_targets is not None:
-            values["lora_targets"] = list(self.lora_targets)
-        return values
+        for name in _LISTS:
+            values[name] = None if values[name] is None else list(values[name])
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in _LATER or value != defaults[name]}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> FinetuneSettings:
@@ -115,9 +138,12 @@ class FinetuneSettings:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FinetuneSettings)})
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)} are not known to this version of lemo")
-        targets = values.get("lora_targets", ())
-        return FinetuneSettings(**{**values, "lora_targets": None if targets is None else tuple(targets)})
+        names = {name: tuple(values[name]) for name in _LISTS if values.get(name) is not None}
+        return FinetuneSettings(**{**values, **names})
 
+
+_LISTS = ("lora_targets", "modules_to_save")
+_LATER = ("dora", "rslora", "modules_to_save")
 
 # Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).
 _EXACT_SHARE = default_phases()[-1].share
@@ -130,16 +156,24 @@ PRESETS = {
 }
 
 
-# Settings of a phase that a schedule gives as NAME=VALUE, and what their values are.
-_NAMED: dict[str, Callable[[str], Any]] = {
-    "keep": float,
-    "density": float,
-    "keys": int,
-    "mass": float,
-    "local": int,
-    "mlp_keep": float,
-    "policy": str,
-    "tile_policy": str,
+def _window(text: str) -> Fraction:
+    share = Fraction(text)
+    if not 0 < share < 1:
+        raise ValueError
+    return share
+
+
+# Settings of a phase that a schedule gives as NAME=VALUE, how their values are read, and what these have to be.
+_NAMED: dict[str, tuple[Callable[[str], Any], str]] = {
+    "keep": (float, "a number"),
+    "density": (float, "a number"),
+    "keys": (int, "an integer"),
+    "mass": (float, "a number"),
+    "local": (int, "an integer"),
+    "mlp_keep": (float, "a number"),
+    "policy": (str, "a name"),
+    "tile_policy": (str, "a name"),
+    "window": (_window, "a share of the context like 1/4 or 0.25"),
 }
 
 
@@ -149,11 +183,11 @@ def _setting(option: str, mode: str) -> tuple[str, Any]:
     if named:
         if name not in _NAMED:
             raise ValueError(f"no setting is called {name!r}; there are {', '.join(_NAMED)}")
+        read, expected = _NAMED[name]
         try:
-            return name, _NAMED[name](value)
-        except ValueError:
-            kind = "an integer" if _NAMED[name] is int else "a number"
-            raise ValueError(f"{name} is {value!r}, expected {kind}") from None
+            return name, read(value)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"{name} is {value!r}, expected {expected}") from None
     if option == "weighted":
         return "weighted", True
     if option == "shared":
@@ -163,6 +197,15 @@ def _setting(option: str, mode: str) -> tuple[str, Any]:
     if option in TILE_POLICIES and option not in POLICIES:
         raise ValueError(f"{option!r} chooses tiles, not blocks: write tile_policy={option}")
     return "policy", option
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase of `lemo finetune`: lemo's own, and the share of the context that its windows have. With less than 1, a
+    part of each window is trained on, at a place drawn from the seed, with the positions that it has in the whole."""
+
+    phase: Phase
+    window: Fraction = Fraction(1)
 
 
 def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> list[Phase]:
@@ -175,47 +218,66 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     skip; `backward` phases select at random unless they name a policy, because there any preference biases the
     gradient. `shared`: one draw for all layers of a step (random, sampled). Raises ValueError.
     """
-    phases = []
+    stages = parse_stages(text, keep, policy)
+    if any(stage.window < 1 for stage in stages):
+        raise ValueError(
+            f"schedule {text!r}: window= cuts the data of lemo finetune and lemo sweep, and means nothing elsewhere; "
+            "leave it out"
+        )
+    return [stage.phase for stage in stages]
+
+
+def parse_stages(text: str, keep: float = 0.5, policy: str | None = None) -> list[Stage]:
+    """As `parse_schedule`, of what `lemo finetune` takes: NAME may also be window, in phases of mode "dense": a share
+    of the context like 1/4 or 0.25. Raises ValueError."""
+    stages = []
     for part in PRESETS.get(text, text).split(","):
         description, at, share = part.strip().partition("@")
         mode, *options = description.split(":")
-        values: dict[str, Any] = {"policy": policy} if mode == "skip" else {}
-        if mode in ("skip", "backward"):
-            values["keep"] = keep
         where = f"schedule {text!r}, phase {part.strip()!r}"
         if mode not in MODES:
             raise ValueError(
                 f"{where}: {mode!r} is neither a preset ({', '.join(PRESETS)}) nor a mode ({', '.join(MODES)})"
             )
         try:
-            settings = [_setting(option, mode) for option in options]
-            names = [name for name, _ in settings]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise ValueError(f"{twice} is given {names.count(twice)} times")
             if at and not share:
                 raise ValueError("no share after @")
-            values |= settings
-            if mode == "sparse" and policy is not None and values.get("keep", 1.0) != 1.0:
-                values.setdefault("policy", policy)
-            phases.append(Phase(mode=mode, share=float(share or 1), **values))
+            stages.append(_stage(mode, options, float(share or 1), keep, policy))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    return phases
+    return stages
+
+
+def _stage(mode: Mode, options: list[str], share: float, keep: float, policy: str | None) -> Stage:
+    values: dict[str, Any] = {"policy": policy} if mode == "skip" else {}
+    if mode in ("skip", "backward"):
+        values["keep"] = keep
+    settings = [_setting(option, mode) for option in options]
+    names = [name for name, _ in settings]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given {names.count(twice)} times")
+    values |= settings
+    window = values.pop("window", Fraction(1))
+    if window != 1 and mode != "dense":
+        raise ValueError(f'window needs mode "dense"; got mode {mode!r}')
+    if mode == "sparse" and policy is not None and values.get("keep", 1.0) != 1.0:
+        values.setdefault("policy", policy)
+    return Stage(Phase(mode=mode, share=share, **values), window)
 
 
 def check_defaults_matter(text: str, keep: float | None, policy: str | None) -> None:
     """Raises ValueError if a kept fraction or a policy that was asked for reaches no phase of a schedule with "sparse",
     where either is easily taken for one of its own settings. (In the others, baselines take both without using them.)
     """
-    if all(phase.mode != "sparse" for phase in parse_schedule(text)):
+    if all(stage.phase.mode != "sparse" for stage in parse_stages(text)):
         return
-    if keep is not None and parse_schedule(text, keep=0.25) == parse_schedule(text, keep=0.75):
+    if keep is not None and parse_stages(text, keep=0.25) == parse_stages(text, keep=0.75):
         raise ValueError(
             f"--keep {keep:g} has no effect: every phase of --schedule {text} names its own, or keeps all tokens. "
             "Leave it out, or write it in the schedule, as in skip:0.3 or sparse:keep=0.3"
         )
-    if policy is not None and parse_schedule(text, policy="random") == parse_schedule(text, policy="update_norm"):
+    if policy is not None and parse_stages(text, policy="random") == parse_stages(text, policy="update_norm"):
         raise ValueError(
             f"--policy {policy} has no effect: no phase of --schedule {text} leaves tokens out by a policy that it "
             "does not name itself. Leave it out, or write it in the schedule, as in sparse:keep=0.3:random"

@@ -146,7 +146,7 @@ class Report(TrainerCallback):
 
     def _write(self, loss: float, step: int, logs: dict[str, Any]) -> None:
         now = time.perf_counter()
-        tokens = self.run.settings.context * self.run.windows_per_step * self.run.log_every
+        tokens = self.run.tokens(step)
         self.run.log.write(
             step=step,
             loss=loss,
@@ -196,6 +196,11 @@ class RunInProgress:
         """Windows of one optimizer step, in all processes."""
         return self.settings.batch * self.settings.accumulate * self.processes.count
 
+    def tokens(self, step: int) -> int:
+        """Of the steps up to `step` that a line of the log is about, in all processes."""
+        first = range(step - self.log_every, step)
+        return sum(self.windows_per_step * self.windows.tokens(s * self.windows_per_step) for s in first if s >= 0)
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -224,11 +229,13 @@ class RunInProgress:
     def elimination(self) -> dict[str, Any]:
         """The phase of the step just done and the kept ratio of every layer in it."""
         report = self.controller.report()
+        window = self.settings.stages()[report["phase"]].window
         record = {
             "phase": {
                 "index": report["phase"],
                 **{k: report[k] for k in ("mode", "keep", "policy")},
                 **report["limits"],
+                **({} if window == 1 else {"window": float(window)}),
             },
             "kept": [round(r, 4) for r in report["kept"]],
         }

@@ -3,6 +3,6 @@
 namespace lemo::cuda::attention::sm80 {
 template <>
 void launch_backward<64>(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
-  with_type(dtype, "attention_backward", [&](auto type) { run_backward<decltype(type), 64>(params, stream); });
+  with_type(dtype, "attention_backward", [&](auto type) { run_backward<decltype(type), 64, false>(params, stream); });
 }
 }  // namespace lemo::cuda::attention::sm80

@@ -3,6 +3,6 @@
 namespace lemo::cuda::attention::sm80 {
 template <>
 void launch_forward<80>(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
-  with_type(dtype, "attention_forward", [&](auto type) { run_forward<decltype(type), 80>(params, stream); });
+  with_type(dtype, "attention_forward", [&](auto type) { run_forward<decltype(type), 80, false>(params, stream); });
 }
 }  // namespace lemo::cuda::attention::sm80

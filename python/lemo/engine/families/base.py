@@ -25,6 +25,9 @@ NormKind = Literal["rms", "layer"]
 # The projections of a layer, in the order of computation; "qkv" and "gate_up" are those of a fused one.
 PROJECTIONS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 OF_ATTENTION = PROJECTIONS[:5]
+# Sizes of heads that CUDA kernels have: those of attention and of the mass of tiles, and those of exact block scores.
+CUDA_HEADS = (64, 80, 96, 128, 256)
+CUDA_SCORE_HEADS = CUDA_HEADS[:-1]
 
 
 class UnsupportedModelError(ValueError):
@@ -230,6 +233,10 @@ class Family(ABC):
         """c > 0: the model's logits are c tanh(z / c); 0: as the head gives them."""
         return float(getattr(config, "final_logit_softcapping", None) or 0.0)
 
+    def score_softcap(self, config: Any) -> float:
+        """c > 0: the scores of attention are c tanh(s / c); 0: as they are."""
+        return 0.0
+
     def logit_scale(self, config: Any) -> float:
         """The factor of the head's output that makes the logits."""
         return 1.0
@@ -244,20 +251,30 @@ class Family(ABC):
         found = (self.window(config, i) for i in range(self.shape(config).layers))
         return [None if window is None or window >= tokens else window for window in found]
 
-    def options_without_kernels(self, config: Any, tokens: int) -> list[str]:
-        """What attention needs in documents of so many tokens and CUDA kernels do not compute."""
-        window = next((w for w in self.windows(config, tokens) if w is not None), None)
+    def check_kernels(self, config: Any, device: torch.device) -> None:
+        """Raises UnsupportedModelError if the device cannot compute the model's attention."""
         size = self.shape(config).head_dim
-        found = [f"heads of {size} values"] if size > 128 else []
-        return found if window is None else [*found, f"a sliding window of {window} in documents of {tokens} tokens"]
+        if device.type == "cuda" and size not in CUDA_HEADS:
+            refuse(
+                f"heads of {size} values on CUDA ({self.model_class}), whose kernels have {listed(CUDA_HEADS)}",
+                "train on the CPU (--device cpu)",
+            )
 
-    def check_kernels(self, config: Any, tokens: int, device: torch.device) -> None:
-        """Raises UnsupportedModelError if the device cannot compute attention in documents of so many tokens."""
-        missing = self.options_without_kernels(config, tokens) if device.type == "cuda" else ()
+    def check_score_kernels(self, config: Any, tokens: int, device: torch.device) -> None:
+        """Raises UnsupportedModelError if the device cannot compute exact scores of blocks in documents of so many
+        tokens: on CUDA their kernels have none of attention's options, and fewer sizes of heads."""
+        if device.type != "cuda":
+            return
+        size, windows = self.shape(config).head_dim, [w for w in self.windows(config, tokens) if w is not None]
+        missing = [] if size in CUDA_SCORE_HEADS else [f"heads of {size} values"]
+        missing += ["soft-capped scores"] if self.score_softcap(config) else []
+        missing += [f"a sliding window of {windows[0]} in documents of {tokens} tokens"] if windows else []
         if missing:
-            fits = min((w for w in self.windows(config, tokens) if w is not None), default=tokens)
-            shorter = "" if self.options_without_kernels(config, fits) else f" or on documents of at most {fits} tokens"
-            refuse(f"{' and '.join(missing)} on CUDA ({self.model_class})", f"train on the CPU (--device cpu){shorter}")
+            refuse(
+                f"exact scores of blocks with {' and '.join(missing)} on CUDA ({self.model_class})",
+                "calibrate on the CPU (--device cpu), whose predictors serve CUDA as well, or choose blocks by a "
+                'policy that needs no exact scores: "update_norm" or "random"',
+            )
 
     # --- checks ---
 
@@ -384,6 +401,10 @@ class Family(ABC):
     def dropout(self, lm: Any) -> float:
         """Probability of the family's own dropout in training."""
         return 0.0
+
+
+def listed(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
 
 
 def refuse(what: str, instead: str) -> NoReturn:

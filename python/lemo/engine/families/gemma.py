@@ -59,10 +59,6 @@ class Gemma2(Llama):
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
         return self._norm(layer.input_layernorm), self._norm(layer.pre_feedforward_layernorm)
 
-    def options_without_kernels(self, config: Any, tokens: int) -> list[str]:
-        found = super().options_without_kernels(config, tokens)
-        return ["soft-capped scores", *found] if self.score_softcap(config) else found
-
     def score_softcap(self, config: Any) -> float:
         return float(config.attn_logit_softcapping or 0.0)
 

@@ -68,9 +68,6 @@ class GptOss(Llama):
         if getattr(layer.mlp.experts, "_is_expert_parallel", False):
             refuse(f"experts on several devices ({path}.mlp.experts)", "load the model without a plan of parallelism")
 
-    def options_without_kernels(self, config: Any, tokens: int) -> list[str]:
-        return ["sinks", *super().options_without_kernels(config, tokens)]
-
     def attention_options(self, layer: Any) -> AttentionOptions:
         return replace(super().attention_options(layer), sinks=layer.self_attn.sinks)
 
