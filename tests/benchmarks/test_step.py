@@ -90,7 +90,7 @@ def test_a_wrong_loss_ends_the_run(benchmarks: Any, monkeypatch: pytest.MonkeyPa
     base = benchmarks.step.make_base("tiny", layers=1)
     monkeypatch.setitem(benchmarks.step.ROWS, "dense", benchmarks.step.Row("skip", 0.5))
     with pytest.raises(SystemExit, match="nothing eliminated does not compute the peer's loss"):
-        benchmarks.step.check(base, "transformers + PEFT", "full", 256)
+        benchmarks.step.check(base, "transformers + PEFT", benchmarks.step.Saving("full"), 256)
 
 
 def test_a_row_that_does_not_fit(benchmarks: Any) -> None:
