@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from common import header, short_device_name, table, write_results
 from models import SHAPES, Base, make_base, ours, release
-from step import ROWS, Row, document, settings
+from step import ROWS, Row, Saving, document, settings
 
 MIB = 1 << 20
 LIVE_LIMIT, RESERVED_LIMIT = MIB, 0.02
@@ -49,12 +49,7 @@ class Setting:
     limit: float = 0.05
 
     def config(self) -> Any:
-        import lemo
-
-        if self.budget is None:
-            return settings(self.row, self.recompute, Path(), self.offload)
-        plain = settings(self.row, "auto", Path())
-        return lemo.LemoConfig(phases=plain.phases, memory_budget=self.budget, offload=self.offload or False)
+        return settings(self.row, Saving(self.recompute, self.offload, self.budget), Path())
 
 
 # Contexts are as short as a share of the weights in the peak allows that does not hide an error.
@@ -150,7 +145,7 @@ def lengths(context: int, steps: int) -> list[int]:
 def growth(base: Base, name: str, context: int, steps: int, recompute: str, offload: int | str) -> dict[str, Any]:
     """Bytes that are held after the first step, and by how much they grow up to the last."""
     found: dict[int, dict[str, int]] = {}
-    with ours(base, settings(ROWS[name], recompute, Path(), offload)) as (model, controller):
+    with ours(base, settings(ROWS[name], Saving(recompute, offload), Path())) as (model, controller):
         trainer = Trainer(base, model)
         for i, tokens in enumerate(lengths(context, steps)):
             trainer.step(tokens)

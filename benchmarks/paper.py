@@ -32,7 +32,7 @@ from typing import Any
 from common import add_output, header, table, write_results
 from models import Base, make_base, ours, release
 from rivals import PLAIN, peer
-from step import ROWS, check, measure, settings
+from step import ROWS, Saving, check, measure, settings
 
 COLUMNS = (
     "model", "row", "context", "kept", "step_ms", "time_times", "peak_mib", "memory_times", "paper_lora_mib",
@@ -113,7 +113,7 @@ def rows_of(case: Case, base: Base, steps: int) -> Iterator[dict[str, Any]]:
         yield compare({"row": "lemo", "method": "lemo", "refused": True} | same | {"error": refused}, None, case)
         return
     release(base)
-    checked = check(base, PLAIN, "none", min(2048, case.tokens))
+    checked = check(base, PLAIN, Saving("none"), min(2048, case.tokens))
     for name, config in ways.items():
         release(base)
         row = {"row": name, "method": "lemo", "mode": config.phases[0].mode, "check": checked} | same

@@ -14,6 +14,7 @@ Peers (--peer):
   python benchmarks/step.py --peer liger liger-offload trl      # more peers; ratios are to the first one
   python benchmarks/step.py --only dense skip-0.5               # some of the rows; the peer always runs
   python benchmarks/step.py --context 262144 --peer none --steps 1     # lemo alone: its dense step takes minutes here
+  python benchmarks/step.py --context 1048576 --peer none --steps 1 --only sparse-8k-keys --memory-budget 131GiB
   python benchmarks/step.py --model tiny --context 512          # a smoke run, also without a GPU (no memory figures)
 
 Rows:
@@ -21,7 +22,8 @@ Rows:
 
 step_ms is the median of the timed steps, by CUDA events, step_ms_min and step_ms_max their spread; peak_mib the largest
 amount of memory that PyTorch had allocated during one of them, weights included, and before_mib what it had before.
-host_mib is what saved rows take of pinned host memory.
+host_mib is what saved rows take of pinned host memory, which is pinned before the timed steps; memory what
+--memory-budget, --offload and --recompute-layers chose.
 time_ratio is the peer's time over ours (above 1: lemo is faster), memory_ratio our peak over the peer's (below 1: lemo
 needs less), dense_ratio the time of lemo's own dense step over ours. kept is the share of blocks that a layer kept, on
 average, computed that of the pairs of tiles in its attention. The loss is the last step's; in mode "skip" it
@@ -32,7 +34,6 @@ benchmarks/results/step-GPU.json, written after every row.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import statistics
 import sys
@@ -41,12 +42,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import add_output, header, table, write_results
+from lemo.cli import common as cli
 from models import SHAPES, Base, make_base, make_model, ours, release
 from rivals import LIGER, OFFLOAD, PEERS, PLAIN, Contestant, missing, peer
 
@@ -101,8 +103,33 @@ ROWS = {
 MORE = ("sparse-0.25", "sparse-0.125")
 
 
-def settings(row: Row, recompute: str, calibration: Path, offload: int | str = 0) -> Any:
-    """offload: a number of layers, or "all"."""
+@dataclass(frozen=True)
+class Saving:
+    """What layers of lemo save and where, as in `lemo.LemoConfig`; a budget stands in place of `recompute`. offload:
+    "all", or else as there (1 and True, which are equal, differ in this)."""
+
+    recompute: str
+    offload: int | str = 0
+    memory_budget: int | str | None = None
+    recompute_layers: bool | int | str = "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return vars(self) | {
+            "recompute": "auto" if self.memory_budget is not None else self.recompute,
+            "offload": {"all": True, 0: False}.get(self.offload, self.offload),
+        }
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Of a row; what is not asked for is left out."""
+        found = {"recompute": self.recompute if self.memory_budget is None else "by budget", "offload": self.offload}
+        given = {"memory_budget": self.memory_budget, "recompute_layers": self.recompute_layers}
+        return found | {name: value for name, value in given.items() if value not in (None, "auto")}
+
+
+def settings(row: Row, saving: Saving | str, calibration: Path) -> Any:
+    """saving: or only what is recomputed."""
     import lemo
 
     keep = None if row.mode == "dense" else row.keep
@@ -116,12 +143,8 @@ def settings(row: Row, recompute: str, calibration: Path, offload: int | str = 0
         density=row.density,
         keys=row.keys,
     )
-    return lemo.LemoConfig(
-        phases=[phase],
-        recompute=recompute,
-        offload=True if offload == "all" else offload,
-        calibration=calibration if row.calibrated else None,
-    )
+    options = Saving(saving).options if isinstance(saving, str) else saving.options
+    return lemo.LemoConfig(phases=[phase], calibration=calibration if row.calibrated else None, **options)
 
 
 def untrained_calibration(base: Base, folder: Path) -> Path:
@@ -185,12 +208,11 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
                 loss = loss.detach()
 
             ids = document(base, tokens)
-            # TRL's offloading pins memory in its first step, and cannot do without the backward pass.
+            if controller is not None:
+                controller.savings.pin(controller.phase, (tokens,), base.weights["lm_head.weight"].element_size())
+            # TRL's offloading pins memory in its first step.
             whole = tokens < WARM_WHOLE or isinstance(model, Contestant)
             step(ids if whole else document(base, WARM_TOKENS))
-            if not whole and controller is not None and controller.config.offload:
-                model(input_ids=ids, labels=ids)  # pins the host memory of this length
-                gc.collect()
             if base.cuda:
                 torch.cuda.synchronize()
                 figures["before_mib"] = torch.cuda.memory_allocated() >> 20
@@ -208,7 +230,7 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
                 computed = controller.report()["density"]
                 figures["computed"] = round(statistics.mean(computed), 4) if computed else None
                 memory = controller.report()["memory"]
-                figures |= {"host_mib": memory["host_bytes"] / 2**20} if memory else {}
+                figures |= {"host_mib": memory["host_bytes"] / 2**20, "memory": memory} if memory else {}
             if base.cuda:
                 figures["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     except torch.OutOfMemoryError:
@@ -227,16 +249,16 @@ def gradients(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
     return loss.item(), torch.cat(grads)
 
 
-def check(base: Base, peer_name: str, recompute: str, tokens: int, offload: int | str = 0) -> dict[str, Any]:
+def check(base: Base, peer_name: str, saving: Saving, tokens: int) -> dict[str, Any]:
     """Loss and LoRA gradients of lemo, nothing eliminated, against the peer's. Raises SystemExit if they differ.
 
     The limits allow for bf16: two correct implementations of 32 layers differ by a few percent of the gradient's norm.
     """
     ids = document(base, tokens)
-    with peer(base, peer_name, recompute) as (model, _):
+    with peer(base, peer_name, saving.recompute) as (model, _):
         expected, theirs = gradients(model, ids)
     del model
-    with ours(base, settings(ROWS["dense"], recompute, Path(), offload)) as (model, _):
+    with ours(base, settings(ROWS["dense"], saving, Path())) as (model, _):
         loss, mine = gradients(model, ids)
     del model
     found = {
@@ -312,26 +334,16 @@ def _missing(name: str, model: str) -> str | None:
     return missing(name)
 
 
-@dataclass(frozen=True)
-class Saving:
-    """What layers of lemo save, and of how many the rows wait in host memory (or "all")."""
-
-    recompute: str
-    offload: int | str
-
-
-def savings(row: Row, recompute: Sequence[str], offload: Sequence[int | str]) -> list[Saving]:
+def savings(row: Row, args: argparse.Namespace) -> list[Saving]:
     """What a row is measured with. Mode "backward" saves the same whatever is recomputed."""
-    different = recompute[:1] if row.mode == "backward" else recompute
-    return [Saving(*pair) for pair in itertools.product(different, offload)]
+    recompute = args.recompute[:1] if row.mode == "backward" else args.recompute
+    pairs = itertools.product(recompute, args.offload)
+    return [Saving(*pair, args.memory_budget, args.recompute_layers) for pair in pairs]
 
 
 def parse_offload(text: str) -> int | str:
-    if text == "all":
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'expected "all" or a number of layers, got {text!r}')
-    return int(text)
+    found = 0 if text == "0" else cli.offload(text)
+    return {True: "all", False: 0}[found] if isinstance(found, bool) else found
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -361,8 +373,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[0],
         metavar="N",
-        help='layers of lemo whose saved rows wait in pinned host memory, or "all" (default: 0)',
+        help='layers of lemo whose saved rows wait in pinned host memory, or "all"; within a budget also "auto" or the '
+        "size of host memory (default: 0)",
     )
+    parser.add_argument("--memory-budget", type=cli.size, help="of lemo's rows, in place of --recompute")
+    parser.add_argument(
+        "--recompute-layers", type=cli.recompute_layers, default="auto", help="lemo's rows: as for lemo finetune"
+    )
+    parser.add_argument("--cap", type=cli.size, help="memory that PyTorch may take of the GPU")
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama3-8b", help="shape (default: llama3-8b)")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a smoke run")
     parser.add_argument("--steps", type=int, help="timed steps per row (default: 3 from 64K tokens, up to 9 below)")
@@ -379,7 +397,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--layers: expected at least 1, got {args.layers}")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps: expected at least 1, got {args.steps}")
-    if "none" in args.recompute and any(args.offload):
+    if args.memory_budget is not None and len(args.recompute) > 1:
+        parser.error("--memory-budget decides what is recomputed: give --recompute one value, that of the peers")
+    if args.memory_budget is None and "none" in args.recompute and any(args.offload):
         parser.error(
             "--offload moves saved rows, and --recompute none saves graphs, which cannot be moved: measure them "
             "in two runs"
@@ -387,7 +407,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.peer is not None and "none" in args.peer and len(args.peer) > 1:
         parser.error(f"--peer: expected none or names of peers, got {' '.join(args.peer)}")
     layers = args.layers or SHAPES[args.model]["num_hidden_layers"]
-    if (most := max((n for n in args.offload if n != "all"), default=0)) > layers:
+    if (most := max((n for n in args.offload if isinstance(n, int)), default=0)) > layers:
         parser.error(f"--offload: the model has {layers} layers, got {most}")
     if min(args.context) < 64:
         parser.error(f"--context: expected at least 64 tokens (one block), got {min(args.context)}")
@@ -413,9 +433,9 @@ def lemo_rows(
     """peers: the row to compare with, by what it recomputes."""
     dense: dict[Saving, dict[str, Any]] = {}
     for name, row in chosen(args).items():
-        for saving in savings(row, args.recompute, args.offload):
-            config = settings(row, saving.recompute, calibration, saving.offload)
-            found = identity_of(name, row, config) | {"context": tokens, **asdict(saving), "model": base.name}
+        for saving in savings(row, args):
+            config = settings(row, saving, calibration)
+            found = identity_of(name, row, config) | {"context": tokens, **saving.fields, "model": base.name}
             found |= measure(base, ours(base, config), tokens, steps)
             if row.mode == "dense":
                 dense[saving] = found
@@ -433,6 +453,8 @@ def chosen(args: argparse.Namespace) -> dict[str, Row]:
 
 def main() -> int:
     args = parse()
+    if args.cap is not None:
+        torch.cuda.set_per_process_memory_fraction(args.cap / torch.cuda.get_device_properties(0).total_memory)
     made = header()  # before anything is written: a results file under version control would make the commit "-dirty"
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names in transformers that old versions lack
     peers, left_out = choose_peers(args.peer, args.model)
@@ -443,8 +465,7 @@ def main() -> int:
     print(f"{base.name}: weights made in {time.perf_counter() - start:.0f} s", flush=True)
     checked = None
     if peers:
-        recompute, offload = args.recompute[-1], args.offload[-1]
-        checked = check(base, peers[0], recompute, min(2048, *args.context), offload)
+        checked = check(base, peers[0], savings(ROWS["dense"], args)[-1], min(2048, *args.context))
         release(base)
         print(f"nothing eliminated: loss within {checked['loss_error']:.1e}, gradient {checked['gradient_error']:.1e}")
     rows: list[dict[str, Any]] = []

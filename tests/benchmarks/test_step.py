@@ -90,7 +90,7 @@ def test_a_wrong_loss_ends_the_run(benchmarks: Any, monkeypatch: pytest.MonkeyPa
     base = benchmarks.step.make_base("tiny", layers=1)
     monkeypatch.setitem(benchmarks.step.ROWS, "dense", benchmarks.step.Row("skip", 0.5))
     with pytest.raises(SystemExit, match="nothing eliminated does not compute the peer's loss"):
-        benchmarks.step.check(base, "transformers + PEFT", "full", 256)
+        benchmarks.step.check(base, "transformers + PEFT", benchmarks.step.Saving("full"), 256)
 
 
 def test_a_row_that_does_not_fit(benchmarks: Any) -> None:
@@ -251,7 +251,7 @@ def test_what_is_saved_and_where(tmp_path: Path, benchmarks: Any) -> None:
     ("arguments", "message"),
     [
         (("--recompute", "none", "--offload", "all"), "--recompute none saves graphs"),
-        (("--offload", "few"), "expected \"all\" or a number of layers, got 'few'"),
+        (("--offload", "few"), "expected all, auto, none, a number of layers or a size"),
         (("--model", "tiny", "--offload", "4"), "--offload: the model has 3 layers, got 4"),
         (("--peer", "none", "plain"), "--peer: expected none or names of peers"),
     ],

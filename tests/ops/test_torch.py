@@ -173,3 +173,29 @@ def test_compile_with_changing_sizes() -> None:
     for tokens, kept in ((12, 5), (30, 7), (31, 31)):
         x, rows = torch.randn(tokens, 8), torch.arange(kept, dtype=torch.int32)
         assert torch.equal(compiled(x, rows), run(x, rows))
+
+
+# --- calls that go past the dispatcher, and those that must not ------------------------------------------------------
+
+
+def test_a_profiler_and_a_mode_see_the_operators() -> None:
+    x, rows = torch.randn(5, 8), torch.arange(3, dtype=torch.int32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.gather(x, rows)
+        ops.swiglu(x.requires_grad_(), x).sum().backward()
+    seen = {event.key for event in profile.key_averages()}
+    assert seen >= {"lemo::gather", "lemo::swiglu", "lemo::swiglu_backward"}
+    assert [func._schema.name for func, _ in calls_of(lambda: ops.gather(x, rows))] == ["lemo::gather"]
+
+
+def test_what_the_dispatcher_refuses_or_converts() -> None:
+    x, rows = torch.randn(5, 8), torch.arange(3, dtype=torch.int32)
+    same = ops.gather_norm(x, rows, None, None, None, "rms", 1.0)
+    converted = ops.gather_norm(x, rows, None, None, None, "rms", 1)
+    torch.testing.assert_close(converted, same, rtol=0, atol=0)
+    named = ops.gather_norm_backward(dy=x, s=x, weight=None, ds_extra=None, norm="rms", eps=1.0)
+    torch.testing.assert_close(named, ops.gather_norm_backward(x, x, None, None, "rms", 1.0), rtol=0, atol=0)
+    with pytest.raises((RuntimeError, TypeError), match="ds_extra"):  # optional, but without a default
+        ops.gather_norm_backward(dy=x, s=x, weight=None, norm="rms", eps=1.0)
+    with pytest.raises((RuntimeError, TypeError), match="wieghts"):
+        ops.gather(x, rows, wieghts=None)

@@ -12,6 +12,7 @@ from lemo.engine.participation import leaves
 from lemo.engine.segments import Segment
 from lemo.engine.sequence import Group
 from lemo.engine.weights import Weights
+from lemo.engine.wrappers import parameters
 
 
 class Handover:
@@ -56,7 +57,7 @@ class ParameterGradients:
     def held_by(self, modules: Sequence[nn.Module]) -> list[Tensor]:
         """The trained parameters of modules, each once, however many of the modules share it: autograd gives every
         mention the whole gradient."""
-        return list({id(p): p for m in modules for p in m.parameters() if self.wants(p)}.values())
+        return [p for p in parameters(*modules).values() if self.wants(p)]
 
     def wants(self, weight: Tensor | None) -> bool:
         return weight is not None and id(self.weights.origin(weight)) in self.wanted

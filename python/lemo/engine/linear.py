@@ -10,15 +10,15 @@ trainable base weights - calls the module: correct, at the module's own memory c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lemo.engine.wrappers import kind_of, sharded, sharded_tensor
+from lemo.engine.wrappers import full_name, kind_of, sharded, sharded_tensor
 from lemo.ops._autograd import first_order
 
 
@@ -30,8 +30,7 @@ class Form:
     width: int
 
 
-@dataclass(frozen=True, eq=False)
-class Projection:
+class Projection(NamedTuple):
     """y = g (h W^T + scale (h a^T) b^T) + bias; a [r, d], b [o, r].
 
     weight: as it is stored: W [o, d], frozen unless it is a loss head, or the form that W is made of. magnitude [o], of
@@ -96,12 +95,14 @@ def ordinary(module: nn.Module, *kinds: str) -> bool:
 
 
 def _frozen(linear: nn.Module) -> bool:
-    return not any(p is not None and p.requires_grad for p in linear._parameters.values())
+    for p in linear._parameters.values():  # noqa: SIM110 - half the time of any(...), of every projection in every use
+        if p is not None and p.requires_grad:
+            return False
+    return True
 
 
 def _class(module: Any) -> str:
-    kind = kind_of(module)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return full_name(kind_of(module))
 
 
 def _four_bit(linear: Any) -> Form | None:
@@ -171,29 +172,36 @@ def projection(module: Any, *, head: bool = False) -> Projection | None:
     base = _base(module.base_layer, head)
     if base is None:
         return None
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if module.merged or module.disable_adapters or not active:
+    if module.merged or module.disable_adapters:
         return base
-    if module.fan_in_fan_out or not all(_undisturbed(module, name) for name in active):
-        return None
-    pairs = [(module.lora_A[name].weight, module.lora_B[name].weight) for name in active]
+    # As they are registered: looking attributes of a module up takes long, and this is done several times a layer.
+    lora_a, lora_b, dropouts = (module._modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+    active = [name for name in module.active_adapters if name in lora_a]
+    if not active:
+        return base
+    for name in active:
+        if module.fan_in_fan_out or not _undisturbed(lora_a[name], lora_b[name], dropouts[name]):
+            return None
+    pairs = [(lora_a[name].weight, lora_b[name].weight) for name in active]
     scales = [float(module.scaling[name]) for name in active]
-    magnitude = _magnitude(module, active)
-    if any(name in module.lora_variant for name in active) and (head or magnitude is None):
-        return None
+    magnitude = None
+    if module.lora_variant and any(name in module.lora_variant for name in active):
+        magnitude = _magnitude(module, active)
+        if head or magnitude is None:
+            return None
     if len(active) == 1:
         (a, b), scale = pairs[0], scales[0]
     else:  # their sum is one adapter of all ranks
         a, scale = torch.cat([a for a, _ in pairs]), 1.0
         b = torch.cat([b * factor for (_, b), factor in zip(pairs, scales, strict=True)], 1)
-    return replace(base, a=a, b=b, scale=scale, magnitude=magnitude)
+    return Projection(base.weight, base.bias, a, b, scale, base.form, magnitude)
 
 
-def _undisturbed(module: Any, name: str) -> bool:
+def _undisturbed(a: Any, b: Any, dropout: Any) -> bool:
     """Whether an adapter of PEFT's LoRA is two products and nothing else."""
-    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    plain = all(type(m) is nn.Linear and not hooked(m) for m in (a, b)) and b.bias is None
-    return plain and type(dropout) is nn.Identity and not hooked(dropout)
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) is not nn.Identity:
+        return False
+    return not (hooked(a) or hooked(b) or hooked(dropout)) and b.bias is None
 
 
 def _magnitude(module: Any, active: Sequence[str]) -> Tensor | None:
@@ -259,68 +267,120 @@ class LinearGroup(Function):
         want_output: bool,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs, inner, norms = [], [], []
-        adapters = False
+        outputs, norms = [], []
+        adapters = _Adapters.of(parts, h.dtype)
+        t = None if adapters.a is None else h @ adapters.a.t()
+        inner = adapters.split(t)
         for i, (scale, form) in enumerate(settings):
             weight, bias, a, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
             assert weight is not None
-            trained = ctx.needs_input_grad[_BEFORE + _PARTS * i :][:_PARTS]
-            t = norm = g = None
-            if a is not None:
-                t = h @ a.to(h.dtype).t()
-                adapters = adapters or trained[2] or trained[4]
+            norm = g = None
             if want_output or magnitude is not None:
                 w = _dense(weight, form).to(h.dtype)
             if magnitude is not None and a is not None and b is not None:
                 norm = _row_norms(w, a, b, scale)
                 g = magnitude.float() / norm
             if want_output:
-                y = _output(h, w, bias, t, b, scale, g)
+                y = _output(h, w, bias, inner[i], adapters.b[i], scale, g)
             else:
                 width = weight.shape[0] if form is None else form.width
                 y = h.new_zeros(1, 1).expand(h.shape[0], width)
             outputs.append(y)
-            inner.append(t if trained[3] or trained[4] else None)
             norms.append(norm)
+        trained_a, trained_b, trained_m = (any(_wanted(ctx, part)) for part in (2, 3, 4))
         ctx.settings = settings
-        ctx.save_for_backward(h if adapters else None, *inner, *norms, *parts)
+        kept = h if trained_a or trained_m else None, t if trained_b or trained_m else None
+        ctx.save_for_backward(*kept, *norms, *parts)
         return tuple(outputs)
 
     @staticmethod
     @first_order("a linear layer with its adapter")
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         n = len(ctx.settings)
-        h, *rest = ctx.saved_tensors
-        inner, norms, parts = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        h, t, *rest = ctx.saved_tensors
+        norms, parts = rest[:n], rest[n:]
+        want_dh, (want_a, want_b, want_m) = ctx.needs_input_grad[0], (_wanted(ctx, part) for part in (2, 3, 4))
+        dtype = dys[0].dtype
+        adapters = _Adapters.of(parts, dtype)
         dh: Any = None
-        grads: list[Tensor | None] = []
-        want_dh = ctx.needs_input_grad[0]
+        dt = None
+        if adapters.a is not None and (want_dh or any(want_a)):
+            dt = dys[0].new_empty(dys[0].shape[0], adapters.a.shape[0])
+        inner, dinner = adapters.split(t), adapters.split(dt)
+        da: list[Tensor | None] = [None] * n
+        db: list[Tensor | None] = [None] * n
+        dm: list[Tensor | None] = [None] * n
         for i, ((scale, form), dy) in enumerate(zip(ctx.settings, dys, strict=True)):
-            weight, _, a, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
-            _, _, want_a, want_b, want_m = ctx.needs_input_grad[_BEFORE + _PARTS * i :][:_PARTS]
-            dtype = dy.dtype
-            da = db = dm = None
-            if want_dh or want_m:
+            weight, _, _, b, magnitude = parts[_PARTS * i : _PARTS * (i + 1)]
+            if want_dh or want_m[i]:
                 w = _dense(weight, form).to(dtype)
             if magnitude is not None:
-                if want_m:
-                    dm = _magnitude_gradient(dy, h, w, inner[i], b, scale).div_(norms[i]).to(magnitude.dtype)
+                if want_m[i]:
+                    found = _magnitude_gradient(dy, h, w, inner[i], b, scale)
+                    dm[i] = found.div_(norms[i]).to(magnitude.dtype)
                 dy = dy * (magnitude.float() / norms[i]).to(dtype)
             if want_dh:
                 dh = dy @ w if dh is None else dh.addmm_(dy, w)
                 del w
-            if a is not None:
-                dt: Any = None
-                if want_dh or want_a:
-                    dt = (dy @ b.to(dtype)).mul_(scale)
-                if want_dh:
-                    dh.addmm_(dt, a.to(dtype))
-                if want_a:
-                    da = _product_fp32(dt.t(), h).to(a.dtype)
-                if want_b:
-                    db = _product_fp32(dy.t(), inner[i]).mul_(scale).to(b.dtype)
-            grads += [None, None, da, db, dm]
-        return dh, None, None, *grads
+            if dinner[i] is not None:
+                dinner[i].addmm_(dy, adapters.b[i], beta=0, alpha=scale)
+            if want_b[i]:
+                db[i] = _product_fp32(dy.t(), inner[i])
+        if want_dh and dt is not None:
+            dh.addmm_(dt, adapters.a)
+        if any(want_a):
+            of_each = adapters.split(_product_fp32(dt.t(), h), 0)  # type: ignore[union-attr]
+            da = [of_each[i].to(parts[_PARTS * i + 2].dtype) if want_a[i] else None for i in range(n)]
+        _scale([(g, scale) for g, (scale, _) in zip(db, ctx.settings, strict=True) if g is not None])
+        db = [None if g is None else g.to(parts[_PARTS * i + 3].dtype) for i, g in enumerate(db)]
+        grads = ((None, None, da[i], db[i], dm[i]) for i in range(n))
+        return dh, None, None, *(g for of_one in grads for g in of_one)
+
+
+def _wanted(ctx: Any, part: int) -> tuple[bool, ...]:
+    """Whether one part of every projection needs a gradient."""
+    return ctx.needs_input_grad[_BEFORE + part :: _PARTS]
+
+
+class _Adapters(NamedTuple):
+    """Adapters of several projections of the same rows, in the dtype of their products: all a as one [R, d], each b
+    [o, r], and how many of the R each projection has."""
+
+    a: Tensor | None
+    b: list[Any]
+    ranks: list[int]
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor | None], dtype: torch.dtype) -> _Adapters:
+        a, b = parts[2::_PARTS], list(parts[3::_PARTS])
+        ranks = [0 if one is None else one.shape[0] for one in a]
+        given = [x for x in (*a, *b) if x is not None]
+        count = len(given) // 2
+        if not given:
+            return cls(None, b, ranks)
+        if all(x.dtype == dtype for x in given):
+            return cls(given[0] if count == 1 else torch.cat(given[:count]), b, ranks)
+        # Casts with one launch on a GPU; those of all a lie one after the other.
+        sizes = [x.numel() for x in given]
+        memory = given[0].new_empty(sum(sizes), dtype=dtype)
+        cast = [piece.view(x.shape) for piece, x in zip(memory.split(sizes), given, strict=True)]
+        torch._foreach_copy_(cast, given)
+        rest = iter(cast[count:])
+        joined = cast[0] if count == 1 else memory[: sum(sizes[:count])].view(sum(ranks), -1)
+        return cls(joined, [None if x is None else next(rest) for x in b], ranks)
+
+    def split(self, t: Tensor | None, dim: int = 1) -> list[Any]:
+        """What each projection has of t [M, R], or with dim 0 of t [R, d]; None for one without an adapter."""
+        if t is None:
+            return [None] * len(self.ranks)
+        pieces = iter(t.split(self.ranks, dim) if max(self.ranks) < t.shape[dim] else [t] * len(self.ranks))
+        return [piece if rank else None for piece, rank in zip(pieces, self.ranks, strict=True)]
+
+
+def _scale(pairs: Sequence[tuple[Tensor, float]]) -> None:
+    """Multiplies tensors in place, all with one launch on a GPU."""
+    if pairs:
+        torch._foreach_mul_([tensor for tensor, _ in pairs], [factor for _, factor in pairs])
 
 
 def _output(

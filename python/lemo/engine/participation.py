@@ -44,8 +44,7 @@ class Participation:
 
     def _mark(self, kept: Kept) -> None:
         assert self._mask is not None
-        last = self._mask.shape[0] - 1
-        self._mask.index_fill_(0, kept.rows.where(kept.rows >= 0, last).long(), True)
+        self._mask.index_fill_(0, kept.rows.long(), True)  # -1 is the last place
 
     def rows(self) -> Tensor | None:
         """int32 [M], ascending within a document, -1 if a selection failed; None if every token took part.

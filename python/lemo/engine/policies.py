@@ -268,9 +268,15 @@ class Random(Policy):
     def __init__(self, predictors: BlockScorer | None = None, *, shared: bool = False) -> None:
         self.shared = shared
 
+    def begin(self, context: StepContext) -> None:
+        super().begin(context)
+        self._even: Tensor | None = None
+
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        flat = torch.ones(self.context.blocks.num_blocks, dtype=torch.float32, device=x.device)
-        return probabilities(flat, self.context, self.keep(layer), floor=1.0)
+        if self._even is None:  # the same for all layers of a pass
+            flat = torch.ones(self.context.blocks.num_blocks, dtype=torch.float32, device=x.device)
+            self._even = probabilities(flat, self.context, self.keep(layer), floor=1.0)
+        return self._even
 
 
 class Sampled(Policy):
@@ -399,7 +405,8 @@ def probabilities(scores: Tensor, context: StepContext, keep: float, *, floor: f
     weight = (floor + (1.0 - floor) * relative.clamp(min=0.0)) * free
     p = certain.double()
     open_ = free.bool()
-    for _ in range(8):  # every round caps what exceeded 1 and shares the rest among the others
+    # Every round caps what exceeded 1 and shares the rest among the others. Equal weights never exceed it.
+    for _ in range(1 if floor == 1.0 else 8):
         rest = budget - per_document(torch.where(open_, 0.0, p))
         total = per_document(torch.where(open_, weight, 0.0)).clamp(min=1e-300)
         p = torch.where(open_, weight * (rest / total)[document], p)

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+# What makes a local graph's start require a gradient. Every graph ends in it, and none gives it one.
+_ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
+
 
 class _Enter(Function):
     """Starts a local graph at h without keeping h alive, as a leaf would."""
@@ -53,13 +56,25 @@ def trace(
 ) -> tuple[Tensor, Segment]:
     """function(h) with its local graph; note: gets the second output, if there is one."""
     with torch.enable_grad():
-        start = _Enter.apply(h.detach(), torch.zeros((), requires_grad=True))
+        start = _Enter.apply(h.detach(), _ANCHOR)
         edge = get_gradient_edge(start)
         y, statistics = split(function(start))
         if statistics is not None and note is not None:
             note(statistics)
         second = None if statistics is None or not statistics.requires_grad else get_gradient_edge(statistics)
         return y.detach(), Segment(edge, get_gradient_edge(y), second)
+
+
+def gradients_through(
+    function: Callable[[Tensor], Sequence[Tensor]], h: Tensor, dys: Sequence[Tensor], params: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """dh, and the gradients of params (None if the graph does not reach one), of a function with several outputs."""
+    with torch.enable_grad():
+        start = _Enter.apply(h.detach(), torch.zeros((), requires_grad=True))
+        edge, ends = get_gradient_edge(start), [get_gradient_edge(y) for y in function(start)]
+    del start
+    grads = torch.autograd.grad(ends, [edge, *params], dys, allow_unused=True)  # type: ignore[arg-type]
+    return grads[0], grads[1:]
 
 
 def split(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

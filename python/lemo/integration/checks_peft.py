@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine.families.base import UnsupportedModelError
-from lemo.engine.wrappers import base_model, sharded, sharded_tensor
+from lemo.engine.wrappers import base_model, sharded, sharded_tensor, tree
 
 # PEFT's names of kinds that give the model something other than embeddings, or read its logits.
 _KINDS = {
@@ -48,21 +48,26 @@ def check_adapters(model: Any) -> None:
         if kind in _KINDS:
             _refuse(f"PEFT's {type(config).__name__}", _KINDS[kind])
     by_sequence = "it treats the rows of a batch differently, and layers here see the tokens of all rows as one"
-    for name, module in base_model(model).named_modules():
+    inner = base_model(model)
+    for module in tree(inner):
         home = type(module).__module__
         if not home.startswith("peft."):
             continue
+
+        def refuse(what: str, why: str, module: nn.Module = module) -> None:
+            _refuse(f"{what} ({next(name for name, m in inner.named_modules() if m is module)})", why)
+
         if home.startswith("peft.tuners.poly."):
-            _refuse(f"Poly ({name})", by_sequence)
+            refuse("Poly", by_sequence)
         variants = [type(variant).__name__ for variant in (getattr(module, "lora_variant", None) or {}).values()]
         if any(variant.startswith("ALora") for variant in variants):
-            _refuse(f"aLoRA, LoraConfig(alora_invocation_tokens=...) ({name})", by_sequence)
+            refuse("aLoRA, LoraConfig(alora_invocation_tokens=...)", by_sequence)
         if any(variant.startswith("Monteclora") for variant in variants):
             buffered = "it takes its samples from a buffer, so recomputation in the backward pass would get others"
-            _refuse(f"MonteCLoRA, LoraConfig(monteclora_config=...) ({name})", buffered)
+            refuse("MonteCLoRA, LoraConfig(monteclora_config=...)", buffered)
         own = module.__dict__.get("forward")
         if type(getattr(own, "__self__", None)).__name__.startswith("XLora"):
-            _refuse(f"X-LoRA ({name})", by_sequence)
+            refuse("X-LoRA", by_sequence)
 
 
 def check_device(batch: Tensor, device: torch.device) -> None:
@@ -92,7 +97,7 @@ def check_weights(layers: Sequence[nn.Module]) -> None:
 
 def _elsewhere(layer: nn.Module) -> str | None:
     """How a layer's weights are spread, unless they are whole tensors of this process."""
-    for module in layer.modules():
+    for module in tree(layer):
         weight = module.__dict__.get("weight")
         if type(module).__name__ == "FullyShardedDataParallel" or (
             type(module) is nn.Linear and isinstance(weight, Tensor)

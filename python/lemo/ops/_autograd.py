@@ -58,6 +58,22 @@ def bind_autograd(name: str, differentiable: Callable[..., Any]) -> None:
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_profiling, _tracing = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def unwatched() -> bool:
+    """Whether nothing but autograd takes part in the calls of operators: neither a mode nor a transform, a profiler or
+    a tracer."""
+    return not (_dispatch_modes() or _function_modes() or _profiling() or _transforms() or _tracing())
+
+
+def differentiates(tensors: Iterable[Any]) -> bool:
+    """Whether autograd records what is computed of these (tensors, or anything else)."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
 def launcher(operator: Any) -> Callable[..., Any]:
     """The operator, past autograd if gradients are off: autograd kernels in Python double the cost of a call."""
     grad_mode, compiling = torch.is_grad_enabled, torch.compiler.is_compiling

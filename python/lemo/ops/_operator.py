@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lemo import _native
-from lemo.ops._autograd import launcher, library, refuse_derivatives, written
+from lemo.ops._autograd import differentiates, launcher, library, refuse_derivatives, unwatched, written
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +34,9 @@ Reduction = Annotated[str, "LEMO_REDUCE_"]
 
 # Kernels read strides as they are given, so a compiler must not choose others for them.
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
+
+# Combinations of arguments' classes that an operator remembers.
+_MOST_KNOWN = 256
 
 Launch = Callable[[Mapping[str, Any]], None]
 
@@ -90,6 +93,9 @@ class _Parameter:
         self.is_tensor, self.is_unsigned = kind is Tensor, meaning == "uint64"
         self.type = "SymInt" if meaning == "SymInt" else names[kind]
         self.type += (f"({letter}!)" if letter else "") + ("?" if optional else "")
+        # Classes that the dispatcher takes as they are.
+        self.classes = {Tensor, torch.nn.Parameter} if self.is_tensor else {kind}
+        self.classes |= {NoneType} if optional else set()
         self.convert: Callable[[Any], Any] | None = None
         if kind is str:
             self.convert = functools.cache(functools.partial(choice, self.name, prefix=meaning))
@@ -123,6 +129,10 @@ class _Operator:
         self.deterministic = self.places.get("deterministic")
         self.several = len(self.returns) > 1
         self.fixed = (*self.constants.values(), None)
+        self.names = tuple(self.places)
+        self.required = sum(not p.has_default for p in self.parameters)
+        # Whether the dispatcher takes arguments of these classes as they are.
+        self.known_classes: dict[tuple[type, ...], bool] = {}
 
     def register(self, derivative: str | None) -> None:
         library.define(self.schema(), tags=_TAGS)
@@ -200,10 +210,49 @@ class _Operator:
         pick = itemgetter(*(known.index(field) if field in known else -1 for field in roles))
         return pick, conversions
 
+    # --- past the dispatcher, whose way to a kernel in Python takes longer than most kernels -------------------------
+
+    def by_position(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """All arguments in the order of the parameters; None: the dispatcher has to say what is wrong with them."""
+        n = len(args)
+        needed, allowed = self.keywords_after(n)
+        if not needed <= keywords.keys() <= allowed:
+            return None
+        get = keywords.get
+        return (*args, *[get(name, default) for name, default in zip(self.names[n:], self.defaults[n:], strict=True)])
+
+    @functools.cache  # noqa: B019 - operators live as long as the library
+    def keywords_after(self, n: int) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the parameters after the first n: of those without a default, and of all."""
+        later = self.parameters[n:]
+        return frozenset(p.name for p in later if not p.has_default), frozenset(p.name for p in later)
+
+    def undispatched(self, args: tuple[Any, ...]) -> bool:
+        """Whether calling the kernel itself is all that the dispatcher would do: tensors on the CPU or CUDA that
+        autograd has nothing to do with, and numbers that need no conversion."""
+        classes = tuple(map(type, args))
+        known = self.known_classes.get(classes)
+        if known is None:
+            given = zip(classes, self.parameters, strict=False)
+            known = self.required <= len(classes) <= len(self.parameters) and all(c in p.classes for c, p in given)
+            if len(self.known_classes) < _MOST_KNOWN:
+                self.known_classes[classes] = known
+        return known and (args[0].is_cuda or args[0].is_cpu) and not differentiates(args)
+
     # --- the function to call -----------------------------------------------------------------------------------------
 
     def public(self) -> Callable[..., Any]:
-        launch = launcher(getattr(torch.ops.lemo, self.name).default)
+        dispatched = launcher(getattr(torch.ops.lemo, self.name).default)
+        compiling, run = torch.compiler.is_compiling, self.run
+
+        def launch(*args: Any, **keywords: Any) -> Any:
+            if compiling() or not unwatched():
+                return dispatched(*args, **keywords)
+            given = self.by_position(args, keywords) if keywords else args
+            if given is None or not self.undispatched(given):
+                return dispatched(*args, **keywords)
+            return run(*given)
+
         unsigned = [p.name for p in self.parameters if p.is_unsigned]
 
         def launch_signed(*args: Any, **keywords: Any) -> Any:

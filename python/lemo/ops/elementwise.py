@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from lemo.ops._autograd import library
+from lemo.ops._autograd import differentiates, library, unwatched
 from lemo.ops._operator import operator
 
 
 @operator("out")
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, inverse: bool = False) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, inverse: bool = False) -> Tensor:
     """Rotates the pairs (j, j + D / 2) of every head by the angles of the row's position: [M, H, D].
 
@@ -23,13 +28,19 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, inve
     int32 [M] names the row of the tables (-1: padding, zeros), None: row i, T = M. inverse rotates back.
     Differentiable in x, any number of times. The backward pass reads the same tables and rows, which nothing copies.
     """
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    direct = not torch.compiler.is_compiling() and differentiates((x, cos, sin)) and unwatched()
+    return (_Rotary.apply if direct else _rotary)(x, cos, sin, rows, inverse)
 
 
 @operator("out")
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [M, f], both with rows that may be strided. Differentiable once; saves gate and up."""
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+    direct = not torch.compiler.is_compiling() and differentiates((gate, up)) and unwatched()
+    return (_SwiGLU.apply if direct else _swiglu)(gate, up)
 
 
 @operator("dgate dup", derivative="error")
@@ -56,6 +67,30 @@ def _swiglu_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _swiglu_grad(ctx, grad):
     return swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+# The same derivatives for calls of the functions above: what `register_autograd` makes takes three times as long as a
+# function of autograd, and most layers have three of these.
+
+
+class _Rotary(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _rotary(*inputs)
+        _rotary_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_rotary_grad)
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _swiglu(*inputs)
+        _swiglu_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_swiglu_grad)
 
 
 torch.library.register_autograd("lemo::rotary", _rotary_grad, setup_context=_rotary_context, lib=library)
