@@ -49,7 +49,12 @@ class Setting:
     limit: float = 0.05
 
     def config(self) -> Any:
-        return settings(self.row, Saving(self.recompute, self.offload, self.budget), Path())
+        import lemo
+
+        if self.budget is None:
+            return settings(self.row, Saving(self.recompute, self.offload), Path())
+        plain = settings(self.row, Saving("auto"), Path())
+        return lemo.LemoConfig(phases=plain.phases, memory_budget=self.budget, offload=self.offload or False)
 
 
 # Contexts are as short as a share of the weights in the peak allows that does not hide an error.

@@ -69,9 +69,9 @@ def configs(base: Base) -> dict[str, Any]:
     phase = lemo.Phase("skip", keep=0.4, policy="update_norm")
     upper = lemo.LemoConfig(phases=[phase], recompute="none", layers=range(layers // 2, layers))
     return {
-        "dense": settings(ROWS["dense"], "none", Path()),
+        "dense": settings(ROWS["dense"], Saving("none"), Path()),
         "upper-0.4": upper,
-        "skip-0.5": settings(ROWS["skip-0.5"], "none", Path()),
+        "skip-0.5": settings(ROWS["skip-0.5"], Saving("none"), Path()),
     }
 
 

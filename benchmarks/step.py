@@ -22,8 +22,7 @@ Rows:
 
 step_ms is the median of the timed steps, by CUDA events, step_ms_min and step_ms_max their spread; peak_mib the largest
 amount of memory that PyTorch had allocated during one of them, weights included, and before_mib what it had before.
-host_mib is what saved rows take of pinned host memory, which is pinned before the timed steps; memory what
---memory-budget, --offload and --recompute-layers chose.
+host_mib is what saved rows take of pinned host memory, memory what layers save and how many run again.
 time_ratio is the peer's time over ours (above 1: lemo is faster), memory_ratio our peak over the peer's (below 1: lemo
 needs less), dense_ratio the time of lemo's own dense step over ours. kept is the share of blocks that a layer kept, on
 average, computed that of the pairs of tiles in its attention. The loss is the last step's; in mode "skip" it
@@ -48,7 +47,7 @@ from typing import Any
 
 import torch
 from common import add_output, header, table, write_results
-from lemo.cli import common as cli
+from lemo.cli.common import offload, recompute_layers, size
 from models import SHAPES, Base, make_base, make_model, ours, release
 from rivals import LIGER, OFFLOAD, PEERS, PLAIN, Contestant, missing, peer
 
@@ -103,33 +102,7 @@ ROWS = {
 MORE = ("sparse-0.25", "sparse-0.125")
 
 
-@dataclass(frozen=True)
-class Saving:
-    """What layers of lemo save and where, as in `lemo.LemoConfig`; a budget stands in place of `recompute`. offload:
-    "all", or else as there (1 and True, which are equal, differ in this)."""
-
-    recompute: str
-    offload: int | str = 0
-    memory_budget: int | str | None = None
-    recompute_layers: bool | int | str = "auto"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return vars(self) | {
-            "recompute": "auto" if self.memory_budget is not None else self.recompute,
-            "offload": {"all": True, 0: False}.get(self.offload, self.offload),
-        }
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Of a row; what is not asked for is left out."""
-        found = {"recompute": self.recompute if self.memory_budget is None else "by budget", "offload": self.offload}
-        given = {"memory_budget": self.memory_budget, "recompute_layers": self.recompute_layers}
-        return found | {name: value for name, value in given.items() if value not in (None, "auto")}
-
-
-def settings(row: Row, saving: Saving | str, calibration: Path) -> Any:
-    """saving: or only what is recomputed."""
+def settings(row: Row, saving: Saving, calibration: Path) -> Any:
     import lemo
 
     keep = None if row.mode == "dense" else row.keep
@@ -143,8 +116,7 @@ def settings(row: Row, saving: Saving | str, calibration: Path) -> Any:
         density=row.density,
         keys=row.keys,
     )
-    options = Saving(saving).options if isinstance(saving, str) else saving.options
-    return lemo.LemoConfig(phases=[phase], calibration=calibration if row.calibrated else None, **options)
+    return lemo.LemoConfig(phases=[phase], calibration=calibration if row.calibrated else None, **saving.options)
 
 
 def untrained_calibration(base: Base, folder: Path) -> Path:
@@ -208,11 +180,11 @@ def measure(base: Base, contestant: AbstractContextManager[Any], tokens: int, st
                 loss = loss.detach()
 
             ids = document(base, tokens)
-            if controller is not None:
-                controller.savings.pin(controller.phase, (tokens,), base.weights["lm_head.weight"].element_size())
-            # TRL's offloading pins memory in its first step.
+            # TRL's offloading pins memory in its first step, and cannot do without the backward pass.
             whole = tokens < WARM_WHOLE or isinstance(model, Contestant)
             step(ids if whole else document(base, WARM_TOKENS))
+            if controller is not None:  # or the first step of this length would do it
+                controller.savings.pin(controller.phase, (tokens,), base.weights["lm_head.weight"].element_size())
             if base.cuda:
                 torch.cuda.synchronize()
                 figures["before_mib"] = torch.cuda.memory_allocated() >> 20
@@ -255,7 +227,7 @@ def check(base: Base, peer_name: str, saving: Saving, tokens: int) -> dict[str, 
     The limits allow for bf16: two correct implementations of 32 layers differ by a few percent of the gradient's norm.
     """
     ids = document(base, tokens)
-    with peer(base, peer_name, saving.recompute) as (model, _):
+    with peer(base, peer_name, peers_recompute(saving.recompute)) as (model, _):
         expected, theirs = gradients(model, ids)
     del model
     with ours(base, settings(ROWS["dense"], saving, Path())) as (model, _):
@@ -334,16 +306,39 @@ def _missing(name: str, model: str) -> str | None:
     return missing(name)
 
 
+@dataclass(frozen=True)
+class Saving:
+    """What layers of lemo save, as in `lemo.LemoConfig`. offload: "all" in the place of True, 0 in that of False."""
+
+    recompute: str
+    offload: int | str = 0
+    memory_budget: int | None = None
+    recompute_layers: bool | int | str = "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return vars(self) | {
+            "recompute": self.recompute if self.memory_budget is None else "auto",
+            "offload": {"all": True, 0: False}.get(self.offload, self.offload),
+        }
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Of a row."""
+        return vars(self) | ({} if self.memory_budget is None else {"recompute": "by budget"})
+
+
 def savings(row: Row, args: argparse.Namespace) -> list[Saving]:
     """What a row is measured with. Mode "backward" saves the same whatever is recomputed."""
-    recompute = args.recompute[:1] if row.mode == "backward" else args.recompute
-    pairs = itertools.product(recompute, args.offload)
-    return [Saving(*pair, args.memory_budget, args.recompute_layers) for pair in pairs]
+    different = args.recompute[:1] if row.mode == "backward" else args.recompute
+    given = (args.memory_budget, args.recompute_layers)
+    return [Saving(*pair, *given) for pair in itertools.product(different, args.offload)]
 
 
 def parse_offload(text: str) -> int | str:
-    found = 0 if text == "0" else cli.offload(text)
-    return {True: "all", False: 0}[found] if isinstance(found, bool) else found
+    """As `lemo finetune --offload`, and 0."""
+    value = 0 if text == "0" else offload(text)
+    return {True: "all", False: 0}[value] if isinstance(value, bool) else value
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -373,14 +368,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[0],
         metavar="N",
-        help='layers of lemo whose saved rows wait in pinned host memory, or "all"; within a budget also "auto" or the '
-        "size of host memory (default: 0)",
+        help="of lemo's rows: layers whose saved rows wait in pinned host memory, all, auto, or a size (default: 0)",
     )
-    parser.add_argument("--memory-budget", type=cli.size, help="of lemo's rows, in place of --recompute")
     parser.add_argument(
-        "--recompute-layers", type=cli.recompute_layers, default="auto", help="lemo's rows: as for lemo finetune"
+        "--memory-budget", type=size, help="of lemo's rows: as for lemo finetune, in place of --recompute"
     )
-    parser.add_argument("--cap", type=cli.size, help="memory that PyTorch may take of the GPU")
+    parser.add_argument(
+        "--recompute-layers", type=recompute_layers, default="auto", help="of lemo's rows: as for lemo finetune"
+    )
+    parser.add_argument("--cap", type=size, help="memory that PyTorch may take of the GPU")
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama3-8b", help="shape (default: llama3-8b)")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a smoke run")
     parser.add_argument("--steps", type=int, help="timed steps per row (default: 3 from 64K tokens, up to 9 below)")
@@ -398,7 +394,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps: expected at least 1, got {args.steps}")
     if args.memory_budget is not None and len(args.recompute) > 1:
-        parser.error("--memory-budget decides what is recomputed: give --recompute one value, that of the peers")
+        parser.error("--memory-budget decides what lemo recomputes: give --recompute one value, that of the peers")
     if args.memory_budget is None and "none" in args.recompute and any(args.offload):
         parser.error(
             "--offload moves saved rows, and --recompute none saves graphs, which cannot be moved: measure them "
