@@ -14,6 +14,8 @@ def in_thousands(tokens: int) -> str:
 def saved(row: dict[str, Any]) -> str:
     """What a step recomputed, and the layers whose rows waited in host memory."""
     layers = row.get("offload", 0)
+    if isinstance(layers, str) and layers != "all":  # within a budget
+        return f"{row['recompute']}, offload {layers}"
     return row["recompute"] + (f", {layers} layers offloaded" if layers else "")
 
 

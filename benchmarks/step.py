@@ -41,7 +41,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +322,11 @@ class Saving:
             "offload": {"all": True, 0: False}.get(self.offload, self.offload),
         }
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Of a row."""
+        return vars(self) | ({} if self.memory_budget is None else {"recompute": "by budget"})
+
 
 def savings(row: Row, args: argparse.Namespace) -> list[Saving]:
     """What a row is measured with. Mode "backward" saves the same whatever is recomputed."""
@@ -333,7 +338,7 @@ def savings(row: Row, args: argparse.Namespace) -> list[Saving]:
 def parse_offload(text: str) -> int | str:
     """As `lemo finetune --offload`, and 0."""
     value = 0 if text == "0" else offload(text)
-    return "all" if value is True else value
+    return {True: "all", False: 0}[value] if isinstance(value, bool) else value
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -388,7 +393,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--layers: expected at least 1, got {args.layers}")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps: expected at least 1, got {args.steps}")
-    if "none" in args.recompute and any(args.offload):
+    if args.memory_budget is not None and len(args.recompute) > 1:
+        parser.error("--memory-budget decides what lemo recomputes: give --recompute one value, that of the peers")
+    if args.memory_budget is None and "none" in args.recompute and any(args.offload):
         parser.error(
             "--offload moves saved rows, and --recompute none saves graphs, which cannot be moved: measure them "
             "in two runs"
@@ -424,7 +431,7 @@ def lemo_rows(
     for name, row in chosen(args).items():
         for saving in savings(row, args):
             config = settings(row, saving, calibration)
-            found = identity_of(name, row, config) | {"context": tokens, **asdict(saving), "model": base.name}
+            found = identity_of(name, row, config) | {"context": tokens, **saving.fields, "model": base.name}
             found |= measure(base, ours(base, config), tokens, steps)
             if row.mode == "dense":
                 dense[saving] = found

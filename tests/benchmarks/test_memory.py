@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,15 +20,17 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("memory")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "memory-estimate-cpu.json"
-    command = [sys.executable, "benchmarks/memory.py", "estimate", "--model", "tiny", "--context", "256", "--out", out]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["estimate", "--model", "tiny", "--context", "256", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/memory.py", *arguments])
+    assert memory.main() == 0
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) >= 8 and all(row["estimate_mib"] > 0 and "error" not in row for row in rows)
     assert {row["recompute"] for row in rows} == {"full", "attention", "none", "by budget"}
+    beyond = [row | {"error": -0.06} for row in rows]
+    monkeypatch.setattr(memory, "estimates", lambda base, args: beyond)
+    assert memory.main() == 1
 
 
 @pytest.mark.parametrize(("name", "saved"), [("dense", ("full", 0)), ("skip-0.5", ("attention", "all"))])

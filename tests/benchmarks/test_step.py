@@ -257,6 +257,10 @@ def test_what_is_saved_and_where(tmp_path: Path, benchmarks: Any) -> None:
         ),
         (("--model", "tiny", "--offload", "4"), "--offload: the model has 3 layers, got 4"),
         (("--peer", "none", "plain"), "--peer: expected none or names of peers"),
+        (
+            ("--memory-budget", "1GiB", "--recompute", "full", "attention"),
+            "--memory-budget decides what lemo recomputes",
+        ),
     ],
 )
 def test_options_that_do_not_fit_together(
@@ -265,6 +269,23 @@ def test_options_that_do_not_fit_together(
     with pytest.raises(SystemExit):
         benchmarks.step.parse(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_budget_leaves_to_say(benchmarks: Any) -> None:
+    step = benchmarks.step
+    args = step.parse(["--memory-budget", "40GiB", "--offload", "auto", "none", "--recompute-layers", "4"])
+    auto, none = step.savings(step.ROWS["dense"], args)
+    assert (auto.offload, none.offload) == ("auto", 0)
+    assert auto.fields == {
+        "recompute": "by budget",
+        "offload": "auto",
+        "memory_budget": 40 << 30,
+        "recompute_layers": 4,
+    }
+    config = step.settings(step.ROWS["dense"], auto, Path())
+    assert (config.recompute, config.offload, config.budget, config.recompute_layers) == ("auto", "auto", 40 << 30, 4)
+    assert benchmarks.summary.saved(auto.fields) == "by budget, offload auto"
+    assert step.settings(step.ROWS["dense"], step.Saving("full", "all"), Path()).offload is True
 
 
 def test_which_peers_run(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
