@@ -1,7 +1,8 @@
 """Every operation on the GPU, and the PyTorch composition it replaces, in bf16 at the sizes of a Llama-3-8B layer.
 
 ratio = peer_ms / ms: above 1, lemo is faster. Times are medians of calls that rotate through enough buffers to outgrow
-the L2 cache; both sides run in this process. Attention has one size here and a separate benchmark, attention.py.
+the L2 cache; both sides run in this process. Attention has one size here and a separate benchmark, attention.py. Rows
+of Liger's loss need liger-kernel, those of its CuTe kernels liger-kernel[cutedsl] and a Hopper GPU.
 
   python benchmarks/ops.py
 """
@@ -179,7 +180,8 @@ def peak(run: Callable[[], Any]) -> int:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def loss_op(rows: Rows) -> None:
+def loss_op(rows: Rows) -> list[dict[str, str]]:
+    """Adds the rows; returns the peers that cannot run here, with their reasons."""
     tokens = 16384
     hidden, weight = normal(tokens, D), normal(VOCAB, D, scale=D**-0.5)
     targets = torch.randint(VOCAB, (tokens,), device="cuda")
@@ -192,6 +194,8 @@ def loss_op(rows: Rows) -> None:
         "linear + cross_entropy": lambda: torch.autograd.grad(peers.cross_entropy(leaf, weight, targets), leaf),
         "the same in chunks of 2048": lambda: peers.chunked_cross_entropy(hidden, weight, targets),
     }
+    liger, left_out = peers.liger_losses(leaf, weight, targets)
+    theirs |= liger
     timing = {"repeat": 5, "warm": 1}
     ms, mib = milliseconds([ours], **timing), peak(ours)
     work = 4 * tokens * D * VOCAB  # two products: logits and the gradient of the hidden states
@@ -207,6 +211,7 @@ def loss_op(rows: Rows) -> None:
             **more,
         )
         torch.cuda.empty_cache()
+    return left_out
 
 
 def main() -> None:
@@ -217,15 +222,23 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none")
     torch.manual_seed(0)
-    parts = {"rows": rows_ops, "choice": choice_ops, "attention": attention_ops, "loss": loss_op}
+    parts: dict[str, Callable[[Rows], Any]] = {
+        "rows": rows_ops,
+        "choice": choice_ops,
+        "attention": attention_ops,
+        "loss": loss_op,
+    }
     rows: Rows = []
+    left_out: list[dict[str, str]] = []
     for name, run in parts.items():
         if args.only is None or name in args.only:
-            run(rows)
+            left_out += run(rows) or []
             torch.cuda.empty_cache()
+    for row in left_out:
+        print(f"left out: {row['row']}: {row['reason']}")
     columns = ["op", "case", "ms", "peer", "peer_ms", "ratio", "tflops", "gb_per_s", "peak_mib", "peer_peak_mib"]
     print(table(rows, columns))
-    print(f"written: {write_results(args.out, rows)}")
+    print(f"written: {write_results(args.out, rows, left_out=left_out)}")
 
 
 if __name__ == "__main__":

@@ -195,3 +195,57 @@ def predict(x: Tensor, networks: list[list[Tensor]], block: int, eps: float) -> 
         for w1, w2, w3 in networks
     )
     return torch.tril(yq.float() @ yk.float().T).sum(0)
+
+
+# Liger's fused linear cross entropy: in chunks, whose softmax is a kernel of the named implementation; and in one
+# kernel of CuTe, which always computes the weight's gradient as well, so that its time has a product more.
+LIGER_TRITON, LIGER_CUTE = "Liger, Triton", "Liger, CuTe DSL"
+LIGER_ONE_KERNEL = "Liger, CuTe DSL in one kernel (with the weight's gradient)"
+
+
+def liger_losses(
+    leaf: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[dict[str, Callable[[], object]], list[dict[str, str]]]:
+    """Loss and gradient of the hidden states, by peer; and the peers that cannot run here, with their reasons."""
+
+    def chunked(implementation: str) -> Callable[[], object]:
+        from liger_kernel.backends import available_impls, set_impl
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        found = available_impls("cross_entropy_loss_and_grad")
+        if implementation not in found:
+            raise RuntimeError(
+                f"liger-kernel has no {implementation} here (pip install liger-kernel[cutedsl]): {found}"
+            )
+
+        def run() -> object:
+            set_impl(implementation)
+            try:
+                return torch.autograd.grad(LigerFusedLinearCrossEntropyLoss()(weight, leaf, targets), leaf)
+            finally:
+                set_impl(None)
+
+        return run
+
+    def one_kernel() -> Callable[[], object]:
+        from liger_kernel.ops.cutedsl.ops import LigerFusedScaledCrossEntropySM90Function as Function
+
+        return lambda: torch.autograd.grad(Function.apply(leaf, weight, targets).sum(), leaf)
+
+    makers: dict[str, Callable[[], Callable[[], object]]] = {
+        LIGER_TRITON: lambda: chunked("nvidia-triton"),
+        LIGER_CUTE: lambda: chunked("nvidia-cutedsl"),
+        LIGER_ONE_KERNEL: one_kernel,
+    }
+    runs: dict[str, Callable[[], object]] = {}
+    left_out = []
+    for name, make in makers.items():
+        try:
+            run = make()
+            run()
+        except Exception as error:  # whatever a package that is missing, or made for another GPU, raises
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            left_out.append({"row": name, "reason": reason})
+        else:
+            runs[name] = run
+    return runs, left_out

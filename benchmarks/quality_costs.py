@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import add_output, header, table, write_results
-from llama import SHAPES, Base, make_base, ours, release
+from models import SHAPES, Base, make_base, ours, release
 from quality_schedules import MODEL, ROWS, describe, key, parse, unavailable
 from step import document, timed, untrained_calibration
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common import add_output, header, table, write_results
-from llama import SHAPES, Base, make_base, make_model, release
+from models import SHAPES, Base, make_base, make_model, release
 from step import document, timed
 from torch import nn
 
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, help="this length in place of Unsloth's, without a limit of memory")
     parser.add_argument("--no-longest", action="store_true", help="leave out lemo's own longest contexts")
     parser.add_argument("--steps", type=int, default=1, help="timed steps of each")
-    parser.add_argument("--model", choices=sorted(SHAPES), default="llama3-8b")
+    parser.add_argument("--model", choices=[n for n in SHAPES if SHAPES[n]["family"] == "llama"], default="llama3-8b")
     add_output(parser, "quantized")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 from common import header, short_device_name, table, write_results
-from llama import SHAPES, Base, make_base, make_model, with_adapters
-from step import ROWS, settings
+from models import SHAPES, Base, make_base, make_model, with_adapters
+from step import ROWS, Saving, settings
 from torch import distributed
 
 COLUMNS = (
@@ -53,7 +53,7 @@ def contestant(part: str, base: Base, row: str, group: Any) -> Iterator[tuple[An
     if part == "fsdp":
         divide(model, group, base.device.type)
         base.weights.clear()
-    lemo.apply(model, settings(ROWS[row], "full", Path()), **options)
+    lemo.apply(model, settings(ROWS[row], Saving("full"), Path()), **options)
     called = model
     if part == "ddp" and distributed.get_world_size(group) > 1:
         devices = [base.device.index] if base.cuda else None

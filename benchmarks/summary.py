@@ -13,11 +13,14 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import memory_pages
 import quality_pages
+from memory_pages import in_thousands, saved
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,6 +59,11 @@ class Headline:
     source: str
 
 
+# Drawn by curves.py.
+CONTEXTS = [
+    "![A LoRA step by context, from 8K to 1M tokens: time, peak memory and tokens per second](images/contexts.svg)",
+    "",
+]
 SHOWN = ("peer", "dense", "sparse-8k-keys", "skip-0.5", "skip-0.3", "backward-0.5")
 
 
@@ -69,10 +77,6 @@ def label(row: dict[str, Any]) -> str:
         limit = f"{in_thousands(row['keys'])} keys" if row["keys"] else f"{row['density']:g}"
         return f"lemo, `sparse` {limit}" + (f", keep {row['keep']:g}" if row["keep"] < 1 else "")
     return f"lemo, `{row['mode']}` {row['keep']:g}" + " weighted" * row.get("weighted", False)
-
-
-def in_thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def step_results() -> dict[str, dict[str, Any]]:
@@ -89,6 +93,7 @@ def headline() -> Headline | None:
             row["row"]: row
             for row in result["rows"]
             if (row["context"], row["recompute"], row["model"]) == (65536, "full", "llama3-8b")
+            and not row.get("offload")
             and "Liger" in row.get("peer", "")
             and {"time_ratio", "memory_ratio"} <= row.keys()
         }
@@ -111,7 +116,7 @@ def long_contexts() -> list[str]:
     }
     rows, sources, shown = [], [], set()
     for name, result in results.items():
-        of = [row for row in result["rows"] if "step_ms" in row and row["model"] == "llama3-8b"]
+        of = [r for r in result["rows"] if "step_ms" in r and r["model"] == "llama3-8b" and not r.get("offload")]
         for row in of:
             setting = (row["context"], row["keep"], row["keys"]) if row.get("keys") else None
             if row["mode"] != "sparse" or setting is None or row["context"] < 65536 or setting in shown:
@@ -151,7 +156,7 @@ def steps() -> list[str]:
         rows = [
             [
                 in_thousands(row["context"]),
-                row["recompute"],
+                saved(row),
                 label(row),
                 row["policy"] or "",
                 "out of memory" if "error" in row else f"{row['step_ms']:,.0f} ms",
@@ -187,6 +192,14 @@ def steps() -> list[str]:
         left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
         lines += [*markdown(header, rows), "", " ".join(filter(None, [what, *left_out, source(name, result)])), ""]
     return lines
+
+
+def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Table]) -> list[str]:
+    """A table of a results file, if it exists."""
+    if (result := load(name)) is None:
+        return []
+    title, header, rows = make(result)
+    return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
 
 # --- everything else --------------------------------------------------------------------------------------------------
@@ -472,7 +485,11 @@ def pages() -> list[tuple[Path, str, list[str]]]:
     found = headline()
     everything = [
         *([] if found is None else [f"![{found.title}: time and {found.memory}](images/step.svg)", ""]),
+        *CONTEXTS,
         *steps(),
+        *measured_table("paper-h200", memory_pages.paper),
+        *measured_table("memory-estimate-h200", memory_pages.estimates),
+        *measured_table("memory-growth-h200", memory_pages.growth),
         *attention_in_short("attention-h100"),
         *quality(),
         *quality_pages.tables(),

@@ -27,7 +27,7 @@ def test_results_files_say_how_they_were_made(path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("script", ["summary.py", "figure.py", "quality_pages.py"])
+@pytest.mark.parametrize("script", ["summary.py", "figure.py", "curves.py", "quality_pages.py"])
 def test_pages_and_figure_show_what_the_files_hold(script: str) -> None:
     run = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--check"], capture_output=True, text=True)
     assert run.returncode == 0, f"{run.stdout}{run.stderr}; run `python benchmarks/{script}`"

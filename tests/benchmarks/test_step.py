@@ -90,7 +90,7 @@ def test_a_wrong_loss_ends_the_run(benchmarks: Any, monkeypatch: pytest.MonkeyPa
     base = benchmarks.step.make_base("tiny", layers=1)
     monkeypatch.setitem(benchmarks.step.ROWS, "dense", benchmarks.step.Row("skip", 0.5))
     with pytest.raises(SystemExit, match="nothing eliminated does not compute the peer's loss"):
-        benchmarks.step.check(base, "transformers + PEFT", "full", 256)
+        benchmarks.step.check(base, "transformers + PEFT", benchmarks.step.Saving("full"), 256)
 
 
 def test_a_row_that_does_not_fit(benchmarks: Any) -> None:
@@ -215,3 +215,88 @@ def test_without_a_peer(tmp_path: Path) -> None:
 def test_a_command_can_be_pasted(benchmarks: Any) -> None:
     given = ["benchmarks/quality_costs.py", "--out", "/tmp/a.json", "--only", "skip keep 0.5", "--model", "/data/m"]
     assert benchmarks.common.command(given) == ("python benchmarks/quality_costs.py --only 'skip keep 0.5' --model m")
+
+
+# ---- what is saved, and peers ----------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_and_where(tmp_path: Path, benchmarks: Any) -> None:
+    """Every combination is a row; none of them changes a loss, and ratios are to lemo's dense step saved alike."""
+    out = tmp_path / "step-cpu.json"
+    ways = ("--recompute", "full", "attention", "--offload", 0, 1, "all")
+    small = ("--model", "tiny", "--layers", 2, "--context", 320, "--steps", 1)
+    done = step(*small, *ways, "--peer", "plain", "liger-offload", "--only", "dense", "backward-0.5", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    by = {(row["row"], row["recompute"], row["offload"]): row for row in result["rows"]}
+    dense = {key[1:]: row for key, row in by.items() if key[0] == "dense"}
+    backward = {key[1:]: row for key, row in by.items() if key[0] == "backward-0.5"}
+    assert list(dense) == [(recompute, layers) for recompute in ("full", "attention") for layers in (0, 1, "all")]
+    assert list(backward) == [("full", 0), ("full", 1), ("full", "all")]  # it saves the same in either case
+    assert len({row["loss"] for row in dense.values()}) == len({row["loss"] for row in backward.values()}) == 1
+    row = 320 * 128 * 4  # bytes of a layer's input, and of attention's output; the log-sum-exp of two heads
+    assert "host_mib" not in dense["attention", 0]
+    assert dense["full", "all"]["host_mib"] == 2 * row / 2**20
+    assert dense["attention", 1]["host_mib"] == (2 * row + 320 * 2 * 4) / 2**20
+    assert dense["attention", "all"]["host_mib"] == 2 * dense["attention", 1]["host_mib"]
+    for way, row in backward.items():
+        assert row["dense_ratio"] == pytest.approx(dense[way]["step_ms"] / row["step_ms"], abs=1e-3)
+    assert all(row["peer_step_ms"] == by["peer", "full", 0]["step_ms"] for row in (*dense.values(), *backward.values()))
+    assert "TRL activation offloading" in result["left_out"][0]["row"]
+    assert benchmarks.summary.saved(dense["attention", "all"]) == "attention, all layers offloaded"
+    assert benchmarks.summary.saved(by["peer", "full", 0]) == "full"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recompute", "none", "--offload", "all"), "--recompute none saves graphs"),
+        (
+            ("--offload", "few"),
+            "expected all, auto, none, a number of layers or a size of host memory, like 64GiB; got 'few'",
+        ),
+        (("--model", "tiny", "--offload", "4"), "--offload: the model has 3 layers, got 4"),
+        (("--peer", "none", "plain"), "--peer: expected none or names of peers"),
+    ],
+)
+def test_options_that_do_not_fit_together(
+    benchmarks: Any, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks.step.parse(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_which_peers_run(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first must run; of the others, those that cannot are left out with their reasons."""
+    step = benchmarks.step
+    monkeypatch.setattr(step, "missing", lambda name: "no trl" if "TRL" in name else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert step.choose_peers(None, "llama3-8b") == ([LIGER], [])
+    names, left_out = step.choose_peers(["liger", "plain", "trl"], "llama3-8b")
+    assert names == [LIGER, "transformers + PEFT"]
+    assert left_out == [{"row": "transformers + PEFT + TRL chunked loss", "reason": "no trl"}]
+    with pytest.raises(SystemExit, match="cannot run: no trl"):
+        step.choose_peers(["trl", "liger"], "llama3-8b")
+    with pytest.raises(SystemExit, match=r"Llama models only, and opt-1\.3b is not one"):
+        step.choose_peers(None, "opt-1.3b")
+    assert step.choose_peers(["none"], "opt-1.3b")[0] == []
+
+
+def test_the_loss_of_trl_is_its_trainers(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is called as `add_fused_lm_head` does, and the step has the plain peer's loss and gradients."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    rivals = benchmarks.step.sys.modules["rivals"]
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == rivals._CHUNK
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = benchmarks.step.make_base("tiny", layers=1)
+    ids = benchmarks.step.document(base, 96)
+    found = {}
+    for name in (rivals.PLAIN, rivals.TRL):
+        with rivals.peer(base, name, "full") as (model, _):
+            found[name] = benchmarks.step.gradients(model, ids)
+    with rivals.peer(base, rivals.PLAIN, "full") as (model, _):
+        utils.add_fused_lm_head(model.get_base_model(), outputs=rivals._OUTPUTS)
+        fused = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    assert found[rivals.TRL][0] == fused.item() == pytest.approx(found[rivals.PLAIN][0], rel=1e-5)
+    torch.testing.assert_close(found[rivals.TRL][1], found[rivals.PLAIN][1], rtol=1e-4, atol=1e-6)

@@ -21,6 +21,17 @@ def test_counts() -> None:
     assert cost_ratio(SHAPE, (10, 20), shares) == pytest.approx((skip + 0.75 * tokens * HEAD) / dense)
 
 
+def test_layers_that_run_again_cost_their_forward_pass_twice() -> None:
+    tokens, pairs = 10, 10 * 11 / 2
+    dense = 2 * (3 * tokens * (ATTENTION + MLP) + 4.5 * pairs * PAIR) + tokens * HEAD
+    half = dense - tokens * HEAD  # of two layers with everything, three passes of which are forward or as large
+    once_more = tokens * (ATTENTION + MLP) + pairs * PAIR
+    kept = PassShares("skip", "full", (0.5, 1.0), (0.5, 1.0), again=1)
+    skip = half / 2 + 3 * tokens * 0.5 * (ATTENTION + MLP) + 4.5 * pairs * 0.25 * PAIR + tokens * HEAD
+    skip += tokens * 0.5 * (ATTENTION + MLP) + pairs * 0.25 * PAIR
+    assert cost_ratio(SHAPE, (10,), kept) == pytest.approx(skip / (dense + once_more))
+
+
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 def test_the_dense_step_is_1_and_others_are_in_between(recompute) -> None:
     def ratio(mode: str, kept: float, **options: object) -> float:

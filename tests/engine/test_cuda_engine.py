@@ -3,8 +3,11 @@
 import copy
 import functools
 import itertools
+import sys
 
 import lemo
+import lemo.engine.backward
+import lemo.engine.step
 import pytest
 import torch
 from lemo.engine.families import UnsupportedModelError
@@ -166,7 +169,8 @@ OFFLOADED = {
 
 
 def on_gpu(layers=3, **options):
-    m = lora(base("llama", layers, **SHAPE, num_key_value_heads=1, **options), ATTENTION["llama"]).train()
+    options = {**SHAPE, "num_key_value_heads": 1, **options}
+    m = lora(base("llama", layers, **options), ATTENTION["llama"]).train()
     m.get_base_model().to(device="cuda", dtype=torch.bfloat16)
     for name, p in m.named_parameters():
         if "lora_" in name:
@@ -202,6 +206,45 @@ def test_offloaded_rows_come_back_as_they_were(phase, recompute):
         for (loss, grads), (other, theirs) in zip(found[False], found[layers], strict=True):
             assert torch.equal(loss, other)
             assert all(torch.equal(theirs[n], g) for n, g in grads.items())
+
+
+@pytest.mark.parametrize("phase", OFFLOADED)
+def test_layers_run_again_as_they_did(phase):
+    """Bit for bit, with streams on the GPU or in host memory."""
+    found = []
+    for way in ({}, {"recompute_layers": 2}, {"recompute_layers": 2, "offload": True}):
+        m = on_gpu(layers=5)
+        phases = [lemo.Phase(**OFFLOADED[phase])]
+        settings = lemo.LemoConfig(
+            block_size=BLOCK, recompute="full", phases=phases, seed=5, deterministic=True, **way
+        )  # fmt: skip
+        lemo.apply(m, settings)
+        found.append([pass_of(m, tokens, settings)[:2] for tokens in (512, 448, 512)])
+    for others in found[1:]:
+        for (loss, grads), (other, theirs) in zip(found[0], others, strict=True):
+            assert torch.equal(loss, other)
+            assert all(torch.equal(theirs[n], g) for n, g in grads.items())
+
+
+@pytest.mark.parametrize("phase", OFFLOADED)
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_long_layers_go_backward_in_pieces(phase, recompute, monkeypatch):
+    """A head of keys at a time, and projections in chunks of rows."""
+    found = []
+    for _ in range(2):
+        m = on_gpu(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+        settings = lemo.LemoConfig(
+            block_size=BLOCK, recompute=recompute, phases=[lemo.Phase(**OFFLOADED[phase])], seed=5
+        )  # fmt: skip
+        lemo.apply(m, settings)
+        loss, grads, _ = pass_of(m, 700, settings)
+        found.append((loss, torch.cat([g.flatten() for g in grads.values()])))
+        monkeypatch.setattr(sys.modules["lemo.ops.attention"], "HEADS_BYTES", 1)
+        monkeypatch.setattr(lemo.engine.backward, "SEPARATE_BYTES", 1)
+        monkeypatch.setattr(lemo.engine.step, "MLP_ROWS", 100)
+    (loss, grads), (other, theirs) = found
+    torch.testing.assert_close(other, loss)
+    assert (grads - theirs).norm() / grads.norm() < 1e-2
 
 
 def test_offload_lowers_the_peak_and_its_memory_does_not_grow():

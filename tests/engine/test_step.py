@@ -76,7 +76,7 @@ class PlainAttention(Attention):
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
         return torch.einsum("hij,jhd->ihd", s.softmax(-1), v), s.logsumexp(-1)
 
-    def attend_with_gradient(self, q, k, v, queries, keys, options, tiles, out, lse):
+    def attend_with_gradient(self, q, k, v, queries, keys, options, tiles, out, lse, reuse_out=False):
         if out is None:
             out, lse = self.attend(q.detach(), k.detach(), v.detach(), queries, keys, options)
         s, v = self.scores(q, k, queries, keys, options), v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -119,7 +119,7 @@ class Chunks(Attention):
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
-    def attend_with_gradient(self, q, k, v, queries, keys, options, tiles, out, lse):
+    def attend_with_gradient(self, q, k, v, queries, keys, options, tiles, out, lse, reuse_out=False):
         parts = []
         for own, seen, chunk, so_far in self.chunks(queries):
             saved = (None, None) if out is None else (out[own], lse[:, own])

@@ -50,7 +50,7 @@ def test_what_is_refused_is_named(ranks):
     assert "layer that fully_shard was not called on" in refused["model alone"]
     assert "on modules inside the layer as well" in refused["inside"]
     assert "(ignored_params), although it trains" in refused["ignored"]
-    assert "memory_budget and offload with FSDP2" in refused["budget"]
+    assert "memory_budget, offload and recompute_layers with FSDP2" in refused["budget"]
 
 
 @pytest.mark.parametrize("name", ["accelerated", "by PEFT"])

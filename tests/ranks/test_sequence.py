@@ -46,7 +46,7 @@ def test_what_is_refused_is_named(ranks):
         assert 'tile_policy "predictors" reads tiles of tokens that several' in refused["predicted tiles"]
         assert "return_logits=True" in refused["logits"]
         assert refused["budget"] == refused["offload"]
-        assert "memory_budget and offload plan without" in refused["budget"]
+        assert "memory_budget, offload and recompute_layers plan without" in refused["budget"]
 
 
 @pytest.mark.parametrize("name", jobs.DATA_PARALLEL)

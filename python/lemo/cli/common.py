@@ -97,12 +97,31 @@ def size(text: str) -> int:
 
 
 def offload(text: str) -> bool | int | str:
-    """The type of --offload: all, auto, none, or a number of layers."""
+    """The type of --offload: all, auto, none, a number of layers, or a size with its unit."""
     known: dict[str, bool | str] = {"all": True, "none": False, "auto": "auto"}
     if text in known:
         return known[text]
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected all, auto, none or a number of layers; got {text!r}")
+    if text.isdecimal() and int(text):
+        return int(text)
+    try:
+        if not text.isdecimal() and size(text):
+            return text
+    except argparse.ArgumentTypeError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"expected all, auto, none, a number of layers or a size of host memory, like 64GiB; got {text!r}"
+    )
+
+
+def recompute_layers(text: str) -> bool | int | str:
+    """The type of --recompute-layers: auto, least, none, or the number of layers of a segment."""
+    known: dict[str, bool | str] = {"least": True, "none": False, "auto": "auto"}
+    if text in known:
+        return known[text]
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(
+            f"expected auto, least (memory), none or the number of layers of a segment, at least 2; got {text!r}"
+        )
     return int(text)
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, load_config, offload, path_name, size
+from lemo.cli.common import Formatter, add_common, load_config, offload, path_name, recompute_layers, size
 from lemo.engine.sizes import GPUS, gpu_bytes
 from lemo.training.settings import check_defaults_matter, parse_schedule
 
@@ -53,7 +53,14 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--keep", type=float, help="fraction of the blocks kept (default: 0.5)")
     parser.add_argument("--recompute", help="none, attention or full (default: full)")
     parser.add_argument("--memory-budget", type=size, help="memory that a step may take: layers save what fits")
-    parser.add_argument("--offload", type=offload, help="saved rows in host memory: all, auto or a number of layers")
+    parser.add_argument(
+        "--offload", type=offload, help="saved rows in host memory: all, auto, a number of layers, or at most a size"
+    )
+    parser.add_argument(
+        "--recompute-layers",
+        type=recompute_layers,
+        help="layers that run again in segments: auto, least, none or a size",
+    )
     parser.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter")
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_common(parser)
@@ -77,12 +84,17 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that are missing, or that would have no effect."""
     if args.context is None and args.gpu is None:
         raise ValueError("give --context (the memory of its steps), --gpu (the longest context that fits), or both")
-    given = {"--recompute": args.recompute, "--memory-budget": args.memory_budget, "--offload": args.offload}
+    given = {
+        "--recompute": args.recompute,
+        "--memory-budget": args.memory_budget,
+        "--offload": args.offload,
+        "--recompute-layers": args.recompute_layers,
+    }
     useless = [name for name, value in given.items() if value is not None] if args.context is None else []
     if useless:
         raise ValueError(
             f"{' and '.join(useless)} has no effect on the longest context, which is shown with everything recomputed, "
-            "without and with offload: leave it out, or give --context"
+            "without and with offload, and with segments of layers that run again: leave it out, or give --context"
         )
 
 
@@ -98,6 +110,7 @@ def _estimate(args: argparse.Namespace, model: Any) -> Any:
         recompute=args.recompute or ("full" if args.memory_budget is None else "auto"),
         memory_budget=args.memory_budget,
         offload=args.offload or False,
+        recompute_layers="auto" if args.recompute_layers is None else args.recompute_layers,
         calibration="calibration",
     )
     return estimate(model, config, args.context, args.batch, lora_rank=args.lora_rank)

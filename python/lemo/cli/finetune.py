@@ -22,6 +22,7 @@ from lemo.cli.common import (
     load_model,
     offload,
     path_name,
+    recompute_layers,
     say,
     size,
 )
@@ -89,8 +90,15 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
         "elimination",
     ),
     "offload": (
-        "keep saved rows in host memory: all, a number of layers, or auto (as few as --memory-budget needs)",
+        "keep saved rows in host memory: all, a number of layers, auto (as few as --memory-budget needs), or a size "
+        "like 64GiB (likewise, within so much host memory)",
         offload,
+        "elimination",
+    ),
+    "recompute_layers": (
+        "run segments of layers again, which then save almost nothing: a number of layers, least (memory), auto (as "
+        "few as --memory-budget needs) or none",
+        recompute_layers,
         "elimination",
     ),
     "lr": ("learning rate", float, "optimizer"),

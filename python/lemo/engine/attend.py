@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lemo import ops
 from lemo.engine.families.base import AttentionOptions, Family, Tables
+from lemo.engine.linear import projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +119,21 @@ class Attention:
         choice: TileChoice | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        reuse_out: bool = False,
     ) -> Tensor:
-        """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again."""
+        """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again.
+        reuse_out: the backward pass may write into the output's memory."""
         q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
         options = self.options(layer)
         tiles = tiles_of(choice, options, q, k)
-        return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse)
+        return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse, reuse_out)
+
+    def separable(self, layer: nn.Module) -> bool:
+        """Whether the backward pass may go through attention and through the projections before it one after the
+        other, and through the latter in pieces of rows: nothing but these projections is between the norm and attention
+        then, and their graph does not depend on their values."""
+        specs = map(projection, self.family.attention_modules(layer))
+        return all(spec is not None and spec.magnitude is None for spec in specs)
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
@@ -171,6 +181,7 @@ class Attention:
         tiles: Tiles | None,
         out: Tensor | None,
         lse: Tensor | None,
+        reuse_out: bool = False,
     ) -> Tensor:
         """As `attend`, differentiable in q, k, v and sinks; given out and lse are not computed again."""
         others = _key_rows(queries, keys) | self._options(options, queries, keys)
@@ -190,6 +201,7 @@ class Attention:
             deterministic=self.deterministic,
             tile_lists=None if tiles is None else tiles.tensors,
             sinks=options.sinks,
+            reuse_out=reuse_out,
             **others,
         )
 

@@ -12,22 +12,30 @@ Which layers save more ("richer" ones), in `choose`:
    ones the last layers, whose records the backward pass frees first.
 
 Rows are offloaded from the layers that keep most, and among equal ones from the first, which need them back last.
+
+If neither suffices, layers run again in segments (`Step.segments`): as few layers as fit, since each costs another
+forward pass. The last segment's layers do not: their backward pass begins as soon as they are done. While a segment is
+worked on, only the streams before it are saved besides, so segments grow shorter towards the end.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.layout import kept_counts
-from lemo.engine.memory import LayerShape, expert_bytes, saved_bytes, working_bytes
-from lemo.engine.sizes import format_bytes, rounded_up
+from lemo.engine.memory import LayerShape, expert_bytes, forward_bytes, saved_bytes, working_bytes
+from lemo.engine.sizes import format_bytes, parse_bytes, rounded_up
 from lemo.engine.tiles import STRIP_BYTES, TILE, capacity, leaves_out
 
-Offload = bool | int | Literal["auto"]
+# As in `LemoConfig`: a text other than "auto" is a number of bytes.
+Offload = bool | int | str
+Again = bool | int | Literal["auto"]
 _LEVELS: tuple[Recompute, ...] = ("full", "attention", "none")
 
 
@@ -181,7 +189,8 @@ def logit_bytes(shape: LayerShape, tokens: int) -> int:
 @dataclass(frozen=True)
 class MemoryPlan:
     """What every layer saves, the layers whose rows go to host memory, and the bytes that this takes. weights: with
-    what the optimizer keeps; saved: on the device; host: in host memory."""
+    what the optimizer keeps; saved: on the device; host: in host memory. segments: layers of each, if all but the last
+    run again; else empty."""
 
     recompute: tuple[Recompute, ...]
     offloaded: frozenset[int]
@@ -189,6 +198,12 @@ class MemoryPlan:
     saved: int
     working: int
     host: int
+    segments: tuple[int, ...] = ()
+
+    @property
+    def again(self) -> int:
+        """How many layers run again."""
+        return sum(self.segments[:-1])
 
     @property
     def peak(self) -> int:
@@ -202,7 +217,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         layers = ", ".join(f"{level} in {count}" for level, count in self.layers.items())
         host = f"; rows of {len(self.offloaded)} in host memory ({format_bytes(self.host)})" if self.offloaded else ""
-        return f"layers recompute {layers}{host}; about {format_bytes(self.peak)} a step"
+        again = f"; {self.again} run again, in {len(self.segments) - 1} segments" if self.again else ""
+        return f"layers recompute {layers}{host}{again}; about {format_bytes(self.peak)} a step"
 
 
 @dataclass(frozen=True)
@@ -237,79 +253,184 @@ class Needs:
     def of(self, layer: int, recompute: Recompute) -> LayerBytes:
         return self._bytes[layer][recompute]
 
-    def working(self, recompute: Sequence[Recompute]) -> int:
-        """What is needed at a time besides weights and saved rows, at most."""
-        return max(self._working[level == "none"] for level in recompute)
+    def working(self, recompute: Sequence[Recompute], again: bool = False) -> int:
+        """What is needed at a time besides weights and saved rows, at most. again: layers run again."""
+        return max([self._working[level] for level in set(recompute)] + [self._forward_again] * again)
 
     @functools.cached_property
-    def _working(self) -> dict[bool, int]:
-        """For layers that save everything, and for others."""
-        largest = max(lists.most for lists in self.lists)
-        sparse = self.phase.mode == "sparse" and any(leaves_out(x.attention.longest, self.phase) for x in self.lists)
-        more = self.logits + (STRIP_BYTES if sparse else 0)
-        kinds = {id(s): s for s in self.shapes}.values()
-        where = (self.tokens, largest, self.phase.mode)
+    def _working(self) -> dict[Recompute, int]:
+        """By what layers save."""
+        layers = zip(self.shapes, self.lists, strict=True)
+        kinds = {(id(s), lists.most, self._in_place(lists), lists.mlp is None): s for s, lists in layers}
         return {
-            level == "none": more + max(working_bytes(s, *where, level, self.dequantizes) for s in kinds)
-            for level in ("none", "full")
+            level: self._always
+            + max(
+                working_bytes(
+                    s,
+                    self.tokens,
+                    rows,
+                    self.phase.mode,
+                    level,
+                    self.dequantizes,
+                    in_place=in_place,
+                    separable=self.countable and one_list,
+                )
+                for (_, rows, in_place, one_list), s in kinds.items()
+            )
+            for level in _LEVELS
         }
 
-    def plan(self, recompute: Sequence[Recompute], offloaded: frozenset[int]) -> MemoryPlan:
+    @property
+    def _always(self) -> int:
+        sparse = self.phase.mode == "sparse" and any(leaves_out(x.attention.longest, self.phase) for x in self.lists)
+        return self.logits + (STRIP_BYTES if sparse else 0)
+
+    def _in_place(self, lists: LayerLists) -> bool:
+        return lists.mlp is None and lists.attention.everything and not self.phase.weighted
+
+    @functools.cached_property
+    def _forward_again(self) -> int:
+        """With the gradient of the stream, of a layer whose rows are not saved yet."""
+        rows = self.tokens if self.phase.mode == "backward" else max(lists.most for lists in self.lists)
+        least = min(self.of(i, "full").rows for i in range(len(self.shapes)))
+        kinds = {id(s): s for s in self.shapes}.values()
+        return self._always + self.stream + max(forward_bytes(s, self.tokens, rows) for s in kinds) - least
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream."""
+        return self.shapes[0].element * self.shapes[0].hidden * self.tokens
+
+    def plan(
+        self, recompute: Sequence[Recompute], offloaded: frozenset[int], segments: tuple[int, ...] = ()
+    ) -> MemoryPlan:
         sizes = [self.of(i, level) for i, level in enumerate(recompute)]
-        saved = sum(size.others if i in offloaded else size.total for i, size in enumerate(sizes))
-        moved = sorted((sizes[i].rows for i in offloaded), reverse=True)
-        # Of offloaded rows, those of two layers are on the device at a time: one is worked on, one is being copied.
-        saved += sum(moved[:2])
-        host = sum(moved)
-        return MemoryPlan(tuple(recompute), offloaded, self.weights, saved, self.working(recompute), host)
+        lists = [self.of(i, "full").others for i in range(len(sizes))]
+        saved = host = start = 0
+        streams: list[int] = []  # the first layers of the segments before, which have their streams
+        for count in segments or (len(sizes),):
+            layers = range(start, start + count)
+            here = sum(sizes[i].others if i in offloaded else sizes[i].total for i in layers) + sum(lists[:start])
+            here += self.stream * sum(i not in offloaded for i in streams)
+            moved = [sizes[i].rows for i in layers if i in offloaded]
+            moved = sorted(moved + [self.stream for i in streams if i in offloaded], reverse=True)
+            # Of what is offloaded, two layers' rows are on the device at a time: one is worked on, one is being copied.
+            saved, host = max(saved, here + sum(moved[:2])), max(host, sum(moved))
+            streams.append(start)
+            start += count
+        working = self.working(recompute, len(segments) > 1)
+        known = (tuple(recompute), offloaded, self.weights, saved, working, host)
+        return MemoryPlan(*known, segments if len(segments) > 1 else ())
 
 
-def fixed(needs: Needs, recompute: Recompute, offload: Offload = False) -> MemoryPlan:
-    """All layers save the same; offloaded ones at most attention's output, as graphs cannot be moved."""
-    offloaded = _to_offload(needs, 0 if offload == "auto" else offload)
+def fixed(needs: Needs, recompute: Recompute, offload: Offload = False, again: Again = False) -> MemoryPlan:
+    """All layers save the same; offloaded ones at most attention's output, as graphs cannot be moved. again: layers of
+    a segment that runs again, or True: in those segments that need the least memory."""
+    offloaded = _to_offload(needs, 0 if isinstance(offload, str) else offload)
     levels = [
         "attention" if i in offloaded and recompute == "none" and needs.phase.mode != "backward" else recompute
         for i in range(len(needs.shapes))
     ]
-    return needs.plan(levels, offloaded)
+    return needs.plan(levels, offloaded, next(iter(_to_try(needs, again, 0, offload))))
 
 
-def choose(needs: Needs, budget: int, offload: Offload = False) -> MemoryPlan:
+def choose(needs: Needs, budget: int, offload: Offload = False, again: Again = "auto") -> MemoryPlan:
     """The plan that recomputes least within `budget` bytes; see the top of this file. Raises ValueError, naming the
     least budget, if nothing fits."""
     count = len(needs.shapes)
     levels: list[Recompute] = ["full"] * count
-    offloaded = _to_offload(needs, 0 if offload == "auto" else offload)
-    plan = needs.plan(levels, offloaded)
-    while offload == "auto" and plan.peak > budget and len(offloaded) < count:
-        offloaded = _to_offload(needs, len(offloaded) + 1)
-        plan = needs.plan(levels, offloaded)
-    if plan.peak > budget:
-        raise ValueError(_too_small(needs, plan, budget, offload))
+    plan = _fitting(needs, budget, offload, _to_try(needs, again, budget, offload))
+    offloaded, segments = plan.offloaded, plan.segments
     if needs.phase.mode == "backward":  # what it saves does not depend on it
         return plan
     everything = needs.plan(["none"] * count, offloaded)
-    if needs.countable and not offloaded and everything.peak <= budget:  # which may need less working memory
-        return everything
+    if needs.countable and not offloaded and not segments and everything.peak <= budget:
+        return everything  # which may need less working memory
+    limit = _host_limit(offload)
     order = sorted(range(count), key=lambda i: (-needs.lists[i].most, -i))
     steps: tuple[tuple[Recompute, Recompute], ...] = (("attention", "full"), ("none", "attention"))
     for level, before in steps:
         for i in order:
             if levels[i] != before or (level == "none" and (i in offloaded or not needs.countable)):
                 continue
-            if _grown(needs, plan, i, level) > budget:
-                continue
-            trial = needs.plan([*levels[:i], level, *levels[i + 1 :]], offloaded)
-            if trial.peak <= budget:
+            trial = needs.plan([*levels[:i], level, *levels[i + 1 :]], offloaded, segments)
+            if trial.peak <= budget and trial.host <= max(limit, plan.host):
                 levels[i], plan = level, trial
     return plan
 
 
-def _grown(needs: Needs, plan: MemoryPlan, layer: int, level: Recompute) -> int:
-    """At least the peak if a layer saves more: rules most of them out without adding all layers up again."""
-    if layer in plan.offloaded:
-        return plan.peak
-    return plan.peak + needs.of(layer, level).total - needs.of(layer, plan.recompute[layer]).total
+def _fitting(needs: Needs, budget: int, offload: Offload, ways: Iterable[tuple[int, ...]]) -> MemoryPlan:
+    """With everything recomputed, the first of these segments that fit, and the fewest offloaded layers."""
+    least: MemoryPlan | None = None
+    for segments in ways:
+        plan = _fewest_offloaded(needs, budget, offload, segments)
+        if plan.peak <= budget:
+            return plan
+        if least is None or plan.peak < least.peak:
+            least = plan
+    assert least is not None
+    raise ValueError(_too_small(needs, least, budget, offload))
+
+
+def _fewest_offloaded(needs: Needs, budget: int, offload: Offload, segments: tuple[int, ...]) -> MemoryPlan:
+    """As few layers as the budget needs; as many as the host may hold if it is too small for that."""
+    levels: list[Recompute] = ["full"] * len(needs.shapes)
+    if not isinstance(offload, str):
+        return needs.plan(levels, _to_offload(needs, offload), segments)
+    limit, numbers = _host_limit(offload), range(len(levels) + 1)
+
+    def plan(n: int) -> MemoryPlan:
+        return needs.plan(levels, _to_offload(needs, n), segments)
+
+    # More layers need more of the host and less of the device.
+    most = bisect.bisect_right(numbers, limit, key=lambda n: plan(n).host) - 1
+    return plan(min(most, bisect.bisect_left(numbers, -budget, key=lambda n: -plan(n).peak)))
+
+
+def _host_limit(offload: Offload) -> float:
+    """Bytes of host memory that may be used."""
+    return parse_bytes(offload) if isinstance(offload, str) and offload != "auto" else math.inf
+
+
+def _to_try(needs: Needs, again: Again, budget: int, offload: Offload) -> Iterator[tuple[int, ...]]:
+    """The segments to try, those in which the fewest layers run again first."""
+    count = len(needs.shapes)
+    if again != "auto":
+        yield _least(needs, offload) if again is True else _equal(count, again)
+        return
+    yield ()
+    least = _least(needs, offload)
+    if _fewest_offloaded(needs, budget, offload, least).peak <= budget:
+        for last in range(count - 1, 0, -1):
+            for m in range(1, (count - last) // 2 + 1):
+                yield (*_uneven(needs, m, count - last), last)
+    yield least
+
+
+def _equal(layers: int, size: int) -> tuple[int, ...]:
+    """Segments of so many layers, but for the first, which may be shorter."""
+    if not size:
+        return ()
+    first = layers % size
+    return (first,) * (first > 0) + (size,) * (layers // size)
+
+
+def _least(needs: Needs, offload: Offload) -> tuple[int, ...]:
+    """The segments that need the least memory; () if that is to save the input of every layer."""
+    count = len(needs.shapes)
+    ways = [(), *(_uneven(needs, m, count) for m in range(2, count // 2 + 1))]
+    return min(ways, key=lambda segments: _fewest_offloaded(needs, 0, offload, segments).peak)
+
+
+def _uneven(needs: Needs, segments: int, layers: int) -> tuple[int, ...]:
+    """Layers in so many segments, each of at least two, so that the most that is saved at a time is as little as
+    possible."""
+    row = sum(needs.of(i, "full").rows for i in range(len(needs.shapes))) / len(needs.shapes)
+    sizes = [2] * segments
+    for _ in range(layers - 2 * segments):
+        least = min(range(segments), key=lambda j: j * needs.stream + (sizes[j] + 1) * row)
+        sizes[least] += 1
+    return tuple(sizes)
 
 
 def _to_offload(needs: Needs, layers: bool | int) -> frozenset[int]:
@@ -324,11 +445,15 @@ def _too_small(needs: Needs, plan: MemoryPlan, budget: int, offload: Offload) ->
         f"weights and optimizer {format_bytes(plan.weights)}, saved rows {format_bytes(plan.saved)}, "
         f"working memory {format_bytes(plan.working)}"
     )
+    in_segments = ", in segments of layers that run again" if plan.segments else ""
     ways = ["raise it"]
     if offload is False and plan.saved > 0 and plan.peak - plan.saved <= budget:
         ways.append("offload saved rows to host memory (offload=True, --offload all)")
+    if not plan.segments and needs.plan(plan.recompute, plan.offloaded, _least(needs, offload)).peak <= budget:
+        ways.append('let layers run again in segments (recompute_layers="auto", --recompute-layers auto)')
     ways.append("keep fewer tokens or train on shorter windows")
     return (
         f"memory_budget is {format_bytes(budget)}, and a step of mode {needs.phase.mode!r} with {needs.tokens} tokens "
-        f"needs at least {rounded_up(plan.peak)} with everything recomputed ({parts}): {', or '.join(ways)}"
+        f"needs at least {rounded_up(plan.peak)} with everything recomputed{in_segments} ({parts}): "
+        f"{', or '.join(ways)}"
     )

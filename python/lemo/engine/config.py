@@ -276,8 +276,13 @@ class LemoConfig:
         saved rows and working memory, as `lemo.estimate` counts them. Every layer then saves as much as fits
         (`lemo.engine.budget` says which layers save more). None: `recompute` decides.
     offload: keep saved rows in pinned host memory until the backward pass needs them: True for all layers, a number of
-        layers (those that keep most), or "auto": as few as `memory_budget` needs. Offloaded layers save at most
-        attention's output.
+        layers (those that keep most), or "auto": as few as `memory_budget` needs; a text like "100GiB": likewise, and
+        no more bytes of host memory than that. Offloaded layers save at most attention's output.
+    recompute_layers: run whole segments of layers again in the backward pass, from the residual stream before the
+        first of them, so that between the passes they save nothing else (every token's stream, whatever is kept). A
+        number of layers: the size of a segment; True: the segments that need the least memory; "auto": if
+        `memory_budget` needs it, with as few such layers as possible; False: never. The last segment does not run
+        again.
     seed: of all random choices, together with the process's rank, the step, the micro-batch and the layer.
     always_first, always_last: blocks at either end of every document that are always kept.
     layers: indices of the layers that eliminate; the others keep everything. None: all of them.
@@ -306,7 +311,8 @@ class LemoConfig:
     segment_rows: int = 0
     return_logits: bool = False
     memory_budget: int | str | None = None
-    offload: bool | int | Literal["auto"] = False
+    offload: bool | int | str = False
+    recompute_layers: bool | int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("always_first", 0), ("always_last", 0), ("segment_rows", 0)):
@@ -363,19 +369,43 @@ class LemoConfig:
                     "LemoConfig.memory_budget chooses what every layer recomputes, which recompute="
                     f'"{self.recompute}" has already decided: leave recompute at "auto", or memory_budget out'
                 )
-        offload = self.offload
-        if offload != "auto" and (not isinstance(offload, int) or offload < 0):
-            raise ValueError(f'LemoConfig.offload must be True, False, a number of layers or "auto"; got {offload!r}')
-        if offload == "auto" and self.memory_budget is None:
+        self._check_offload()
+        again = self.recompute_layers
+        number = isinstance(again, int) and (isinstance(again, bool) or again == 0 or again > 1)
+        if again != "auto" and not number:
             raise ValueError(
-                'LemoConfig.offload "auto" offloads as few layers as memory_budget needs: give memory_budget, or a '
-                "number of layers, or True for all"
+                'LemoConfig.recompute_layers must be True, False, "auto" or the number of layers of a segment, at '
+                f"least 2; got {again!r}"
+            )
+
+    def _check_offload(self) -> None:
+        offload = self.offload
+        if isinstance(offload, str) and offload != "auto":
+            try:
+                if parse_bytes(offload) < 1 or offload.strip().isdecimal():
+                    raise ValueError(f"expected a unit, like 100GiB; got {offload!r}")
+            except ValueError as error:
+                raise ValueError(
+                    'LemoConfig.offload must be True, False, a number of layers, "auto" or the bytes of host memory '
+                    f"that it may take: {error}"
+                ) from None
+        elif not isinstance(offload, str) and (not isinstance(offload, int) or offload < 0):
+            raise ValueError(f'LemoConfig.offload must be True, False, a number of layers or "auto"; got {offload!r}')
+        if isinstance(offload, str) and self.memory_budget is None:
+            raise ValueError(
+                f'LemoConfig.offload "{offload}" offloads as few layers as memory_budget needs: give memory_budget, or '
+                "a number of layers, or True for all"
             )
         if offload and self.recompute == "none":
             raise ValueError(
                 'LemoConfig.offload moves saved rows, and with recompute="none" a layer saves graphs instead, which '
                 'cannot be moved: use recompute "attention" or "full", or leave it at "auto"'
             )
+
+    @property
+    def plans_memory(self) -> bool:
+        """Whether what layers save, and where, follows from the shapes of a batch, not from `recompute` alone."""
+        return bool(self.memory_budget is not None or self.offload or self.recompute_layers not in (False, "auto"))
 
     @property
     def budget(self) -> int | None:

@@ -17,7 +17,7 @@ class PassShares:
     """What one pass computed.
 
     By layer: recompute (or one for all); kept, mlp_kept, shares of the tokens; density, shares of the pairs of tiles
-    among them (empty: all pairs).
+    among them (empty: all pairs). again: how many layers, the first ones, run forward once more in the backward pass.
     """
 
     mode: Mode
@@ -25,6 +25,7 @@ class PassShares:
     kept: Sequence[float]
     mlp_kept: Sequence[float]
     density: Sequence[float] = ()
+    again: int = 0
 
 
 def cost_ratio(shape: ModelShape, lengths: Sequence[int], shares: PassShares) -> float:
@@ -36,7 +37,7 @@ def cost_ratio(shape: ModelShape, lengths: Sequence[int], shares: PassShares) ->
     loss to be over as many as the layer with the most kept.
     """
     layers = len(shares.kept)
-    every = PassShares("dense", shares.recompute, (1.0,) * layers, (1.0,) * layers)
+    every = PassShares("dense", shares.recompute, (1.0,) * layers, (1.0,) * layers, again=shares.again)
     return _cost(shape, lengths, shares) / _cost(shape, lengths, every)
 
 
@@ -56,7 +57,11 @@ def _cost(shape: ModelShape, lengths: Sequence[int], shares: PassShares) -> floa
         rows = tokens * (attention * kept + mlp * mlp_kept)
         some = pairs * kept**2 * dense * per_pair
         forward = tokens * (attention + mlp) + pairs * per_pair if exact else rows + some
-        total += forward + (1 + repeats) * rows + (_ATTENTION_BACKWARD + repeats_attention) * some
+        total += (
+            (2 if i < shares.again else 1) * forward
+            + (1 + repeats) * rows
+            + (_ATTENTION_BACKWARD + repeats_attention) * some
+        )
     return total
 
 

@@ -21,13 +21,14 @@ _GIB = 1 << 30
 
 class Estimate(dict[str, Any]):
     """{"tokens", "recompute", "phases": [{"mode", "keep", "weights", "saved", "working", "peak", "host", "layers",
-    "offloaded"}], "peak"}, in bytes; prints as a table in GiB. layers: how many save what; host: in host memory."""
+    "offloaded", "segments"}], "peak"}, in bytes; prints as a table in GiB. layers: how many save what; host: in host
+    memory; segments: layers of each, if all but the last run again."""
 
     def __str__(self) -> str:
         lines = [f"{self['tokens']} tokens, recompute {self['recompute']} (GiB)"]
         host = any(p["host"] for p in self["phases"])
         names = ("weights", "saved", "working", "peak", *(("host",) if host else ()))
-        by_layer = self["recompute"] == "by budget" or host
+        by_layer = self["recompute"] == "by budget" or host or any(p["segments"] for p in self["phases"])
         lines.append(f"{'phase':<14}{'keep':>6}{''.join(f'{name:>10}' for name in names)}")
         for p in self["phases"]:
             sizes = "".join(f"{p[name] / _GIB:>10.2f}" for name in names)
@@ -35,7 +36,8 @@ class Estimate(dict[str, Any]):
             if by_layer:
                 saved = ", ".join(f"{n} {level}" for level, n in p["layers"].items())
                 offloaded = f"; rows of {p['offloaded']} in host memory" if p["offloaded"] else ""
-                lines.append(f"{'':<14}layers: {saved}{offloaded}")
+                again = _run_again(p["segments"])
+                lines.append(f"{'':<14}layers: {saved}{offloaded}{again}")
         lines.append(f"The largest phase decides what fits: {self['peak'] / _GIB:.2f} GiB.")
         return "\n".join(lines)
 
@@ -77,9 +79,10 @@ class _Model:
             logits=budget.logit_bytes(shape, tokens) if config.return_logits else 0,
         )
         if config.budget is not None:
-            return budget.choose(needs, config.budget, config.offload)
+            return budget.choose(needs, config.budget, config.offload, config.recompute_layers)
         recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
-        return budget.fixed(needs, recompute, config.offload)
+        again = False if config.recompute_layers == "auto" else config.recompute_layers
+        return budget.fixed(needs, recompute, config.offload, again)
 
 
 def estimate(
@@ -116,6 +119,10 @@ def estimate(
     )
 
 
+def _run_again(segments: Sequence[int]) -> str:
+    return f"; {sum(segments[:-1])} run again, in segments of {', '.join(map(str, segments[:-1]))}" if segments else ""
+
+
 def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
     return {
         "mode": phase.mode,
@@ -127,6 +134,7 @@ def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
         "host": plan.host,
         "layers": plan.layers,
         "offloaded": len(plan.offloaded),
+        "segments": list(plan.segments),
     }
 
 
@@ -135,19 +143,21 @@ def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
 
 class Longest(dict[str, Any]):
     """{"gpu", "left", "batch", "positions", "phases": [{"mode", "keep", "limits", "context", "context_offload",
-    "host"}]}: the longest contexts whose steps take at most `left` bytes, with everything recomputed, without and with
-    offload (which then has `host` bytes in host memory). positions: the model's own, or None. Prints as a table."""
+    "host", "context_again"}]}: the longest contexts whose steps take at most `left` bytes, with everything recomputed,
+    without and with offload (which then has `host` bytes in host memory), and with segments of layers that run again.
+    positions: the model's own, or None. Prints as a table."""
 
     def __str__(self) -> str:
         lines = [
             f"The longest context that fits {format_bytes(self['gpu'])}, everything recomputed, batch {self['batch']} "
             f"({format_bytes(self['left'])} for a step; the rest is for the CUDA context and fragmentation)",
-            f"{'mode':<26}{'tokens':>12}{'with offload':>14}{'host GiB':>10}",
+            f"{'mode':<26}{'tokens':>12}{'run again':>12}{'with offload':>14}{'host GiB':>10}",
         ]
         for p in self["phases"]:
             name = f"{p['mode']} keep {p['keep']:g}" if p["keep"] < 1 else p["mode"]
             name += "".join(f" {limit}={value:g}" for limit, value in p["limits"].items())
-            lines.append(f"{name:<26}{p['context']:>12}{p['context_offload']:>14}{p['host'] / _GIB:>10.1f}")
+            contexts = f"{p['context']:>12}{p['context_again']:>12}{p['context_offload']:>14}"
+            lines.append(f"{name:<26}{contexts}{p['host'] / _GIB:>10.1f}")
         positions = self["positions"]
         if positions is not None and any(p["context_offload"] > positions for p in self["phases"]):
             lines.append(f"The model itself has {positions} positions: what lies beyond needs --interpolate-positions.")
@@ -175,14 +185,14 @@ def longest(
     config = LemoConfig() if config is None else config
     known, left = _Model.of(model, element, lora_rank, lora_targets), left_for_steps(gpu)
     families.of(known.config).check_kernels(known.config, torch.device("cuda"))
-    base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False)
+    base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False, recompute_layers=False)
     rows = []
     for phase in config.phases or ():
         found = []
-        for offload in (False, True):
-            settings = dataclasses.replace(base, offload=offload)
+        offloaded = dataclasses.replace(base, offload=True)
+        for settings in (base, offloaded, dataclasses.replace(base, recompute_layers=True)):
             found.append(_search(known, settings, phase, batch, left))
-        host = known.plan(settings, phase, found[1], batch).host if found[1] else 0
+        host = known.plan(offloaded, phase, found[1], batch).host if found[1] else 0
         rows.append(
             {
                 "mode": phase.mode,
@@ -191,6 +201,7 @@ def longest(
                 "context": found[0],
                 "context_offload": found[1],
                 "host": host,
+                "context_again": found[2],
             }
         )
     positions = getattr(known.config, "max_position_embeddings", None)

@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lemo import ops
+from lemo.engine.config import Recompute
 from lemo.engine.families.base import NormWeights
-from lemo.engine.layout import Kept
+from lemo.engine.layout import Kept, KeptPair
 from lemo.engine.randomness import Generators, generators, same_generators
-from lemo.engine.records import Record
+from lemo.engine.records import Record, SavedList, Stream
 from lemo.engine.segments import split, trace
-from lemo.engine.step import Step
+from lemo.engine.step import LayerRun, Step
 
 
 def forward(step: Step, x: Tensor) -> None:
     """Runs all layers over x in place. What the backward pass needs is put into `step.records`."""
-    for i in range(len(step.layers)):
-        with step.layer(i) as layer:
-            attention, mlp = step.choose(i, x)
-            step.check_later(attention)
-            step.check_later(mlp)
-            if step.mode == "backward":
-                with _no_draws(step, i, x.device):
-                    _exact_layer(step, i, layer, x, attention)
-            elif attention is mlp:
-                if attention is not None:
-                    _kept_layer(step, i, layer, x, attention)
-            else:
-                if attention is not None:
-                    _kept_attention(step, i, layer, x, attention)
-                if mlp is not None:
-                    _kept_mlp(step, i, layer, x, mlp)
+    *again, last = step.layer_segments
+    for layers in again:
+        states = generators(x.device) if step.random is not False else None
+        step.records.put_stream(Stream(layers.start, x.clone()))
+        for i in layers:
+            step.runs[i] = _first_run(step, i, x, None)
+        step.runs[layers.start].generators = states
+    for i in last:
+        _first_run(step, i, x, step.recompute_of(i))
     step.forget_lists()
+
+
+def forward_again(step: Step, layers: range, x: Tensor) -> None:
+    """Runs the layers of a segment over the stream x before them, as `forward` did, and puts their records. x is used
+    up."""
+    for i in layers:
+        run = dataclasses.replace(
+            step.runs.pop(i), saves=step.recompute_of(i), again=True, last=i == layers[-1], generators=None
+        )
+        with step.layer(i) as layer:
+            _run(step, i, layer, x, run, (None, None))
+
+
+def _first_run(step: Step, i: int, x: Tensor, saves: Recompute | None) -> LayerRun:
+    """Chooses the lists of layer i and runs it."""
+    with step.layer(i) as layer:
+        kept = step.choose(i, x)
+        for k in kept:
+            step.check_later(k)
+        attention, mlp = (None if k is None else step.saved_list(k) for k in kept)
+        run = LayerRun(attention, mlp, saves)
+        _run(step, i, layer, x, run, kept)
+    return run
+
+
+def _run(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: KeptPair) -> None:
+    """Layer i on its lists. kept: the same lists, for whoever observes the layer."""
+    if step.mode == "backward":
+        with _no_draws(step, i, x.device):
+            _exact_layer(step, i, layer, x, run)
+    elif run.attention is run.mlp:
+        if run.attention is not None:
+            _kept_layer(step, i, layer, x, run, kept[0])
+    else:
+        if run.attention is not None:
+            _kept_attention(step, i, layer, x, run, kept[0])
+        if run.mlp is not None:
+            _kept_mlp(step, i, layer, x, run)
 
 
 def gather_norm(x: Tensor, rows: Tensor | None, residual: Tensor | None, n: NormWeights) -> tuple[Tensor, Tensor]:
@@ -46,69 +79,91 @@ def gather_norm(x: Tensor, rows: Tensor | None, residual: Tensor | None, n: Norm
 # --- kept rows only ---------------------------------------------------------------------------------------------------
 
 
-def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> None:
+def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: Kept | None) -> None:
     """Attention and MLP on one kept list."""
-    saved = step.saved_list(kept)
+    saved = run.attention
+    assert saved is not None
     n1, n2 = step.family.norms(layer)
-    states = _generators(step, i, x.device)
+    states = _generators(step, run, x.device)
+    if run.last and run.saves == "full":
+        step.records.put(Record(i, "layer", saved, _last_rows(x, saved), generators=states, tiles=run.tiles))
+        return
     h, x_kept = gather_norm(x, saved.rows, None, n1)
     record = Record(i, "layer", saved, x_kept, generators=states)
-    a = _attend(step, layer, record, h)
+    a = _attend(step, layer, record, h, run)
     del h
-    norms = []
-    if step.recompute_of(i) == "none":
+    if run.last and not run.graphs:
+        step.records.put(record)
+        return
+    observe, norms = None if run.again else step.observe, []
+    if run.graphs:
         h2, record.x_mlp = gather_norm(a, None, x_kept, n2)
-        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, lambda s: step.statistics.add(i, s))
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, _count(step, run, i))
         ops.scatter_add_(x, saved.rows, m, record.x_mlp)
-        if step.observe is not None:
+        if observe is not None:
             norms.append(_lengths(a + m))
     else:
         for c in step.chunks(saved.count):
-            h2, x_mlp = gather_norm(a[c], None, x_kept[c], n2)
-            m = _mlp(step, i, layer, h2)
+            added = step.family.attention_output(layer, a[c])
+            h2, x_mlp = gather_norm(added, None, x_kept[c], n2)
+            m = _mlp(step, layer, h2, _count(step, run, i))
             ops.scatter_add_(x, saved.rows[c], m, x_mlp)
-            if step.observe is not None:
-                norms.append(_lengths(m + a[c]))
-    if step.observe is not None:
-        step.observe(i, torch.cat(norms), kept)
-    step.records.put(record)
+            if observe is not None:
+                norms.append(_lengths(m + added))
+    if observe is not None and kept is not None:
+        observe(i, torch.cat(norms), kept)
+    _put(step, record, run)
 
 
-def _kept_attention(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> None:
+def _kept_attention(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: Kept | None) -> None:
     """Attention alone, if the MLP has another list."""
-    saved = step.saved_list(kept)
-    states = _generators(step, i, x.device)
+    saved = run.attention
+    assert saved is not None
+    states = _generators(step, run, x.device)
     h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[0])
     record = Record(i, "attention", saved, x_kept, generators=states)
-    a = _attend(step, layer, record, h)
-    if step.observe is not None:
-        step.observe(i, _lengths(a), kept)
-    ops.scatter_add_(x, saved.rows, a, x_kept)
-    step.records.put(record)
+    a = _attend(step, layer, record, h, run)
+    del h
+    observe, norms = None if run.again else step.observe, []
+    for c in (slice(0, saved.count),) if run.graphs else step.chunks(saved.count):
+        added = a if run.graphs else step.family.attention_output(layer, a[c])
+        ops.scatter_add_(x, saved.rows[c], added, x_kept[c])
+        if observe is not None:
+            norms.append(_lengths(added))
+    if observe is not None and kept is not None:
+        observe(i, torch.cat(norms), kept)
+    _put(step, record, run)
 
 
-def _kept_mlp(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept) -> None:
+def _kept_mlp(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
     """The MLP alone, if attention has another list."""
-    saved = step.saved_list(kept)
-    states = _generators(step, i, x.device)
+    saved = run.mlp
+    assert saved is not None
+    states = _generators(step, run, x.device)
+    if run.last and not run.graphs:
+        step.records.put(Record(i, "mlp", saved, _last_rows(x, saved), generators=states))
+        return
     h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[1])
     record = Record(i, "mlp", saved, x_kept, generators=states)
-    if step.recompute_of(i) == "none":
-        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, lambda s: step.statistics.add(i, s))
+    if run.graphs:
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, _count(step, run, i))
     else:
         m = torch.empty_like(x_kept)
         for c in step.chunks(saved.count):
-            m[c] = _mlp(step, i, layer, h[c])
+            m[c] = _mlp(step, layer, h[c], _count(step, run, i))
     ops.scatter_add_(x, saved.rows, m, x_kept)
-    step.records.put(record)
+    _put(step, record, run)
 
 
-def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor) -> Tensor:
-    """What attention adds to the kept rows, [M, d], of the norm's output h [M, d]; fills the record's graph, or its
-    output and log-sum-exp."""
+def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerRun) -> Tensor:
+    """Attention of the kept rows from the norm's output h [M, d]. Fills the record's graph, and gives what is added to
+    the rows, [M, d]; or else its output and log-sum-exp, and gives the output [M, Hq D], which is still to be
+    projected."""
     saved = record.saved_list
-    choice = None if step.tiles is None else step.tiles(record.layer, record.x_kept, saved)
-    if step.recompute_of(record.layer) == "none":
+    choice = run.tiles
+    if not run.again and step.tiles is not None and step.attention.options(layer).window is None:
+        choice = run.tiles = step.tiles(record.layer, record.x_kept, saved)
+    if run.graphs:
         a, record.attention = trace(
             lambda leaf: step.family.attention_output(
                 layer, step.attention.differentiable(layer, leaf, saved, choice).flatten(1)
@@ -118,56 +173,73 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor) -> Tensor:
         return a
     out, lse = step.attention.forward(layer, h, saved, choice)
     record.tiles = choice
-    if step.recompute_of(record.layer) == "attention":
+    if run.saves == "attention":
         record.out, record.lse = out, lse
-    return step.family.attention_output(layer, out.flatten(1))
+    return out.flatten(1)
 
 
-def _mlp(step: Step, i: int, layer: nn.Module, h: Tensor) -> Tensor:
+def _put(step: Step, record: Record, run: LayerRun) -> None:
+    if run.saves is not None:
+        step.records.put(record)
+
+
+def _last_rows(x: Tensor, saved: SavedList) -> Tensor:
+    """Rows of a stream that nothing else reads any more."""
+    return x if saved.table_rows is None else ops.gather(x, saved.rows)
+
+
+def _count(step: Step, run: LayerRun, i: int) -> Callable[[Tensor], None]:
+    """What takes the MLP's statistics: they are added up once."""
+    return (lambda _: None) if run.again else (lambda statistics: step.statistics.add(i, statistics))
+
+
+def _mlp(step: Step, layer: nn.Module, h: Tensor, count: Callable[[Tensor], None]) -> Tensor:
     """What the MLP adds, [M, d], of the norm's output h [M, d]. Without a graph."""
     y, statistics = split(step.family.mlp(layer, h))
     if statistics is not None:
-        step.statistics.add(i, statistics)
+        count(statistics)
     return y
 
 
 # --- mode "backward" --------------------------------------------------------------------------------------------------
 
 
-def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, kept: Kept | None) -> None:
+def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
     """The exact layer on all tokens; only kept rows of its input and attention output are saved."""
     n1, n2 = step.family.norms(layer)
     record = None
-    if kept is not None:
-        saved = step.saved_list(kept)
-        record = Record(i, "layer", saved, ops.gather(x, saved.rows))
+    if run.saves is not None and run.attention is not None:
+        record = Record(i, "layer", run.attention, ops.gather(x, run.attention.rows))
+    if run.last and record is None:
+        return
     everything = step.everything
     # Without a name for the norm's output, [T, d]: it is gone before attention runs.
     out, lse = step.attention.forward(layer, gather_norm(x, None, None, n1)[0], everything)
     if record is not None:
         rows = record.saved_list.rows
         record.out, record.lse = out.index_select(0, rows), lse.index_select(1, rows)
-    a = step.family.attention_output(layer, out.flatten(1))
-    del out, lse
-    norms = []
-    for c in step.chunks(x.shape[0]):
-        h2, x_mlp = gather_norm(a[c], None, x[c], n2)
-        m = _mlp(step, i, layer, h2)
-        torch.add(x_mlp, m, out=x[c])
-        if step.observe is not None:
-            norms.append(_lengths(m + a[c]))
-    if step.observe is not None:
-        step.observe(i, torch.cat(norms), Kept.everything(step.blocks))
-    if record is not None:
         step.records.put(record)
+    if run.last:
+        return
+    out = out.flatten(1)
+    observe, norms = None if run.again else step.observe, []
+    for c in step.chunks(x.shape[0]):
+        added = step.family.attention_output(layer, out[c])
+        h2, x_mlp = gather_norm(added, None, x[c], n2)
+        m = _mlp(step, layer, h2, _count(step, run, i))
+        torch.add(x_mlp, m, out=x[c])
+        if observe is not None:
+            norms.append(_lengths(m + added))
+    if observe is not None:
+        observe(i, torch.cat(norms), Kept.everything(step.blocks))
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------
 
 
-def _generators(step: Step, i: int, device: torch.device) -> Generators | None:
+def _generators(step: Step, run: LayerRun, device: torch.device) -> Generators | None:
     """The states that recomputation has to start from."""
-    return generators(device) if step.random is not False and step.recompute_of(i) != "none" else None
+    return generators(device) if step.random is not False and run.saves in ("full", "attention") else None
 
 
 @contextmanager

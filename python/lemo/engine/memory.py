@@ -13,8 +13,9 @@ import torch
 
 from lemo.engine import families
 from lemo.engine.families.base import ModelShape
-from lemo.engine.step import MLP_ROWS
+from lemo.engine.step import MLP_ROWS, SEPARATE_BYTES
 from lemo.engine.wrappers import base_model
+from lemo.ops.attention import heads_at_a_time
 
 # Workspace of the segmented loss.
 _LOSS_BYTES = 128 << 20
@@ -190,28 +191,76 @@ def weight_bytes(shape: LayerShape, stored: int | None) -> int:
     return base + 16 * adapters
 
 
-def working_bytes(shape: LayerShape, tokens: int, rows: int, mode: str, recompute: str, dequantizes: bool) -> int:
-    """What a step needs at a time besides weights and saved rows, at most: an estimate, 0 to 7 % of the whole peak too
-    high where peaks were measured (docs/howto/memory.md)."""
-    d, q, kv, f, e = (
-        shape.hidden,
-        shape.heads * shape.head_dim,
-        shape.kv_heads * shape.head_dim,
-        shape.ffn,
-        shape.element,
-    )
+def working_bytes(
+    shape: LayerShape,
+    tokens: int,
+    rows: int,
+    mode: str,
+    recompute: str,
+    dequantizes: bool,
+    *,
+    in_place: bool = False,
+    separable: bool = True,
+) -> int:
+    """What a step needs at a time besides weights and saved rows, at most: an estimate (docs/howto/memory.md).
+
+    in_place: the layer works on all tokens, without weights, so that the stream's gradient is that of its rows.
+    separable: see `lemo.engine.attend.Attention.separable`, as far as the shape does not decide it.
+    """
+    d, q, kv, f, e = _widths(shape)
     # The residual stream or its gradient; both, and one more of their size, while the loss is computed.
     stream = e * tokens * d
-    chunk = rows if recompute == "none" and mode != "backward" else min(rows, MLP_ROWS)
+    # Rotary tables; ids, targets, positions and lists of all tokens.
+    fixed = tokens * (2 * e * shape.head_dim + 64)
+    again = recompute != "none" or mode == "backward"
+    chunk = min(rows, MLP_ROWS) if again else rows
     mlp = e * chunk * ((6 if shape.gated else 4) * f + 3 * d)
     if shape.experts is not None:  # rows of gate and up, and their inputs and outputs, once for every expert of a row
         mlp = max(mlp, chunk * shape.experts.per_token * e * (6 * shape.experts.ffn + 3 * d) + 12 * shape.experts.count)
-    again = recompute != "none" or mode == "backward"
-    recomputed = e * rows * (3 * d + 2 * q + 2 * kv + shape.inner_saved) if again else 0
-    layer = mlp + recomputed + e * rows * (3 * q + 4 * kv)
+    if again:
+        layer = _layer_again(shape, rows, mlp, mode == "backward" or recompute == "attention", in_place, separable)
+    else:
+        layer = mlp + e * rows * (3 * q + 4 * kv)
     if mode == "backward":
-        exact = e * tokens * (2 * d + 2 * q + 2 * kv) + e * min(tokens, MLP_ROWS) * (3 * f + 2 * d)
-        layer = max(layer, exact)
+        exact = e * tokens * q + e * min(tokens, MLP_ROWS) * (3 * f + 3 * d)
+        layer = max(layer, _forward(shape, tokens), exact)
     if dequantizes:  # one weight at a time is made dense
         layer += e * max(a * b for a, b in shape.projections.values())
-    return max(stream + layer, 3 * stream + _LOSS_BYTES)
+    return fixed + max(stream + layer, 3 * stream + _LOSS_BYTES)
+
+
+def forward_bytes(shape: LayerShape, tokens: int, rows: int) -> int:
+    """What a layer needs in addition to the stream's gradient and to what is saved, if it runs again: the stream and
+    its own work."""
+    return shape.element * tokens * shape.hidden + _forward(shape, rows)
+
+
+def _widths(shape: LayerShape) -> tuple[int, int, int, int, int]:
+    """Hidden size, widths of queries, of keys, and of the MLP, and bytes of an element."""
+    heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return shape.hidden, *heads, shape.ffn, shape.element
+
+
+def _forward(shape: LayerShape, rows: int) -> int:
+    """Attention of so many rows: the norm's output, and q, k, v before and after they are rotated."""
+    d, q, kv, _, e = _widths(shape)
+    return e * rows * (d + 2 * q + 3 * kv + (q + kv if shape.inner_saved else 0))
+
+
+def _layer_again(shape: LayerShape, rows: int, mlp: int, has_output: bool, in_place: bool, separable: bool) -> int:
+    """The backward pass of a layer that is computed again (`lemo.engine.backward`). mlp: what a chunk of rows needs;
+    has_output: attention's output is saved."""
+    d, q, kv, _, e = _widths(shape)
+    row = e * rows
+    # q, k, v and the gradient of attention's output; its output; the rows' gradient; the norm's output.
+    held = row * (2 * q + 2 * kv + shape.inner_saved)
+    held += 0 if has_output else row * q
+    held += 0 if in_place else row * d
+    held += 0 if separable and not shape.inner_saved and row * d >= SEPARATE_BYTES else row * d
+    # Gradients of q, k, v of as many heads as are worked on at a time, dq in float32 as well, two statistics of rows.
+    heads = heads_at_a_time(rows, shape.heads, shape.kv_heads, shape.head_dim) if rows else shape.kv_heads
+    share = heads / shape.kv_heads
+    attention = int(share * rows * (e * (q + 2 * kv) + 4 * q + 8 * shape.heads))
+    if heads < shape.kv_heads:
+        attention += row * 2 * kv
+    return held + max(attention, mlp + e * min(rows, MLP_ROWS) * (d + q))

@@ -2,7 +2,8 @@
 
 `OffloadedRecords.put` starts the copy of a layer's rows; they stay on the device until the next layer is done,
 and are dropped then. `pop` starts the copy of the next record it will be asked for, so that it arrives while the
-layer before it is worked on. Thus at most two layers' rows are on the device, in either direction.
+layer before it is worked on. Thus at most two layers' rows are on the device, in either direction. Streams, from which
+segments of layers run again, travel the same way; one is fetched while the first layer after it is worked on.
 
 On CUDA all copies run on a separate stream, into pinned memory. Two hazards, and how they are avoided:
 
@@ -21,13 +22,13 @@ On the CPU the same steps copy to separate memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lemo.engine.records import Record, Records
+from lemo.engine.records import Record, Records, Stream
 from lemo.engine.sizes import format_bytes
 
 # Host memory is pinned in chunks of this size: a power of two, to which torch rounds pinned memory up.
@@ -180,9 +181,10 @@ class _Copies:
 
 
 class _Moved:
-    """Rows of a record that were copied to host memory. tensors: on the device, by name, while they are there."""
+    """Rows of a record or a stream that were copied to host memory. tensors: on the device, by name, while they are
+    there."""
 
-    def __init__(self, copies: _Copies, record: Record) -> None:
+    def __init__(self, copies: _Copies, record: Record | Stream) -> None:
         self.copies, self.record = copies, record
         found = {name: getattr(record, name) for name in _MOVED}
         self.tensors: dict[str, Tensor] = {name: t.contiguous() for name, t in found.items() if t is not None}
@@ -225,15 +227,14 @@ class _Moved:
                 rows.copy_(host, non_blocking=True)
         self.mark, self.fetched = self.copies.mark(), True
 
-    def restore(self) -> Record:
-        """The record as it was put."""
+    def restore(self) -> None:
+        """The record is as it was put."""
         self.fetch()
         if self.fetched:  # if not, the rows never left: nobody reads the copy that may still be made of them
             self.copies.wait(self.mark)
         for name, tensor in self.tensors.items():
             setattr(self.record, name, tensor)
         self.close()
-        return self.record
 
     def close(self) -> None:
         self.tensors = {}
@@ -258,6 +259,13 @@ class OffloadedRecords(Records):
 
     def put(self, record: Record) -> None:
         super().put(record)
+        self._move(record)
+
+    def put_stream(self, stream: Stream) -> None:
+        super().put_stream(stream)
+        self._move(stream)
+
+    def _move(self, record: Record | Stream) -> None:
         if self._leaving is not None:  # its copy had the time that this layer took
             self._leaving.leave()
             self._leaving = None
@@ -275,7 +283,17 @@ class OffloadedRecords(Records):
         moved, self._leaving = self._moved.pop(id(record), None), None
         if moved is not None:
             moved.restore()
-        following = self._moved.get(id(self._records[-1])) if self._records else None
+        self._fetch(self._records or self._streams)
+        return record
+
+    def pop_stream(self) -> Tensor:
+        moved, self._leaving = self._moved.pop(id(self._streams[-1]), None), None
+        if moved is not None:
+            moved.restore()
+        return super().pop_stream()
+
+    def _fetch(self, waiting: Sequence[Record | Stream]) -> None:
+        """Starts the copy of what is needed next."""
+        following = self._moved.get(id(waiting[-1])) if waiting else None
         if following is not None:
             following.fetch()
-        return record

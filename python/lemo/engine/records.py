@@ -74,14 +74,36 @@ class Record:
     tiles: TileChoice | None = None
 
 
+@dataclass(eq=False)
+class Stream:
+    """The residual stream [T, d] before a layer, from which that layer and those after it run again. x_kept: the
+    stream, under the name that rows have in a record; out, lse: never there."""
+
+    layer: int
+    x_kept: Tensor
+    out: None = None
+    lse: None = None
+
+
 class Records:
     """The records of one step. All go through `put` and `pop`: override these to keep saved rows elsewhere meanwhile.
 
-    Layers are put in ascending order and popped in descending order, a layer's own records last in, first out.
+    Layers are put in ascending order and popped in descending order, a layer's own records last in, first out. With
+    segments of layers that run again (`Step.segments`), streams are put and popped likewise: all records of a segment
+    are put after its stream was popped, and popped before the stream of the segment before it is.
     """
 
     def __init__(self) -> None:
         self._records: list[Record] = []
+        self._streams: list[Stream] = []
+
+    def put_stream(self, stream: Stream) -> None:
+        """Called before the first layer of a segment that runs again. The stream is the records' own."""
+        self._streams.append(stream)
+
+    def pop_stream(self) -> Tensor:
+        """Removes and returns the last stream; the caller may overwrite it."""
+        return self._streams.pop().x_kept
 
     def put(self, record: Record) -> None:
         """Called once a layer (or its attention or MLP, if their lists differ) is done."""

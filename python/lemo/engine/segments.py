@@ -65,6 +65,18 @@ def trace(
         return y.detach(), Segment(edge, get_gradient_edge(y), second)
 
 
+def gradients_through(
+    function: Callable[[Tensor], Sequence[Tensor]], h: Tensor, dys: Sequence[Tensor], params: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """dh, and the gradients of params (None if the graph does not reach one), of a function with several outputs."""
+    with torch.enable_grad():
+        start = _Enter.apply(h.detach(), torch.zeros((), requires_grad=True))
+        edge, ends = get_gradient_edge(start), [get_gradient_edge(y) for y in function(start)]
+    del start
+    grads = torch.autograd.grad(ends, [edge, *params], dys, allow_unused=True)  # type: ignore[arg-type]
+    return grads[0], grads[1:]
+
+
 def split(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     """The two outputs of an MLP; the second is None for most families."""
     return (output, None) if isinstance(output, Tensor) else output

@@ -358,6 +358,7 @@ class SequenceAttention(Attention):
         choice: TileChoice | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        reuse_out: bool = False,
     ) -> Tensor:
         whole, options, group = _whole(rows), self.options(layer), self.share.group
         q, k, v = self._by_heads(*self._own(layer, h, rows), whole)
@@ -365,8 +366,12 @@ class SequenceAttention(Attention):
         if out is not None and lse is not None:
             out = _to_heads(out, whole.counts, group)
             lse = _to_heads(lse.t()[..., None], whole.counts, group)[..., 0].t().contiguous()
-        y = self.attend_with_gradient(q, k, v, whole, whole, options, tiles, out, lse)
+        # Its output is exchanged, and the copy of it that the caller holds is not the one that is reused.
+        y = self.attend_with_gradient(q, k, v, whole, whole, options, tiles, out, lse, reuse_out)
         return _Exchange.apply(y, whole.counts, group, False)
+
+    def separable(self, layer: nn.Module) -> bool:
+        return False
 
     def options(self, layer: nn.Module) -> AttentionOptions:
         """With the sinks of this process's heads."""

@@ -12,6 +12,9 @@ What a layer saves ("recompute"): "none": x_kept, x_mlp and what the local autog
 replayed. Mode "backward" runs the layer on all rows without saving and keeps input, attention output and log-sum-exp of
 the kept rows: the backward pass is then the recomputation of "attention" on kept rows, with the weights 1/p if asked
 for.
+
+Layers may also save nothing but their lists ("segments", `lemo.engine.step`): one copy of the stream is saved before
+each segment of them, and its layers run again in the backward pass, saving what `recompute` says for a while.
 """
 
 from __future__ import annotations
@@ -57,13 +60,13 @@ class Stack(Function):
             )
         step.statistics.dtotal = dstatistics
         dx = step.handover.take(dy)
-        recorded = step.records.layers
+        worked = step.working
         with step.autocast(), without_hooks(ctx.params):
             grads = backward(step, dx, ctx.params)
         if step.share is not None and not step.weights.divided:
             grads.sum_over(step.share.group)
         if step.weighted:  # a layer for which nothing was drawn has an estimate too: zero
-            grads.add_zeros([layer for i, layer in enumerate(step.layers) if i not in recorded])
+            grads.add_zeros([layer for i, layer in enumerate(step.layers) if i not in worked])
         if step.when_done is not None:
             step.when_done()
         out = (_handed_out(p, grads.of(p)) for p in ctx.params)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from lemo.engine.families.base import Family
 from lemo.engine.gradients import Handover
 from lemo.engine.layout import Blocks, Kept, KeptPair
 from lemo.engine.participation import Participation
+from lemo.engine.randomness import Generators
 from lemo.engine.records import Records, SavedList
 from lemo.engine.row_statistics import RowStatistics
 from lemo.engine.sequence import Share
@@ -28,6 +30,9 @@ from lemo.engine.weights import Weights, of_layers
 
 # Rows the MLP works on at a time if its activations are not kept: bounds the largest transient of a step.
 MLP_ROWS = 8192
+# From so many bytes of a layer's rows on, its norm's output is made once more in the backward pass and not kept during
+# attention: another pass over the rows for as much memory.
+SEPARATE_BYTES = 1 << 30
 
 
 class Autocast(NamedTuple):
@@ -43,6 +48,30 @@ class Autocast(NamedTuple):
 
 
 @dataclass(eq=False)
+class LayerRun:
+    """How a layer runs in a forward pass, and the same way if it runs again.
+
+    attention, mlp: its lists, one object if it has one; tiles: the choice of its attention. saves: what its record
+    holds; None: there is no record, since the layer runs again. again: it does so now, and is not observed any more.
+    last: of a segment that runs again, so that nothing reads the stream after it. generators: their states before it
+    runs, if it begins a segment that runs again and may draw.
+    """
+
+    attention: SavedList | None
+    mlp: SavedList | None
+    saves: Recompute | None
+    tiles: TileChoice | None = None
+    again: bool = False
+    last: bool = False
+    generators: Generators | None = None
+
+    @property
+    def graphs(self) -> bool:
+        """Whether the record holds local graphs."""
+        return self.saves == "none"
+
+
+@dataclass(eq=False)
 class Step:
     """What the layers of one forward pass share, until its backward pass is done.
 
@@ -52,7 +81,8 @@ class Step:
     updated. general: some modules are called as they are; what their graphs reach is then checked. tiles(i, x, rows):
     the choice of attention's tiles in layer i for its input x [M, d] and those rows; None: every tile in every layer.
     share: what this process holds of a sequence that several share; blocks and x are then its own. recompute: of all
-    layers, or of each.
+    layers, or of each. segments: how many layers each segment has, in order; the layers of all but the last save the
+    stream before the segment, and run again from it in the backward pass. Empty: no layer runs again.
     """
 
     family: Family
@@ -69,6 +99,7 @@ class Step:
     tiles: Callable[[int, Tensor, SavedList], TileChoice] | None = None
     borrowed: bool = True
     general: bool = True
+    segments: Sequence[int] = ()
     share: Share | None = None
     when_done: Callable[[], None] | None = None
     records: Records = field(default_factory=Records)
@@ -79,6 +110,8 @@ class Step:
     participation: Participation = field(default_factory=Participation)
     # Lists whose selection may have failed; only the device knows until the backward pass asks.
     unchecked: list[Kept] = field(default_factory=list)
+    # By layer: how those ran that run again.
+    runs: dict[int, LayerRun] = field(default_factory=dict)
     _last_saved: tuple[Kept, SavedList] | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +127,8 @@ class Step:
     @contextmanager
     def layer(self, i: int) -> Iterator[nn.Module]:
         """Layer i, while it is worked on. Every layer is entered once in a forward pass, in order, also if it keeps
-        nothing; and once in the backward pass, in reverse order."""
+        nothing; and once in the backward pass, in reverse order, before which those of a segment that runs again are
+        entered in order."""
         with self.weights.layer(i) as layer:
             yield layer
 
@@ -104,6 +138,17 @@ class Step:
         if self.share is not None:
             return self.share.everything
         return PackedRows(self.blocks.cu_seqlens, self.blocks.max_seqlen)
+
+    @property
+    def layer_segments(self) -> list[range]:
+        """The layers of each segment."""
+        ends = list(itertools.accumulate(self.segments or (len(self.layers),)))
+        return [range(end - size, end) for end, size in zip(ends, self.segments or ends, strict=True)]
+
+    @property
+    def working(self) -> set[int]:
+        """Layers that have rows to work on, in the backward pass too."""
+        return self.records.layers | {i for i, run in self.runs.items() if run.attention or run.mlp}
 
     def recompute_of(self, i: int) -> Recompute:
         """What layer i saves (mode "backward" always saves the same)."""

@@ -27,9 +27,9 @@ def check_sequence(group: Group, family: Family, model: Any, config: LemoConfig)
             )
     if config.return_logits:
         _refuse("return_logits=True asks for logits of tokens that other processes hold", "leave it out")
-    if config.budget is not None or config.offload:
+    if config.plans_memory:
         _refuse(
-            "memory_budget and offload plan without the rows that processes exchange",
+            "memory_budget, offload and recompute_layers plan without the rows that processes exchange",
             'set recompute="full" (or "attention", "none") instead',
         )
     layers = family.layers(family.decoder(model))

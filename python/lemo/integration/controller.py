@@ -78,6 +78,7 @@ class Controller:
         self._loss_tokens: Tensor | None = None
         self._lengths: tuple[int, ...] = ()
         self._recomputed: Recompute | Sequence[Recompute] = "none"
+        self._again = 0
         self._last_phase: int | None = None
         self._policies, self._tile_policies = self._make_policies(), self._make_tile_policies()
         self._tiles: TileChooser | None = None
@@ -253,7 +254,8 @@ class Controller:
         }
 
     def _cost_ratio(self, phase: Phase, density: list[float]) -> float:
-        shares = PassShares(phase.mode, self._recomputed, self.kept_ratios, self.mlp_kept_ratios, density)
+        kept = self.kept_ratios, self.mlp_kept_ratios
+        shares = PassShares(phase.mode, self._recomputed, *kept, density, again=self._again)
         return cost_ratio(self.family.shape(self.model.config), self._lengths, shares)
 
     def count_loss_tokens(self, count: Tensor) -> None:
@@ -346,6 +348,7 @@ class Controller:
         blocks = inputs.packed.blocks
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
         self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
+        self._again = sum(step.segments[:-1])
         stream = stack.run(step, x, params)
         if tiles is not None and earlier is None and index not in self._tiled_phases:
             self._tiled_phases.add(index)

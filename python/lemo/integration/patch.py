@@ -264,8 +264,10 @@ def apply(model: nn.Module, config: LemoConfig | None = None, *, sequence_group:
     outside = [i for i in config.layers or () if not 0 <= i < count]
     if outside:
         raise ValueError(f"LemoConfig.layers: the model has layers 0 to {count - 1}; got {outside}")
-    if config.offload is not True and config.offload != "auto" and config.offload > count:
+    if not isinstance(config.offload, (bool, str)) and config.offload > count:
         raise ValueError(f"LemoConfig.offload: the model has {count} layers; got {config.offload}")
+    if not isinstance(config.recompute_layers, (bool, str)) and config.recompute_layers > count:
+        raise ValueError(f"LemoConfig.recompute_layers: the model has {count} layers; got {config.recompute_layers}")
     group = None if sequence_group is None else Group.of(sequence_group)
     if group is not None:
         check_sequence(group, family, inner, config)

@@ -32,11 +32,12 @@ _COUNTED = (
 
 @dataclass(frozen=True, eq=False)
 class Saving:
-    """recompute: by layer. offloaded: layers whose rows go to host memory."""
+    """recompute: by layer. offloaded: layers whose rows go to host memory. segments: of layers, see `Step`."""
 
     recompute: tuple[Recompute, ...]
     offloaded: frozenset[int] = frozenset()
     host: HostMemory | None = None
+    segments: tuple[int, ...] = ()
 
     @classmethod
     def full(cls, layers: int) -> Saving:
@@ -63,12 +64,16 @@ class Savings:
         beyond the budget, and only the device knows how many."""
         config, count = self.config, len(self.family.layers(self.family.decoder(self.model)))
         surrounded = under_checkpoint()
-        if surrounded and config.offload:
-            self.note("offload is off inside an activation checkpoint around the model, which recomputes all of it")
-        if surrounded or (config.budget is None and not config.offload):
+        again = config.recompute_layers
+        ignored = {"offload": config.offload, "recompute_layers": again not in (False, "auto")}
+        if surrounded and any(ignored.values()):
+            names = " and ".join(name for name, given in ignored.items() if given)
+            are = "are" if " and " in names else "is"
+            self.note(f"{names} {are} off inside an activation checkpoint around the model, which recomputes all of it")
+        if surrounded or not config.plans_memory:
             return Saving((self.recompute(),) * count)
         self.plan = plan = self.planned(phase, lengths, element, required)
-        return Saving(plan.recompute, plan.offloaded, self._host)
+        return Saving(plan.recompute, plan.offloaded, self._host, plan.segments)
 
     def planned(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> MemoryPlan:
         """Raises ValueError if the budget is too small."""
@@ -78,11 +83,18 @@ class Savings:
                 self._plans.clear()
             needs, config = self.needs(phase, lengths, element, required), self.config
             if config.budget is None:
-                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload)
+                again = False if config.recompute_layers == "auto" else config.recompute_layers
+                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload, again)
             else:
-                self._plans[key] = budget.choose(needs, config.budget, config.offload)
+                self._plans[key] = budget.choose(needs, config.budget, config.offload, config.recompute_layers)
                 self._note_uncounted(needs)
         return self._plans[key]
+
+    def pin(self, phase: Phase, lengths: Sequence[int], element: int) -> None:
+        """Pins the host memory of such passes in advance; the first of them would otherwise do it."""
+        if self.config.plans_memory:
+            pinned = next(self.model.parameters()).is_cuda
+            self._host.give_back(self._host.take(self.planned(phase, lengths, element).host, pinned))
 
     def _note_uncounted(self, needs: Needs) -> None:
         if not needs.countable:
@@ -111,7 +123,7 @@ class Savings:
         layers, tokens = self.family.layers(self.family.decoder(self.model)), sum(lengths)
         if any(map(sharded, layers)):
             refuse(
-                "memory_budget and offload with FSDP2, whose gathered layers their plans do not count",
+                "memory_budget, offload and recompute_layers with FSDP2: plans do not count its gathered layers",
                 'set recompute="full" (or "attention", "none") instead',
             )
         shape = layer_shape(self.model.config, element=element)
@@ -146,6 +158,7 @@ class Savings:
         return {
             "layers": self.plan.layers,
             "offloaded": len(self.plan.offloaded),
+            "segments": list(self.plan.segments),
             "saved_bytes": self.plan.saved,
             "host_bytes": self.plan.host,
             "estimated_peak_bytes": self.plan.peak,

@@ -119,6 +119,7 @@ def begin(
         attention=attention,
         mode=phase.mode,
         recompute=saving.recompute,
+        segments=saving.segments,
         records=saving.records(),
         weighted=phase.weighted,
         random=plan.random,

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -175,6 +176,7 @@ def attention(
     sinks: Tensor | None = None,
     places: Tensor | None = None,
     places_k: Tensor | None = None,
+    reuse_out: bool = False,
 ) -> Tensor:
     """Differentiable attention, [R, Hq, D]. scale defaults to 1 / sqrt(D).
 
@@ -183,6 +185,10 @@ def attention(
 
     With ``out`` and ``lse`` of an earlier forward pass over more keys, that output is returned without computing it,
     and gradients are those of ``attention_backward`` with the given key weights (mode `backward`).
+
+    The backward pass takes as many heads at a time as ``HEADS_BYTES`` of workspace allow. reuse_out: it may then put
+    dq in the memory of the output, which must be free by that time: nothing but the functions whose gradients arrived
+    has read it.
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if (out is None) != (lse is None):
@@ -207,14 +213,19 @@ def attention(
     transposed: Any = (None, None) if tile_lists is None else tile_lists[2:]
     lists = (cu_seqlens, rows, key_weights, row_slots, max_seqlen, scale, deterministic, *transposed)
     keys = (cu_seqlens_k, rows_k, row_slots_k, max_seqlen_k)
-    return _Attention.apply(q, k, v, sinks, out, lse, *lists, *keys, window, softcap, places, places_k)
+    return _Attention.apply(q, k, v, sinks, reuse_out, out, lse, *lists, *keys, window, softcap, places, places_k)
+
+
+# dq, dk, dv, dsinks.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class _Attention(torch.autograd.Function):
     """Ties a computed output to the backward pass over the given rows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sinks, out, *others):
+    def forward(ctx, q, k, v, sinks, reuse_out, out, *others):
+        ctx.reuse_out = reuse_out
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in others]
         ctx.save_for_backward(q, k, v, sinks, out, *(x if isinstance(x, Tensor) else None for x in others))
         return out.detach()  # a view could not be changed in place afterwards
@@ -226,25 +237,73 @@ class _Attention(torch.autograd.Function):
         *lists, cu_seqlens_k, rows_k, row_slots_k, max_seqlen_k, window, softcap, places, places_k = (
             number if tensor is None else tensor for tensor, number in pairs
         )
-        dq, dk, dv, dsinks = attention_backward(
-            dout.contiguous(),
-            q,
-            k,
-            v,
-            out,
-            *lists,
-            cu_seqlens_k=cu_seqlens_k,
-            rows_k=rows_k,
-            row_slots_k=row_slots_k,
-            max_seqlen_k=max_seqlen_k,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            places=places,
-            places_k=places_k,
-            want_dsinks=ctx.needs_input_grad[3],
-        )
-        return dq, dk, dv, dsinks, *(None for _ in ctx.needs_input_grad[4:])
+        lse, *lists = lists
+
+        def run(heads: slice | None, key_heads: slice | None) -> Gradients:
+            return attention_backward(
+                _cut(dout, heads),
+                _cut(q, heads),
+                _cut(k, key_heads),
+                _cut(v, key_heads),
+                _cut(out, heads),
+                lse if heads is None else lse[heads],
+                *lists,
+                cu_seqlens_k=cu_seqlens_k,
+                rows_k=rows_k,
+                row_slots_k=row_slots_k,
+                max_seqlen_k=max_seqlen_k,
+                window=window,
+                softcap=softcap,
+                sinks=sinks if sinks is None or heads is None else sinks[heads],
+                places=places,
+                places_k=places_k,
+                want_dsinks=ctx.needs_input_grad[3],
+            )
+
+        dout = dout.contiguous()
+        found = _by_heads(run, q, k, v, out if ctx.reuse_out else None, sinks if ctx.needs_input_grad[3] else None)
+        return *found, *(None for _ in ctx.needs_input_grad[4:])
+
+
+# What the backward pass may take to add up dq in float32: with longer inputs, it takes fewer heads at a time.
+HEADS_BYTES = 1 << 30
+
+
+def heads_at_a_time(rows: int, heads: int, key_heads: int, head_dim: int) -> int:
+    """Key heads whose queries' gradients of so many rows fit into ``HEADS_BYTES``, or 1."""
+    return min(key_heads, max(1, HEADS_BYTES // (4 * rows * head_dim * (heads // key_heads) or 1)))
+
+
+def _cut(x: Tensor, heads: slice | None) -> Tensor:
+    return x if heads is None else x[:, heads]
+
+
+def _by_heads(
+    run: Callable[[slice | None, slice | None], Gradients],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    space: Tensor | None,
+    sinks: Tensor | None,
+) -> Gradients:
+    """(dq, dk, dv, dsinks) of run(heads, key_heads), which are independent; None: all of them. space: memory for dq, of
+    its shape."""
+    key_heads = k.shape[1]
+    group, size = q.shape[1] // key_heads, heads_at_a_time(q.shape[0], q.shape[1], key_heads, q.shape[2])
+    if size == key_heads:
+        return run(None, None)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if space is None else space
+    dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
+    dsinks = None if sinks is None else torch.empty_like(sinks, dtype=torch.float32)
+    for first in range(0, key_heads, size):
+        of_keys = slice(first, first + size)
+        heads = slice(group * first, group * (first + size))
+        found = run(heads, of_keys)
+        dq[:, heads], dk[:, of_keys], dv[:, of_keys] = found[:3]
+        if dsinks is not None and found[3] is not None:
+            dsinks[heads] = found[3]
+        del found  # before the next heads' are made
+    return dq, dk, dv, dsinks
 
 
 _SINKS = 14  # their place among the inputs of attention_forward

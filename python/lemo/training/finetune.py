@@ -274,7 +274,7 @@ def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
 
 def _report_memory(controller: Any, settings: FinetuneSettings, report: Callable[[str], None]) -> None:
     """Reports what layers save, if a budget or offload decides. Raises ValueError if a phase does not fit."""
-    if settings.memory_budget is None and not settings.offload:
+    if not settings.lemo_config().plans_memory:
         return
     element = controller.model.get_input_embeddings().weight.element_size()
     for phase, tokens in zip(controller.config.phases, settings.window_lengths(), strict=True):

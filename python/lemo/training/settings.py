@@ -34,7 +34,7 @@ class FinetuneSettings:
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
     the model's family. The adapter is always float32. dora, rslora: as PEFT's use_dora and use_rslora; modules_to_save:
     names of modules that train as a whole and are saved with the adapter, in the model's dtype.
-    memory_budget, offload: as in `lemo.LemoConfig`; a budget needs recompute "auto".
+    memory_budget, offload, recompute_layers: as in `lemo.LemoConfig`; a budget needs recompute "auto".
     """
 
     context: int = 4096
@@ -48,7 +48,8 @@ class FinetuneSettings:
     block_size: int = 64
     recompute: RecomputeSetting = "full"
     memory_budget: int | None = None
-    offload: bool | int | Literal["auto"] = False
+    offload: bool | int | str = False
+    recompute_layers: bool | int | Literal["auto"] = "auto"
     lr: float = 2e-4
     lr_schedule: LearningRateSchedule = "constant"
     warmup: int = 20
@@ -120,6 +121,7 @@ class FinetuneSettings:
             recompute=self.recompute,
             memory_budget=self.memory_budget,
             offload=self.offload,
+            recompute_layers=self.recompute_layers,
             phases=self.phases(),
         )
 

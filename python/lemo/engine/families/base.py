@@ -364,9 +364,13 @@ class Family(ABC):
 
     @abstractmethod
     def queries_keys_values(
-        self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None
+        self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None, want_output: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [M, Hq, D], k and v [M, Hk, D] from the norm's output h [M, d], position embedding applied."""
+        """q [M, Hq, D], k and v [M, Hk, D] from the norm's output h [M, d], position embedding applied.
+
+        want_output False: only the graph is needed, values may be anything. The engine asks for that only if everything
+        in `attention_modules` is a projection.
+        """
 
     @abstractmethod
     def attention_output(self, layer: Any, out: Tensor, want_output: bool = True) -> Tensor:

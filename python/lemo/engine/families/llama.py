@@ -84,16 +84,16 @@ class Llama(Family):
         return (*modules, mlp.act_fn) if hasattr(mlp, "act_fn") else modules  # Liger's has SiLU built in
 
     def queries_keys_values(
-        self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None
+        self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None, want_output: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.project(layer, h)
+        q, k, v = self.project(layer, h, want_output)
         q, k = self.norm_heads(layer, q, k)
         return self.rotate(layer, q, tables, rows), self.rotate(layer, k, tables, rows), v
 
-    def project(self, layer: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, layer: Any, h: Tensor, want_output: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """q [M, Hq, D], k and v [M, Hk, D] as the projections give them; v has memory to itself."""
         a, m = layer.self_attn, h.shape[0]
-        q, k, v = linear_group((a.q_proj, a.k_proj, a.v_proj), h)
+        q, k, v = (t.contiguous() for t in linear_group((a.q_proj, a.k_proj, a.v_proj), h, want_output))
         return q.view(m, -1, a.head_dim), k.view(m, -1, a.head_dim), v.view(m, -1, a.head_dim)
 
     def norm_heads(self, layer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,10 +108,10 @@ class OPT(Family):
         return layer.fc1, layer.fc2, layer.activation_fn
 
     def queries_keys_values(
-        self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None
+        self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None, want_output: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         a, m = layer.self_attn, h.shape[0]
-        q, k, v = linear_group((a.q_proj, a.k_proj, a.v_proj), h)
+        q, k, v = linear_group((a.q_proj, a.k_proj, a.v_proj), h, want_output)
         return q.view(m, -1, a.head_dim), k.view(m, -1, a.head_dim), v.view(m, -1, a.head_dim)
 
     def attention_output(self, layer: Any, out: Tensor, want_output: bool = True) -> Tensor:

@@ -45,11 +45,11 @@ class Phi3(Llama):
         modules = (mlp.gate_up_proj, mlp.down_proj)
         return (*modules, mlp.activation_fn) if hasattr(mlp, "activation_fn") else modules
 
-    def project(self, layer: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, layer: Any, h: Tensor, want_output: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         a, m = layer.self_attn, h.shape[0]
         heads, kv_heads = a.config.num_attention_heads, a.config.num_key_value_heads
-        (qkv,) = linear_group((a.qkv_proj,), h)
-        q, k, v = qkv.view(m, -1, a.head_dim).split((heads, kv_heads, kv_heads), 1)
+        (qkv,) = linear_group((a.qkv_proj,), h, want_output)
+        q, k, v = qkv.contiguous().view(m, -1, a.head_dim).split((heads, kv_heads, kv_heads), 1)
         # v is saved: as a view it would keep the memory of all three, although q and k are gone once they are rotated.
         return q, k, v.contiguous()
 
