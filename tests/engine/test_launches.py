@@ -68,9 +68,10 @@ BOUNDS = [
     pytest.param((DENSE, "full"), 70, id="dense-full"),
     pytest.param((lemo.Phase("sparse", keys=128),), 50, id="sparse"),
     pytest.param((SHARED,), 50, id="skip-shared"),
-    pytest.param((SHARED, "full"), 70, id="skip-full"),
-    # A list of its own: drawing it, reading its sizes, noting which tokens took part.
+    pytest.param((SHARED, "full"), 70, id="skip-shared-full"),
+    # A separate list for every layer: drawing it, reading its sizes, noting which tokens took part.
     pytest.param((SKIP,), 59, id="skip"),
+    pytest.param((SKIP, "full"), 79, id="skip-full"),
     pytest.param((UPDATES,), 68, id="update-norm"),
     pytest.param((DENSE, "none", ALL), 69, id="all-projections"),
 ]
