@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 from common import add_output, header, table, write_results
+from memory import Trainer
 from models import SHAPES, Base, make_base, make_model, release
-from step import document, timed
+from step import timed
 from torch import nn
 
 # Gigabytes of GPU memory: the longest context of Unsloth, and of Hugging Face with FlashAttention-2.
@@ -95,19 +96,12 @@ def measure(
     config = lemo.LemoConfig(phases=[lemo.Phase(**phase)], **memory)
     try:
         with adapted(model, config) as (wrapped, controller):
-            optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
-
-            def step(ids: torch.Tensor) -> None:
-                wrapped(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-            step(document(base, min(4096, tokens)))
-            ids = document(base, tokens)
+            trainer = Trainer(base, wrapped)
+            trainer.step(min(4096, tokens))
             if base.cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            times = [timed(lambda: step(ids), base.cuda) for _ in range(steps)]
+            times = [timed(lambda: trainer.step(tokens), base.cuda) for _ in range(steps)]
             found: dict[str, Any] = {"step_ms": round(statistics.median(times), 1)}
             if base.cuda:
                 found["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
