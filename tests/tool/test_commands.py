@@ -209,7 +209,7 @@ def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixtur
     [
         ([], "--context"),
         (["--gpu", "h1000"], "'h1000' is neither a size like 80GiB"),
-        (["--gpu", "h100", "--offload", "all"], "--offload has no effect"),
+        (["--gpu", "h100", "--offload", "all"], "--offload: no effect"),
         (["--context", "64", "--memory-budget", "1GiB", "--recompute", "full"], 'leave recompute at "auto"'),
     ],
 )

@@ -156,6 +156,8 @@ def test_kinds_of_lora(model_folder: Path, text_folder: Path, tmp_path: Path, ca
     capsys.readouterr()
     assert finetune(model_folder, text_folder, tmp_path / "no", "--modules-to-save", "nose") == 2
     assert "modules_to_save ['nose']: the model has no module nose" in capsys.readouterr().err
+    assert finetune(model_folder, text_folder, tmp_path / "no", "--modules-to-save", "q_proj") == 2
+    assert "modules_to_save ['q_proj']: q_proj would have no LoRA, which lora_targets" in capsys.readouterr().err
 
 
 def test_runs_of_earlier_versions_are_the_same_runs() -> None:

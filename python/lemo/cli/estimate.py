@@ -48,7 +48,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--gpu", help="a GPU's name or memory: prints the longest context that fits it")
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass")
     parser.add_argument(
-        "--schedule", help="preset or phases, as for lemo finetune (default: default; --gpu: each mode)"
+        "--schedule",
+        help="preset or phases, as for lemo finetune but without window= (default: default; --gpu: each mode)",
     )
     parser.add_argument("--keep", type=float, help="fraction of the blocks kept (default: 0.5)")
     parser.add_argument("--recompute", help="none, attention or full (default: full)")
@@ -59,7 +60,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--recompute-layers",
         type=recompute_layers,
-        help="layers that run again in segments: auto, least, none or a size",
+        help="layers that run again in segments: auto (needs --memory-budget), least, none, or layers of a segment",
     )
     parser.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter")
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -93,7 +94,7 @@ def _check(args: argparse.Namespace) -> None:
     useless = [name for name, value in given.items() if value is not None] if args.context is None else []
     if useless:
         raise ValueError(
-            f"{' and '.join(useless)} has no effect on the longest context, which is shown with everything recomputed, "
+            f"{', '.join(useless)}: no effect on the longest context, which is shown with everything recomputed, "
             "without and with offload, and with segments of layers that run again: leave it out, or give --context"
         )
 

@@ -150,7 +150,8 @@ def add(subparsers: Any) -> None:
         "--modules-to-save",
         nargs="+",
         metavar="NAME",
-        help="modules that train as a whole and are saved with the adapter, like lm_head or norm",
+        help="modules that train as a whole and are saved with the adapter: all whose names end so, like lm_head or "
+        "model.norm (norm alone would be those of the layers as well)",
     )
     saving = parser.add_argument_group("saving")
     saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")

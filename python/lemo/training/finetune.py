@@ -85,6 +85,11 @@ def with_adapter(model: Any, settings: FinetuneSettings) -> Any:
     names = {name for path, _ in model.named_modules() for name in (path, path.rpartition(".")[2])}
     if unknown := [name for name in saved if name not in names]:
         raise ValueError(f"modules_to_save {saved}: the model has no module {', '.join(unknown)}")
+    if both := [name for name in saved if name.rpartition(".")[2] in targets]:
+        raise ValueError(
+            f"modules_to_save {saved}: {', '.join(both)} would have no LoRA, which lora_targets {targets} asks for; "
+            "name it in one of the two"
+        )
     try:
         return get_peft_model(
             model,
