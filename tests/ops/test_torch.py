@@ -199,3 +199,12 @@ def test_what_the_dispatcher_refuses_or_converts() -> None:
         ops.gather_norm_backward(dy=x, s=x, weight=None, norm="rms", eps=1.0)
     with pytest.raises((RuntimeError, TypeError), match="wieghts"):
         ops.gather(x, rows, wieghts=None)
+
+
+def test_a_torch_without_a_private_function_leaves_every_call_to_the_dispatcher() -> None:
+    from types import SimpleNamespace
+
+    from lemo.ops._autograd import watchers
+
+    assert [watches() for watches in watchers(SimpleNamespace(a=lambda: 0), ["a"])] == [0]
+    assert all(watches() for watches in watchers(SimpleNamespace(a=lambda: 0), ["a", "b.c"]))

@@ -405,7 +405,7 @@ def probabilities(scores: Tensor, context: StepContext, keep: float, *, floor: f
     weight = (floor + (1.0 - floor) * relative.clamp(min=0.0)) * free
     p = certain.double()
     open_ = free.bool()
-    # Every round caps what exceeded 1 and shares the rest among the others. Equal weights never exceed it.
+    # Every round caps what exceeded 1 and shares the rest among the others. With equal weights the first one is enough.
     for _ in range(1 if floor == 1.0 else 8):
         rest = budget - per_document(torch.where(open_, 0.0, p))
         total = per_document(torch.where(open_, weight, 0.0)).clamp(min=1e-300)

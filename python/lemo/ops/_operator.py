@@ -243,10 +243,10 @@ class _Operator:
 
     def public(self) -> Callable[..., Any]:
         dispatched = launcher(getattr(torch.ops.lemo, self.name).default)
-        compiling, run = torch.compiler.is_compiling, self.run
+        run = self.run
 
         def launch(*args: Any, **keywords: Any) -> Any:
-            if compiling() or not unwatched():
+            if not unwatched():
                 return dispatched(*args, **keywords)
             given = self.by_position(args, keywords) if keywords else args
             if given is None or not self.undispatched(given):

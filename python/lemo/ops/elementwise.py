@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from lemo.ops._autograd import differentiates, library, unwatched
+from lemo.ops._autograd import direct, library
 from lemo.ops._operator import operator
 
 
@@ -28,8 +27,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, inve
     int32 [M] names the row of the tables (-1: padding, zeros), None: row i, T = M. inverse rotates back.
     Differentiable in x, any number of times. The backward pass reads the same tables and rows, which nothing copies.
     """
-    direct = not torch.compiler.is_compiling() and differentiates((x, cos, sin)) and unwatched()
-    return (_Rotary.apply if direct else _rotary)(x, cos, sin, rows, inverse)
+    return _rotary_direct(x, cos, sin, rows, inverse)
 
 
 @operator("out")
@@ -39,8 +37,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [M, f], both with rows that may be strided. Differentiable once; saves gate and up."""
-    direct = not torch.compiler.is_compiling() and differentiates((gate, up)) and unwatched()
-    return (_SwiGLU.apply if direct else _swiglu)(gate, up)
+    return _swiglu_direct(gate, up)
 
 
 @operator("dgate dup", derivative="error")
@@ -69,29 +66,8 @@ def _swiglu_grad(ctx, grad):
     return swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
 
 
-# The same derivatives for calls of the functions above: what `register_autograd` makes takes three times as long as a
-# function of autograd, and most layers have three of these.
-
-
-class _Rotary(Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _rotary(*inputs)
-        _rotary_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_rotary_grad)
-
-
-class _SwiGLU(Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _swiglu(*inputs)
-        _swiglu_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_swiglu_grad)
-
-
+# The functions above; whoever calls torch.ops.lemo, or is watched, has the same derivatives by registration.
+_rotary_direct = direct(_rotary, _rotary_context, _rotary_grad)
+_swiglu_direct = direct(_swiglu, _swiglu_context, _swiglu_grad)
 torch.library.register_autograd("lemo::rotary", _rotary_grad, setup_context=_rotary_context, lib=library)
 torch.library.register_autograd("lemo::swiglu", _swiglu_grad, setup_context=_swiglu_context, lib=library)
