@@ -1,23 +1,21 @@
 """The picture of steps by context: what is drawn of results files, and the floors."""
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
-def curves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("curves")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
+def curves(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    found = module("curves")
+    monkeypatch.setattr(found, "RESULTS", tmp_path)
+    return found
 
 
 def write(folder: Path, name: str, date: str, rows: list[dict[str, Any]], gpu: str = "NVIDIA H200") -> None:

@@ -1,22 +1,18 @@
 """Which of Liger's losses the benchmark of operators compares with, without a GPU and with a stand-in for Liger."""
 
-import importlib
 import sys
 import types
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("peers")
+def peers(module: Callable[[str], Any]) -> Any:
+    return module("peers")
 
 
 @pytest.fixture

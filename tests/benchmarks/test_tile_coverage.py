@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lemo.predictors import calibrate
 
-ROOT = Path(__file__).resolve().parents[2]
 DENSITIES = (0.25, 0.5, 1.0)
 
 
 @pytest.fixture
-def coverage(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("tile_coverage")
-    monkeypatch.setattr(module, "FIRST_ROWS", 2)
-    return module
+def coverage(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    found = module("tile_coverage")
+    monkeypatch.setattr(found, "FIRST_ROWS", 2)
+    return found
 
 
 def test_mass_is_the_softmax_by_tiles(coverage: Any) -> None:

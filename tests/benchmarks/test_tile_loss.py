@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,10 @@ import pytest
 import torch
 from support.models import base
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("tile_loss")
+def script(module: Callable[[str], Any]) -> Any:
+    return module("tile_loss")
 
 
 def test_every_setting_is_compared_with_the_exact_loss(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
