@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import statistics
 import sys
 import warnings
@@ -146,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=[n for n in SHAPES if SHAPES[n]["family"] == "llama"], default="llama3-8b")
     add_output(parser, "quantized")
     args = parser.parse_args(arguments)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("bitsandbytes, which quantizes the base, is not installed: pip install bitsandbytes")
     warnings.filterwarnings("ignore", category=FutureWarning)
     base = make_base(args.model)
     model = quantize(base)
