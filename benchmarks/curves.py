@@ -12,17 +12,18 @@ the weights. Like step.svg, the picture is a pure function of the results.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from figure import ROOT, STYLE, text
 from memory_pages import in_thousands
+from publish import publish
 from summary import RESULTS
 
 OUT = ROOT / "docs" / "images" / "contexts.svg"
@@ -211,21 +212,14 @@ def picture() -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the picture is out of date")
-    args = parser.parse_args()
+def made() -> Iterator[tuple[Path, str]]:
     if not curves():
         raise SystemExit(f"no results to draw: benchmarks/results has no step measured at two contexts on {GPU}")
-    made = picture()
-    if OUT.exists() and OUT.read_text() == made:
-        return 0
-    if args.check:
-        print(f"{OUT.name} is out of date; run `python benchmarks/curves.py`")
-        return 1
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(made)
-    return 0
+    yield OUT, picture()
+
+
+def main() -> int:
+    return publish(__doc__, made)
 
 
 if __name__ == "__main__":

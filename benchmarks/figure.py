@@ -10,10 +10,12 @@ date and brings no font.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 
+from publish import publish
 from summary import ROOT, Headline, headline
 
 OUT = ROOT / "docs" / "images" / "step.svg"
@@ -80,22 +82,15 @@ def picture(found: Headline) -> str:
     return "\n".join(parts) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the picture is out of date")
-    args = parser.parse_args()
+def made() -> Iterator[tuple[Path, str]]:
     found = headline()
     if found is None:
         raise SystemExit("no results to draw: benchmarks/results has no step-*.json with steps of 64K tokens")
-    drawn = picture(found)
-    if OUT.exists() and OUT.read_text() == drawn:
-        return 0
-    if args.check:
-        print(f"{OUT.name} is out of date; run `python benchmarks/figure.py`")
-        return 1
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(drawn)
-    return 0
+    yield OUT, picture(found)
+
+
+def main() -> int:
+    return publish(__doc__, made)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ whose measured costs were made equal, and the front of the ways of training that
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import quality_stats as stats
+from publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -212,20 +212,14 @@ def picture(result: dict[str, Any]) -> str | None:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a picture is out of date")
-    args = parser.parse_args(arguments)
-    stale = []
+def made() -> Iterator[tuple[Path, str]]:
     for name, result in studies().items():
-        drawn, out = picture(result), IMAGES / f"{name}.svg"
-        if drawn is not None and not (out.exists() and out.read_text() == drawn):
-            stale.append(out.name)
-            if not args.check:
-                out.write_text(drawn)
-    if stale:
-        print(("out of date: " if args.check else "rewritten: ") + ", ".join(stale))
-    return int(args.check and bool(stale))
+        if (drawn := picture(result)) is not None:
+            yield IMAGES / f"{name}.svg", drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return publish(__doc__, made, arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ figure between markers is typed by hand, and a test fails if a page and the resu
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import memory_pages
 import quality_pages
 from memory_pages import in_thousands, saved
+from publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -519,19 +519,7 @@ def rewritten(page: Path, kind: str, lines: list[str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
-    args = parser.parse_args()
-    stale = []
-    for page, kind, lines in pages():
-        text = rewritten(page, kind, lines)
-        if text != page.read_text():
-            stale.append(page.name)
-            if not args.check:
-                page.write_text(text)
-    if stale:
-        print(("out of date: " if args.check else "rewritten: ") + ", ".join(stale))
-    return int(args.check and bool(stale))
+    return publish(__doc__, lambda: ((page, rewritten(page, kind, lines)) for page, kind, lines in pages()))
 
 
 if __name__ == "__main__":
