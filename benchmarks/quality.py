@@ -191,7 +191,11 @@ class Study:
     # ---- what is wanted
 
     def tried(self, way: Way, results: dict[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-        """Settings of the row's sweep: those with a result, and those to try next. First batch sizes, then rates."""
+        """Settings of the row's sweep: those with a result, and those to try next.
+
+        First batch sizes, then rates; while the best rate is the largest or the smallest, one beyond it, at most
+        --widen times.
+        """
         args = self.args
         first = [(b, args.rates[0]) for b in args.batches]
         open_ = [s for s in first if not self.sweep_run(way, s, results)]
@@ -200,7 +204,19 @@ class Study:
         batch = self._best(way, first, results)[0]
         second = [(batch, r) for r in args.rates[1:]]
         open_ = [s for s in second if not self.sweep_run(way, s, results)]
-        return first + [s for s in second if s not in open_], open_
+        if open_:
+            return first + [s for s in second if s not in open_], open_
+        done = first + second
+        for _ in range(args.widen if len(args.rates) > 1 else 0):
+            rates = [r for b, r in done if b == batch]
+            best = self._best(way, [s for s in done if s[0] == batch], results)[1]
+            if min(rates) < best < max(rates):
+                break
+            beyond = (batch, best * 2 if best == max(rates) else best / 2)
+            if not self.sweep_run(way, beyond, results):
+                return done, [beyond]
+            done.append(beyond)
+        return done, []
 
     def sweep_run(self, way: Way, setting: tuple[int, float], results: dict[str, Any]) -> dict[str, Any] | None:
         return results.get(name_of(way.spec(*setting, SWEEP_SEED, "sweep")))
@@ -406,7 +422,10 @@ def describe(
         ]
         row["at_edge"] = [
             name
-            for name, value, values in (("batch", spec.batch, args.batches), ("rate", spec.rate, args.rates))
+            for name, value, values in (
+                ("batch", spec.batch, args.batches),
+                ("rate", spec.rate, [r for b, r in tried if b == spec.batch]),
+            )
             if len(values) > 1 and value in (min(values), max(values)) and not (name == "batch" and value == 1)
         ]
     return row
@@ -463,9 +482,10 @@ def plan(study: Study) -> str:
     finals = len({name_of(w.spec(1, 0.0, s, "final")) for w in study.ways for s in study.args.seeds})
     rows = len({w.row for w in study.ways})
     sweeps = rows * (len(study.args.batches) + len(study.args.rates) - 1) if study.args.sweep else 0
+    wider = rows * study.args.widen if study.args.sweep and len(study.args.rates) > 1 else 0
     out = [
         table(lines, ("row", "cost at", "sequences", "rates", "steps")),
-        f"{sweeps} runs to sweep, {finals} final runs",
+        f"{sweeps} runs to sweep" + f", up to {wider} more at the edges" * bool(wider) + f", {finals} final runs",
     ]
     return "\n".join([*out, *(f"left out: {name}: {reason}" for name, reason in study.left_out.items())])
 
@@ -485,6 +505,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="batch sizes of the sweep")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-4], help="learning rates; first: default"
+    )
+    parser.add_argument(
+        "--widen",
+        type=int,
+        default=2,
+        metavar="N",
+        help="while a row's best rate is the largest or smallest tried, double or halve it, at most N times",
     )
     parser.add_argument("--no-sweep", dest="sweep", action="store_false", help="the first batch size and rate for all")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these, and dense")
@@ -512,6 +539,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) <= 0:
             parser.error(f"--{name}: expected positive numbers, got {value}")
+    if args.widen < 0:
+        parser.error(f"--widen: expected 0 or more, got {args.widen}")
     args.study = args.study or f"runs/quality-{Path(args.model).name}-{args.setting}"
     return args
 

@@ -242,7 +242,7 @@ SMALL = ("--context", 256, "--only", "random subset 0.5", "--seeds", 1, 2, "--se
 
 
 def test_a_study_with_its_sweep(world: Any) -> None:
-    result = world.command(*SMALL, "--batches", 1, 2, "--rates", 1e-3, 1e-2)
+    result = world.command(*SMALL, "--batches", 1, 2, "--rates", 1e-3, 1e-2, "--widen", 1)
     rows = {(r["name"], r.get("cost_at")): r for r in result["rows"]}
     name = "random subset 0.5, then exact"
     assert list(rows) == [("not adapted", None)] + [(n, c) for n in ("dense", name) for c in (65536, 262144)]
@@ -252,7 +252,11 @@ def test_a_study_with_its_sweep(world: Any) -> None:
     assert skip["seeds"] == dense["seeds"] == [1, 2] and not result["missing"]
     assert skip["cost"]["65536"] == pytest.approx(4, rel=0.2)
     assert skip["steps"] == round(0.7 * 4 / 0.25 / skip["batch"]) + max(1, round(0.3 * 4 / skip["batch"]))
-    assert [len(r["sweep"]) for r in (skip, dense)] == [3, 3]  # two batch sizes, then the other rate
+    for row in (skip, dense):  # two batch sizes, then the other rate, and one beyond the better of the two
+        first = {s["rate"]: s["loss"] for s in row["sweep"] if s["batch"] == row["batch"]}
+        beyond = 2e-2 if first[1e-2] < first[1e-3] else 5e-4
+        assert len(row["sweep"]) == 4 and set(first) == {1e-3, 1e-2, beyond}
+        assert ("rate" in row["at_edge"]) == (row["rate"] == beyond)
     assert {(s["batch"], s["rate"]) for s in skip["sweep"]} >= {(1, 1e-3), (2, 1e-3), (skip["batch"], skip["rate"])}
     assert min(s["loss"] for s in skip["sweep"]) == next(
         s["loss"] for s in skip["sweep"] if (s["batch"], s["rate"]) == (skip["batch"], skip["rate"])
