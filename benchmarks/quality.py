@@ -402,6 +402,7 @@ def describe(
         "sequences": way.sequences,
         "cost_at": way.cost_at,
         "cost": {n: None if c is None else round(c, 2) for n, c in costs.items()},
+        "chained": [chain for n in costs for chain in study.costs.chained(way.row, int(n))],
         "batch": spec.batch,
         "rate": spec.rate,
         "steps": sum(s.steps for s in spec.segments),
@@ -487,6 +488,8 @@ def plan(study: Study) -> str:
         table(lines, ("row", "cost at", "sequences", "rates", "steps")),
         f"{sweeps} runs to sweep" + f", up to {wider} more at the edges" * bool(wider) + f", {finals} final runs",
     ]
+    chains = {(w.row.name, chain): None for w in study.ways for chain in study.costs.chained(w.row, w.cost_at)}
+    out += [f"chained: {name}: {chain}" for name, chain in chains]
     return "\n".join([*out, *(f"left out: {name}: {reason}" for name, reason in study.left_out.items())])
 
 

@@ -111,6 +111,8 @@ def tables() -> list[str]:
         left_out = [f"Left out: {row}: {reason}." for row, reason in result["left_out"].items()]
         still = [f"Not finished: {text}." for text in result["missing"]]
         still += [f"Failed: {text}." for text in result["failed"]]
+        chains = dict.fromkeys(chain for row in rows for chain in row.get("chained", []))
+        left_out += [f"Priced through a step of two files: {chain}." for chain in chains]
         lines += ["", f"![Quality against cost](images/{name}.svg)", ""]
         made = (
             f"`benchmarks/results/{name}.json`: {', '.join(result['runs']['gpus'])}, {result['runs']['count']} runs, "

@@ -55,7 +55,7 @@ COLUMNS = (
     "row", "context", "recompute", "offload", "kept", "computed", "step_ms", "time_ratio", "dense_ratio", "peak_mib",
     "memory_ratio", "host_mib", "loss", "error",
 )  # fmt: skip
-WARM_WHOLE, WARM_TOKENS = 131072, 4096  # documents from the first on warm up with the second
+WARM_WHOLE, WARM_TOKENS = 131072, 8192  # documents from the first on warm up with the second
 
 
 @dataclass(frozen=True)

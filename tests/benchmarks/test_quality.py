@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ def q(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(**{name.removeprefix("quality_"): importlib.import_module(name) for name in NAMES})
 
 
-def cost_file(path: Path, steps: dict[int, dict[tuple[str, float, bool], float]]) -> Path:
+def cost_file(path: Path, steps: dict[int, dict[tuple[str, float, bool], float]], gpu: str | None = None) -> Path:
     """As benchmarks/step.py writes it. steps: by tokens, milliseconds of (mode, keep, weighted)."""
     same = {"method": "lemo", "recompute": "full", "model": "llama3-8b", "density": None}
     rows: list[dict[str, Any]] = [{"method": "the peer", "recompute": "full", "model": "llama3-8b", "context": 65536}]
@@ -32,7 +33,7 @@ def cost_file(path: Path, steps: dict[int, dict[tuple[str, float, bool], float]]
     for context, of in steps.items():
         for (mode, keep, weighted), ms in of.items():
             rows.append(same | {"context": context, "mode": mode, "keep": keep, "weighted": weighted, "step_ms": ms})
-    path.write_text(json.dumps({"rows": rows}))
+    path.write_text(json.dumps({"gpu": gpu, "rows": rows}))
     return path
 
 
@@ -60,8 +61,8 @@ def test_every_row_is_a_schedule(q: Any) -> None:
     [
         ("skip keep=0.5", "a stage is"),
         ("50% skip keep=0.5; 40% dense", "add up to 100 %"),
-        ("100% skip keep=0.5 window=1/2", "a window"),
         ("100% dense window=2", "a window"),
+        ("100% sparse density=0.25 window=0", "a window"),
     ],
 )
 def test_texts_that_are_not_schedules(q: Any, text: str, words: str) -> None:
@@ -94,6 +95,62 @@ def test_what_is_not_measured_is_refused(q: Any, costs: Path, tmp_path: Path) ->
     assert isinstance(q.schedules.Costs.read([costs, other]).of_row(third, 65536), str)
 
 
+def test_windows_in_any_stage(q: Any, tmp_path: Path) -> None:
+    """The step at the window's length; layers that keep everything, and exact steps, keep their own lengths."""
+    at = {65536: {DENSE: 1000.0, HALF: 250.0}, 32768: {DENSE: 320.0, HALF: 80.0}}
+    known = q.schedules.Costs.read([cost_file(tmp_path / "step-a.json", at)])
+    text = "50% skip keep=0.5 policy=random shared window=1/2; 50% dense"
+    row = q.schedules.Row("w", text)
+    assert q.schedules.unavailable(row) is None
+    assert known.of_row(row, 65536) == [0.08, 1.0]
+    made = q.schedules.segments(row, [0.08, 1.0], 8, 1)
+    assert [(s.steps, s.window) for s in made] == [(50, Fraction(1, 2)), (4, Fraction(1))]
+    assert q.schedules.cost(made, row, known, 65536, 1) == pytest.approx(8)
+    edges = q.schedules.Row("e", text, edges=True)
+    assert known.of_row(edges, 65536) == pytest.approx([(30 * 0.08 + 2 * 0.32) / 32, 1.0])
+    often = q.schedules.Row("o", "100% skip keep=0.5 policy=random shared window=1/2 every=4")
+    assert known.of_row(often, 65536) == [(3 * 0.08 + 1) / 4]
+    made = q.schedules.segments(often, [(3 * 0.08 + 1) / 4], 1.55, 1)
+    assert [(s.steps, s.phase["mode"], s.window) for s in made] == [
+        (3, "skip", Fraction(1, 2)),
+        (1, "dense", Fraction(1)),
+        (1, "skip", Fraction(1, 2)),
+    ]
+    quarter = q.schedules.Row("q", "100% skip keep=0.5 window=1/4")
+    assert "no measured step of skip keep 0.5 at 16384 tokens" in known.of_row(quarter, 65536)
+
+
+def test_prices_through_one_step_of_two_files(q: Any, tmp_path: Path) -> None:
+    third = ("skip", 0.3, False)
+    first = cost_file(tmp_path / "costs-a.json", {1024: {DENSE: 800.0, third: 200.0}, 512: {DENSE: 100.0}}, "NVIDIA A")
+    # Another machine's times: twice as long. Next to the long common step, and to a short one that is worth less.
+    second = cost_file(
+        tmp_path / "costs-b.json", {1024: {third: 400.0, BACKWARD: 600.0}, 512: {DENSE: 999.0, HALF: 50.0}}, "NVIDIA A"
+    )
+    row = q.schedules.Row("b", "60% backward keep=0.5 policy=random weighted; 40% skip keep=0.3 policy=random shared")
+    known = q.schedules.Costs.read([first, second])
+    # By the longest common step, here dense at 512: 600/999 x 100/800; skip 0.3 is next to dense, so never chained.
+    assert known.of_row(row, 1024) == pytest.approx([600 / 999 * 100 / 800, 200 / 800])
+    second.write_text(second.read_text().replace("999.0", "40.0"))
+    known = q.schedules.Costs.read([first, second])
+    assert known.of_row(row, 1024) == [600 / 400 * 200 / 800, 200 / 800] == [0.375, 0.25]
+    assert known.chained(row, 1024) == [
+        "backward keep 0.5 weighted at 1024 / skip keep 0.3 at 1024 in costs-b.json x "
+        "skip keep 0.3 at 1024 / dense keep 1 at 1024 in costs-a.json"
+    ]
+    assert known.chained(q.schedules.Row("d", "100% skip keep=0.3"), 1024) == []
+    window = q.schedules.Row("w", "100% skip keep=0.5 window=1/2")
+    assert known.of_row(window, 1024) == [50 / 400 * 200 / 800]
+
+    # One common step at most, files of one GPU that is known, and the very same step.
+    lone = cost_file(tmp_path / "costs-c.json", {1024: {HALF: 70.0, BACKWARD: 700.0}}, "NVIDIA A")
+    half = q.schedules.Row("h", "100% skip keep=0.5")
+    assert "no measured step" in q.schedules.Costs.read([first, second, lone]).of_row(half, 1024)
+    for gpu in ("NVIDIA B", None):
+        other = cost_file(tmp_path / "costs-d.json", {1024: {third: 400.0, BACKWARD: 600.0}}, gpu)
+        assert "no measured step" in q.schedules.Costs.read([first, other]).of_row(row, 1024)
+
+
 def test_equal_cost(q: Any, costs: Path) -> None:
     known = q.schedules.Costs.read([costs])
     row = q.schedules.Row("r", "70% skip keep=0.5 policy=random shared; 30% dense")
@@ -106,6 +163,45 @@ def test_equal_cost(q: Any, costs: Path) -> None:
     made = q.schedules.segments(eighth, known.of_row(eighth, 65536), 11, 1)
     assert [(s.steps, s.phase["mode"]) for s in made] == [(7, "skip"), (1, "dense")] * 4
     assert q.schedules.cost(made, eighth, known, 65536, 1) == pytest.approx(11)
+
+
+def test_the_plan_names_chained_prices(q: Any, costs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows whose steps were measured next to a common step only; every figure from the two files by hand."""
+
+    def file(name: str, steps: list[tuple[int, dict[str, Any], float]]) -> str:
+        same = {"method": "lemo", "recompute": "full", "model": "llama3-8b"}
+        rows = [same | {"context": n, "step_ms": ms} | phase for n, phase, ms in steps]
+        (tmp_path / name).write_text(json.dumps({"gpu": "NVIDIA H200", "rows": rows}))
+        return str(tmp_path / name)
+
+    dense, common, sparse = {"mode": "dense"}, {"mode": "skip", "keep": 0.3}, {"mode": "sparse", "density": 0.25}
+    of = [(262144, dense, 1000.0), (131072, dense, 300.0), (65536, dense, 100.0)]
+    first = file("costs-a.json", [*of, (262144, sparse, 400.0), (262144, common, 120.0)])
+    second = file("costs-b.json", [(262144, common, 150.0), (131072, sparse, 200.0)])
+    words = ["--model", "m", "--setting", "C", "--context", "512", "--cost-at", "262144", "--plan"]
+    words += ["--only", "windows", "--sequences", "100", "--batches", "1", "--costs", first]
+    assert q.quality.main([*words, second]) == 0
+    plan = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line.split() for line in plan.splitlines()}
+    rate = 200 / 150 * 120 / 1000
+    for name, rates, steps in (
+        ("windows 1/2, sparse 0.25, then exact", [rate, 1.0], 438 + 30),
+        ("windows 1/2, sparse 0.25, then sparse 0.25", [rate, 0.4], 438 + 75),
+        ("windows 1/2, then sparse 0.25", [0.3, 0.4], 167 + 125),
+        ("windows 1/4, then 1/2, then full", [0.1, 0.3, 1.0], 350 + 117 + 30),
+    ):
+        found = lines[name]
+        assert found[-1] == str(steps) and " ".join(found).endswith(", ".join(f"{r:.3f}" for r in rates) + f" {steps}")
+    chain = (
+        "sparse keep 1 density 0.25 at 131072 / skip keep 0.3 at 262144 in costs-b.json x skip keep 0.3 at 262144 / "
+    )
+    chain += "dense keep 1 at 262144 in costs-a.json"
+    assert [line for line in plan.splitlines() if line.startswith("chained: ")] == [
+        f"chained: windows 1/2, sparse 0.25, then exact: {chain}",
+        f"chained: windows 1/2, sparse 0.25, then sparse 0.25: {chain}",
+    ]
+    assert q.quality.main(words) == 0
+    assert "left out: windows 1/2, sparse 0.25, then exact: no measured step" in capsys.readouterr().out
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -355,9 +451,9 @@ def test_extension_and_answers(world: Any, q: Any) -> None:
 def test_inputs_of_a_window(q: Any, world: Any) -> None:
     """A part of the same sequence, at the positions that it has there."""
     task = q.train.Task("B", str(world.folder / "model"), str(world.folder / "tokens"), 256, 2, "code")
-    dense = {"mode": "dense"}
+    dense, sparse = {"mode": "dense"}, {"mode": "sparse", "density": 0.5}
     whole = q.train.Spec((q.schedules.Segment(2, dense),), 2, 1e-3, 5, "final")
-    part = q.train.Spec((q.schedules.Segment(2, dense, Fraction(1, 4)),), 2, 1e-3, 5, "final")
+    part = q.train.Spec((q.schedules.Segment(2, sparse, Fraction(1, 4)),), 2, 1e-3, 5, "final")
     offsets = []
     for full, window in zip(q.train.batches(task, whole), q.train.batches(task, part), strict=True):
         assert window["input_ids"].shape == (2, 64) and "position_ids" not in full
@@ -365,6 +461,20 @@ def test_inputs_of_a_window(q: Any, world: Any) -> None:
             assert torch.equal(row[places], ids)
             offsets.append(int(places[0]))
     assert len(set(offsets)) > 1
+
+
+def test_windows_are_trained_in_any_mode(world: Any, q: Any) -> None:
+    """Selection works within the window, at the places that it has in the whole sequence."""
+    task = q.train.Task("B", str(world.folder / "model"), str(world.folder / "tokens"), 512, 2, "code")
+    text = "50% sparse density=0.5 local=0 window=1/2; 50% skip keep=0.5 policy=random shared window=1/2"
+    half, whole = (q.schedules.parse(t) for t in (text, text.replace(" window=1/2", "")))
+    losses = []
+    for stages in (half, whole):
+        made = tuple(q.schedules.Segment(2, s.phase, s.window) for s in stages)
+        result = q.train.train(task, q.train.Spec(made, 1, 1e-2, 5, "final"))
+        assert result["steps"] == 4 and math.isfinite(result["train_loss"])
+        losses.append(q.train.mean_loss(result))
+    assert losses[0] != losses[1]
 
 
 def test_workers_share_the_runs(world: Any) -> None:
@@ -417,3 +527,52 @@ def test_costs_can_be_measured(
     for row in q.schedules.ROWS:
         if q.schedules.unavailable(row) is None:
             assert all(rate > 0 for rate in known.of_row(row, 256))
+
+
+def test_chosen_steps_next_to_a_common_one(
+    q: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No dense step: the common one stands in its place, and the file is not that of the dense step."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    costs, common = importlib.import_module("quality_costs"), importlib.import_module("common")
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(costs, "WARM_TOKENS", 128)
+    words = ["--context", "256", "--model", "tiny", "--steps", "1", "--common", "skip keep 0.3 at 256"]
+    also = ["sparse density=0.125 window=1/2", "sparse keep=0.5 density=0.25 policy=random shared window=1/2"]
+    words += ["--only", "backward", "sparse keep 1 density 0.25 at 128", "--also", *also]
+    assert costs.main(words) == 0
+    path = tmp_path / "benchmarks" / "results" / "costs-cpu-256-chained.json"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
+    assert {name: row["context"] for name, row in rows.items()} == {
+        "skip keep 0.3 at 256": 256,
+        "backward keep 0.5 weighted at 256": 256,
+        "sparse keep 1 density 0.25 at 128": 128,
+        "sparse keep 1 density 0.125 at 128": 128,
+        "sparse keep 0.5 density 0.25 at 128": 128,
+    }
+    assert all(row["step_ms"] > 0 and row["steps"] == 1 and row["warmup_context"] == 128 for row in rows.values())
+
+    dense = {"row": "dense", "method": "lemo", "mode": "dense", "context": 256, "recompute": "full", "step_ms": 100.0}
+    shared = rows["skip keep 0.3 at 256"] | {"step_ms": 10.0}
+    gpu = json.loads(path.read_text())["gpu"]
+    other = tmp_path / "costs-cpu-256.json"
+    other.write_text(json.dumps({"gpu": gpu, "rows": [dense | {"model": shared["model"]}, shared]}))
+    known = q.schedules.Costs.read([path, other], "tiny")
+    row = q.schedules.Row("r", "100% backward keep=0.5 policy=random weighted")
+    ratio = rows["backward keep 0.5 weighted at 256"]["step_ms"] / rows["skip keep 0.3 at 256"]["step_ms"]
+    assert known.of_row(row, 256) == [ratio * 10.0 / 100.0] and len(known.chained(row, 256)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--common", "skip keep 0.31 at 256"], "--common: no step is called 'skip keep 0.31 at 256'; there are dense"),
+        (["--only", "spares"], "--only: no step's name contains 'spares'"),
+        (["--also", "50 sparse"], "--also '50 sparse': "),
+    ],
+)
+def test_steps_that_do_not_exist(q: Any, words: list[str], message: str) -> None:
+    costs = importlib.import_module("quality_costs")
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        costs.main(["--context", "256", "--list", *words])
