@@ -127,8 +127,7 @@ def saved_bytes(
         "full"       e M d
         "attention"  e M (d + Hq D) + 4 Hq M
         "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated])  + 4 Hq M
-                     + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
-                     + e M f   if gated and down has one       + e M (sum of all r)
+                     + e M (sum of all r)
                      with experts in place of the MLP, k of E for a row, in place of f + f:
                        e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
                        [+ 4 M (k + 1) if its weights are made to sum to 1]
@@ -136,6 +135,7 @@ def saved_bytes(
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
         tiles        8 (S + 1 + L)     [half of it with "none"]
 
+    Inputs of adapters are not saved: each is made again, without a product, of rows that are (`lemo.engine.linear`).
     Mode "backward" saves what "attention" saves. Nothing depends on eliminated tokens.
     """
     s, m = shape, rows
@@ -151,15 +151,9 @@ def saved_bytes(
         raise ValueError(f'recompute must be "none", "attention" or "full"; got {recompute!r}')
     width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
     width += sum(s.lora.values()) + s.inner_saved
-    if {"q", "k", "v", "qkv"} & set(s.lora):
-        width += s.hidden
     if s.experts is not None:
         return s.element * m * width + output + lists + expert_bytes(s, m)
     width += (2 if s.gated else 1) * s.ffn
-    if {"gate", "up", "gate_up"} & set(s.lora):
-        width += s.hidden
-    if s.gated and "down" in s.lora:
-        width += s.ffn
     return s.element * m * width + output + lists
 
 
