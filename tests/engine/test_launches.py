@@ -62,8 +62,8 @@ SHARED = lemo.Phase("skip", policy="random", policy_options={"shared": True})
 SKIP, UPDATES = lemo.Phase("skip", policy="random"), lemo.Phase("skip", policy="update_norm")
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 # Of a layer with LoRA on q, k, v and o: 7 products with weights and 6 with adapters (q, k and v share the first) in the
-# forward pass, as many for the input's gradient, 6 for the adapters', and 18 others. Inputs of adapters are not saved: one more
-# operator makes each again where nothing else is recomputed (the norms' outputs, and SwiGLU's for `down`).
+# forward pass, as many for the input's gradient, 6 for the adapters', and 18 others. Inputs of adapters are not saved:
+# with "none", one more operator makes each of them again (outputs of the norms, and SwiGLU's for `down`).
 BOUNDS = [
     pytest.param((DENSE,), 51, id="dense"),
     pytest.param((DENSE, "full"), 70, id="dense-full"),

@@ -40,6 +40,10 @@ class SwiGLU(Function):
         return *ops.swiglu_backward_(dy.contiguous(), gate, up), None, None
 
 
+# Rows at a time, between whose gradients an intermediate result lives.
+_GEGLU_ROWS = 2048
+
+
 class GeGLU(Function):
     """gelu(gate) * up [M, f], GELU approximated by tanh. Saves gate and up; reuse: as of `SwiGLU`."""
 
@@ -53,10 +57,12 @@ class GeGLU(Function):
     @first_order("GeGLU")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = (t.detach() for t in ctx.saved_tensors)
-        dact = dy * up
-        dup = torch.ops.aten.gelu.out(gate, approximate="tanh", out=up if ctx.reuse else torch.empty_like(up)).mul_(dy)
-        dgate = gate if ctx.reuse else dact
-        torch.ops.aten.gelu_backward.grad_input(dact, gate, approximate="tanh", grad_input=dgate)
+        dgate, dup = (gate, up) if ctx.reuse else (torch.empty_like(gate), torch.empty_like(up))
+        for start in range(0, dy.shape[0], _GEGLU_ROWS):
+            c = slice(start, start + _GEGLU_ROWS)
+            dact = dy[c] * up[c]
+            torch.ops.aten.gelu.out(gate[c], approximate="tanh", out=dup[c]).mul_(dy[c])
+            torch.ops.aten.gelu_backward.grad_input(dact, gate[c], approximate="tanh", grad_input=dgate[c])
         return dgate, dup, None
 
 

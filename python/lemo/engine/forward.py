@@ -98,6 +98,7 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, 
     observe, norms = None if run.again else step.observe, []
     if run.graphs:
         h2, record.x_mlp = gather_norm(a, None, x_kept, n2)
+        a = a if observe is not None else a.new_empty(0)  # not while the MLP runs
         again = _norm_again(step, layer, 1, record.x_mlp)
         m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, _count(step, run, i), again)
         ops.scatter_add_(x, saved.rows, m, record.x_mlp)
