@@ -128,8 +128,8 @@ ROWS = (
     Row("windows 1/4, then sparse 0.125", "50% dense window=1/4; 50% sparse density=0.125"),
     Row("sparse 0.125, every eighth exact", "100% sparse density=0.125 every=8"),
     Row("windows 1/2, sparse 0.25, then exact", "70% sparse density=0.25 window=1/2; 30% dense"),
-    Row("windows 1/2, sparse 0.25, then sparse 0.25", "70% sparse density=0.25 window=1/2; 30% sparse density=0.25"),
-    Row("windows 1/2, then sparse 0.25", "50% dense window=1/2; 50% sparse density=0.25"),
+    Row("windows 1/4, sparse 0.25, then exact", "70% sparse density=0.25 window=1/4; 30% dense"),
+    Row("windows 1/4, sparse 0.25, then sparse 0.25", "70% sparse density=0.25 window=1/4; 30% sparse density=0.25"),
     Row("windows 1/4, then 1/2, then full", "35% dense window=1/4; 35% dense window=1/2; 30% dense", rival=True),
 )
 

@@ -62,18 +62,19 @@ SHARED = lemo.Phase("skip", policy="random", policy_options={"shared": True})
 SKIP, UPDATES = lemo.Phase("skip", policy="random"), lemo.Phase("skip", policy="update_norm")
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 # Of a layer with LoRA on q, k, v and o: 7 products with weights and 6 with adapters (q, k and v share the first) in the
-# forward pass, as many for the input's gradient, 6 for the adapters', and 18 others.
+# forward pass, as many for the input's gradient, 6 for the adapters', and 18 others. Inputs of adapters are not saved:
+# with "none", one more operator makes each of them again (outputs of the norms, and SwiGLU's for `down`).
 BOUNDS = [
-    pytest.param((DENSE,), 50, id="dense"),
+    pytest.param((DENSE,), 51, id="dense"),
     pytest.param((DENSE, "full"), 70, id="dense-full"),
-    pytest.param((lemo.Phase("sparse", keys=128),), 50, id="sparse"),
-    pytest.param((SHARED,), 50, id="skip-shared"),
+    pytest.param((lemo.Phase("sparse", keys=128),), 51, id="sparse"),
+    pytest.param((SHARED,), 51, id="skip-shared"),
     pytest.param((SHARED, "full"), 70, id="skip-shared-full"),
     # A separate list for every layer: drawing it, reading its sizes, noting which tokens took part.
-    pytest.param((SKIP,), 59, id="skip"),
+    pytest.param((SKIP,), 60, id="skip"),
     pytest.param((SKIP, "full"), 79, id="skip-full"),
-    pytest.param((UPDATES,), 68, id="update-norm"),
-    pytest.param((DENSE, "none", ALL), 69, id="all-projections"),
+    pytest.param((UPDATES,), 69, id="update-norm"),
+    pytest.param((DENSE, "none", ALL), 72, id="all-projections"),
 ]
 
 
@@ -99,7 +100,7 @@ def test_adapters_in_another_dtype_are_cast_at_once() -> None:
     parts = [p for w, x, y in zip(weights, a, b, strict=True) for p in (w, None, x, y, None)]
     scales = [(0.5, None), (2.0, None), (3.0, None)]
     with Count() as count:
-        outputs = LinearGroup.apply(h.requires_grad_(), scales, True, *parts)
+        outputs = LinearGroup.apply(h.requires_grad_(), scales, True, None, *parts)
         found = torch.autograd.grad(sum(y.float().sum() for y in outputs), [h, *a, *b])
     assert count.found["_foreach_copy_"] == 2 and count.found["cat"] == 0
     leaves = [t.detach().double().requires_grad_() for t in (h, *a, *b)]

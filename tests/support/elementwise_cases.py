@@ -74,13 +74,19 @@ class SwiGLU:
 
     def run(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
         dgate, dup = ops.swiglu_backward(t["dout"], t["gate"], t["up"])
-        return {"out": ops.swiglu(t["gate"], t["up"]), "dgate": dgate, "dup": dup}
+        gate, up = (
+            torch.cat((t["gate"], t["up"]), 1).chunk(2, 1)
+            if self.storage == "fused"
+            else (t["gate"].clone(), t["up"].clone())
+        )
+        in_place = dict(zip(("dgate_", "dup_"), ops.swiglu_backward_(t["dout"], gate, up), strict=True))
+        return {"out": ops.swiglu(t["gate"], t["up"]), "dgate": dgate, "dup": dup, **in_place}
 
     def expect(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
         gate, up = leaf(t["gate"]), leaf(t["up"])
         out = oracle.swiglu(gate, up)
         dgate, dup = grads([out], [t["dout"]], gate, up)
-        return {"out": out.detach(), "dgate": dgate, "dup": dup}
+        return {"out": out.detach(), "dgate": dgate, "dup": dup, "dgate_": dgate, "dup_": dup}
 
 
 ROTARY = [

@@ -161,9 +161,7 @@ def _mlp_bytes(s: LayerShape, rows: int) -> int:
     width = s.hidden + sum(rank for name, rank in s.lora.items() if name in ("gate", "up", "gate_up", "down"))
     if s.experts is not None:
         return s.element * rows * width + expert_bytes(s, rows)
-    width += (2 if s.gated else 1) * s.ffn
-    width += s.hidden if {"gate", "up", "gate_up"} & set(s.lora) else 0
-    return s.element * rows * (width + (s.ffn if s.gated and "down" in s.lora else 0))
+    return s.element * rows * (width + (2 if s.gated else 1) * s.ffn)
 
 
 def same_objects(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,41 +11,72 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lemo import ops
+from lemo.engine.linear import remade
 from lemo.ops._autograd import first_order
 
 if TYPE_CHECKING:  # families import this module
     from lemo.engine.families.base import NormWeights
 
 
-class UnreadSwiGLU(Function):
-    """`ops.swiglu` for recomputation if nothing reads its values: zeros without separate memory, with its gradient."""
+class SwiGLU(Function):
+    """`ops.swiglu` [M, f]. Saves gate and up.
+
+    reuse: their gradients take their memory, which nothing else reads by then. want_output False, for recomputation if
+    nothing reads the values: zeros without separate memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, reuse: bool, want_output: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return gate.new_zeros(1, 1).expand_as(gate)
+        ctx.reuse = reuse
+        return ops.swiglu(gate, up) if want_output else gate.new_zeros(1, 1).expand_as(gate)
 
     @staticmethod
     @first_order("SwiGLU")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = (t.detach() for t in ctx.saved_tensors)
+        if not ctx.reuse:
+            return *ops.swiglu_backward(dy.contiguous(), gate, up), None, None
+        return *ops.swiglu_backward_(dy.contiguous(), gate, up), None, None
+
+
+# Rows at a time, between whose gradients an intermediate result lives.
+_GEGLU_ROWS = 2048
 
 
 class GeGLU(Function):
-    """gelu(gate) * up [M, f], GELU approximated by tanh. Saves gate and up."""
+    """gelu(gate) * up [M, f], GELU approximated by tanh. Saves gate and up; reuse: as of `SwiGLU`."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, reuse: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
+        ctx.reuse = reuse
+        return geglu(gate, up)
 
     @staticmethod
     @first_order("GeGLU")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        dgate = dy * up
-        torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate="tanh", grad_input=dgate)
-        return dgate, F.gelu(gate, approximate="tanh").mul_(dy)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = (t.detach() for t in ctx.saved_tensors)
+        dgate, dup = (gate, up) if ctx.reuse else (torch.empty_like(gate), torch.empty_like(up))
+        for start in range(0, dy.shape[0], _GEGLU_ROWS):
+            c = slice(start, start + _GEGLU_ROWS)
+            dact = dy[c] * up[c]
+            torch.ops.aten.gelu.out(gate[c], approximate="tanh", out=dup[c]).mul_(dy[c])
+            torch.ops.aten.gelu_backward.grad_input(dact, gate[c], approximate="tanh", grad_input=dgate[c])
+        return dgate, dup, None
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up."""
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def product_again(inner: Tensor, product: Callable[[Tensor, Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """inner = product(gate, up), which the projection after it need not save: gate and up are saved anyway."""
+    if not inner.requires_grad:
+        return inner
+    gate, up = gate.detach(), up.detach()
+    return remade(inner, lambda: product(gate, up))
 
 
 class InnerNorm(Function):

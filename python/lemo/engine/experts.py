@@ -45,7 +45,7 @@ def balance(statistics: Tensor, count: int) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Gate:
     """What experts do with their inner rows [S, 2 f], gate and up. product: [S, f] of them; gradient: their gradient
-    [S, 2 f] from that of the product [S, f] and from them."""
+    [S, 2 f] from that of the product [S, f] and from them, whose memory it may take."""
 
     product: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
@@ -159,7 +159,8 @@ def _swiglu(inner: Tensor) -> Tensor:
 def _swiglu_gradient(dy: Tensor, inner: Tensor) -> Tensor:
     gate, up = inner.chunk(2, 1)
     if gate.shape[1] % 8 == 0:
-        return torch.cat(ops.swiglu_backward(dy, gate, up), 1)
+        ops.swiglu_backward_(dy, gate, up)  # in place of what they were made of, which nothing reads any more
+        return inner
     return torch.cat((torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)), 1)
 
 

@@ -98,7 +98,9 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, 
     observe, norms = None if run.again else step.observe, []
     if run.graphs:
         h2, record.x_mlp = gather_norm(a, None, x_kept, n2)
-        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, _count(step, run, i))
+        a = a if observe is not None else a.new_empty(0)  # not while the MLP runs
+        again = _norm_again(step, layer, 1, record.x_mlp)
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, _count(step, run, i), again)
         ops.scatter_add_(x, saved.rows, m, record.x_mlp)
         if observe is not None:
             norms.append(_lengths(a + m))
@@ -146,7 +148,8 @@ def _kept_mlp(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) ->
     h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[1])
     record = Record(i, "mlp", saved, x_kept, generators=states)
     if run.graphs:
-        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, _count(step, run, i))
+        again = _norm_again(step, layer, 1, x_kept)
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, _count(step, run, i), again)
     else:
         m = torch.empty_like(x_kept)
         for c in step.chunks(saved.count):
@@ -169,6 +172,7 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerR
                 layer, step.attention.differentiable(layer, leaf, saved, choice).flatten(1)
             ),
             h,
+            again=_norm_again(step, layer, 0, record.x_kept),
         )
         return a
     out, lse = step.attention.forward(layer, h, saved, choice)
@@ -176,6 +180,13 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerR
     if run.saves == "attention":
         record.out, record.lse = out, lse
     return out.flatten(1)
+
+
+def _norm_again(step: Step, layer: nn.Module, which: int, rows: Tensor) -> Callable[[], Tensor]:
+    """Makes a norm's output again from the rows that its backward pass needs anyway. Its weights are looked up then:
+    divided ones are gathered anew. (The graph holds this, so it must not hold the step, which holds the graph.)"""
+    family = step.family
+    return lambda: gather_norm(rows, None, None, family.norms(layer)[which])[0]
 
 
 def _put(step: Step, record: Record, run: LayerRun) -> None:

@@ -241,22 +241,35 @@ def _row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return squares.clamp_(min=0).sqrt_()
 
 
-# Tensors of a projection in the arguments of LinearGroup: weight, bias, a, b, magnitude; three arguments come first.
+# Tensors of a projection in the arguments of LinearGroup: weight, bias, a, b, magnitude; four arguments come first.
 _PARTS = 5
-_BEFORE = 3
+_BEFORE = 4
 # Rows of a DoRA's output that are computed again at a time, for the gradient of its magnitude.
 _DORA_ROWS = 4096
+
+
+def remade(x: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """x, marked: projections that read it do not save it, but call `again` in the backward pass, which has to give the
+    same values from what is kept anyway. `again` must not hold anything that holds the graph."""
+    x.lemo_again = again  # type: ignore[attr-defined]
+    return x
+
+
+def made_here(y: Tensor) -> bool:
+    """Whether y is the output of `linear_group`'s cheap path in a graph: nobody else has seen it, as hooks of a module
+    that is called could, so its memory may be reused once the graph does not need it."""
+    return type(y.grad_fn).__name__ == "LinearGroupBackward"
 
 
 class LinearGroup(Function):
     """Several projections of the same rows. h [M, d] -> one [M, o_i] per projection.
 
-    Arguments: h, scale and form of every projection, want_output, then weight, bias, a, b, magnitude of every
+    Arguments: h, scale and form of every projection, want_output, again, then weight, bias, a, b, magnitude of every
     projection. Saves h once, if any projection has an adapter that trains, and the [M, r] products h a^T; frozen
-    weights get no gradient. A quantized weight is saved as it is stored, and made dense again in the backward pass.
-    DoRA saves its norms [o] besides; its output without the magnitude is computed again, in chunks of rows. With
-    want_output False the outputs are zeros without separate memory: recomputation needs the graph, not always the last
-    product.
+    weights get no gradient. again makes h once more, which is then not saved (see `remade`); None: nothing does. A
+    quantized weight is saved as it is stored, and made dense again in the backward pass. DoRA saves its norms [o] as
+    well; its output without the magnitude is computed again, in chunks of rows. With want_output False the outputs are
+    zeros without separate memory: recomputation needs the graph, not always the last product.
     """
 
     @staticmethod
@@ -265,6 +278,7 @@ class LinearGroup(Function):
         h: Tensor,
         settings: Sequence[tuple[float, Form | None]],
         want_output: bool,
+        again: Callable[[], Tensor] | None,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs, norms = [], []
@@ -288,8 +302,9 @@ class LinearGroup(Function):
             outputs.append(y)
             norms.append(norm)
         trained_a, trained_b, trained_m = (any(_wanted(ctx, part)) for part in (2, 3, 4))
-        ctx.settings = settings
-        kept = h if trained_a or trained_m else None, t if trained_b or trained_m else None
+        wants_h = trained_a or trained_m
+        ctx.settings, ctx.again = settings, again if wants_h else None
+        kept = h if wants_h and again is None else None, t if trained_b or trained_m else None
         ctx.save_for_backward(*kept, *norms, *parts)
         return tuple(outputs)
 
@@ -299,6 +314,7 @@ class LinearGroup(Function):
         n = len(ctx.settings)
         h, t, *rest = ctx.saved_tensors
         norms, parts = rest[:n], rest[n:]
+        again, ctx.again = ctx.again, None  # which holds what h is made of
         want_dh, (want_a, want_b, want_m) = ctx.needs_input_grad[0], (_wanted(ctx, part) for part in (2, 3, 4))
         dtype = dys[0].dtype
         adapters = _Adapters.of(parts, dtype)
@@ -316,6 +332,7 @@ class LinearGroup(Function):
                 w = _dense(weight, form).to(dtype)
             if magnitude is not None:
                 if want_m[i]:
+                    h = again() if h is None else h
                     found = _magnitude_gradient(dy, h, w, inner[i], b, scale)
                     dm[i] = found.div_(norms[i]).to(magnitude.dtype)
                 dy = dy * (magnitude.float() / norms[i]).to(dtype)
@@ -329,12 +346,13 @@ class LinearGroup(Function):
         if want_dh and dt is not None:
             dh.addmm_(dt, adapters.a)
         if any(want_a):
+            h = again() if h is None else h
             of_each = adapters.split(_product_fp32(dt.t(), h), 0)  # type: ignore[union-attr]
             da = [of_each[i].to(parts[_PARTS * i + 2].dtype) if want_a[i] else None for i in range(n)]
         _scale([(g, scale) for g, (scale, _) in zip(db, ctx.settings, strict=True) if g is not None])
         db = [None if g is None else g.to(parts[_PARTS * i + 3].dtype) for i, g in enumerate(db)]
         grads = ((None, None, da[i], db[i], dm[i]) for i in range(n))
-        return dh, None, None, *(g for of_one in grads for g in of_one)
+        return dh, None, None, None, *(g for of_one in grads for g in of_one)
 
 
 def _wanted(ctx: Any, part: int) -> tuple[bool, ...]:
@@ -425,6 +443,8 @@ def linear_group(modules: Sequence[nn.Module], h: Tensor, want_output: bool = Tr
             parts += [spec.weight, spec.bias, spec.a, spec.b, spec.magnitude]
             settings.append((spec.scale, spec.form))
     if fast:
-        for i, y in zip(fast, LinearGroup.apply(h, settings, want_output, *parts), strict=True):
+        # A module that is called may save h itself: making it again would then save nothing.
+        again = getattr(h, "lemo_again", None) if len(fast) == len(modules) else None
+        for i, y in zip(fast, LinearGroup.apply(h, settings, want_output, again, *parts), strict=True):
             outputs[i] = y
     return tuple(y for y in outputs if y is not None)

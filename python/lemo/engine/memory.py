@@ -127,8 +127,7 @@ def saved_bytes(
         "full"       e M d
         "attention"  e M (d + Hq D) + 4 Hq M
         "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated])  + 4 Hq M
-                     + e M d   if q, k or v has an adapter,    + e M d  if gate or up has one
-                     + e M f   if gated and down has one       + e M (sum of all r)
+                     + e M (sum of all r)
                      with experts in place of the MLP, k of E for a row, in place of f + f:
                        e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
                        [+ 4 M (k + 1) if its weights are made to sum to 1]
@@ -136,6 +135,7 @@ def saved_bytes(
         lists        4 M + 4 (D + 1)   [+ 4 M + 4 K if weighted]
         tiles        8 (S + 1 + L)     [half of it with "none"]
 
+    Inputs of adapters are not saved: each is made again, without a product, of rows that are (`lemo.engine.linear`).
     Mode "backward" saves what "attention" saves. Nothing depends on eliminated tokens.
     """
     s, m = shape, rows
@@ -151,15 +151,9 @@ def saved_bytes(
         raise ValueError(f'recompute must be "none", "attention" or "full"; got {recompute!r}')
     width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
     width += sum(s.lora.values()) + s.inner_saved
-    if {"q", "k", "v", "qkv"} & set(s.lora):
-        width += s.hidden
     if s.experts is not None:
         return s.element * m * width + output + lists + expert_bytes(s, m)
     width += (2 if s.gated else 1) * s.ffn
-    if {"gate", "up", "gate_up"} & set(s.lora):
-        width += s.hidden
-    if s.gated and "down" in s.lora:
-        width += s.ffn
     return s.element * m * width + output + lists
 
 
@@ -207,20 +201,22 @@ def working_bytes(
     in_place: the layer works on all tokens, without weights, so that the stream's gradient is that of its rows.
     separable: see `lemo.engine.attend.Attention.separable`, as far as the shape does not decide it.
     """
-    d, q, kv, f, e = _widths(shape)
+    d, q, _, f, e = _widths(shape)
     # The residual stream or its gradient; both, and one more of their size, while the loss is computed.
     stream = e * tokens * d
     # Rotary tables; ids, targets, positions and lists of all tokens.
     fixed = tokens * (2 * e * shape.head_dim + 64)
     again = recompute != "none" or mode == "backward"
     chunk = min(rows, MLP_ROWS) if again else rows
-    mlp = e * chunk * ((6 if shape.gated else 4) * f + 3 * d)
+    # Gate, up and the gradient of their product, and that product for an adapter; gradients of gate and up take their
+    # memory. Without gates: what the activation gives, and the gradients on both sides of it.
+    mlp = e * chunk * ((3 + ("down" in shape.lora) if shape.gated else 4) * f + 3 * d)
     if shape.experts is not None:  # rows of gate and up, and their inputs and outputs, once for every expert of a row
         mlp = max(mlp, chunk * shape.experts.per_token * e * (6 * shape.experts.ffn + 3 * d) + 12 * shape.experts.count)
     if again:
         layer = _layer_again(shape, rows, mlp, mode == "backward" or recompute == "attention", in_place, separable)
     else:
-        layer = mlp + e * rows * (3 * q + 4 * kv)
+        layer = _layer_once(shape, rows, mlp)
     if mode == "backward":
         exact = e * tokens * q + e * min(tokens, MLP_ROWS) * (3 * f + 3 * d)
         layer = max(layer, _forward(shape, tokens), exact)
@@ -245,6 +241,16 @@ def _forward(shape: LayerShape, rows: int) -> int:
     """Attention of so many rows: the norm's output, and q, k, v before and after they are rotated."""
     d, q, kv, _, e = _widths(shape)
     return e * rows * (d + 2 * q + 3 * kv + (q + kv if shape.inner_saved else 0))
+
+
+def _layer_once(shape: LayerShape, rows: int, mlp: int) -> int:
+    """A layer that is not computed again, without what it saves. mlp: what its MLP needs with what that saves."""
+    d, q, kv, f, e = _widths(shape)
+    saved = 0 if shape.experts is not None else e * rows * (2 if shape.gated else 1) * f
+    # A fused projection of gate and up joins their gradients.
+    joined = e * rows * f if shape.fused and shape.gated else 0
+    # Attention's gradients on both sides, dq in float32 as well; what the MLP saves is gone then.
+    return max(mlp - saved + joined, e * rows * (2 * d + 5 * q + 3 * kv) - saved)
 
 
 def _layer_again(shape: LayerShape, rows: int, mlp: int, has_output: bool, in_place: bool, separable: bool) -> int:

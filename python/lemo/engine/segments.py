@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from lemo.engine.linear import remade
+
 # What makes a local graph's start require a gradient. Every graph ends in it, and none gives it one.
 _ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 
@@ -53,10 +55,14 @@ def trace(
     function: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
     h: Tensor,
     note: Callable[[Tensor], None] | None = None,
+    again: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Segment]:
-    """function(h) with its local graph; note: gets the second output, if there is one."""
+    """function(h) with its local graph. note: gets the second output, if there is one; again: makes h once more in the
+    backward pass, so that projections do not save it."""
     with torch.enable_grad():
         start = _Enter.apply(h.detach(), _ANCHOR)
+        if again is not None:
+            remade(start, again)
         edge = get_gradient_edge(start)
         y, statistics = split(function(start))
         if statistics is not None and note is not None:

@@ -28,7 +28,8 @@ def refuse_derivatives(name: str) -> None:
         outputs = _Underivable.apply(name, run, mutated, *args)
         if not mutated:
             return outputs
-        return outputs[-1] if single else outputs[len(mutated) :]  # the dispatcher counts what the schema returns
+        # The dispatcher counts what the schema returns.
+        return outputs[-1] if single else outputs[len(mutated) :] or None
 
     bind_autograd(name, underivable)
 
@@ -159,7 +160,7 @@ class _Underivable(Function):
         if not mutated:
             return outputs
         ctx.mark_dirty(*(args[i] for i in mutated))
-        returned = (outputs,) if isinstance(outputs, Tensor) else outputs
+        returned = (outputs,) if isinstance(outputs, Tensor) else outputs or ()
         return *(args[i] for i in mutated), *returned
 
     @staticmethod

@@ -48,6 +48,7 @@ def operator(
     writes: str = "",
     renamed: Mapping[str, str] | None = None,
     constants: Mapping[str, Any] | None = None,
+    shared: Mapping[str, str] | None = None,
     derivative: str | None = None,
     around: Callable[[Launch, dict[str, Any]], None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -61,13 +62,16 @@ def operator(
     calls: the operation of the C interface, by default the name without trailing underscores.
     writes: names of the parameters that are written in place.
     renamed: {parameter or output: field}, if the names differ; constants: {field: value} if there is no
-    parameter. Optional tensors that no parameter names are absent.
+    parameter; shared: {field: parameter} of outputs in a parameter's memory. Optional tensors that no parameter names
+    are absent.
     derivative: "none": outputs never require a gradient; "error": they do if an input does, and asking for it raises
     RuntimeError; None: registered by the caller.
     around: called as around(launch, arguments) in place of launch(arguments), to adapt the arguments of the C struct.
     """
 
-    options = {"calls": calls, "renamed": renamed or {}, "constants": constants or {}, "around": around}
+    options = {
+        "calls": calls, "renamed": renamed or {}, "constants": constants or {}, "shared": shared or {}, "around": around
+    }  # fmt: skip
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         declared = _Operator(function, returns, writes, options)
@@ -117,6 +121,7 @@ class _Operator:
         self.name = function.__name__.lstrip("_")
         self.calls = options["calls"] or self.name.rstrip("_")
         self.renamed, self.constants, self.around = options["renamed"], options["constants"], options["around"]
+        self.shared: Mapping[str, str] = options["shared"]
         hints = get_type_hints(function, include_extras=True)
         letters = dict(zip(self.writes, "abcdefgh", strict=False))
         self.parameters = [
@@ -202,12 +207,14 @@ class _Operator:
         used = {name for p, name in zip(self.parameters, inputs, strict=True) if p.is_tensor}
         used |= {*self.constants} | ({*outputs} if self.returns else set())
         absent = {field for field, role in roles.items() if role in ("optional", "optional_output", "companion")}
-        wrong = (used - {*roles}) | ({*roles} - {*known} - absent)
+        used |= {*self.shared}
+        wrong = (used - {*roles}) | ({*roles} - {*known} - {*self.shared} - absent)
         if wrong:
             raise TypeError(f"{self.name}: not matched by a field of lemo_{self.calls}_args, or by a value: {wrong}")
         places = {field: i for i, field in enumerate(roles)}
         conversions = [(places[name], p.convert) for p, name in zip(self.parameters, inputs, strict=True) if p.convert]
-        pick = itemgetter(*(known.index(field) if field in known else -1 for field in roles))
+        sources = (self.shared.get(field, field) for field in roles)
+        pick = itemgetter(*(known.index(name) if name in known else -1 for name in sources))
         return pick, conversions
 
     # --- past the dispatcher, whose way to a kernel in Python takes longer than most kernels -------------------------

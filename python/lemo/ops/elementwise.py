@@ -47,6 +47,17 @@ def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return dgate, torch.empty_like(dgate)
 
 
+@operator(calls="swiglu_backward", writes="gate up", derivative="error", shared={"dgate": "gate", "dup": "up"})
+def _swiglu_backward_(dout: Tensor, gate: Tensor, up: Tensor) -> None:
+    return None
+
+
+def swiglu_backward_(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``swiglu_backward``, in the memory of gate and up, which are returned: (dgate, dup)."""
+    _swiglu_backward_(dout, gate, up)
+    return gate, up
+
+
 def _rotary_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     # The tables belong to the step and the rows to the layer's kept list: not saved, so that they count for no layer.
     _, ctx.cos, ctx.sin, ctx.rows, ctx.inverse = inputs

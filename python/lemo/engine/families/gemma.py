@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemo.engine.elementwise import GeGLU, inner_norm
+from lemo.engine import elementwise
+from lemo.engine.elementwise import GeGLU, inner_norm, product_again
 from lemo.engine.families.base import AttentionOptions, Classes, ModelShape, NormWeights, Tables, refuse, rms_norm
 from lemo.engine.families.llama import Llama
-from lemo.engine.linear import linear_group, ordinary, unwrap
+from lemo.engine.linear import linear_group, made_here, ordinary, unwrap
 
 _GELU = ("transformers.activations.GELUTanh",)
 
@@ -141,5 +142,9 @@ def geglu(mlp: Any, h: Tensor) -> Tensor:
     act: Any = getattr(mlp, "act_fn", None)
     # `act` of GELUTanh: the exact function of torch, not the one that older checkpoints name.
     fused = act is None or (ordinary(act, *_GELU) and getattr(act.act, "func", None) is F.gelu)
-    inner = GeGLU.apply(gate, up) if fused else act(gate) * up
+    if fused:
+        reuse = made_here(gate) and made_here(up)
+        inner = product_again(GeGLU.apply(gate, up, reuse), elementwise.geglu, gate, up)
+    else:
+        inner = act(gate) * up
     return linear_group((mlp.down_proj,), inner)[0]

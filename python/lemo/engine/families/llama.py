@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemo import ops
-from lemo.engine.elementwise import UnreadSwiGLU
+from lemo.engine.elementwise import SwiGLU, product_again
 from lemo.engine.families.base import Classes, Family, ModelShape, NormWeights, Tables, rms_norm
-from lemo.engine.linear import linear_group, ordinary, reads_input, unwrap
+from lemo.engine.linear import linear_group, made_here, ordinary, reads_input, unwrap
 
 SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 
@@ -121,17 +121,18 @@ class Llama(Family):
 def swiglu(mlp: Any, h: Tensor, want_output: bool = True) -> Tensor:
     """A gated MLP with transformers' names of its projections, or Liger's equivalent."""
     gate, up = linear_group((mlp.gate_proj, mlp.up_proj), h)
-    return gated_down(mlp.down_proj, getattr(mlp, "act_fn", None), gate, up, want_output)
+    reuse = made_here(gate) and made_here(up)
+    return gated_down(mlp.down_proj, getattr(mlp, "act_fn", None), gate, up, want_output, reuse)
 
 
-def gated_down(down: nn.Module, act: Any, gate: Tensor, up: Tensor, want_output: bool) -> Tensor:
-    """down(act(gate) * up); act None: SiLU."""
+def gated_down(down: nn.Module, act: Any, gate: Tensor, up: Tensor, want_output: bool, reuse: bool) -> Tensor:
+    """down(act(gate) * up); act None: SiLU. reuse: gradients may take the memory of gate and up."""
     # The kernels move 16 bytes at a time; no published model has a width that these do not divide.
     fused = (act is None or ordinary(act, *SILU)) and gate.shape[-1] % 8 == 0
     if not fused:
         inner = (F.silu if act is None else act)(gate) * up
-    elif want_output or reads_input(down):
-        inner = ops.swiglu(gate, up)
     else:
-        inner = UnreadSwiGLU.apply(gate, up)
+        inner = SwiGLU.apply(gate, up, reuse, want_output or reads_input(down))
+        if want_output:
+            inner = product_again(inner, ops.swiglu, gate, up)
     return linear_group((down,), inner, want_output)[0]

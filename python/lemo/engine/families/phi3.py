@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lemo import ops
 from lemo.engine.families.base import ModelShape, Tables, refuse
 from lemo.engine.families.llama import Llama, gated_down
-from lemo.engine.linear import linear_group, unwrap
+from lemo.engine.linear import linear_group, made_here, unwrap
 
 
 class Phi3(Llama):
@@ -62,5 +62,6 @@ class Phi3(Llama):
 
     def mlp(self, layer: Any, h: Tensor, want_output: bool = True) -> Tensor:
         mlp = unwrap(layer.mlp)
-        gate, up = linear_group((mlp.gate_up_proj,), h)[0].chunk(2, -1)
-        return gated_down(mlp.down_proj, getattr(mlp, "activation_fn", None), gate, up, want_output)
+        (both,) = linear_group((mlp.gate_up_proj,), h)
+        gate, up = both.chunk(2, -1)
+        return gated_down(mlp.down_proj, getattr(mlp, "activation_fn", None), gate, up, want_output, made_here(both))
