@@ -81,7 +81,8 @@ LLAMA_8B = {
 
 def test_estimates_are_close_to_measured_peaks():
     """All steps that were published, of which a draw may keep more in weighted ones: at most 5 % (8 %) too high. They
-    were measured when the backward pass needed more, so they may also be higher than the estimate, by as much."""
+    were measured when the backward pass needed more, so they may also be higher than the estimate, by as much; with
+    nothing recomputed by 8 %, as layers also saved what their adapters read."""
     from transformers import LlamaConfig
 
     tried = set()
@@ -93,7 +94,8 @@ def test_estimates_are_close_to_measured_peaks():
             phase = lemo.Phase(row["mode"], weighted=row["weighted"], **options)
             settings = lemo.LemoConfig(phases=[phase], recompute=row["recompute"])
             ratio = lemo.estimate(LlamaConfig(**LLAMA_8B), settings, row["context"])["peak"] / (row["peak_mib"] << 20)
-            assert 0.95 <= ratio < (1.08 if row["weighted"] else 1.05), (path.name, row["row"], row["context"], ratio)
+            least = 0.95 if row["recompute"] == "full" else 0.92
+            assert least <= ratio < (1.08 if row["weighted"] else 1.05), (path.name, row["row"], row["context"], ratio)
             tried.add((row["mode"], row["keep"], row["context"], row["recompute"]))
     assert len(tried) >= 8
 
