@@ -273,6 +273,24 @@ def test_inference_tensors_have_no_version(draw, name) -> None:
         assert x.count_nonzero() > 0
 
 
+@pytest.mark.parametrize("changed", ["gate", "up"])
+def test_gradients_in_the_memory_of_gate_and_up_are_noticed(draw, changed) -> None:
+    leaves = {name: draw.normal(4, 8).requires_grad_() for name in ("gate", "up")}
+    inner = {name: x * 1.0 for name, x in leaves.items()}
+    square = inner[changed].square().sum()
+    found = ops.swiglu_backward_(draw.normal(4, 8), *(x.detach() for x in inner.values()))
+    assert [t.data_ptr() for t in found] == [t.data_ptr() for t in inner.values()]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_gradients_in_place_have_no_derivative(draw) -> None:
+    gate, up = (draw.normal(4, 8).requires_grad_() * 1.0 for _ in range(2))
+    dgate, _ = ops.swiglu_backward_(draw.normal(4, 8), gate, up)
+    with pytest.raises(RuntimeError, match="swiglu_backward_ has no second derivative"):
+        dgate.sum().backward()
+
+
 def test_a_call_that_failed_has_changed_nothing() -> None:
     x = torch.zeros(9, 3)
     with pytest.raises(ValueError):
