@@ -58,10 +58,6 @@ struct BackwardKernelParams {
   int section;                 // key heads per section of the grid
   int* turns;                  // [slots, heads]; null: dQ is added in any order (backward_adder.cuh)
 
-  // With a window.
-  int32_t* edges;    // of keys (window_edges.h)
-  int* first_tiles;  // [slots]: the first key tile that visits each query tile. Deterministic mode, else null
-
   // With tile lists.
   int64_t list_capacity;  // entries that lists.tiles has room for
   int multiprocessors;    // at most kPlannedMultiprocessors
@@ -77,6 +73,10 @@ struct BackwardKernelParams {
   int* begins;
   int* first_units;
   int* ranks;
+
+  // With a window.
+  int32_t* edges;    // of keys (window_edges.h)
+  int* first_tiles;  // [slots]: the first key tile that visits each query tile. Deterministic mode, else null
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
