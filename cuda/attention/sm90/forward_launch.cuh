@@ -61,8 +61,9 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
 
 template <typename T, int kHeadDim>
 void run_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
-  if (params.lists.offsets != nullptr)
+  if (params.lists.offsets != nullptr) {
     return run_forward_as<T, kHeadDim, Visits::kListed, false>(params, dtype, stream);
+  }
   run_forward_as<T, kHeadDim, Visits::kAll, false>(params, dtype, stream);
 }
 
