@@ -73,18 +73,43 @@ ScoreOptions options_of(const Args& args) {
   return {args.window > INT32_MAX ? 0 : args.window, places, key_places, args.softcap};  // no place is that far away
 }
 
-// Options of scores, and heads beyond 128, have kernels in sm80/ only.
+// Soft-caps, and heads beyond 128, have kernels in sm80/ only.
+template <class Args>
+bool use_sm90(const lemo_exec& exec, const Args& args) {
+  return use_sm90(exec) && args.softcap == 0.0f && args.q.shape[2] <= 128;
+}
+
+// If sm80/ computes a pass: whether by its kernels with options.
 template <class Args>
 bool use_options(const Args& args) {
   return options_of(args).present() || args.q.shape[2] > 128;
 }
 
-template <class Args>
-bool use_sm90(const lemo_exec& exec, const Args& args) {
-  return use_sm90(exec) && !use_options(args);
+// Whether the forward kernel adds sinks itself. Those that do are of sm90/, where every row is in a tile (blank rows
+// are in none), and either have a window or the head_dim of gpt-oss; after all others, a pass over the outputs does.
+bool kernel_adds_sinks(const lemo_exec& exec, const lemo_attention_forward_args& args) {
+  return present(args.sinks) && use_sm90(exec, args) && !key_rows(args).separate && !present(args.tile_offsets) &&
+         (options_of(args).window != 0 || args.q.shape[2] == attention::sm90::kSinksHeadDim);
 }
 
 int64_t list_capacity(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
+
+struct ForwardWorkspace {
+  int* counter;
+  int32_t* edges;
+  uint64_t bytes;
+};
+
+ForwardWorkspace forward_workspace(const lemo_exec& exec, const lemo_attention_forward_args& args, void* base) {
+  Arena arena(base);
+  ForwardWorkspace workspace{};
+  if (use_sm90(exec, args)) {
+    workspace.counter = arena.take<int>(Size(1));
+    if (options_of(args).window != 0) workspace.edges = arena.take<int32_t>(Size(args.lse.shape[1]));
+  }
+  workspace.bytes = arena.size();
+  return workspace;
+}
 
 struct BackwardWorkspace {
   float* delta;
@@ -109,7 +134,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
       constexpr int kHeadDim = decltype(head_dim)::value;
       workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<sm90::padded_head_dim(kHeadDim)>(
           {queries_of(args), heads, args.k.shape[1], exec.deterministic != 0, present(args.tile_offsets),
-           list_capacity(args.tiles)}));
+           list_capacity(args.tiles), options_of(args).window != 0, keys_of(args).capacity}));
     });
     return workspace;
   }
@@ -127,21 +152,62 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
   return workspace;
 }
 
+#ifdef LEMO_CUDA_SM90
+void run_forward_sm90(const lemo_exec& exec, const lemo_attention_forward_args& args, const ForwardParams& params) {
+  const cudaStream_t stream = stream_of(exec);
+  with_head_dim("attention_forward", args.q.shape[2], [&](auto head_dim) {
+    constexpr int kHeadDim = sm90::padded_head_dim(decltype(head_dim)::value);
+    if (params.options.window != 0) {
+      return attention::sm90::launch_forward_window<kHeadDim>(params, args.q.dtype, stream);
+    }
+    if constexpr (kHeadDim == attention::sm90::kSinksHeadDim) {
+      if (params.sinks != nullptr) {
+        return attention::sm90::launch_forward_sinks<kHeadDim>(params, args.q.dtype, stream);
+      }
+    }
+    attention::sm90::launch_forward<kHeadDim>(params, args.q.dtype, stream);
+  });
+}
+
+void run_backward_sm90(const lemo_exec& exec, const lemo_attention_backward_args& args, const BackwardParams& params) {
+  const cudaStream_t stream = stream_of(exec);
+  with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
+    constexpr int kHeadDim = sm90::padded_head_dim(decltype(head_dim)::value);
+    if (params.options.window != 0) {
+      return attention::sm90::launch_backward_window<kHeadDim>(params, args.q.dtype, stream);
+    }
+    attention::sm90::launch_backward<kHeadDim>(params, args.q.dtype, stream);
+  });
+}
+#endif
+
 void run_forward(const lemo_exec& exec, const lemo_attention_forward_args& args, const ForwardParams& params) {
   constexpr const char* kName = "attention_forward";
+#ifdef LEMO_CUDA_SM90
+  if (use_sm90(exec, args)) return run_forward_sm90(exec, args, params);
+#endif
   if (use_options(args)) {
     return with_head_dim<true>(kName, args.q.shape[2], [&](auto head_dim) {
       attention::sm80::launch_forward_options<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
     });
   }
   with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
+    attention::sm80::launch_forward<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+  });
+}
+
+void run_backward(const lemo_exec& exec, const lemo_attention_backward_args& args, const BackwardParams& params) {
+  constexpr const char* kName = "attention_backward";
 #ifdef LEMO_CUDA_SM90
-    if (use_sm90(exec)) {
-      return attention::sm90::launch_forward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
-    }
+  if (use_sm90(exec, args)) return run_backward_sm90(exec, args, params);
 #endif
-    attention::sm80::launch_forward<kHeadDim>(params, args.q.dtype, stream_of(exec));
+  if (use_options(args)) {
+    return with_head_dim<true>(kName, args.q.shape[2], [&](auto head_dim) {
+      attention::sm80::launch_backward_options<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
+    });
+  }
+  with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
+    attention::sm80::launch_backward<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
   });
 }
 
@@ -166,7 +232,11 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
   params.key_storage_rows = args.k.shape[0];
   params.scale = args.scale;
   params.options = options_of(args);
-  params.counter = static_cast<int*>(exec.workspace);
+  const ForwardWorkspace workspace = forward_workspace(exec, args, exec.workspace);
+  params.counter = workspace.counter;
+  params.edges = workspace.edges;
+  const bool sinks_left = present(args.sinks) && !kernel_adds_sinks(exec, args);
+  params.sinks = sinks_left ? nullptr : data<const float>(args.sinks);
   params.lists = lists_of(args);
   DeviceGuard guard(exec.device_index);
   if (params.documents.aligned) {
@@ -175,7 +245,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
     attention::launch_blank_rows(blank, stream_of(exec));
   }
   if (!no_pairs(params.documents, params.key_documents)) run_forward(exec, args, params);
-  if (present(args.sinks)) {
+  if (sinks_left) {
     attention::launch_add_sinks({data<const float>(args.sinks), params.out, params.lse, params.lse_stride,
                                  params.documents, params.heads, params.head_dim},
                                 args.q.dtype, stream_of(exec));
@@ -183,7 +253,7 @@ void attention_forward(const lemo_exec& exec, const lemo_attention_forward_args&
 }
 
 uint64_t attention_forward_workspace(const lemo_exec& exec, const lemo_attention_forward_args& args) {
-  return use_sm90(exec, args) ? sizeof(int) : 0;
+  return forward_workspace(exec, args, nullptr).bytes;
 }
 
 void attention_backward(const lemo_exec& exec, const lemo_attention_backward_args& args) {
@@ -241,20 +311,7 @@ void attention_backward(const lemo_exec& exec, const lemo_attention_backward_arg
   params.dq_float = workspace.dq_float;
   params.query_list_offsets = workspace.query_list_offsets;
   params.query_list_tiles = workspace.query_list_tiles;
-  if (use_options(args)) {
-    return with_head_dim<true>(kName, args.q.shape[2], [&](auto head_dim) {
-      attention::sm80::launch_backward_options<decltype(head_dim)::value>(params, args.q.dtype, stream_of(exec));
-    });
-  }
-  with_head_dim(kName, args.q.shape[2], [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-#ifdef LEMO_CUDA_SM90
-    if (use_sm90(exec)) {
-      return attention::sm90::launch_backward<sm90::padded_head_dim(kHeadDim)>(params, args.q.dtype, stream_of(exec));
-    }
-#endif
-    attention::sm80::launch_backward<kHeadDim>(params, args.q.dtype, stream_of(exec));
-  });
+  run_backward(exec, args, params);
 }
 
 uint64_t attention_backward_workspace(const lemo_exec& exec, const lemo_attention_backward_args& args) {

@@ -16,7 +16,8 @@ struct TileLists {
   const int32_t* tiles;    // tile numbers within the document
 };
 
-// What the family of a model adds to scores. The kernels of sm80/ have separate instantiations with these.
+// What the family of a model adds to scores. Kernels have separate instantiations with these; those of sm90/ know no
+// soft-cap.
 struct ScoreOptions {
   int64_t window;             // a query sees the keys whose places are above its own - window; 0: all. Not with lists
   const int32_t* places;      // of packed query rows, ascending within a document; null: the number of the row
@@ -39,7 +40,10 @@ struct ForwardParams {
   int32_t head_dim;
   float scale;
   ScoreOptions options;
-  int* counter;  // workspace of the sm_90a kernel
+  // For the sm_90a kernels.
+  const float* sinks;  // of query heads, if the kernel itself adds them
+  int* counter;        // workspace
+  int32_t* edges;      // with a window: workspace [capacity]
 };
 
 struct BackwardParams {
@@ -132,6 +136,15 @@ template <int kHeadDim>
 void launch_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+// With a window, and with sinks or without. (The backward pass takes sinks from lse.)
+template <int kHeadDim>
+void launch_forward_window(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
+template <int kHeadDim>
+void launch_backward_window(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+// With sinks and no window, at the head_dim of gpt-oss only.
+constexpr int kSinksHeadDim = 64;
+template <int kHeadDim>
+void launch_forward_sinks(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 struct BackwardSizes {
   Documents documents;
   int64_t heads;
@@ -139,6 +152,8 @@ struct BackwardSizes {
   bool deterministic;
   bool listed;            // whether there are tile lists
   int64_t list_capacity;  // BackwardParams
+  bool window;
+  int64_t key_capacity;
 };
 template <int kHeadDim>
 int64_t backward_workspace(const BackwardSizes& sizes);

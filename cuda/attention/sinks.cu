@@ -1,9 +1,9 @@
-// Sinks: a logit for each head that joins the denominator of the softmax only. The attention kernels know nothing of
+// Sinks: a logit for each head that joins the denominator of the softmax only. Most attention kernels know nothing of
 // them: a pass over the outputs adds them afterwards, and `dsinks` needs only what the forward pass left.
 #include <cub/block/block_reduce.cuh>
 
 #include "attention/params.h"
-#include "common/constants.h"
+#include "attention/softmax.cuh"
 #include "common/document_tiles.cuh"
 #include "common/launch.h"
 #include "common/mma.cuh"
@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(kThreads) add_sinks_kernel(const __grid_consta
   const float before = exists ? *lse : 0.0f;
   __syncwarp();  // every lane of the row has read it
   if (!exists || sink == -INFINITY) return;
-  const float after = fmaxf(before, sink) + log1pf(expf(-fabsf(before - sink)));
-  const float factor = expf(before - after);
+  const auto [after, factor] = WithSink(before, sink);
   T* out =
       head_pointer<T>(params.out, head) + storage_row(params.documents, static_cast<int>(row)) * params.out.row_stride;
   for (int column = lane * 8; column < params.head_dim; column += kLanes * 8) {

@@ -17,4 +17,12 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// A query's lse with a sink that is above -infinity, and the factor of its output.
+struct WithSink {
+  float lse, factor;
+
+  __device__ __forceinline__ WithSink(float before, float sink)
+      : lse(fmaxf(before, sink) + log1pf(expf(-fabsf(before - sink)))), factor(expf(before - lse)) {}
+};
+
 }  // namespace lemo::cuda::attention

@@ -45,6 +45,8 @@ def listed() -> list:
         *(Attention("kept_of_both", 2, 1, dim, "rows", window=100) for dim in (128, 256)),
         *(Attention("gap_128", 2, 1, dim, softcap=2.0, lists=True) for dim in (64, 256)),
         Attention("more_queries", 2, 1, 96, window=60, sinks=True),
+        Attention("gap_128", 8, 1, 64, "rows", window=128, sinks=True),
+        Attention("gap_128", 2, 1, 128, "rows", given=True, window=150),
     ]
 
 

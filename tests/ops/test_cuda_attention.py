@@ -49,6 +49,7 @@ RACES = [
     *(Attention("kept_of_both", 4, 1, dim, "rows") for dim in DIMS),
     *(Attention("gap_128", 4, 2, dim, "rows", window=150) for dim in (*DIMS, 256)),
     *(Attention("kept_of_both", 4, 2, dim, "rows", window=100, softcap=3.0) for dim in (64, 128, 256)),
+    *(Attention("kept_of_both", 4, 2, dim, "rows", window=100) for dim in DIMS),
     *(Attention("ragged_128", 4, 2, dim, softcap=2.0, lists=True) for dim in (64, 128, 256)),
     *(Attention("gap_64", 4, 2, 256, "rows", given) for given in (False, True)),
     Attention("gap_128", 8, 2, 64, "rows", window=150, sinks=True),
@@ -114,9 +115,11 @@ def in_strips(
     window: int = 0,
     places: Tensor | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Results:
     """Causal attention of one document [M, H, D] and its gradients in dtype, a strip of queries at a time. tiles_seen:
-    bool [tiles of queries, tiles of keys]; window and softcap as the operator has them, by default at places 0 to M."""
+    bool [tiles of queries, tiles of keys]; window, softcap and sinks as the operator has them; places: by default 0 to
+    M."""
     places = torch.arange(q.shape[0], device=q.device) if places is None else places
     group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     q, k, v, dout = (
@@ -140,6 +143,8 @@ def in_strips(
             seen &= near.repeat_interleave(TILE_ROWS, 0).repeat_interleave(TILE_ROWS, 1)[: b - a, :b]
         s.masked_fill_(~seen, float("-inf"))
         lse[:, a:b] = torch.logsumexp(s, -1)
+        if sinks is not None:
+            lse[:, a:b] = torch.logaddexp(lse[:, a:b], sinks[:, None])
         p = torch.exp(s - lse[:, a:b, None]).to(dtype)
         out[:, a:b] = p @ v[:, :b]
         delta = (dout[:, a:b].float() * out[:, a:b].float()).sum(-1, keepdim=True)
@@ -175,21 +180,48 @@ def test_65536_tokens(dim, listed) -> None:
 
 @pytest.mark.parametrize("dim", [*DIMS, 256])
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(("window", "softcap"), [(1000, 0.0), (4096, 3.0)])
-def test_windows_in_20100_tokens(dim, deterministic, window, softcap) -> None:
-    """Of which some are left out, so that windows begin at any row, and hold fewer rows than places."""
+@pytest.mark.parametrize(
+    ("window", "softcap", "with_sinks", "kept"),
+    [
+        (1000, 0.0, False, 0.8),
+        (4096, 3.0, False, 0.8),
+        (128, 0.0, True, 0.8),
+        (128, 0.0, True, 1.0),
+        (4096, 0.0, False, 1),
+    ],
+)
+def test_windows_in_20100_tokens(dim, deterministic, window, softcap, with_sinks, kept) -> None:
+    """Of which some are left out, so that windows begin at any row, and hold fewer rows than places; or none is, and
+    the numbers of the rows are the places."""
     torch.manual_seed(0)
     n, heads, dtype = 20100, (4, 2, 2, 4), torch.bfloat16
-    places = (torch.rand(n, device="cuda") < 0.8).nonzero()[:, 0].int()
+    places = (torch.rand(n, device="cuda") < kept).nonzero()[:, 0].int()
     m = places.shape[0]
     q, k, v, dout = (torch.randn(m, h, dim, device="cuda").to(dtype) for h in heads)
     cu = torch.tensor([0, m], dtype=torch.int32, device="cuda")
-    options = {"window": window, "softcap": softcap, "places": places}
+    options = {"window": window, "softcap": softcap, "places": None if kept == 1 else places}
+    options["sinks"] = torch.randn(heads[0], device="cuda") if with_sinks else None
     out, lse = ops.attention_forward(q, k, v, cu, None, m, dim**-0.5, **options)
     more = (cu, None, None, None, m, dim**-0.5, deterministic)
     gradients = ops.attention_backward(dout, q, k, v, out, lse, *more, **options)[:3]
     actual = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     judge(actual, *(in_strips(q, k, v, dout, t, **options) for t in (torch.float32, dtype)), dtype)
+    for _ in range(20 if deterministic else 0):
+        again = ops.attention_backward(dout, q, k, v, out, lse, *more, **options)[:3]
+        assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("window", [0, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sinks_of_minus_infinity_are_none(window, dim) -> None:
+    without, case = (Attention("gap_128", 4, 2, dim, window=window, sinks=sinks) for sinks in (False, True))
+    t = case.inputs("cuda", torch.bfloat16)
+    t["sinks"].fill_(float("-inf"))
+    found = case.run(t, deterministic=True)
+    assert not found.pop("dsinks").any()
+    del t["sinks"]
+    for name, expected in without.run(t, deterministic=True).items():
+        assert error(found[name], expected) <= torch.finfo(torch.bfloat16).eps * expected.abs().max().item(), name
 
 
 @pytest.mark.parametrize("dim", DIMS)

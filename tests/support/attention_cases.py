@@ -292,6 +292,13 @@ CUDA_ATTENTION = [
     *(Attention("gap_128", 4, 2, dim, "rows", softcap=2.0, lists=True) for dim in (*DIMS, 256)),
     *(Attention("gap_64", 8, 2, dim, "rows", g, sinks=True) for dim in (*DIMS, 256) for g in (False, True)),
     *(Attention("gap_128", 4, 2, dim, "rows", g, window=150, softcap=3.0, sinks=True) for dim in DIMS for g in (0, 1)),
+    *(Attention("gap_128", 4, 2, dim, "rows", g, window=150, sinks=True) for dim in DIMS for g in (False, True)),
+    # Windows of one tile and sinks, as in gpt-oss; sinks alone; and at every alignment of queries with keys.
+    *(Attention(p, 8, 1, 64, "rows", window=128, sinks=True) for p in ("long", "ragged_128", "gap_64")),
+    *(Attention("gap_128", hq, hk, 64, "rows", window=128, sinks=True) for hq, hk in ((2, 2), (6, 2), (16, 2))),
+    *(Attention(p, hq, hk, 64, sinks=True) for p in ("ragged_128", "all_64") for hq, hk in ((1, 1), (8, 1))),
+    *(Attention(p, 4, 2, dim, window=60, sinks=True) for p in SPLIT_PACKINGS for dim in (64, 128)),
+    *(Attention("ragged_128", 4, 2, dim, "rows", magnitude=8.0, window=200) for dim in DIMS),
     *(Attention("documents", 4, 2, 256, s, g) for s, g in (("packed", False), ("rows", True))),
     *(Attention("gap_128", 4, 2, 256, "rows", g, lists=True) for g in (False, True)),
     Attention("more_queries", 4, 2, 64, sinks=True),

@@ -27,14 +27,6 @@ __device__ __forceinline__ void pass_turn(int* turn, int mine) {
 // Orders plain and bulk accesses to device memory, which a turn alone does not.
 __device__ __forceinline__ void fence_bulk_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 
-// What the consumers and the adding threads need to know of a step. The producer, which alone walks, writes it with the
-// stage of queries.
-struct BackwardStep {
-  int query_tile;
-  int item;   // item_of
-  int entry;  // HeadWalk
-};
-
 // Adding thread `adder`: every kAdders-th of `total` steps, each from its stage; Walk gives a key tile's turn. Skipping
 // the other thread's steps is safe: later steps are loaded later.
 template <int kHeadDim, class Walk, int kStages>
@@ -52,7 +44,7 @@ __device__ __forceinline__ void add_sums(const BackwardKernelParams& params, con
     const BackwardStep step = steps[stage.index()];
     stages.release_as_thread(stage);
     for (int skipped = 0; skipped < kAdders; ++skipped) ++stage;
-    const int rank = ordered ? Walk::rank(params, work, step.entry) : 0;
+    const int rank = ordered ? Walk::rank(params, work, step) : 0;
     if (ordered) {
       wait_turn(params.turns + step.item, rank);
       fence_bulk_global();

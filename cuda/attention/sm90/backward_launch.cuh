@@ -6,6 +6,7 @@
 
 #include "attention/sm90/backward_kernel.cuh"
 #include "attention/sm90/backward_rows.cuh"
+#include "attention/sm90/window_edges.h"
 #include "common/launch.h"
 
 namespace lemo::cuda::attention::sm90 {
@@ -66,6 +67,9 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   kernel_params.sweeps = reinterpret_cast<unsigned long long*>(workspace + layout.sweeps);
   const auto ints = [&](int64_t offset) { return reinterpret_cast<int*>(workspace + offset); };
   kernel_params.turns = params.deterministic ? ints(layout.turns) : nullptr;
+  const bool window = params.options.window != 0;
+  kernel_params.edges = window ? ints(layout.edges) : nullptr;
+  kernel_params.first_tiles = window && params.deterministic ? ints(layout.first_tiles) : nullptr;
   kernel_params.visits = reinterpret_cast<unsigned*>(workspace + layout.visits);
   kernel_params.plan = reinterpret_cast<BackwardPlan*>(workspace + layout.plan);
   kernel_params.units = reinterpret_cast<BackwardUnit*>(workspace + layout.units);
@@ -88,37 +92,47 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   return kernel_params;
 }
 
-template <typename T, int kHeadDim>
+// kWindow: whether there is a window.
+template <typename T, int kHeadDim, bool kWindow = false>
 void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
   const bool listed = params.lists.offsets != nullptr;
-  const BackwardLayout layout = backward_layout<kHeadDim>(
-      {params.documents, params.heads, params.key_heads, params.deterministic, listed, params.list_capacity});
+  const BackwardLayout layout =
+      backward_layout<kHeadDim>({params.documents, params.heads, params.key_heads, params.deterministic, listed,
+                                 params.list_capacity, kWindow, params.key_documents.capacity});
   const BackwardKernelParams kernel_params = backward_kernel_params<kHeadDim>(params, layout, dtype);
   const dim3 tiles(static_cast<unsigned>(layout.slots * params.heads));
   const unsigned planners = kernel_params.begins != nullptr ? 1 : 0;
   if (listed) launch_backward_plan(kernel_params, stream);
+  if constexpr (kWindow) {
+    launch_window_edges("attention_backward",
+                        {params.documents, params.key_documents, params.options, true, kernel_params.edges}, stream);
+  }
   launch("attention_backward", backward_stats_kernel<T, kHeadDim>, tiles.x + planners, kTileThreads, 0, stream,
          kernel_params);
   if (planners > 0) launch_backward_ranks(kernel_params, stream);
-  const auto launch_keys = [&](auto weighted, auto listed) {
-    constexpr bool kWeighted = decltype(weighted)::value, kListed = decltype(listed)::value;
-    launch("attention_backward", backward_kernel_sm90<T, kHeadDim, kWeighted, kListed>,
-           static_cast<unsigned>((kListed ? kernel_params.max_units : kernel_params.key_slots) * params.key_heads),
+  const auto launch_keys = [&](auto weighted, auto visits) {
+    constexpr bool kWeighted = decltype(weighted)::value;
+    constexpr Visits kVisits = decltype(visits)::value;
+    launch("attention_backward", backward_kernel_sm90<T, kHeadDim, kWeighted, kVisits>,
+           static_cast<unsigned>((kVisits == Visits::kListed ? kernel_params.max_units : kernel_params.key_slots) *
+                                 params.key_heads),
            (kBackwardConsumers + 1) * 128,
-           static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kListed>::Shared)), stream,
+           static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kVisits>::Shared)), stream,
            kernel_params);
   };
-  const auto choose_lists = [&](auto with_weights) {
-    if (listed) {
-      launch_keys(with_weights, std::true_type{});
+  const auto choose_visits = [&](auto with_weights) {
+    if constexpr (kWindow) {
+      launch_keys(with_weights, std::integral_constant<Visits, Visits::kWindow>{});
+    } else if (listed) {
+      launch_keys(with_weights, std::integral_constant<Visits, Visits::kListed>{});
     } else {
-      launch_keys(with_weights, std::false_type{});
+      launch_keys(with_weights, std::integral_constant<Visits, Visits::kAll>{});
     }
   };
   if (params.key_weights != nullptr) {
-    choose_lists(std::true_type{});
+    choose_visits(std::true_type{});
   } else {
-    choose_lists(std::false_type{});
+    choose_visits(std::false_type{});
   }
   launch("attention_backward", backward_dq_kernel<T, kHeadDim>, tiles, kTileThreads, 0, stream, kernel_params);
 }

@@ -110,7 +110,9 @@ struct ListedWalk : HeadWalk {
   __device__ __forceinline__ void publish(const BackwardKernelParams&, const KeyWork&) const {}
 
   // How many units add to a step's dQ before this one.
-  static __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work, int entry) {
+  static __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work,
+                                             const BackwardStep& step) {
+    const int entry = step.entry;
     const int64_t of_head = work.key_head * (params.list_capacity + params.key_slots);
     return params.ranks[of_head + (is_own(work.unit, entry) ? params.list_capacity + work.key_slot : entry)];
   }

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "attention/sm90/backward_adder.cuh"
+#include "attention/sm90/backward_edges.cuh"
 #include "attention/sm90/backward_lists.cuh"
 #include "attention/sm90/backward_weights.cuh"
 #include "attention/softmax.cuh"
@@ -28,8 +29,9 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
-template <typename T, int kHeadDim, bool kWeighted, bool kListed>
+template <typename T, int kHeadDim, bool kWeighted, Visits kVisits>
 struct BackwardMainloop {
+  static constexpr bool kListed = kVisits == Visits::kListed, kWindow = kVisits == Visits::kWindow;
   static constexpr BackwardTile kShape = kBackwardTile<kHeadDim>;
   static constexpr int kKeys = kBackwardKeys, kQueries = kShape.queries;
   static constexpr int kQueryStages = kShape.query_stages, kDoutStages = kShape.dout_stages;
@@ -44,7 +46,7 @@ struct BackwardMainloop {
   static_assert(kQueryStages > (kLateKeys ? 2 : 1));
 
   using Element = GmmaElement<T>;
-  using Walk = std::conditional_t<kListed, ListedWalk<kQueries>, QueryWalk<kQueries>>;
+  using Walk = std::conditional_t<kListed, ListedWalk<kQueries>, QueryWalk<kQueries, kWindow>>;
   using QueryLoader = RowLoader<kQueries, kHeadDim, kQueries, true>;
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
   using KeyLayout = RowLayout<Element, kKeys, kHeadDim, 1>;
@@ -94,6 +96,7 @@ struct BackwardMainloop {
     int start, total;
     typename Walk::Storage walk;
     std::conditional_t<kWeighted, KeyWeights, NoWeights> weights;
+    std::conditional_t<kWindow, KeyEdges, NoEdges> edges;
   };
 
   static __device__ __forceinline__ void init(Shared& shared) {
@@ -209,6 +212,7 @@ struct BackwardMainloop {
     const uint32_t ds_lane = shared_address(shared.ds) + (warp_key + thread_index() % 16) * 128;
     const uint32_t ds_chunk = (thread_index() % 32 / 16 ^ thread_index() % 8) * 16;
     shared.weights.load(params, work);
+    shared.edges.load(params, work);
     SumWriter<kHeadDim> sums(shared.dq, shared.sums);
 
     cutlass::PipelineState<kQueryStages> query, before;
@@ -256,6 +260,7 @@ struct BackwardMainloop {
             if (j / 4 * 8 + j % 2 < hidden + j / 2 % 2 * 8) s(j) = 0.0f;
           }
         }
+        if constexpr (kWindow) shared.edges.template hide<kBegin, kEnd>(query_start, s);
         if constexpr (kWeighted) shared.weights.template apply<kBegin, kEnd>(params, work, query_start, s);
         const auto round_p = [&] {
 #pragma unroll

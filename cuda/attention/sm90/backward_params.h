@@ -8,6 +8,7 @@
 #include "attention/aligned_rows.cuh"
 #include "attention/params.h"
 #include "attention/sm90/backward_config.h"
+#include "attention/sm90/visits.h"
 #include "common/sm90/row_tensor.h"
 
 namespace lemo::cuda::attention::sm90 {
@@ -72,6 +73,10 @@ struct BackwardKernelParams {
   int* begins;
   int* first_units;
   int* ranks;
+
+  // With a window.
+  int32_t* edges;    // of keys (window_edges.h)
+  int* first_tiles;  // [slots]: the first key tile that visits each query tile. Deterministic mode, else null
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
@@ -106,7 +111,8 @@ struct BackwardLayout {
   int64_t slots;
   int64_t key_slots, max_units, part_units;  // with lists; else 0
   // Offsets; the sums come first.
-  int64_t stats, sweeps, turns, visits, plan, units, arrived, begins, first_units, ranks, partials, bytes;
+  int64_t stats, sweeps, turns, edges, first_tiles, visits, plan, units, arrived, begins, first_units, ranks, partials,
+      bytes;
 };
 
 template <int kHeadDim>
@@ -132,6 +138,8 @@ inline BackwardLayout backward_layout(const BackwardSizes& sizes) {
   layout.stats = take(tiles * kQueries * 2 * 4);
   layout.sweeps = take(layout.slots * sizes.key_heads * 8);
   layout.turns = take(sizes.deterministic ? tiles * 4 : 0);
+  layout.edges = take(sizes.window ? sizes.key_capacity * 4 : 0);
+  layout.first_tiles = take(sizes.window && sizes.deterministic ? layout.slots * 4 : 0);
   layout.visits = take(layout.key_slots * sizes.key_heads * 4);
   layout.plan = take(static_cast<int64_t>(sizeof(BackwardPlan)));
   layout.units = take(layout.max_units * static_cast<int64_t>(sizeof(BackwardUnit)));

@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kTileThreads)
     return;
   }
   const int item = static_cast<int>(blockIdx.x) - planners, slot = item / params.heads, head = item % params.heads;
-  const Tile tile = locate_queries<kBackwardKeys>(params.documents, params.key_documents, kQueries, slot).tile;
+  const QueryTile located = locate_queries<kBackwardKeys>(params.documents, params.key_documents, kQueries, slot);
+  const Tile& tile = located.tile;
   if (tile.index >= tile.count) return;
   const int first = tile.index * kQueries + thread / kLanes;
   const bool in_row = lane * 8 < params.head_dim;
@@ -50,12 +51,17 @@ __global__ void __launch_bounds__(kTileThreads)
     params.sweeps[static_cast<int64_t>(slot) * params.key_heads + head] = Sweep::kNowhere;
   }
   if (params.turns != nullptr && thread == 0) params.turns[item] = 0;
+  if (params.first_tiles != nullptr && head == 0 && thread == 0) {
+    const Tile keys = {located.document.key_start, tile.length, 0, 0, kUncut};
+    params.first_tiles[slot] = first_key_tile<kQueries>(params, keys, -located.document.ahead, tile.index);
+  }
   float* stats = params.stats + int64_t{item} * (2 * kQueries);
   if (thread < kQueries) {
     const int row = tile.index * kQueries + thread;
-    // exp2(s - infinity) = 0: rows that do not exist need no mask.
+    // exp2(s - infinity) = 0: rows that do not exist, or saw no key, need no mask.
     const bool exists = row < tile.length && row >= tile.first;
-    stats[thread] = exists ? params.lse[head * params.lse_stride + tile.start + row] * kLog2E : INFINITY;
+    const float lse = exists ? params.lse[head * params.lse_stride + tile.start + row] : -INFINITY;
+    stats[thread] = lse == -INFINITY ? INFINITY : lse * kLog2E;
   }
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {

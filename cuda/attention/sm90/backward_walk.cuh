@@ -86,7 +86,40 @@ struct Sweep {
   }
 };
 
+// The last query tile that a key tile visits: the document's or, with a window, that of the last query to which a key
+// is near enough. If there is none, the first that causality allows, so that a tile visits one at least.
+template <int kQueries, bool kWindow>
+__device__ __forceinline__ int last_query_tile(const BackwardKernelParams& params, const Tile& keys, int key_start) {
+  if constexpr (!kWindow) return (keys.length - 1) / kQueries;
+  const int last_key = min(key_start + kBackwardKeys, keys.length) - 1;
+  return max(params.edges[keys.start + last_key] - 1, max(key_start, 0)) / kQueries;
+}
+
+// With a window: the first key tile that visits a query tile. `keys` and `first_key`: of the document.
 template <int kQueries>
+__device__ __forceinline__ int first_key_tile(const BackwardKernelParams& params, const Tile& keys, int first_key,
+                                              int query_tile) {
+  int low = 0, high = (keys.length - first_key + kBackwardKeys - 1) / kBackwardKeys;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (last_query_tile<kQueries, true>(params, keys, first_key + middle * kBackwardKeys) < query_tile) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// What the consumers and the adding threads need to know of a step. The producer, which alone walks, writes it with the
+// stage of queries.
+struct BackwardStep {
+  int query_tile;
+  int item;   // item_of
+  int entry;  // HeadWalk
+};
+
+template <int kQueries, bool kWindow>
 struct QueryWalk : HeadWalk {
   int first, last;  // query tiles of this key tile
 
@@ -97,21 +130,21 @@ struct QueryWalk : HeadWalk {
                                        int first_head, Storage&) {
     query_tile = start;
     first = work.first_seeing() / kQueries;
-    last = (work.tile.length - 1) / kQueries;
+    last = last_tile(params, work);
     group = params.group;
     rotation = first_head;
     steps = total = count_steps(params, work);
   }
 
   static __device__ __forceinline__ int count_steps(const BackwardKernelParams& params, const KeyWork& work) {
-    return ((work.tile.length - 1) / kQueries - work.first_seeing() / kQueries + 1) * params.group;
+    return (last_tile(params, work) - work.first_seeing() / kQueries + 1) * params.group;
   }
 
   // Where to begin in order to be near the other thread blocks of this key head: not in deterministic mode, in which
   // they must not matter.
   static __device__ __forceinline__ int choose_start(const BackwardKernelParams& params, const KeyWork& work) {
     const int position = params.turns == nullptr ? Sweep(params, work).position() : -1;
-    const int end = (work.tile.length - 1) / kQueries;
+    const int end = last_tile(params, work);
     return position >= work.first_seeing() / kQueries && position <= end ? position : end;
   }
   // Reports where this thread block is. Called by a whole warp.
@@ -124,8 +157,15 @@ struct QueryWalk : HeadWalk {
   }
 
   // How many key tiles add to a step's dQ before this one.
-  static __device__ __forceinline__ int rank(const BackwardKernelParams&, const KeyWork& work, int) {
+  static __device__ __forceinline__ int rank(const BackwardKernelParams& params, const KeyWork& work,
+                                             const BackwardStep& step) {
+    if constexpr (kWindow) return work.tile.index - params.first_tiles[work.query_slot + step.query_tile];
     return work.tile.index;
+  }
+
+ private:
+  static __device__ __forceinline__ int last_tile(const BackwardKernelParams& params, const KeyWork& work) {
+    return last_query_tile<kQueries, kWindow>(params, work.tile, work.key_start);
   }
 };
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "attention/sm90/visits.h"
 #include "lemo/attention.h"
 
 namespace lemo::cuda::attention::sm90 {
@@ -50,7 +51,20 @@ constexpr ForwardTile kListedTile<96> = {128, LEMO_TILE_ROWS, 2, 56, 224};
 template <>
 constexpr ForwardTile kListedTile<128> = {128, LEMO_TILE_ROWS, 2, 40, 232};
 
-template <int kHeadDim, bool kListed>
-constexpr ForwardTile kForwardShape = kListed ? kListedTile<kHeadDim> : kForwardTile<kHeadDim>;
+// With a window: tiles as high as wide, so that the parts of a query tile visit the same key tiles; and with a short
+// window three parts would visit twice as many as each of them sees.
+template <int kHeadDim>
+constexpr ForwardTile kWindowTile = {};
+template <>
+constexpr ForwardTile kWindowTile<64> = {128, 128, 3, 40, 232};
+template <>
+constexpr ForwardTile kWindowTile<96> = {128, 128, 2, 56, 224};
+template <>
+constexpr ForwardTile kWindowTile<128> = {128, 128, 2, 40, 232};
+
+template <int kHeadDim, Visits kVisits>
+constexpr ForwardTile kForwardShape = kVisits == Visits::kListed   ? kListedTile<kHeadDim>
+                                      : kVisits == Visits::kWindow ? kWindowTile<kHeadDim>
+                                                                   : kForwardTile<kHeadDim>;
 
 }  // namespace lemo::cuda::attention::sm90

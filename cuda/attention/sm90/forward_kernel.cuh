@@ -14,10 +14,11 @@ struct ForwardShared {
   StagedRows<kHeadDim> staged[Mainloop::kConsumers * 4];
 };
 
-template <typename T, int kHeadDim, bool kListed>
-__global__ void __launch_bounds__((kForwardShape<kHeadDim, kListed>.queries / 64 + 1) * 128, 1)
+// kSinks: there may be sinks.
+template <typename T, int kHeadDim, Visits kVisits, bool kSinks>
+__global__ void __launch_bounds__((kForwardShape<kHeadDim, kVisits>.queries / 64 + 1) * 128, 1)
     forward_kernel_sm90(const __grid_constant__ ForwardKernelParams params) {
-  using Mainloop = ForwardMainloop<T, kHeadDim, kListed>;
+  using Mainloop = ForwardMainloop<T, kHeadDim, kVisits>;
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<ForwardShared<Mainloop, kHeadDim>*>(raw);
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
@@ -36,14 +37,20 @@ __global__ void __launch_bounds__((kForwardShape<kHeadDim, kListed>.queries / 64
     if (warp == 2) Mainloop::hand_out(params, shared.mainloop);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Mainloop::kShape.consumer_registers>();
-    const auto store = [&](const Work& work, const Part& part, const RowSoftmax& softmax, const auto& out) {
+    const auto store = [&](const Work& work, const Part& part, const auto& softmax, const auto& out) {
       float inverse[2];
       const int lane = thread_index() % 32;
       const int warp_start = part.row + warp % 4 * 16;
+      const float sink = kSinks && params.sinks != nullptr ? params.sinks[part.head] : -INFINITY;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float lse;
         softmax.finish(r, params.scale_log2, inverse[r], lse);
+        if (kSinks && sink > -INFINITY) {
+          const WithSink with(lse, sink);
+          lse = with.lse;
+          inverse[r] *= with.factor;
+        }
         const int row = warp_start + lane / 4 + r * 8;
         if (lane % 4 == 0 && row < work.tile.length && row >= work.tile.first) {
           params.lse[part.head * params.lse_stride + work.tile.start + row] = lse;

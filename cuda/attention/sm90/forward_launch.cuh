@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention/sm90/forward_kernel.cuh"
+#include "attention/sm90/window_edges.h"
 #include "common/launch.h"
 
 namespace lemo::cuda::attention::sm90 {
@@ -16,9 +17,9 @@ inline int heads_in_cache(int64_t rows, int key_heads, int head_dim) {
   return static_cast<int>(std::clamp<int64_t>(kSectionBytes / bytes, 1, key_heads));
 }
 
-template <typename T, int kHeadDim, bool kListed>
+template <typename T, int kHeadDim, Visits kVisits, bool kSinks>
 void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
-  using Mainloop = ForwardMainloop<T, kHeadDim, kListed>;
+  using Mainloop = ForwardMainloop<T, kHeadDim, kVisits>;
   const Documents& documents = params.documents;
   constexpr int kColumns = kBoxColumns<kHeadDim>;
   const int key_heads = params.heads / params.group;
@@ -37,6 +38,12 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   kernel_params.head_dim = params.head_dim;
   // A scale of 0 would turn masked scores into NaN; with this one every visible score still becomes 0.
   kernel_params.scale_log2 = std::max(params.scale * kLog2E, 1e-30f);
+  if constexpr (kVisits == Visits::kWindow) {
+    kernel_params.edges = params.edges;
+    launch_window_edges("attention_forward", {documents, params.key_documents, params.options, false, params.edges},
+                        stream);
+  }
+  if constexpr (kSinks) kernel_params.sinks = params.sinks;
   ForwardSchedule& schedule = kernel_params.schedule;
   schedule.next = params.counter;
   schedule.slots = static_cast<int>(query_slots<Mainloop::kKeys>(documents, Mainloop::Order::kRows));
@@ -47,14 +54,17 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const int blocks = std::min(schedule.items, device_info(device).multiprocessors);
-  launch("attention_forward", forward_kernel_sm90<T, kHeadDim, kListed>, blocks, (Mainloop::kConsumers + 1) * 128,
-         static_cast<int>(sizeof(ForwardShared<Mainloop, kHeadDim>)), stream, kernel_params);
+  launch("attention_forward", forward_kernel_sm90<T, kHeadDim, kVisits, kSinks>, blocks,
+         (Mainloop::kConsumers + 1) * 128, static_cast<int>(sizeof(ForwardShared<Mainloop, kHeadDim>)), stream,
+         kernel_params);
 }
 
 template <typename T, int kHeadDim>
 void run_forward(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
-  if (params.lists.offsets != nullptr) return run_forward_as<T, kHeadDim, true>(params, dtype, stream);
-  run_forward_as<T, kHeadDim, false>(params, dtype, stream);
+  if (params.lists.offsets != nullptr) {
+    return run_forward_as<T, kHeadDim, Visits::kListed, false>(params, dtype, stream);
+  }
+  run_forward_as<T, kHeadDim, Visits::kAll, false>(params, dtype, stream);
 }
 
 }  // namespace lemo::cuda::attention::sm90

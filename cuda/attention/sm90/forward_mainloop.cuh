@@ -8,17 +8,45 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-template <typename T, int kHeadDim, bool kListed>
+// Where this thread's two rows of a part begin to see keys, with a window.
+struct RowWindows {
+  int edges[2];
+  int last;  // of the warp's rows: keys from there on are seen by all of them
+
+  // Of the part that begins at `row`. settle() is called later, when what was loaded has arrived.
+  __device__ __forceinline__ void load(const int32_t* all, const Tile& tile, int row) {
+    row += thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) edges[r] = all[tile.start + max(tile.first, min(row + r * 8, tile.length - 1))];
+  }
+  __device__ __forceinline__ void settle() { last = __shfl_sync(0xffffffffu, edges[1], 31); }
+
+  // Masks a key tile.
+  template <class Scores>
+  __device__ __forceinline__ void mask(Scores& s, int key_start) const {
+    if (key_start >= last) return;
+    const int column = key_start + thread_index() % 4 * 2;
+    const int hidden[2] = {edges[0] - column, edges[1] - column};
+#pragma unroll
+    for (int j = 0; j < decltype(cute::size(s))::value; ++j) {
+      if (j / 4 * 8 + j % 2 < hidden[j / 2 % 2]) s(j) = -INFINITY;
+    }
+  }
+};
+
+template <typename T, int kHeadDim, Visits kVisits>
 struct ForwardMainloop {
-  static constexpr ForwardTile kShape = kForwardShape<kHeadDim, kListed>;
+  static constexpr bool kListed = kVisits == Visits::kListed, kWindow = kVisits == Visits::kWindow;
+  static constexpr ForwardTile kShape = kForwardShape<kHeadDim, kVisits>;
   static constexpr int kQueries = kShape.queries, kKeys = kShape.keys, kStages = kShape.stages;
   static constexpr int kConsumers = kQueries / 64;
   static constexpr int kQueryStages = 2;  // the next item's first scores start before this item is done
   // A warpgroup skips key tiles that others still read, and waits for the one after them.
   static_assert(kStages > (kQueries - 64) / kKeys);
   using Element = GmmaElement<T>;
-  using Order = WorkOrder<kHeadDim, kListed>;
+  using Order = WorkOrder<kHeadDim, kVisits>;
   using Walk = KeyWalk<kListed>;
+  using Softmax = RowSoftmax<kWindow>;
   using PartLoader = RowLoader<64, kHeadDim, kQueries, true>;
   using KeyLoader = RowLoader<kKeys, kHeadDim>;
   using QueryLayout = RowLayout<Element, kQueries, kHeadDim, kQueryStages>;
@@ -123,7 +151,7 @@ struct ForwardMainloop {
 #pragma unroll
       for (int j = 0; j < size(s); j += 2) packed(j / 2) = pack<T>(s(j), s(j + 1));
     };
-    // Masks the first tile that a part sees; it sees the others whole.
+    // Masks the first tile that a part sees; it sees the others whole, unless there is a window.
     const auto mask = [&](auto& s, int row) {
       const int visible = row % kKeys + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4 -
                           thread_index() % 4 * 2;  // of the upper row
@@ -136,7 +164,8 @@ struct ForwardMainloop {
     cutlass::PipelineState<kQueryStages> query;
     cutlass::PipelineState<kStages> key, value;
     uint32_t phase = 0;
-    RowSoftmax softmax;
+    Softmax softmax;
+    [[maybe_unused]] RowWindows windows;  // of the part whose keys are visited
     Work work;
     Part part;
     bool running = false;  // P of `work`'s last step waits for its product
@@ -191,12 +220,17 @@ struct ForwardMainloop {
       skip_keys(skipped);
       {
         Scores s;
-        RowSoftmax next_softmax;
+        Softmax next_softmax;
+        if constexpr (kWindow) windows.load(params.edges, next.tile, next_part.row);
         const auto begin_softmax = [&] {
           warpgroup_fence_operand(s);
           shared.keys.release(key);
           ++key;
           mask(s, next_part.row);
+          if constexpr (kWindow) {
+            windows.settle();
+            windows.mask(s, (next.last_keys - skipped) * kKeys);
+          }
           next_softmax.update(s, scale_log2);
         };
         shared.keys.wait(key);
@@ -240,6 +274,7 @@ struct ForwardMainloop {
         warpgroup_fence_operand(s);
         shared.keys.release(key);
         ++key;
+        if constexpr (kWindow) windows.mask(s, (work.last_keys - step) * kKeys);
         softmax.update(s, scale_log2);
         finish_values();
         round(s);

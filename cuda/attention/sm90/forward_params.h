@@ -30,6 +30,8 @@ struct ForwardKernelParams {
   int group;
   int head_dim;
   float scale_log2;
+  const int32_t* edges;  // with a window: of queries (window_edges.h)
+  const float* sinks;    // of query heads; null: none, or added afterwards (sinks.cu)
 };
 
 }  // namespace lemo::cuda::attention::sm90

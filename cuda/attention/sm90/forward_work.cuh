@@ -28,9 +28,10 @@ struct Work {
   int first_part;  // among the query tile's parts in all heads of the group
 };
 
-template <int kHeadDim, bool kListed>
+template <int kHeadDim, Visits kVisits>
 struct WorkOrder {
-  static constexpr ForwardTile kShape = kForwardShape<kHeadDim, kListed>;
+  static constexpr bool kListed = kVisits == Visits::kListed;
+  static constexpr ForwardTile kShape = kForwardShape<kHeadDim, kVisits>;
   static constexpr int kConsumers = kShape.queries / 64;
   // A list describes LEMO_TILE_ROWS queries, however many a thread block has room for: it takes parts of several heads.
   static constexpr int kParts = kListed ? LEMO_TILE_ROWS / 64 : kConsumers;  // of a query tile and head
@@ -70,7 +71,13 @@ struct WorkOrder {
       } else {
         const int end = min(work.first_row + kRows, work.tile.length);
         work.last_keys = (end + kShape.keys - 1) / kShape.keys - 1;
-        work.steps = work.last_keys + 1 + located.document.ahead / kShape.keys;
+        const int ahead = located.document.ahead;
+        work.steps = work.last_keys + 1 + ahead / kShape.keys;
+        if constexpr (kVisits == Visits::kWindow) {
+          // From the diagonal down to the first key that the first query sees. It may see none, not even there.
+          const int first_key = params.edges[work.tile.start + max(work.first_row, work.tile.first)];
+          work.steps = max(1, work.steps - (first_key + ahead) / kShape.keys);
+        }
       }
     }
     return work;
@@ -86,7 +93,7 @@ struct WorkOrder {
 };
 
 // The key tiles of a work item in the order of visits, the diagonal first. A part's own 64 rows lie within one key
-// tile, the first that it sees: only that one needs a mask.
+// tile, the first that it sees: only that one needs a mask, unless a window hides keys of others.
 template <bool kListed>
 struct KeyWalk {
   int last;

@@ -11,10 +11,12 @@
 
 namespace lemo::cuda::attention::sm90 {
 
+// kMayHide: rows may be masked in any of their tiles, and in all of them.
+template <bool kMayHide>
 class RowSoftmax {
  public:
-  // Scores become exp2(scale_log2 * (score - running maximum)). Every row has a score above -infinity from the first
-  // tile on: its own key's.
+  // Scores become exp2(scale_log2 * (score - running maximum)). Without kMayHide, every row has a score above
+  // -infinity from the first tile on: its own key's.
   template <class Scores>
   __device__ __forceinline__ void update(Scores& s, float scale_log2) {
     constexpr int kSize = decltype(cute::size(s))::value;
@@ -48,15 +50,21 @@ class RowSoftmax {
     for (int j = 0; j < kSize; ++j) out(j) *= correction_[j / 2 % 2];
   }
 
-  // After the last tile: 1 / sum, and lse (natural logarithm) of row r.
+  // After the last tile: 1 / sum, and lse (natural logarithm) of row r; of one that saw no key, 0 and -infinity.
   __device__ __forceinline__ void finish(int r, float scale_log2, float& inverse, float& lse) const {
     const float sum = quad_sum(sum_[r]);
     inverse = 1.0f / sum;
     lse = maximum_[r] * (scale_log2 * kLn2) + logf(sum);
+    if (kMayHide && sum == 0.0f) {
+      inverse = 0.0f;
+      lse = -INFINITY;
+    }
   }
 
  private:
-  float maximum_[2] = {-INFINITY, -INFINITY};
+  // A power of two times the scale is exact: a masked row's correction is then exp2(0), and its scores are 0.
+  static constexpr float kLowest = kMayHide ? -0x1p100f : -INFINITY;
+  float maximum_[2] = {kLowest, kLowest};
   float sum_[2] = {0.0f, 0.0f};
   float correction_[2];
 };
