@@ -57,7 +57,7 @@ def in_thousands(tokens: int) -> str:
 
 def title(result: dict[str, Any]) -> str:
     what = SETTINGS[result["setting"]].format(context=in_thousands(result["context"]), adapt=result["adapt"])
-    return f"{result['model']}, {what}"
+    return f"{result['model']}, {what}, at the cost of {max(result['sequences']):g} dense sequences"
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
