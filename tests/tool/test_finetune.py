@@ -127,15 +127,58 @@ def test_phases_of_shorter_windows(model_folder: Path, text_folder: Path, tmp_pa
     whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
     for schedule, said in (
-        ("skip:window=1/4", 'window needs mode "dense"'),
         ("dense:window=2", "window is '2', expected a share of the context like 1/4"),
         ("dense:window=1/0", "window is '1/0', expected a share"),
-        ("dense:window=1/16", "expected windows of at least one block of 8 tokens"),
+        ("skip:window=1/16", "expected windows of at least one block of 8 tokens"),
     ):
         assert finetune(model_folder, text_folder, tmp_path / "no", "--schedule", schedule) == 2
         assert said in capsys.readouterr().err
     with pytest.raises(ValueError, match="window= cuts the data of lemo finetune"):
         parse_schedule("dense:window=1/4")
+
+
+def test_shorter_windows_in_every_mode(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Blocks and tiles are chosen within the part, whose tokens are those that a dense phase would train on."""
+    parts = ("skip:0.5:random:window=1/2", "backward:0.5:window=1/2", "sparse:0.5:local=0:window=1/2", "dense")
+    options = ("--steps", "4", "--save-every", "1", "--maps", "4", "--keep-checkpoints", "4", "--quiet")
+    out, dense = tmp_path / "run", tmp_path / "dense"
+    assert finetune(model_folder, text_folder, out, "--schedule", ",".join(parts), *options) == 0
+    plain = ",".join(["dense:window=1/2"] * 3 + ["dense"])
+    assert finetune(model_folder, text_folder, dense, "--schedule", plain, *options) == 0
+
+    steps = [r for r in records(out) if "loss" in r]
+    assert [(r["phase"]["mode"], r["phase"].get("window")) for r in steps] == [
+        ("skip", 0.5),
+        ("backward", 0.5),
+        ("sparse", 0.5),
+        ("dense", None),
+    ]
+    assert all(0.2 < k < 0.8 for r in steps[:2] for k in r["kept"]) and all(k == 1 for k in steps[2]["kept"])
+    mine, theirs = ([json.loads(line) for line in (f / "maps.jsonl").read_text().splitlines()] for f in (out, dense))
+    assert [sum(r["lengths"]) for r in mine] == [32, 32, 32, 64]
+    assert [(r["lengths"], r["documents"]) for r in mine] == [(r["lengths"], r["documents"]) for r in theirs]
+
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "skip 0.5 random window 0.5" in printed and "sparse 1.0 density 0.5 window 0.5" in printed
+    for number in (2, 3, 4):
+        shutil.rmtree(out / f"checkpoint-{number}")
+    shutil.move(out / "adapter", tmp_path / "adapter")
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
+    whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
+
+
+def test_a_window_of_a_mode_is_a_dense_step_of_it(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    """Everything kept, every mode trains on the same part at the same positions: the same losses."""
+    losses = {}
+    for name in ("skip:1.0:random", "sparse:1.0", "dense"):
+        out = tmp_path / name.replace(":", "-")
+        assert finetune(model_folder, text_folder, out, "--schedule", f"{name}:window=1/4", "--steps", "2") == 0
+        losses[name] = [r["loss"] for r in records(out) if "loss" in r]
+    assert losses["skip:1.0:random"] == pytest.approx(losses["dense"], abs=1e-5)
+    assert losses["sparse:1.0"] == pytest.approx(losses["dense"], abs=1e-5)
 
 
 def test_kinds_of_lora(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
