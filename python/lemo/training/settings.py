@@ -223,8 +223,8 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     stages = parse_stages(text, keep, policy)
     if any(stage.window < 1 for stage in stages):
         raise ValueError(
-            f"schedule {text!r}: window= cuts the data of lemo finetune and lemo sweep, and means nothing elsewhere; "
-            "leave it out"
+            f"schedule {text!r}: window= cuts the data of lemo finetune, lemo sweep and lemo estimate, and means "
+            "nothing elsewhere; leave it out"
         )
     return [stage.phase for stage in stages]
 
