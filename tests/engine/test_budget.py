@@ -1,5 +1,7 @@
 """Which layers save more under a memory budget: bounds, order, exact bytes, equal results."""
 
+import functools
+
 import lemo
 import pytest
 import torch
@@ -7,6 +9,7 @@ from lemo.engine import budget
 from lemo.engine.budget import LayerLists, ListSize, Needs
 from lemo.engine.memory import LayerShape
 from lemo.engine.sizes import GPUS, gpu_bytes, left_for_steps, parse_bytes, rounded_up
+from support import tiny
 from support.models import ATTENTION, LINEARS, base, batch, gradients, lora, tuned
 from support.saved import count
 
@@ -66,6 +69,46 @@ def test_too_small_a_budget_names_the_least():
         budget.choose(n, least - 1)
     assert "offload" in str(error.value)
     assert budget.choose(n, parse_bytes(rounded_up(least))).peak <= parse_bytes(rounded_up(least))
+
+
+def test_one_error_names_every_phase_that_does_not_fit():
+    skip, dense = needs(), needs(rows=(16384,) * LAYERS, mode="dense")
+    plans = [budget.fixed(n, "full") for n in (skip, dense)]
+    least = [plan.peak for plan in plans]
+    assert least[0] < least[1]
+
+    def together(size, *of):
+        return budget.planned_together(functools.partial(budget.choose, n, size, False, False) for n in of)
+
+    assert [p.peak <= least[1] for p in together(least[1], skip, dense)] == [True, True]
+    with pytest.raises(budget.BudgetError) as error:  # one of two: as it always was
+        together(least[0], skip, dense)
+    assert "a step of mode 'dense' with 16384 tokens needs at least" in str(error.value)
+    assert "skip" not in str(error.value) and "raise it, or" in str(error.value)
+    with pytest.raises(budget.BudgetError) as error:
+        together(least[0] - 1, skip, dense, dense)
+    text = str(error.value)
+    assert "the steps of 2 phases do not fit: mode 'skip' keep 0.5 with 16384 tokens needs at least" in text
+    for peak in least:
+        assert f"needs at least {rounded_up(peak)} with everything recomputed (weights and optimizer" in text
+    assert f"raise it to {rounded_up(least[1])}, or" in text and text.count("needs at least") == 2
+    # A way out must be one for all of them.
+    assert [plan.peak - plan.saved < least[0] for plan in plans] == [True, False] and "--offload" not in text
+    with pytest.raises(budget.BudgetError, match="--offload all"):
+        together(least[0] - 1, skip)
+
+
+def test_a_step_that_does_not_fit_names_the_other_phases_too():
+    """In the run, at the first pass of a phase: not one error now and another at a later step."""
+    phases = [lemo.Phase("skip", keep=0.5, policy="random"), lemo.Phase("dense")]
+    settings = lemo.LemoConfig(block_size=BLOCK, phases=phases, recompute="auto", memory_budget=1 << 10)
+    model = tiny.build()
+    controller = lemo.apply(model, settings)
+    controller.total_steps = 2
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    model.train()
+    with pytest.raises(ValueError, match=r"mode 'skip' keep 0\.5 with 64 tokens .*mode 'dense' keep 1 with 64 tokens"):
+        model(input_ids=ids, labels=ids)
 
 
 def test_offload_takes_as_few_layers_as_the_budget_needs():

@@ -169,6 +169,45 @@ def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["estimate", "--model", "/nowhere", "--context", "256", "--schedule", "sparse", "--keep", "0.3"]) != 0
 
 
+def test_estimate_of_shorter_windows(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A phase has the memory of its windows: of a run with so short a context."""
+
+    def of(context: int, schedule: str) -> dict[str, Any]:
+        command = ["estimate", "--model", str(model_folder), "--context", str(context), "--schedule", schedule]
+        assert main([*command, "--batch", "2", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = of(1024, "sparse:0.5:window=1/4@0.7,skip:0.5:window=1/2,dense@0.3")
+    assert found["tokens"] == 2048 and [p["tokens"] for p in found["phases"]] == [512, 1024, 2048]
+    for phase, context, alone in zip(
+        found["phases"], (256, 512, 1024), ("sparse:0.5", "skip:0.5", "dense"), strict=True
+    ):
+        assert of(context, alone)["phases"] == [phase]
+    assert found["peak"] == found["phases"][2]["peak"] > found["phases"][0]["peak"]
+
+    command = ["estimate", "--model", str(model_folder), "--context", "1024", "--schedule"]
+    assert main([*command, "dense:window=1/4,dense"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[2] == "tokens" and [line.split()[2] for line in lines[2:4]] == ["256", "1024"]
+    assert main([*command, "dense"]) == 0 and "tokens " not in capsys.readouterr().out.splitlines()[1]
+    assert main([*command, "dense:window=1/32,dense"]) == 2
+    assert "expected windows of at least one block of 64 tokens" in capsys.readouterr().err
+
+
+def test_the_longest_context_of_shorter_windows(new_model: Any, tmp_path: Path, capsys: Any) -> None:
+    model = str(new_model(tmp_path / "model", hidden=256))
+    schedule = "dense,dense:window=1/4,sparse:keys=8192:keep=0.5:window=1/2"
+    assert main(["estimate", "--model", model, "--gpu", "2GiB", "--schedule", schedule, "--json"]) == 0
+    whole, quarter, half = json.loads(capsys.readouterr().out)["phases"]
+    assert [p["window"] for p in (whole, quarter, half)] == [1.0, 0.25, 0.5]
+    for name in ("context", "context_offload", "context_again"):
+        assert 4 * whole[name] <= quarter[name] < 4 * (whole[name] + 1024)
+    assert main(["estimate", "--model", model, "--gpu", "2GiB", "--schedule", schedule]) == 0
+    _, head, *rows = capsys.readouterr().out.splitlines()
+    assert rows[1].startswith("dense window=0.25 ") and rows[2].startswith("sparse keep 0.5 keys=8192 window=0.5 ")
+    assert len({len(line) for line in (head, *rows[:3])}) == 1  # one table, however long the names
+
+
 def test_the_longest_context(new_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(new_model(tmp_path / "model", hidden=256))  # heads of 64
     assert main(["estimate", "--model", model, "--gpu", "2GiB", "--json"]) == 0
@@ -200,8 +239,10 @@ def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixtur
     assert (
         "recompute by budget" in (text := capsys.readouterr().out) and "layers: 1 attention, 1 none; rows of 1" in text
     )
-    assert main([*command, "--memory-budget", "1MiB"]) == 2
-    assert "needs at least" in capsys.readouterr().err
+    assert main([*command, "--memory-budget", "1KiB", "--schedule", "skip:0.25,dense"]) == 2
+    said = capsys.readouterr().err
+    assert "mode 'skip' keep 0.25 with 256 tokens needs at least" in said
+    assert "mode 'dense' keep 1 with 256 tokens needs at least" in said
 
 
 @pytest.mark.parametrize(

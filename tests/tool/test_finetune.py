@@ -16,6 +16,7 @@ import torch
 from lemo.cli import main
 from lemo.data import PackedWindows, load_documents
 from lemo.training.finetune import finetune as finetune_documents
+from lemo.training.phases import planned_phases, stopped, unreached, unreached_of
 from lemo.training.settings import FinetuneSettings, check_defaults_matter, parse_schedule
 from lemo.training.trainer import RunInProgress, learning_rate_factor
 from safetensors.torch import load_file, save_file
@@ -69,7 +70,9 @@ def test_a_memory_budget_and_offload(
     assert_same_adapter(finished, tmp_path / "run")
     steps = [r for r in records(tmp_path / "run") if "loss" in r]
     assert steps[0]["memory"]["layers"] == {"attention": 1, "none": 1} and steps[0]["memory"]["offloaded"] == 1
-    assert "skip keep 0.5: layers recompute" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for numbers, phase in (("1-4", "skip keep 0.5"), ("5-6", "backward keep 0.5"), ("7-8", "dense keep 1")):
+        assert f"planned for steps {numbers}, {phase}: layers recompute" in said
     assert main(["info", str(tmp_path / "run")]) == 0
     assert "what layers save" in (text := capsys.readouterr().out) and "memory_budget: 1073741824" in text
 
@@ -77,8 +80,12 @@ def test_a_memory_budget_and_offload(
 def test_a_budget_that_is_too_small_makes_no_run(
     model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    assert finetune(model_folder, text_folder, tmp_path / "run", "--memory-budget", "1MiB") == 2
-    assert "needs at least" in capsys.readouterr().err and not (tmp_path / "run" / "run.json").exists()
+    schedule = ("--schedule", "skip:window=1/2@0.5,dense@0.5")
+    assert finetune(model_folder, text_folder, tmp_path / "run", "--memory-budget", "1KiB", *schedule) == 2
+    said = capsys.readouterr().err
+    assert "the steps of 2 phases do not fit: mode 'skip' keep 0.5 with 64 tokens needs at least" in said
+    assert "; mode 'dense' keep 1 with 128 tokens needs at least" in said
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_the_run_folder(finished: Path) -> None:
@@ -127,15 +134,58 @@ def test_phases_of_shorter_windows(model_folder: Path, text_folder: Path, tmp_pa
     whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
     for schedule, said in (
-        ("skip:window=1/4", 'window needs mode "dense"'),
         ("dense:window=2", "window is '2', expected a share of the context like 1/4"),
         ("dense:window=1/0", "window is '1/0', expected a share"),
-        ("dense:window=1/16", "expected windows of at least one block of 8 tokens"),
+        ("skip:window=1/16", "expected windows of at least one block of 8 tokens"),
     ):
         assert finetune(model_folder, text_folder, tmp_path / "no", "--schedule", schedule) == 2
         assert said in capsys.readouterr().err
     with pytest.raises(ValueError, match="window= cuts the data of lemo finetune"):
         parse_schedule("dense:window=1/4")
+
+
+def test_shorter_windows_in_every_mode(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Blocks and tiles are chosen within the part, whose tokens are those that a dense phase would train on."""
+    parts = ("skip:0.5:random:window=1/2", "backward:0.5:window=1/2", "sparse:0.5:local=0:window=1/2", "dense")
+    options = ("--steps", "4", "--save-every", "1", "--maps", "4", "--keep-checkpoints", "4", "--quiet")
+    out, dense = tmp_path / "run", tmp_path / "dense"
+    assert finetune(model_folder, text_folder, out, "--schedule", ",".join(parts), *options) == 0
+    plain = ",".join(["dense:window=1/2"] * 3 + ["dense"])
+    assert finetune(model_folder, text_folder, dense, "--schedule", plain, *options) == 0
+
+    steps = [r for r in records(out) if "loss" in r]
+    assert [(r["phase"]["mode"], r["phase"].get("window")) for r in steps] == [
+        ("skip", 0.5),
+        ("backward", 0.5),
+        ("sparse", 0.5),
+        ("dense", None),
+    ]
+    assert all(0.2 < k < 0.8 for r in steps[:2] for k in r["kept"]) and all(k == 1 for k in steps[2]["kept"])
+    mine, theirs = ([json.loads(line) for line in (f / "maps.jsonl").read_text().splitlines()] for f in (out, dense))
+    assert [sum(r["lengths"]) for r in mine] == [32, 32, 32, 64]
+    assert [(r["lengths"], r["documents"]) for r in mine] == [(r["lengths"], r["documents"]) for r in theirs]
+
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "skip 0.5 random window 0.5" in printed and "sparse 1.0 density 0.5 window 0.5" in printed
+    for number in (2, 3, 4):
+        shutil.rmtree(out / f"checkpoint-{number}")
+    shutil.move(out / "adapter", tmp_path / "adapter")
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
+    whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
+
+
+def test_a_window_of_a_mode_is_a_dense_step_of_it(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    """Everything kept, every mode trains on the same part at the same positions: the same losses."""
+    losses = {}
+    for name in ("skip:1.0:random", "sparse:1.0", "dense"):
+        out = tmp_path / name.replace(":", "-")
+        assert finetune(model_folder, text_folder, out, "--schedule", f"{name}:window=1/4", "--steps", "2") == 0
+        losses[name] = [r["loss"] for r in records(out) if "loss" in r]
+    assert losses["skip:1.0:random"] == pytest.approx(losses["dense"], abs=1e-5)
+    assert losses["sparse:1.0"] == pytest.approx(losses["dense"], abs=1e-5)
 
 
 def test_kinds_of_lora(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -522,6 +572,63 @@ def test_keyboard_interrupt_says_how_to_go_on(
     assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
     assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
     assert_same_adapter(finished, out)
+
+
+def test_an_interrupted_run_names_the_phases_that_it_did_not_reach(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, caplog, interruptible
+) -> None:
+    """At once, in the log, and by every command that reads the folder; once it is complete, none."""
+    out, real = tmp_path / "run", PackedWindows.__getitem__
+
+    def read(self, i: int):
+        if i == 9:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, i)
+
+    options = ["--schedule", "skip:0.5:random:window=1/2@0.5,backward:0.5@0.25,dense@0.25"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedWindows, "__getitem__", read)
+        assert finetune(model_folder, text_folder, out, *options, "--log-every", "2") == 130
+    said, last = capsys.readouterr().err, records(out)[-1]
+    assert last["event"] == "interrupted" and last["step"] == 3
+    missed = "not reached: backward 0.5 random (steps 5-6), dense 1.0 (steps 7-8)"
+    assert f"stopped after 3 of 8 steps; {missed}\n" in said
+    assert not [r for r in caplog.records if "training ended" in r.message]  # it has not: it will be resumed
+
+    assert main(["report", str(out)]) == 0 and main(["report", str(out), "--html"]) == 0
+    text = capsys.readouterr().out
+    table = [line.split() for line in text.splitlines()][1:4]
+    assert [line[:5] for line in table[:1]] == [["skip", "0.5", "random", "window", "0.5"]]
+    assert table[1:] == [
+        ["backward", "0.5", "random", "5-6", "not", "reached"],
+        ["dense", "1.0", "7-8", "not", "reached"],
+    ]
+    page = (out / "report.html").read_text()
+    assert "backward 0.5 random (not reached)" in page and "dense 1.0 (not reached)" in page
+    assert main(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not reached"] == [
+        "backward 0.5 random, steps 5-6",
+        "dense 1.0, steps 7-8",
+    ]
+
+    # Complete: the last steps are not in the log, which has every third one.
+    assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--log-every", "3"]) == 0
+    assert main(["report", str(out)]) == 0 and main(["info", str(out), "--json"]) == 0
+    assert "not reached" not in capsys.readouterr().out
+
+
+def test_phases_by_their_steps() -> None:
+    settings = FinetuneSettings(
+        context=64, block_size=8, steps=10, schedule="sparse:keys=128:window=1/2@1,skip:.3@8,dense@0.1"
+    )
+    assert [(p.name, p.steps) for p in planned_phases(settings)] == [
+        ("sparse 1.0 keys 128 window 0.5", "step 1"),
+        ("skip 0.3 update_norm", "steps 2-10"),
+        ("dense 1.0", "no steps"),
+    ]
+    assert [p.name for p in unreached(settings, 0)] == ["sparse 1.0 keys 128 window 0.5", "skip 0.3 update_norm"]
+    assert stopped(settings, 2) == "stopped after 2 of 10 steps"  # a phase without steps cannot be reached
+    assert unreached_of({"settings": settings.to_json() | {"of": "another version"}}, 0) == []
 
 
 def test_a_calibration_for_another_share_is_reported(

@@ -8,7 +8,7 @@ from typing import Any
 
 from lemo.cli.common import Formatter, add_common, load_config, offload, path_name, recompute_layers, size
 from lemo.engine.sizes import GPUS, gpu_bytes
-from lemo.training.settings import check_defaults_matter, parse_schedule
+from lemo.training.settings import check_defaults_matter, parse_stages
 
 _EPILOG = f"""\
 examples:
@@ -18,6 +18,8 @@ examples:
   lemo estimate --model MODEL --gpu h100
       the longest context of every mode on that GPU, without and with offload to host memory
   lemo estimate --model MODEL --gpu 24GiB --schedule sparse:keys=8192:keep=0.3
+  lemo estimate --model MODEL --context 65536 --schedule sparse:0.25:window=1/2@0.7,dense@0.3
+      windows of half the context first: their phase is counted with so many tokens
   lemo estimate --model MODEL --context 131072 --memory-budget 74GiB --offload auto
       what every layer would save within a budget, as lemo finetune with the same options decides it
 
@@ -49,7 +51,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass")
     parser.add_argument(
         "--schedule",
-        help="preset or phases, as for lemo finetune but without window= (default: default; --gpu: each mode)",
+        help="preset or phases, as for lemo finetune (default: default; --gpu: each mode)",
     )
     parser.add_argument("--keep", type=float, help="fraction of the blocks kept (default: 0.5)")
     parser.add_argument("--recompute", help="none, attention or full (default: full)")
@@ -105,16 +107,24 @@ def _estimate(args: argparse.Namespace, model: Any) -> Any:
 
     schedule = args.schedule or "default"
     check_defaults_matter(schedule, args.keep, None)
+    stages = parse_stages(schedule, _keep(args))
     # Policies that predict need a calibration to be named; memory does not depend on what is in it.
     config = LemoConfig(
-        phases=parse_schedule(schedule, _keep(args)),
+        phases=[stage.phase for stage in stages],
         recompute=args.recompute or ("full" if args.memory_budget is None else "auto"),
         memory_budget=args.memory_budget,
         offload=args.offload or False,
         recompute_layers="auto" if args.recompute_layers is None else args.recompute_layers,
         calibration="calibration",
     )
-    return estimate(model, config, args.context, args.batch, lora_rank=args.lora_rank)
+    windows = [stage.window for stage in stages]
+    shortest = min(int(args.context * window) for window in windows)
+    if min(windows) < 1 and shortest < config.block_size:
+        raise ValueError(
+            f"--schedule {schedule}: expected windows of at least one block of {config.block_size} tokens, as lemo "
+            f"finetune does; of a context of {args.context}, the shortest have {shortest}"
+        )
+    return estimate(model, config, args.context, args.batch, windows=windows, lora_rank=args.lora_rank)
 
 
 def _longest(args: argparse.Namespace, model: Any) -> Any:
@@ -124,12 +134,14 @@ def _longest(args: argparse.Namespace, model: Any) -> Any:
     if args.schedule is not None:
         check_defaults_matter(args.schedule, args.keep, None)
     schedule = args.schedule or _MODES.format(keep=_keep(args))
-    config = LemoConfig(phases=parse_schedule(schedule, _keep(args)), calibration="calibration")
+    stages = parse_stages(schedule, _keep(args))
+    config = LemoConfig(phases=[stage.phase for stage in stages], calibration="calibration")
     try:
         gpu = gpu_bytes(args.gpu)
     except ValueError as error:
         raise ValueError(f"--gpu: {error}") from None
-    return longest(model, gpu, config, args.batch, lora_rank=args.lora_rank)
+    windows = [stage.window for stage in stages]
+    return longest(model, gpu, config, args.batch, windows=windows, lora_rank=args.lora_rank)
 
 
 def _keep(args: argparse.Namespace) -> float:

@@ -57,7 +57,8 @@ schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:wei
   sparse:0.25 attends to a quarter of the earlier keys, sparse:keys=8192 to so many, sparse:mass=0.9 to as many as hold
   that share of attention; sparse:keys=8192:keep=0.3 leaves tokens out as well
   dense:window=1/4@0.9,dense@0.1 trains on a quarter of each window first, at shifted places and with the positions that
-  it has in the whole: what one can do without lemo, and as good as elimination in our study of adaptation; try it, too
+  it has in the whole: what one can do without lemo, and as good as elimination in our study of adaptation; try it, too.
+  Other modes take window= as well: sparse:0.25:window=1/2@0.7,dense@0.3
 policies (--policy, for skip phases): predictors (the paper's: needs --calibration), update_norm (the default without a
   calibration), sampled, random, exact (slow: for comparison). In a schedule, :shared after sampled or random makes one
   draw for all layers of a step; sampled:shared, with the predictors' scores, is the default with --calibration

@@ -171,12 +171,14 @@ def _coverage(predictors: PredictorSet, report: dict[str, Any], layers: Any) -> 
 
 def run_folder(folder: Path) -> dict[str, Any]:
     """Settings, progress and checkpoints of a run folder."""
-    from lemo.training.plots import steps_of
+    from lemo.training.phases import unreached_of
+    from lemo.training.plots import last_step, steps_of
     from lemo.training.run_folder import is_complete, run_checkpoints, run_settings
     from lemo.training.run_log import LOG_FILE, read_log
 
     saved = run_settings(folder)
-    steps = steps_of(read_log(folder / LOG_FILE))
+    records = read_log(folder / LOG_FILE)
+    steps = steps_of(records)
     found = run_checkpoints(folder).find()
     values: dict[str, Any] = {
         "run": str(folder),
@@ -184,6 +186,8 @@ def run_folder(folder: Path) -> dict[str, Any]:
         "steps": f"{steps[-1]['step'] if steps else 0} of {saved['settings'].get('steps', 'an unknown number')}",
         "checkpoints": [c.folder.name for c in found.checkpoints] or "none",
     }
+    if missed := unreached_of(saved, last_step(records)):
+        values["not reached"] = [f"{phase.name}, {phase.steps}" for phase in missed]
     if steps and steps[-1].get("memory"):
         values["what layers save"] = steps[-1]["memory"]
     if found.ignored or found.stopping:

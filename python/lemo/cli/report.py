@@ -48,12 +48,13 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import LOG_FILE, read_log, run_settings
-    from lemo.training.plots import plot_run, summary
+    from lemo.training.phases import unreached_of
+    from lemo.training.plots import last_step, plot_run, summary
 
     folder = Path(args.run_folder)
-    run_settings(folder)
+    saved = run_settings(folder)
     records = read_log(folder / LOG_FILE, say)
-    print(summary(records))
+    print(summary(records, unreached_of(saved, last_step(records))))
     if args.html is not None:
         target = Path(path_name(args.html)) if args.html else folder / "report.html"
         write_text(target, _page(args, folder))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -321,6 +321,63 @@ class Needs:
         return MemoryPlan(*known, segments if len(segments) > 1 else ())
 
 
+@dataclass(frozen=True)
+class _TooSmall:
+    """A step that does not fit. plan: what it needs at least; offloading_helps, segments_help: it would fit so."""
+
+    step: str
+    keep: float
+    tokens: int
+    plan: MemoryPlan
+    offloading_helps: bool
+    segments_help: bool
+
+    def __str__(self) -> str:
+        plan = self.plan
+        in_segments = ", in segments of layers that run again" if plan.segments else ""
+        return (
+            f"needs at least {rounded_up(plan.peak)} with everything recomputed{in_segments} (weights and optimizer "
+            f"{format_bytes(plan.weights)}, saved rows {format_bytes(plan.saved)}, working memory "
+            f"{format_bytes(plan.working)})"
+        )
+
+
+class BudgetError(ValueError):
+    """A memory_budget that is too small for one step or several, of different phases."""
+
+    def __init__(self, budget: int, steps: Sequence[_TooSmall]) -> None:
+        self.budget, self.steps = budget, tuple({(s.step, s.keep, s.tokens, str(s)): s for s in steps}.values())
+        if len(self.steps) == 1:
+            (one,) = self.steps
+            what = f"a step of {one.step} with {one.tokens} tokens {one}"
+            raised = "raise it"
+        else:
+            lines = (f"{s.step} keep {s.keep:g} with {s.tokens} tokens {s}" for s in self.steps)
+            what = f"the steps of {len(self.steps)} phases do not fit: " + "; ".join(lines)
+            raised = f"raise it to {rounded_up(max(s.plan.peak for s in self.steps))}"
+        ways = [raised]
+        if all(s.offloading_helps for s in self.steps):
+            ways.append("offload saved rows to host memory (offload=True, --offload all)")
+        if all(s.segments_help for s in self.steps):
+            ways.append('let layers run again in segments (recompute_layers="auto", --recompute-layers auto)')
+        ways.append("keep fewer tokens or train on shorter windows")
+        super().__init__(f"memory_budget is {format_bytes(budget)}, and {what}: {', or '.join(ways)}")
+
+
+def planned_together(plans: Iterable[Callable[[], MemoryPlan]]) -> list[MemoryPlan]:
+    """The plans of all phases. Raises BudgetError, naming every phase that does not fit, each with its least."""
+    found: list[MemoryPlan] = []
+    errors: list[BudgetError] = []
+    for plan in plans:
+        try:
+            found.append(plan())
+        except BudgetError as error:
+            errors.append(error)
+    if errors:
+        raise BudgetError(errors[0].budget, [step for error in errors for step in error.steps])
+    return found
+
+
 def fixed(needs: Needs, recompute: Recompute, offload: Offload = False, again: Again = False) -> MemoryPlan:
     """All layers save the same; offloaded ones at most attention's output, as graphs cannot be moved. again: layers of
     a segment that runs again, or True: in those segments that need the least memory."""
@@ -333,7 +390,7 @@ def fixed(needs: Needs, recompute: Recompute, offload: Offload = False, again: A
 
 
 def choose(needs: Needs, budget: int, offload: Offload = False, again: Again = "auto") -> MemoryPlan:
-    """The plan that recomputes least within `budget` bytes; see the top of this file. Raises ValueError, naming the
+    """The plan that recomputes least within `budget` bytes; see the top of this file. Raises BudgetError, naming the
     least budget, if nothing fits."""
     count = len(needs.shapes)
     levels: list[Recompute] = ["full"] * count
@@ -367,7 +424,7 @@ def _fitting(needs: Needs, budget: int, offload: Offload, ways: Iterable[tuple[i
         if least is None or plan.peak < least.peak:
             least = plan
     assert least is not None
-    raise ValueError(_too_small(needs, least, budget, offload))
+    raise BudgetError(budget, [_too_small(needs, least, budget, offload)])
 
 
 def _fewest_offloaded(needs: Needs, budget: int, offload: Offload, segments: tuple[int, ...]) -> MemoryPlan:
@@ -438,20 +495,13 @@ def _to_offload(needs: Needs, layers: bool | int) -> frozenset[int]:
     return frozenset(sorted(range(count), key=lambda i: (-needs.lists[i].most, i))[:number])
 
 
-def _too_small(needs: Needs, plan: MemoryPlan, budget: int, offload: Offload) -> str:
-    parts = (
-        f"weights and optimizer {format_bytes(plan.weights)}, saved rows {format_bytes(plan.saved)}, "
-        f"working memory {format_bytes(plan.working)}"
-    )
-    in_segments = ", in segments of layers that run again" if plan.segments else ""
-    ways = ["raise it"]
-    if offload is False and plan.saved > 0 and plan.peak - plan.saved <= budget:
-        ways.append("offload saved rows to host memory (offload=True, --offload all)")
-    if not plan.segments and needs.plan(plan.recompute, plan.offloaded, _least(needs, offload)).peak <= budget:
-        ways.append('let layers run again in segments (recompute_layers="auto", --recompute-layers auto)')
-    ways.append("keep fewer tokens or train on shorter windows")
-    return (
-        f"memory_budget is {format_bytes(budget)}, and a step of mode {needs.phase.mode!r} with {needs.tokens} tokens "
-        f"needs at least {rounded_up(plan.peak)} with everything recomputed{in_segments} ({parts}): "
-        f"{', or '.join(ways)}"
+def _too_small(needs: Needs, plan: MemoryPlan, budget: int, offload: Offload) -> _TooSmall:
+    again = () if plan.segments else _least(needs, offload)
+    return _TooSmall(
+        step=f"mode {needs.phase.mode!r}",
+        keep=1.0 if needs.phase.keep is None else needs.phase.keep,
+        tokens=needs.tokens,
+        plan=plan,
+        offloading_helps=offload is False and plan.saved > 0 and plan.peak - plan.saved <= budget,
+        segments_help=bool(again) and needs.plan(plan.recompute, plan.offloaded, again).peak <= budget,
     )

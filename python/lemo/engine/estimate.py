@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,19 +22,23 @@ _GIB = 1 << 30
 
 
 class Estimate(dict[str, Any]):
-    """{"tokens", "recompute", "phases": [{"mode", "keep", "weights", "saved", "working", "peak", "host", "layers",
-    "offloaded", "segments"}], "peak"}, in bytes; prints as a table in GiB. layers: how many save what; host: in host
-    memory; segments: layers of each, if all but the last run again."""
+    """{"tokens", "recompute", "phases": [{"mode", "keep", "tokens", "weights", "saved", "working", "peak", "host",
+    "layers", "offloaded", "segments"}], "peak"}, in bytes; prints as a table in GiB. tokens: of a step, and of one in
+    the phase, which may have shorter windows; layers: how many save what; host: in host memory; segments: layers of
+    each, if all but the last run again."""
 
     def __str__(self) -> str:
         lines = [f"{self['tokens']} tokens, recompute {self['recompute']} (GiB)"]
         host = any(p["host"] for p in self["phases"])
         names = ("weights", "saved", "working", "peak", *(("host",) if host else ()))
         by_layer = self["recompute"] == "by budget" or host or any(p["segments"] for p in self["phases"])
-        lines.append(f"{'phase':<14}{'keep':>6}{''.join(f'{name:>10}' for name in names)}")
+        windows = any(p["tokens"] != self["tokens"] for p in self["phases"])
+        tokens = f"{'tokens':>10}" if windows else ""
+        lines.append(f"{'phase':<14}{'keep':>6}{tokens}{''.join(f'{name:>10}' for name in names)}")
         for p in self["phases"]:
             sizes = "".join(f"{p[name] / _GIB:>10.2f}" for name in names)
-            lines.append(f"{p['mode']:<14}{p['keep']:>6.2f}{sizes}")
+            tokens = f"{p['tokens']:>10}" if windows else ""
+            lines.append(f"{p['mode']:<14}{p['keep']:>6.2f}{tokens}{sizes}")
             if by_layer:
                 saved = ", ".join(f"{n} {level}" for level, n in p["layers"].items())
                 offloaded = f"; rows of {p['offloaded']} in host memory" if p["offloaded"] else ""
@@ -91,6 +97,7 @@ def estimate(
     context: int = 4096,
     batch: int = 1,
     *,
+    windows: Sequence[Fraction] | None = None,
     element: int = 2,
     lora_rank: int = 8,
     lora_targets: Sequence[str] | str | None = None,
@@ -99,34 +106,56 @@ def estimate(
 
     model: a transformers configuration, whose weights then count `element` bytes each, or the model itself, whose
     weights count as they are stored (far less if they are quantized); batch documents of `context` tokens each;
-    element: bytes of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout,
-    except in weighted phases, where the number of kept blocks varies and three standard deviations are added, with
-    thresholds, which may keep everything, and with `Phase.mass`, where the lists of tiles are counted as long as the
-    other limits let them become; `working` is an estimate. Raises UnsupportedModelError for a model that lemo does not
-    know, and ValueError for a memory_budget that is too small.
+    windows: of every phase, the share of the context that its documents have (default: all of it); element: bytes of an
+    activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout, except in weighted
+    phases, where the number of kept blocks varies and three standard deviations are added, with thresholds, which may
+    keep everything, and with `Phase.mass`, where the lists of tiles are counted as long as the other limits let them
+    become; `working` is an estimate. Raises UnsupportedModelError for a model that lemo does not know, ValueError for
+    windows without a token or not of every phase, and BudgetError (a ValueError), naming every phase that does not fit,
+    for a memory_budget that is too small.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
     config = LemoConfig() if config is None else config
     known = _Model.of(model, element, lora_rank, lora_targets)
-    phases = [_row(phase, known.plan(config, phase, context, batch)) for phase in config.phases or ()]
+    phases = tuple(config.phases or ())
+    lengths = [int(context * share) for share in _shares(windows, phases)]
+    if min(lengths) < 1:
+        raise ValueError(f"windows: a context of {context} tokens has none in the shortest; give a longer context")
+    plans = budget.planned_together(
+        functools.partial(known.plan, config, phase, tokens, batch)
+        for phase, tokens in zip(phases, lengths, strict=True)
+    )
+    rows = [_row(*values) for values in zip(phases, plans, (batch * tokens for tokens in lengths), strict=True)]
     recompute = "none" if config.recompute == "auto" else config.recompute
     return Estimate(
         tokens=batch * context,
         recompute=recompute if config.memory_budget is None else "by budget",
-        phases=phases,
-        peak=max(p["peak"] for p in phases),
+        phases=rows,
+        peak=max(row["peak"] for row in rows),
     )
+
+
+def _shares(windows: Sequence[Fraction] | None, phases: Sequence[Phase]) -> list[Fraction]:
+    """Of the context, by phase. Raises ValueError."""
+    shares = [Fraction(1)] * len(phases) if windows is None else [Fraction(share) for share in windows]
+    if len(shares) != len(phases) or not all(0 < share <= 1 for share in shares):
+        raise ValueError(
+            f"windows must have a share of the context, above 0 and at most 1, for each of {len(phases)} phases; got "
+            f"{[str(share) for share in shares]}"
+        )
+    return shares
 
 
 def _run_again(segments: Sequence[int]) -> str:
     return f"; {sum(segments[:-1])} run again, in segments of {', '.join(map(str, segments[:-1]))}" if segments else ""
 
 
-def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
+def _row(phase: Phase, plan: budget.MemoryPlan, tokens: int) -> dict[str, Any]:
     return {
         "mode": phase.mode,
         "keep": 1.0 if phase.keep is None else phase.keep,
+        "tokens": tokens,
         "weights": plan.weights,
         "saved": plan.saved,
         "working": plan.working,
@@ -142,22 +171,27 @@ def _row(phase: Phase, plan: budget.MemoryPlan) -> dict[str, Any]:
 
 
 class Longest(dict[str, Any]):
-    """{"gpu", "left", "batch", "positions", "phases": [{"mode", "keep", "limits", "context", "context_offload",
-    "host", "context_again"}]}: the longest contexts whose steps take at most `left` bytes, with everything recomputed,
-    without and with offload (which then has `host` bytes in host memory), and with segments of layers that run again.
-    positions: the model's own, or None. Prints as a table."""
+    """{"gpu", "left", "batch", "positions", "phases": [{"mode", "keep", "limits", "window", "context",
+    "context_offload", "host", "context_again"}]}: the longest contexts whose steps take at most `left` bytes, with
+    everything recomputed, without and with offload (which then has `host` bytes in host memory), and with segments of
+    layers that run again. window: the share of the context that the phase's documents have; positions: the model's own,
+    or None. Prints as a table."""
 
     def __str__(self) -> str:
         lines = [
             f"The longest context that fits {format_bytes(self['gpu'])}, everything recomputed, batch {self['batch']} "
             f"({format_bytes(self['left'])} for a step; the rest is for the CUDA context and fragmentation)",
-            f"{'mode':<26}{'tokens':>12}{'run again':>12}{'with offload':>14}{'host GiB':>10}",
         ]
+        names = []
         for p in self["phases"]:
             name = f"{p['mode']} keep {p['keep']:g}" if p["keep"] < 1 else p["mode"]
             name += "".join(f" {limit}={value:g}" for limit, value in p["limits"].items())
+            names.append(name + (f" window={p['window']:g}" if p["window"] < 1 else ""))
+        width = max([26, *(len(name) + 1 for name in names)])
+        lines.append(f"{'mode':<{width}}{'tokens':>12}{'run again':>12}{'with offload':>14}{'host GiB':>10}")
+        for name, p in zip(names, self["phases"], strict=True):
             contexts = f"{p['context']:>12}{p['context_again']:>12}{p['context_offload']:>14}"
-            lines.append(f"{name:<26}{contexts}{p['host'] / _GIB:>10.1f}")
+            lines.append(f"{name:<{width}}{contexts}{p['host'] / _GIB:>10.1f}")
         positions = self["positions"]
         if positions is not None and any(p["context_offload"] > positions for p in self["phases"]):
             lines.append(f"The model itself has {positions} positions: what lies beyond needs --interpolate-positions.")
@@ -170,6 +204,7 @@ def longest(
     config: LemoConfig | None = None,
     batch: int = 1,
     *,
+    windows: Sequence[Fraction] | None = None,
     element: int = 2,
     lora_rank: int = 8,
     lora_targets: Sequence[str] | str | None = None,
@@ -177,8 +212,9 @@ def longest(
     """The longest context that fits a GPU of `gpu` bytes, for every phase of `config`; 0 if not even 1024 tokens do.
 
     Everything is recomputed, whatever `config` says of it, and `batch` documents make a step; the other arguments are
-    those of `estimate`. A context is a multiple of 1024 tokens. Raises UnsupportedModelError for a model whose
-    attention CUDA kernels do not compute.
+    those of `estimate`. A context is a multiple of 1024 tokens, and longer in phases whose documents are a share of it.
+    Raises UnsupportedModelError for a model whose attention CUDA kernels do not compute, and ValueError for windows
+    that are not shares of every phase.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
@@ -187,17 +223,19 @@ def longest(
     families.of(known.config).check_kernels(known.config, torch.device("cuda"))
     base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False, recompute_layers=False)
     rows = []
-    for phase in config.phases or ():
+    phases = tuple(config.phases or ())
+    for phase, share in zip(phases, _shares(windows, phases), strict=True):
         found = []
         offloaded = dataclasses.replace(base, offload=True)
         for settings in (base, offloaded, dataclasses.replace(base, recompute_layers=True)):
-            found.append(_search(known, settings, phase, batch, left))
-        host = known.plan(offloaded, phase, found[1], batch).host if found[1] else 0
+            found.append(_search(known, settings, phase, batch, left, share))
+        host = known.plan(offloaded, phase, _window(found[1], share), batch).host if found[1] else 0
         rows.append(
             {
                 "mode": phase.mode,
                 "keep": 1.0 if phase.keep is None else phase.keep,
                 "limits": phase.limits,
+                "window": float(share),
                 "context": found[0],
                 "context_offload": found[1],
                 "host": host,
@@ -208,11 +246,17 @@ def longest(
     return Longest(gpu=gpu, left=left, batch=batch, positions=positions, phases=rows)
 
 
-def _search(known: _Model, config: LemoConfig, phase: Phase, batch: int, left: int) -> int:
+def _window(context: int, share: Fraction) -> int:
+    """Tokens of a window; a context of a few of them has at least one."""
+    return max(1, int(context * share))
+
+
+# One argument more than usual, rather than the same five in an object for one caller.
+def _search(known: _Model, config: LemoConfig, phase: Phase, batch: int, left: int, share: Fraction) -> int:
     """The largest multiple of _STEP whose step fits: a step's memory grows with its context."""
 
     def fits(steps: int) -> bool:
-        return known.plan(config, phase, steps * _STEP, batch).peak <= left
+        return known.plan(config, phase, _window(steps * _STEP, share), batch).peak <= left
 
     most = _MOST // batch // _STEP
     low, high = 0, 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lemo.engine import budget
-from lemo.engine.budget import MemoryPlan, Needs
+from lemo.engine.budget import BudgetError, MemoryPlan, Needs
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.families.base import Family, refuse
 from lemo.engine.linear import ordinary, projection
@@ -72,11 +73,17 @@ class Savings:
             self.note(f"{names} {are} off inside an activation checkpoint around the model, which recomputes all of it")
         if surrounded or not config.plans_memory:
             return Saving((self.recompute(),) * count)
-        self.plan = plan = self.planned(phase, lengths, element, required)
+        try:
+            self.plan = plan = self.planned(phase, lengths, element, required)
+        except BudgetError:
+            # The run's other phases have yet to come: one error for all that would stop it.
+            every = (phase, *(p for p in config.phases or () if p is not phase))
+            budget.planned_together(functools.partial(self.planned, p, lengths, element, required) for p in every)
+            raise
         return Saving(plan.recompute, plan.offloaded, self._host, plan.segments)
 
     def planned(self, phase: Phase, lengths: Sequence[int], element: int, required: bool = False) -> MemoryPlan:
-        """Raises ValueError if the budget is too small."""
+        """Raises BudgetError if the budget is too small."""
         key = (id(phase), tuple(lengths), element, required, self._adapted())
         if key not in self._plans:
             if len(self._plans) >= _REMEMBERED:

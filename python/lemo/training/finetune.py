@@ -15,6 +15,7 @@ scheduler, random states, the place in the data and the place in the schedule of
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from typing import Any
 from transformers import set_seed
 
 from lemo.data import Documents, PackedWindows, split_held_out
+from lemo.engine.budget import planned_together
 from lemo.engine.config import LemoConfig
 from lemo.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, locked, write_folder
 from lemo.training.evaluate import check_scorable
 from lemo.training.maps import MAPS_FILE, MapRecorder
+from lemo.training.phases import planned_phases, stopped
 from lemo.training.processes import Processes
 from lemo.training.run_folder import (
     ADAPTER,
@@ -186,7 +189,7 @@ def finetune(
             )
             size = settings.block_size
             recorder = MapRecorder(controller, out / MAPS_FILE, size, maps, processes.first, inputs.windows)
-            _train(run, checkpoints, inputs.identity, save_every, start, recorder)
+            _train(run, checkpoints, inputs.identity, save_every, start, recorder, report)
         processes.on_first(lambda: write_folder(out / ADAPTER, wrapped.save_pretrained, manifest=False))
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
@@ -278,14 +281,19 @@ def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
 
 
 def _report_memory(controller: Any, settings: FinetuneSettings, report: Callable[[str], None]) -> None:
-    """Reports what layers save, if a budget or offload decides. Raises ValueError if a phase does not fit."""
+    """Reports what layers save, if a budget or offload decides. Raises ValueError, naming every phase that does not
+    fit."""
     if not settings.lemo_config().plans_memory:
         return
     element = controller.model.get_input_embeddings().weight.element_size()
-    for phase, tokens in zip(controller.config.phases, settings.window_lengths(), strict=True):
-        # Of whole windows: those of several documents need about as much.
-        plan = controller.savings.planned(phase, (tokens,) * settings.batch, element)
-        report(f"{phase.mode} keep {phase.keep:g}: {plan}")
+    phases = controller.config.phases
+    # Of whole windows: those of several documents need about as much.
+    plans = planned_together(
+        functools.partial(controller.savings.planned, phase, (tokens,) * settings.batch, element)
+        for phase, tokens in zip(phases, settings.window_lengths(), strict=True)
+    )
+    for phase, planned, plan in zip(phases, planned_phases(settings), plans, strict=True):
+        report(f"planned for {planned.steps}, {phase.mode} keep {phase.keep:g}: {plan}")
 
 
 def _check_visible(start: Checkpoint | None) -> None:
@@ -329,6 +337,7 @@ def _train(
     save_every: int,
     start: Checkpoint | None,
     recorder: MapRecorder,
+    report: Callable[[str], None],
 ) -> None:
     from transformers import PrinterCallback
 
@@ -354,7 +363,16 @@ def _train(
         set_seed((run.settings.seed + run.processes.rank + 65537 * start.step) % (1 << 32))
     trainer.remove_callback(PrinterCallback)
     run.model.config.use_cache = False
-    trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+    except BaseException as error:
+        done, by_hand = trainer.state.global_step, isinstance(error, KeyboardInterrupt)
+        run.controller.total_steps = None  # or it would name the phases to come as those that training ended without
+        if by_hand:
+            run.log.write(event="interrupted", step=done)
+        if by_hand or done:
+            report(stopped(run.settings, done))
+        raise
     last = run.settings.steps
     run.processes.together(lambda: run.check_finite(last))
     if not run.evaluate_every or last % run.evaluate_every:

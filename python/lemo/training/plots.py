@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from lemo.training.phases import PlannedPhase
 
 
 def steps_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines that report a training step, in order."""
     return [r for r in records if "loss" in r]
+
+
+def last_step(records: list[dict[str, Any]]) -> int:
+    """The last step that a line of the log is about; 0 before the first."""
+    return max((r.get("step", 0) for r in records), default=0)
 
 
 def _numbers(records: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -25,9 +34,9 @@ def _known(values: np.ndarray) -> np.ndarray:
     return known if len(known) else np.array([math.nan])
 
 
-def summary(records: list[dict[str, Any]]) -> str:
-    """A line per phase (mean loss, speed, kept ratio, share of the pairs of tiles, peak memory), and the held-out
-    evaluations."""
+def summary(records: list[dict[str, Any]], unreached: Sequence[PlannedPhase] = ()) -> str:
+    """A line per phase (mean loss, speed, kept ratio, share of the pairs of tiles, peak memory), one per phase that has
+    not been reached, and the held-out evaluations."""
     steps = steps_of(records)
     if not steps:
         return "no step has been logged yet"
@@ -48,6 +57,7 @@ def summary(records: list[dict[str, Any]]) -> str:
             f"{phase_name(part[0]):28}  {part[0]['step']:>5}-{part[-1]['step']:<5}  "
             f"{_known(loss).mean():8.4f}  {loss[-1]:8.4f}  {speed:9.1f}  {shares}  {peak:9.0f}"
         )
+    lines += [f"{phase.name:28}  {phase.first:>5}-{phase.last:<5}  not reached" for phase in unreached]
     for r in records:
         if r.get("event") == "held-out":
             interval = f"  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]" if r.get("interval") else ""

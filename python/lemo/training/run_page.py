@@ -18,7 +18,8 @@ import numpy as np
 from lemo.pages.charts import Series, line_chart
 from lemo.pages.html import Section, details, escape, missing, number, page, table, values
 from lemo.training.maps import MAPS_FILE, block_tokens, kept_of, read_maps
-from lemo.training.plots import phase_name, steps_of, summary
+from lemo.training.phases import unreached_of
+from lemo.training.plots import last_step, phase_name, steps_of, summary
 from lemo.training.run_folder import is_complete, run_settings
 from lemo.training.run_log import LOG_FILE, read_log
 
@@ -109,11 +110,13 @@ def _overview(run: _Run) -> str:
                 _most(group, "peak_memory_bytes", 2**20),
             ]
         )
+    missed = unreached_of(run.saved, last_step(run.records))
+    rows += [[f"{phase.name} (not reached)", f"{phase.first} to {phase.last}", *[None] * 5] for phase in missed]
     columns = ("phase", "steps", "mean loss", "tokens/s (median)", "kept", "pairs of tiles", "peak MiB")
     return (
         values(shown)
         + table(columns, rows, name="phases")
-        + details("As text", f"<pre>{escape(summary(run.records))}</pre>")
+        + details("As text", f"<pre>{escape(summary(run.records, missed))}</pre>")
     )
 
 

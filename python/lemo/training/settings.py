@@ -223,15 +223,15 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     stages = parse_stages(text, keep, policy)
     if any(stage.window < 1 for stage in stages):
         raise ValueError(
-            f"schedule {text!r}: window= cuts the data of lemo finetune and lemo sweep, and means nothing elsewhere; "
-            "leave it out"
+            f"schedule {text!r}: window= cuts the data of lemo finetune, lemo sweep and lemo estimate, and means "
+            "nothing elsewhere; leave it out"
         )
     return [stage.phase for stage in stages]
 
 
 def parse_stages(text: str, keep: float = 0.5, policy: str | None = None) -> list[Stage]:
-    """As `parse_schedule`, of what `lemo finetune` takes: NAME may also be window, in phases of mode "dense": a share
-    of the context like 1/4 or 0.25. Raises ValueError."""
+    """As `parse_schedule`, of what `lemo finetune` takes: NAME may also be window, a share of the context like 1/4 or
+    0.25. Raises ValueError."""
     stages = []
     for part in PRESETS.get(text, text).split(","):
         description, at, share = part.strip().partition("@")
@@ -261,8 +261,6 @@ def _stage(mode: Mode, options: list[str], share: float, keep: float, policy: st
         raise ValueError(f"{twice} is given {names.count(twice)} times")
     values |= settings
     window = values.pop("window", Fraction(1))
-    if window != 1 and mode != "dense":
-        raise ValueError(f'window needs mode "dense"; got mode {mode!r}')
     if mode == "sparse" and policy is not None and values.get("keep", 1.0) != 1.0:
         values.setdefault("policy", policy)
     return Stage(Phase(mode=mode, share=share, **values), window)
