@@ -209,6 +209,18 @@ def test_offloaded_rows_come_back_as_they_were(phase, recompute):
 
 
 @pytest.mark.parametrize("phase", OFFLOADED)
+def test_deterministic_gradients_of_long_documents_repeat(phase):
+    """Long enough for thread blocks to take several items of attention each."""
+    m = on_gpu(layers=2, max_position_embeddings=16384)
+    settings = lemo.LemoConfig(recompute="full", phases=[lemo.Phase(**OFFLOADED[phase])], seed=5, deterministic=True)
+    lemo.apply(m, settings)
+    (loss, first), *others = [pass_of(m, 16384, settings)[:2] for _ in range(4)]
+    for other, theirs in others:
+        assert torch.equal(loss, other)
+        assert all(torch.equal(theirs[n], g) for n, g in first.items())
+
+
+@pytest.mark.parametrize("phase", OFFLOADED)
 def test_layers_run_again_as_they_did(phase):
     """Bit for bit, with streams on the GPU or in host memory."""
     found = []

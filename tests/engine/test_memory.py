@@ -80,9 +80,9 @@ LLAMA_8B = {
 
 
 def test_estimates_are_close_to_measured_peaks():
-    """All steps that were published: at most 1 % too low, and 5 % too high (8 %: weighted ones, of which a draw may keep
-    more, and offloaded ones of a million tokens). Those measured while the backward pass needed more may also be higher
-    than the estimate, by 5 %."""
+    """All steps that were published: at most 1 % too low, and 5 % too high (8 %: weighted ones, of which a draw may
+    keep more, and offloaded ones of a million tokens). Those measured while the backward pass needed more may also be
+    higher than the estimate, by 5 %."""
     from transformers import LlamaConfig
 
     tried = set()

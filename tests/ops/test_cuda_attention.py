@@ -91,6 +91,20 @@ def test_the_forward_pass_always_repeats_bit_by_bit(case) -> None:
     assert not differs
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("starts", [[0], [0, 9000, 9384]], ids=["whole", "documents"])
+def test_the_forward_pass_repeats_when_thread_blocks_take_many_items(starts, dim) -> None:
+    """Which items follow one another in a thread block, and overlap there, differs from run to run."""
+    size = 16384
+    cu_seqlens = torch.tensor([*starts, size], dtype=torch.int32, device="cuda")
+    longest = int(cu_seqlens.diff().max())
+    q, k, v = (torch.randn(size, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
+    out, lse = ops.attention_forward(q, k, v, cu_seqlens, None, longest, dim**-0.5)
+    for _ in range(20):
+        again, lse_again = ops.attention_forward(q, k, v, cu_seqlens, None, longest, dim**-0.5)
+        assert torch.equal(again, out) and torch.equal(lse_again, lse)
+
+
 @pytest.mark.parametrize("case", RACES, ids=name_of)
 def test_atomics_only_change_the_order_of_sums(case) -> None:
     t = case.inputs("cuda", torch.bfloat16)

@@ -67,7 +67,7 @@ class OnlineSoftmax {
   __device__ __forceinline__ void finish(int r, float scale, float& inverse, float& lse) const {
     const float sum = quad_sum(sum_[r]);
     inverse = 1.0f / sum;
-    lse = maximum_[r] * scale + logf(sum);
+    lse = fmaf(maximum_[r], scale, logf(sum));
   }
 
  private:

@@ -54,7 +54,9 @@ class RowSoftmax {
   __device__ __forceinline__ void finish(int r, float scale_log2, float& inverse, float& lse) const {
     const float sum = quad_sum(sum_[r]);
     inverse = 1.0f / sum;
-    lse = maximum_[r] * (scale_log2 * kLn2) + logf(sum);
+    // Not left to contraction: this is inlined where an item ends by itself and where the next one overlaps it, which
+    // the order of work decides, and the compiler fused only one of the two.
+    lse = fmaf(maximum_[r], scale_log2 * kLn2, logf(sum));
     if (kMayHide && sum == 0.0f) {
       inverse = 0.0f;
       lse = -INFINITY;
