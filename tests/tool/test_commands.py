@@ -163,6 +163,9 @@ def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         peaks[schedule] = json.loads(capsys.readouterr().out)
     assert main(["estimate", "--model", str(model_folder), "--context", "256"]) == 0
     assert "dense" in capsys.readouterr().out
+    for more, modes in (([], {"sparse", "dense"}), (["--keep", "0.3"], {"skip", "dense"})):
+        assert main(["estimate", "--model", str(model_folder), "--context", "32768", "--json", *more]) == 0
+        assert {p["mode"] for p in json.loads(capsys.readouterr().out)["phases"]} == modes
     predicted = "sparse:0.25:tile_policy=predictors"  # no option names a calibration
     assert main(["estimate", "--model", str(model_folder), "--context", "256", "--schedule", predicted]) == 0
     assert "sparse" in capsys.readouterr().out

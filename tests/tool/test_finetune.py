@@ -15,9 +15,10 @@ import pytest
 import torch
 from lemo.cli import main
 from lemo.data import PackedWindows, load_documents
+from lemo.training import settings
 from lemo.training.finetune import finetune as finetune_documents
 from lemo.training.phases import planned_phases, stopped, unreached, unreached_of
-from lemo.training.settings import FinetuneSettings, check_defaults_matter, parse_schedule
+from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule, parse_schedule
 from lemo.training.trainer import RunInProgress, learning_rate_factor
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -514,6 +515,24 @@ def test_options_that_reach_a_phase() -> None:
     check_defaults_matter("sparse:keep=.3,dense", None, "random")
     check_defaults_matter("sparse,skip", 0.3, "random")
     check_defaults_matter("dense", 0.3, "random")  # the baseline of a comparison
+
+
+def test_the_schedule_of_a_run_that_names_none(
+    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its context, which is below the limit, then at it; a resumed run keeps its own."""
+    assert [default_schedule(n, None, None, None) for n in (32767, 32768)] == ["default", "long-context"]
+    assert [s.phase.mode for s in FinetuneSettings(schedule="long-context").stages()] == ["sparse", "dense"]
+
+    def schedule(name: str, *options: str) -> str:
+        assert finetune(model_folder, text_folder, tmp_path / name, *options) == 0
+        return json.loads((tmp_path / name / "run.json").read_text())["settings"]["schedule"]
+
+    assert schedule("below") == "default"
+    monkeypatch.setattr(settings, "LONG_CONTEXT", 64)
+    assert schedule("at") == "long-context"
+    assert schedule("asked", "--policy", "random") == "default"
+    assert schedule("below", "--resume") == "default"
 
 
 def test_a_loss_that_is_no_number(new_model, text_folder: Path, tmp_path: Path, capsys: Any) -> None:

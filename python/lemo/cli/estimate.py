@@ -8,7 +8,7 @@ from typing import Any
 
 from lemo.cli.common import Formatter, add_common, load_config, offload, path_name, recompute_layers, size
 from lemo.engine.sizes import GPUS, gpu_bytes
-from lemo.training.settings import check_defaults_matter, parse_stages
+from lemo.training.settings import check_defaults_matter, default_schedule, parse_stages
 
 _EPILOG = f"""\
 examples:
@@ -51,7 +51,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--batch", type=int, default=1, help="windows per forward pass")
     parser.add_argument(
         "--schedule",
-        help="preset or phases, as for lemo finetune (default: default; --gpu: each mode)",
+        help="preset or phases, as for lemo finetune (default: as there, by --context; --gpu: each mode)",
     )
     parser.add_argument("--keep", type=float, help="fraction of the blocks kept (default: 0.5)")
     parser.add_argument("--recompute", help="none, attention or full (default: full)")
@@ -105,7 +105,7 @@ def _estimate(args: argparse.Namespace, model: Any) -> Any:
     from lemo import estimate
     from lemo.engine.config import LemoConfig
 
-    schedule = args.schedule or "default"
+    schedule = args.schedule or default_schedule(args.context, args.keep, None, None)
     check_defaults_matter(schedule, args.keep, None)
     stages = parse_stages(schedule, _keep(args))
     # Policies that predict need a calibration to be named; memory does not depend on what is in it.

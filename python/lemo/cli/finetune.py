@@ -26,7 +26,7 @@ from lemo.cli.common import (
     say,
     size,
 )
-from lemo.training.settings import FinetuneSettings, check_defaults_matter
+from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule
 
 _EPILOG = """\
 examples:
@@ -48,6 +48,8 @@ examples:
 
 schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:weighted][:NAME=VALUE][@SHARE]
   default      skip in most of the steps, then dense: the most steps for the time spent
+  long-context sparse:0.25 in most of the steps, then dense. Without --schedule this is taken from --context 32768 on,
+               if no --keep, --policy or --calibration asks for tokens to be left out
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
   backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model
@@ -79,7 +81,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "accumulate": ("forward passes per step", int, "run"),
     "seed": ("of the adapter's first weights, the order of the data and every random choice", int, "run"),
     "held_out": ("fraction of the data kept from training and evaluated densely", float, "run"),
-    "schedule": ("preset or phases, see below", str, "elimination"),
+    "schedule": ("preset or phases, see below (default: by --context)", str, "elimination"),
     "keep": ("fraction of the blocks a layer keeps", float, "elimination"),
     "policy": ("how blocks are chosen, see below", str, "elimination"),
     "calibration": ("folder written by lemo calibrate", path_name, "elimination"),
@@ -136,7 +138,7 @@ def add(subparsers: Any) -> None:
     groups = {name: parser.add_argument_group(name) for name in ("run", "elimination", "optimizer", "LoRA")}
     defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
     for name, (text, kind, group) in _SETTINGS.items():
-        shown = "" if defaults[name] in (None, False) else f" (default: {defaults[name]})"
+        shown = "" if defaults[name] in (None, False) or name == "schedule" else f" (default: {defaults[name]})"
         groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown)
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
     groups["LoRA"].add_argument(
@@ -182,7 +184,9 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
     if "memory_budget" in given and not args.resume:
         given.setdefault("recompute", "auto")
     if not args.resume:
-        check_defaults_matter(given.get("schedule", FinetuneSettings.schedule), args.keep, args.policy)
+        context = given.get("context", FinetuneSettings.context)
+        given.setdefault("schedule", default_schedule(context, args.keep, args.policy, args.calibration))
+        check_defaults_matter(given["schedule"], args.keep, args.policy)
     given |= {name: tuple(given[name]) for name in _LISTS if name in given}
     if "calibration" in given:
         given["calibration"] = os.path.abspath(given["calibration"])
