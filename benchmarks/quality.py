@@ -542,6 +542,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) <= 0:
             parser.error(f"--{name}: expected positive numbers, got {value}")
+    if args.context < 2 * BLOCK:
+        parser.error(f"--context: expected at least two blocks of {BLOCK} tokens, got {args.context}")
+    if args.budget_minutes < 0:
+        parser.error(f"--budget-minutes: expected 0 or more, got {args.budget_minutes:g}")
+    if unknown := [part for part in args.only or () if not any(part in row.name for row in ROWS)]:
+        parser.error(f"--only: no row's name contains {unknown[0]!r}; there are {', '.join(row.name for row in ROWS)}")
+    if missing := [path for path in args.costs if not Path(path).is_file()]:
+        parser.error(f"--costs: {missing[0]} does not exist")
     if args.widen < 0:
         parser.error(f"--widen: expected 0 or more, got {args.widen}")
     args.study = args.study or f"runs/quality-{Path(args.model).name}-{args.setting}"

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from common import add_output, header, table, write_results
 from models import SHAPES, Base, make_base, ours, release
-from quality_schedules import MODEL, ROWS, key, named, parse, unavailable
+from quality_schedules import MODEL, ROWS, Row, key, named, parse, unavailable
 from step import WARM_TOKENS, document, timed, untrained_calibration
 
 POLICIES = (None, "random", "update_norm", "sampled", "predictors")  # the dearest last
@@ -63,6 +63,8 @@ def chosen(args: argparse.Namespace) -> list[tuple[int, Mapping[str, Any]]]:
             (stage,) = parse(f"100% {text}")
         except ValueError as error:
             raise SystemExit(f"--also {text!r}: {error}") from None
+        if reason := unavailable(Row(text, f"100% {text}")):
+            raise SystemExit(f"--also {text!r}: {reason}")
         also.append((int(args.context * stage.window), stage.phase))
     first = every[0]
     if args.common is not None:
@@ -135,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the steps, time nothing")
     add_output(parser, "costs")
     args = parser.parse_args(arguments)
+    if args.context < 64:
+        parser.error(f"--context: expected at least 64 tokens, got {args.context}")
     wanted = chosen(args)
     if args.list:
         print("\n".join(name(*w) for w in wanted))

@@ -248,6 +248,8 @@ def test_sizes():
     for wrong in ("", "GiB", "-1GiB", "1.2.3", "40 gigs", None, 1.5):
         with pytest.raises(ValueError, match="expected a number of bytes"):
             parse_bytes(wrong)
+    with pytest.raises(ValueError, match="less than 2\\^63 bytes"):
+        parse_bytes("1e400GiB")
     assert (
         gpu_bytes("H100") == gpu_bytes("h100") and gpu_bytes("80GiB") == 80 << 30 and gpu_bytes("RTX 4090") < 24 << 30
     )

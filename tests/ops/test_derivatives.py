@@ -284,6 +284,21 @@ def test_gradients_in_the_memory_of_gate_and_up_are_noticed(draw, changed) -> No
         square.backward()
 
 
+def test_gradients_in_place_of_columns_and_of_shared_memory(draw) -> None:
+    both, dout = draw.normal(6, 16), draw.normal(6, 8)
+    gate, up = both[:, :8], both[:, 8:]
+    expected = ops.swiglu_backward(dout, gate.contiguous(), up.contiguous())
+    for found, wanted in zip(ops.swiglu_backward_(dout, gate, up), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    rows, before = draw.normal(9, 8), both.clone()
+    for one, other in ((both[:, :8], both[:, :8]), (both[:, 4:12], both[:, :8]), (rows[:6], rows[3:])):
+        with pytest.raises(ValueError, match="up: expected memory that gate does not use"):
+            ops.swiglu_backward_(dout, one, other)
+    with pytest.raises(ValueError, match="expected one device, got meta, cpu and cpu"):
+        ops.swiglu_backward_(dout.to("meta"), gate, up)
+    assert torch.equal(both, before)
+
+
 def test_gradients_in_place_have_no_derivative(draw) -> None:
     gate, up = (draw.normal(4, 8).requires_grad_() * 1.0 for _ in range(2))
     dgate, _ = ops.swiglu_backward_(draw.normal(4, 8), gate, up)

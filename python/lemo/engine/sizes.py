@@ -39,7 +39,10 @@ def parse_bytes(value: Any) -> int:
     found = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"expected a number of bytes, like 40GiB, 512MiB or 40000000000; got {value!r}")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if size >= 1 << 63:
+        raise ValueError(f"expected less than 2^63 bytes; got {value!r}")
+    return round(size)
 
 
 def format_bytes(size: int) -> str:

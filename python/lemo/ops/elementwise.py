@@ -53,9 +53,27 @@ def _swiglu_backward_(dout: Tensor, gate: Tensor, up: Tensor) -> None:
 
 
 def swiglu_backward_(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``swiglu_backward``, in the memory of gate and up, which are returned: (dgate, dup)."""
+    """As ``swiglu_backward``, in the memory of gate and up, which must not overlap and are returned: (dgate, dup)."""
+    if not dout.device == gate.device == up.device:
+        raise ValueError(f"dout, gate, up: expected one device, got {dout.device}, {gate.device} and {up.device}")
+    if _overlap(gate, up):
+        raise ValueError("up: expected memory that gate does not use, got an overlap; both are overwritten")
     _swiglu_backward_(dout, gate, up)
     return gate, up
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether matrices of one width share an element. Columns of one buffer do not."""
+    if torch.compiler.is_compiling() or not type(a) is type(b) is Tensor or a.device.type == "meta":
+        return False  # no addresses to compare
+    if not a.numel() or not b.numel() or a.dim() != 2 or b.dim() != 2:
+        return False
+    first, second = sorted((a, b), key=Tensor.data_ptr)
+    apart = (second.data_ptr() - first.data_ptr()) // first.element_size()
+    stride, width = first.stride(0), first.shape[1]
+    if apart >= (first.shape[0] - 1) * stride + width:
+        return False
+    return second.stride(0) != stride or not width <= apart % stride <= stride - width
 
 
 def _rotary_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -61,7 +61,8 @@ def _note(study: Study, row: Row, runs: dict[int, dict[str, Any]]) -> str:
     notes = []
     eliminates = any(stage.phase.mode != "dense" for stage in row.stages)
     if runs and eliminates and not any(r["left_out"] for r in runs.values()):
-        notes.append("left nothing out at this context: the same as dense")
+        whole = all(stage.window == 1 for stage in row.stages)
+        notes.append("left nothing out at this context" + (": the same as dense" if whole else " within its windows"))
     rates, best = study.plan.rates, study.rate(row)
     tried = [study.settings(row, rate, study.plan.seeds[0]) for rate in rates]
     tried += [] if best is None else [study.settings(row, best, seed) for seed in study.plan.seeds[1:]]
