@@ -184,3 +184,15 @@ def test_second_backward_is_an_error():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize(("tokens", "kept_all"), [(BLOCK, True), (4 * BLOCK, False)])
+def test_a_phase_that_keeps_every_block_is_said_once(tokens, kept_all, caplog):
+    m, ids = tuned("llama"), torch.arange(3, 3 + tokens)[None]
+    controller = lemo.apply(m, config())
+    for _ in range(2):
+        gradients(m, {"input_ids": ids, "labels": ids})
+        controller.step()
+    assert (set(controller.kept_ratios) == {1.0}) == kept_all
+    notes = [r.getMessage() for r in caplog.records if "kept every block" in r.getMessage()]
+    assert len(notes) == kept_all and all("documents of at most 8 tokens" in note for note in notes)

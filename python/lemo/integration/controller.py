@@ -91,6 +91,7 @@ class Controller:
         self._covered_forward: Any = None
         self._notes: set[str] = set()
         self._tiled_phases: set[int] = set()  # in mode "sparse", that have had a pass
+        self._skipping_phases: set[int] = set()  # that leave tokens out, and have had a pass
         self.savings = Savings(family, model, config, self.note)
 
     def _make_policies(self) -> list[Policy | None]:
@@ -353,11 +354,24 @@ class Controller:
         if tiles is not None and earlier is None and index not in self._tiled_phases:
             self._tiled_phases.add(index)
             self._note_complete_tiles(phase, tiles, step)
+        if phase.skips and earlier is None and index not in self._skipping_phases:
+            self._skipping_phases.add(index)
+            self._note_kept_blocks(phase, lists.kept_ratios + lists.mlp_kept_ratios, blocks.lengths)
         return stream, step
 
     def _end_pass(self, of: Pass) -> None:
         """A training pass's backward pass is done."""
         of.end(keep_tiles=self._watched is not None and self._watched[0] is of)
+
+    def _note_kept_blocks(self, phase: Phase, ratios: list[float], lengths: Sequence[int]) -> None:
+        """Notes that the first pass of a phase that leaves tokens out kept all, if so. (Known on the host.)"""
+        if phase.select == "budget" and ratios and min(ratios) == 1.0:
+            self.note(
+                f'mode "{phase.mode}" kept every block in the first pass of phase {self._last_phase}: with '
+                f"keep={phase.keep:g} and what is always kept, documents of at most {max(lengths)} tokens have too few "
+                f"blocks of {self.config.block_size} tokens. Give longer documents or a smaller block_size, or use "
+                'mode "dense"'
+            )
 
     def _note_complete_tiles(self, phase: Phase, tiles: TileChooser, step: Step) -> None:
         """Notes that the first pass of a phase in mode "sparse" attended to everything, if so. (Known on the host.)"""
