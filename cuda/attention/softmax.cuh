@@ -22,8 +22,7 @@ struct WithSink {
   float lse, factor;
 
   __device__ __forceinline__ WithSink(float before, float sink)
-      : lse(__fadd_rn(fmaxf(before, sink), log1pf(expf(-fabsf(before - sink))))),  // the same wherever it is inlined
-        factor(expf(before - lse)) {}
+      : lse(fmaxf(before, sink) + log1pf(expf(-fabsf(before - sink)))), factor(expf(before - lse)) {}
 };
 
 }  // namespace lemo::cuda::attention
