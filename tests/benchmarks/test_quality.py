@@ -428,7 +428,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
 def test_extension_and_answers(world: Any, q: Any) -> None:
     """Setting A interpolates positions; setting C asks questions, of a model without a tokenizer."""
     quick = ("--no-sweep", "--seeds", 1, "--sequences", 2, "--cost-at", 65536)
-    result = world.command(*quick, "--context", 512, "--only", "quarter", "windows 1/4", setting="A")
+    result = world.command(*quick, "--context", 512, "--only", "windows 1/4", setting="A")
     assert [r["name"] for r in result["rows"]] == ["not adapted", "dense", "windows 1/4, then full"]
     assert result["rows"][2]["against_dense"]["loss"]["low"] is None  # one seed
     task = q.train.Task("A", str(world.folder / "model"), None, 512, 2)
