@@ -159,8 +159,8 @@ PRESETS = {
 }
 
 
-# From here on attention is about half of a dense step: 46 % at 32K tokens of a Llama-3-8B shape, if the steps of 16K and
-# 32K in benchmarks/results/costs-h200-65536.json are split into a linear and a quadratic part.
+# From here on attention is about half of a dense step: 46 % at 32K tokens of a Llama-3-8B shape, if the steps of 16K
+# and 32K in benchmarks/results/costs-h200-65536.json are split into a linear and a quadratic part.
 LONG_CONTEXT = 32768
 
 
