@@ -442,6 +442,36 @@ def attention(name: str) -> list[str]:
     return [*lines, "Ratio above 1: ours is faster. " + source(name, result), ""]
 
 
+def attention_options(name: str) -> list[str]:
+    """The case "options" of benchmarks/attention.py."""
+    if (result := load(name)) is None:
+        return []
+    header = ["heads of", "tokens", "heads", "head_dim", "options", "pass", "ms", "TFLOP/s", "peer", "peer ms", "ratio"]
+    rows = []
+    for row in result["rows"]:
+        if row["case"] != "options":
+            continue
+        options = [f"window {row['window']:,}"] if row["window"] else []
+        options += ["sinks"] if row["sinks"] else []
+        options += [f"soft-cap {row['softcap']:g}"] if row["softcap"] else []
+        rows.append(
+            [
+                row["model"],
+                f"{row['n']:,}",
+                f"{row['heads']}/{row['kv_heads']}",
+                str(row["head_dim"]),
+                ", ".join(options) or "none",
+                row["pass"],
+                f"{row['ms']:.3f}",
+                f"{row['tflops']:.0f}",
+                *peer_cells(row),
+            ]
+        )
+    title = f"### Attention with options, {result['gpu']}, bf16"
+    note = "Ratio above 1: ours is faster; `lemo sm_80` is our kernels for sm_80, on this GPU. "
+    return [title, "", *markdown(header, rows), "", note + source(name, result), ""]
+
+
 def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
     """Speed-up over dense cuDNN by kept share, with the ideal; then the other peers."""
     keeps = sorted({row["keep"] for row in rows})
@@ -536,6 +566,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *equivalence(),
         *operations(),
         *attention("attention-h100"),
+        *attention_options("attention-options-h200"),
         *tiles(),
     ]
     return [

@@ -75,8 +75,9 @@ struct BackwardKernelParams {
   int* ranks;
 
   // With a window.
-  int32_t* edges;    // of keys (window_edges.h)
-  int* first_tiles;  // [slots]: the first key tile that visits each query tile. Deterministic mode, else null
+  int32_t* edges;     // of keys (window_edges.h)
+  int* first_tiles;   // [slots]: the first key tile that visits each query tile. Deterministic mode, else null
+  float tanh_factor;  // with a soft-cap, as in the forward pass
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
