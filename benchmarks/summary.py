@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import attention_pages
 import memory_pages
 import quality_pages
 from memory_pages import in_thousands, saved
@@ -248,7 +249,7 @@ def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Tabl
     if (result := load(name)) is None:
         return []
     title, header, rows = make(result)
-    return [title, "", *markdown(header, rows), "", source(name, result), ""]
+    return [title, "", *markdown(header, rows), "", " ".join([*left_out(result), source(name, result)]), ""]
 
 
 # --- everything else --------------------------------------------------------------------------------------------------
@@ -462,36 +463,6 @@ def attention(name: str) -> list[str]:
     return [*lines, text, ""]
 
 
-def attention_options(name: str) -> list[str]:
-    """The case "options" of benchmarks/attention.py."""
-    if (result := load(name)) is None:
-        return []
-    header = ["heads of", "tokens", "heads", "head_dim", "options", "pass", "ms", "TFLOP/s", "peer", "peer ms", "ratio"]
-    rows = []
-    for row in result["rows"]:
-        if row["case"] != "options":
-            continue
-        options = [f"window {row['window']:,}"] if row["window"] else []
-        options += ["sinks"] if row["sinks"] else []
-        options += [f"soft-cap {row['softcap']:g}"] if row["softcap"] else []
-        rows.append(
-            [
-                row["model"],
-                f"{row['n']:,}",
-                f"{row['heads']}/{row['kv_heads']}",
-                str(row["head_dim"]),
-                ", ".join(options) or "none",
-                row["pass"],
-                f"{row['ms']:.3f}",
-                f"{row['tflops']:.0f}",
-                *peer_cells(row),
-            ]
-        )
-    title = f"### Attention with options, {result['gpu']}, bf16"
-    note = "Ratio above 1: ours is faster; `lemo sm_80` is our kernels for sm_80, on this GPU."
-    return [title, "", *markdown(header, rows), "", " ".join([note, *left_out(result), source(name, result)]), ""]
-
-
 def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
     """Speed-up over dense cuDNN by kept share, with the ideal; then the other peers."""
     keeps = sorted({row["keep"] for row in rows})
@@ -586,7 +557,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *equivalence(),
         *operations(),
         *itertools.chain(*map(attention, ATTENTION)),
-        *attention_options("attention-options-h200"),
+        *measured_table("attention-options-h200", attention_pages.options),
         *tiles(),
     ]
     return [
