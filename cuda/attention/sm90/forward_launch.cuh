@@ -55,6 +55,7 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   schedule.items = schedule.slots * key_heads * Mainloop::Order::items(params.group);
 
   static_assert(kAlignedRows % Mainloop::kKeys == 0);
+  static_assert(sizeof(ForwardShared<Mainloop, kHeadDim>) <= 227 * 1024);
   check(cudaMemsetAsync(params.counter, 0, sizeof(int), stream), "attention_forward");
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -16,7 +16,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 
 // x and y become tanh(factor * x) and tanh(factor * y) = 1 - 2 / (1 + exp(2 factor x)), with factor2 = 2 factor
-// log2(e): to 1e-7 in absolute terms, which is what scores need (tanh.approx is 5e-4 off). One reciprocal serves both,
+// log2(e): to 4e-7 in absolute terms, which is what scores need (tanh.approx is 5e-4 off). One reciprocal serves both,
 // because the special-function units are what limits these kernels. The bound keeps the product finite, and is where
 // tanh is 1.
 __device__ __forceinline__ void tanh_pair(float& x, float& y, float factor2) {
