@@ -74,15 +74,18 @@ ScoreOptions options_of(const Args& args) {
   return {args.window > INT32_MAX ? 0 : args.window, places, key_places, args.softcap};  // no place is that far away
 }
 
-// With tile lists, the kernels of sm90/ have no soft-cap. Head_dim 256 has the forward pass there, without lists.
+// The kernels of sm90/ have soft-caps and head_dim 256 without tile lists; and the backward pass at head_dim 256
+// neither adds in a fixed order nor weighs keys.
 template <class Args>
 bool use_sm90(const lemo_exec& exec, const Args& args) {
-  constexpr bool kForward = std::is_same_v<Args, lemo_attention_forward_args>;
+  if (!use_sm90(exec)) return false;
   const int64_t head_dim = args.q.shape[2];
   const bool listed = present(args.tile_offsets);
-  if (!use_sm90(exec)) return false;
-  if (head_dim > 128) return kForward && !listed;
-  return args.softcap == 0.0f || (head_dim == attention::sm90::kSoftcapHeadDim && !listed);
+  if (head_dim <= 128) return args.softcap == 0.0f || (head_dim == attention::sm90::kSoftcapHeadDim && !listed);
+  if constexpr (std::is_same_v<Args, lemo_attention_backward_args>) {
+    if (exec.deterministic != 0 || present(args.key_weights)) return false;
+  }
+  return !listed;
 }
 
 // For the kernels of sm90/: those for a soft-cap or head_dim 256 always have a window, if need be one that hides
@@ -145,7 +148,7 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
 #ifdef LEMO_CUDA_SM90
   if (use_sm90(exec, args)) {
     BackwardWorkspace workspace{};
-    with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
+    with_head_dim<true>("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<sm90::padded_head_dim(kHeadDim)>(
           {queries_of(args), heads, args.k.shape[1], exec.deterministic != 0, present(args.tile_offsets),
@@ -193,17 +196,17 @@ void run_forward_sm90(const lemo_exec& exec, const lemo_attention_forward_args& 
 void run_backward_sm90(const lemo_exec& exec, const lemo_attention_backward_args& args, BackwardParams params) {
   const cudaStream_t stream = stream_of(exec);
   params.options = sm90_options(args);
-  with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
+  with_head_dim<true>("attention_backward", args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = sm90::padded_head_dim(decltype(head_dim)::value);
-    if constexpr (kHeadDim == attention::sm90::kSoftcapHeadDim) {
+    if constexpr (kHeadDim == attention::sm90::kSoftcapHeadDim || kHeadDim == 256) {
       if (params.options.softcap > 0.0f) {
         return attention::sm90::launch_backward_softcap<kHeadDim>(params, args.q.dtype, stream);
       }
     }
-    if (params.options.window != 0) {
+    if (kHeadDim == 256 || params.options.window != 0) {
       return attention::sm90::launch_backward_window<kHeadDim>(params, args.q.dtype, stream);
     }
-    attention::sm90::launch_backward<kHeadDim>(params, args.q.dtype, stream);
+    if constexpr (kHeadDim != 256) attention::sm90::launch_backward<kHeadDim>(params, args.q.dtype, stream);
   });
 }
 #endif

@@ -141,7 +141,7 @@ void launch_forward_window(const ForwardParams& params, int32_t dtype, cudaStrea
 template <int kHeadDim>
 void launch_backward_window(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 // With a soft-cap, and a window that may hide nothing: at the head_dims that models have with soft-caps. (At head_dim
-// 256, launch_forward_window and launch_forward_softcap are all there is.)
+// 256, those with a window and with a soft-cap are all there is, the backward ones in any order and without weights.)
 constexpr int kSoftcapHeadDim = 128;
 template <int kHeadDim>
 void launch_forward_softcap(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
