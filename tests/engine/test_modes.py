@@ -83,12 +83,13 @@ def test_skip_with_a_list_for_the_mlp(family, recompute, keeps, chosen):
 @pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("policy", ["random", "sampled"])
+@pytest.mark.parametrize("recompute", ["none", "attention"])
 @pytest.mark.parametrize("kind", ["right", "packed"])
-def test_backward(family, weighted, policy, kind, chosen):
+def test_backward(family, weighted, policy, recompute, kind, chosen):
     model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
     plain = clone(model)
     dense = plain(**inputs).loss.detach() if kind == "right" else None
-    lemo.apply(model, config(mode="backward", policy=policy, weighted=weighted))
+    lemo.apply(model, config(recompute, mode="backward", policy=policy, weighted=weighted))
     loss, got = gradients(model, inputs)
     ids, targets, positions, document = packed(family, inputs)
     if dense is not None:

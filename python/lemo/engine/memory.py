@@ -136,14 +136,14 @@ def saved_bytes(
         tiles        8 (S + 1 + L)     [half of it with "none"]
 
     Inputs of adapters are not saved: each is made again, without a product, of rows that are (`lemo.engine.linear`).
-    Mode "backward" saves what "attention" saves. Nothing depends on eliminated tokens.
+    Mode "backward" saves with "full" what it saves with "attention". Nothing depends on eliminated tokens.
     """
     s, m = shape, rows
     lists = 0 if everything else 4 * m + 4 * (documents + 1) + (4 * m + 4 * blocks if weighted else 0)
     if tiles is not None:
         lists += (4 if recompute == "none" else 8) * (tiles[0] + 1 + tiles[1])
     output = s.element * m * s.heads * s.head_dim + 4 * s.heads * m
-    if mode == "backward" or recompute == "attention":
+    if recompute == "attention" or (recompute == "full" and mode == "backward"):
         return s.element * m * s.hidden + output + lists
     if recompute == "full":
         return s.element * m * s.hidden + lists
