@@ -379,13 +379,16 @@ def planned_together(plans: Iterable[Callable[[], MemoryPlan]]) -> list[MemoryPl
     return found
 
 
-def fixed(needs: Needs, recompute: Recompute, offload: Offload = False, again: Again = False) -> MemoryPlan:
-    """All layers save the same; offloaded ones at most attention's output, except in mode "backward", whose forward
-    pass over all tokens is long enough for the copies of a kept part's graphs. again: layers of a segment that runs
-    again, or True: in those segments that need the least memory."""
+def fixed(
+    needs: Needs, recompute: Recompute, offload: Offload = False, again: Again = False, graphs: bool = False
+) -> MemoryPlan:
+    """All layers save the same; offloaded ones at most attention's output, unless `graphs`, in mode "backward": only
+    its forward pass, which is over all tokens, takes as long as copies of all that kept ones save. again: layers of a
+    segment that runs again, or True: in those segments that need the least memory."""
     offloaded = _to_offload(needs, 0 if isinstance(offload, str) else offload)
+    graphs = graphs and needs.phase.mode == "backward"
     levels = [
-        "attention" if i in offloaded and recompute == "none" and needs.phase.mode != "backward" else recompute
+        "attention" if i in offloaded and recompute == "none" and not graphs else recompute
         for i in range(len(needs.shapes))
     ]
     return needs.plan(levels, offloaded, next(iter(_to_try(needs, again, 0, offload))))

@@ -60,7 +60,9 @@ def _first_run(step: Step, i: int, x: Tensor, saves: Recompute | None) -> LayerR
 def _run(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: KeptPair) -> None:
     """Layer i on its lists. kept: the same lists, for whoever observes the layer."""
     if step.mode == "backward":
-        work = _exact_layer_with_graphs if run.graphs and run.attention is not None else _exact_layer
+        # What a layer that runs again saves then decides now, too: its numbers are those of the first time.
+        in_parts = step.recompute_of(i) == "none" and run.attention is not None
+        work = _exact_layer_in_parts if in_parts else _exact_layer
         with _no_draws(step, i, x.device):
             work(step, i, layer, x, run)
     elif run.attention is run.mlp:
@@ -247,9 +249,9 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun)
         observe(i, torch.cat(norms), Kept.everything(step.blocks))
 
 
-def _exact_layer_with_graphs(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
-    """As `_exact_layer`, with the local graphs of kept rows, so that nothing is multiplied again: what is computed row
-    by row is computed once for the kept rows, with a graph, and once for the others, without."""
+def _exact_layer_in_parts(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
+    """As `_exact_layer`, with local graphs of the kept rows, so that nothing is multiplied again: what is computed row
+    by row is computed once for these rows, with a graph, and once for the others, without."""
     saved = run.attention
     assert saved is not None
     n1, n2 = step.family.norms(layer)
@@ -263,14 +265,22 @@ def _exact_layer_with_graphs(step: Step, i: int, layer: nn.Module, x: Tensor, ru
         out.append(whole)
         return step.family.attention_output(layer, y)
 
-    again = _norm_again(step, layer, 0, x_kept)
-    a, record.attention = trace(attend, h, again=again, held=step.held(i, layer, saved))
+    if run.graphs:
+        again = _norm_again(step, layer, 0, x_kept)
+        a, record.attention = trace(attend, h, again=again, held=step.held(i, layer, saved))
+    else:
+        a = attend(h)
     h, x_mlp = gather_norm(a, None, x_kept, n2)
     record.x_mlp = x_mlp
     count, observe = _count(step, run, i), None if run.again else step.observe
     a = a if observe is not None else a.new_empty(0)  # not while the MLP runs
-    again = _norm_again(step, layer, 1, x_mlp)
-    m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, count, again, step.held(i, layer, saved))
+    if run.graphs:
+        again = _norm_again(step, layer, 1, x_mlp)
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, count, again, step.held(i, layer, saved))
+    else:
+        m = torch.empty_like(x_mlp)
+        for c in step.chunks(saved.count):
+            m[c] = _mlp(step, layer, h[c], count)
     _put(step, record, run)
     if run.last:
         return
