@@ -201,7 +201,7 @@ def working_bytes(
     in_place: the layer works on all tokens, without weights, so that the stream's gradient is that of its rows.
     separable: see `lemo.engine.attend.Attention.separable`, as far as the shape does not decide it.
     """
-    d, q, _, f, e = _widths(shape)
+    d, _, _, f, e = _widths(shape)
     # The residual stream or its gradient; both, and one more of their size, while the loss is computed.
     stream = e * tokens * d
     # Rotary tables; ids, targets, positions and lists of all tokens.
