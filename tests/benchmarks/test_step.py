@@ -123,7 +123,12 @@ def test_a_peer_that_cannot_save_everything_recomputes(
 
     monkeypatch.setattr(benchmarks.step, "peer_rows", peer_rows)
     added: list[dict[str, Any]] = []
-    found = benchmarks.step.measure_peers(None, [LIGER], recompute, 64, 1, lambda row: added.append(row) or row)
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        added.append(row)
+        return row
+
+    found = benchmarks.step.measure_peers(None, [LIGER], recompute, 64, 1, add)
     assert found["none"]["recompute"] == reference and "step_ms" in found["none"]
     assert [row["recompute"] for row in added].count("full") == (recompute != ["none"] or not fits)
 
