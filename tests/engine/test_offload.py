@@ -9,9 +9,10 @@ import lemo.engine.stack
 import pytest
 import torch
 from lemo.engine.forward import forward
+from lemo.engine.memory import saved_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords, _Meter
 from lemo.engine.segments import address
-from support.models import batch, gradients, tuned
+from support.models import FAMILIES, LINEARS, base, batch, gradients, lora, tuned
 
 LAYERS, BLOCK = 4, 8
 PHASES = {
@@ -119,6 +120,40 @@ def test_at_most_two_layers_are_on_the_device(phase, recompute, layers, monkeypa
     assert after_forward == [stay + ends]
     assert max(most) <= plan.saved - others
     assert plan.host == sum(sizes[i].rows for i in plan.offloaded)
+
+
+@pytest.mark.parametrize(
+    ("family", "trains"),
+    [*((family, "adapters") for family in FAMILIES), ("llama", "everything"), ("opt", "everything")],
+)
+def test_graphs_are_moved_with_all_that_they_save(family, trains, monkeypatch):
+    """Of every family, exactly the bytes of the plan if they can be counted; and never a weight."""
+    inputs, found, moved = batch("right"), [], []
+    move = OffloadedRecords._move
+
+    def spy(records, record):
+        move(records, record)
+        moved.append(records._moved[id(record)])
+        held = {address(t) for t in moved[-1].tensors.values()}
+        assert record.graphs and held.isdisjoint(address(p) for p in model.parameters())
+
+    monkeypatch.setattr(OffloadedRecords, "_move", spy)
+    for layers in (False, True):
+        torch.manual_seed(0)
+        model = base(family)
+        model = model.train() if trains == "everything" else lora(model, LINEARS[family]).train()
+        controller = lemo.apply(model, settings("backward", offload=layers, recompute="none"))
+        found.append(gradients(model, inputs))
+    (loss, grads), (other, theirs) = found
+    assert torch.equal(loss, other) and len(moved) == 3 and all(m.chunks == [] for m in moved)
+    assert grads.keys() == theirs.keys() and all(torch.equal(theirs[n], g) for n, g in grads.items())
+    needs = controller.savings.needs(controller.phase, (12, 12), 4)
+    kept = [m.record.saved_list.count for m in moved]
+    sizes = [
+        saved_bytes(shape, m, recompute="none", mode="backward", everything=True)
+        for shape, m in zip(needs.shapes, kept, strict=True)
+    ]
+    assert not needs.countable or [m.nbytes for m in moved] == sizes
 
 
 def test_memory_is_reused_over_steps_of_varying_lengths():

@@ -16,6 +16,8 @@ On CUDA all copies run on a separate stream, into pinned memory. Two hazards, an
 
 Chunks of host memory are reused as soon as their copy back is queued: later copies run on the same stream.
 
+What graphs of a record hold (`lemo.engine.segments.Held`) travels with its rows.
+
 On the CPU the same steps copy to separate memory.
 """
 
