@@ -95,7 +95,7 @@ def test_a_pass_without_a_backward_pass_is_freed_at_once(monkeypatch):
         gc.enable()
 
 
-@pytest.mark.parametrize("phase", ["dense", "skip"])
+@pytest.mark.parametrize("phase", ["dense", "skip", "backward"])
 @pytest.mark.parametrize("targets", [ATTENTION["llama"], LINEARS["llama"]], ids=["attention", "all"])
 def test_peaks_are_those_of_the_estimate(phase, targets, monkeypatch):
     """All that is allocated at a time, in the proportions of Llama-3-8B."""
