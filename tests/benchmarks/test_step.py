@@ -195,6 +195,23 @@ def test_headline_and_figure(benchmarks: Any, results: Path) -> None:
     assert "prefers-color-scheme: dark" in drawn
 
 
+def test_offloaded_rows_follow_the_headline(benchmarks: Any, results: Path) -> None:
+    """Those that save attention's output, and the only one that saves everything."""
+    write_result(results, "step-h200", 65536, "2026-11-28T10:00:00+00:00")
+    path = results / "step-saved-h200.json"
+    write_result(results, path.stem, 65536, "2026-11-28T09:00:00+00:00")
+    result = json.loads(path.read_text())
+    for row in result["rows"][1:]:
+        row |= {"recompute": "attention", "offload": "all", "host_mib": 2048.0}
+    result["rows"].append(result["rows"][-1] | {"recompute": "none", "step_ms": 5600.0, "time_ratio": 2.5})
+    path.write_text(json.dumps(result))
+    found = [line for line in benchmarks.summary.offloaded() if line.startswith("| lemo, `backward`")]
+    assert [line.split("|")[1:4] for line in found] == [
+        [" lemo, `backward` 0.5 weighted ", " 7.00 s ", " 2.00 x "],
+        [' lemo, `backward` 0.5 weighted, `recompute="none"` ', " 5.60 s ", " 2.50 x "],
+    ]
+
+
 def test_without_a_peer_there_is_no_headline(benchmarks: Any, results: Path) -> None:
     assert benchmarks.summary.headline() is None
     write_result(results, "step-h100", 65536, "2026-11-28T10:00:00+00:00", fits=False)

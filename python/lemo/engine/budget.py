@@ -2,7 +2,8 @@
 
 Layers are sized by the most rows that their lists can have, never by counts that only the device knows, so a choice
 costs no synchronization, and processes and resumed runs that see batches of the same shape choose alike. No choice
-changes a result: saving less means computing the same numbers again.
+changes a result: saving less means computing the same numbers again. (In mode "backward" up to rounding: with "none",
+the forward pass multiplies kept rows and the others apart.)
 
 Which layers save more ("richer" ones), in `choose`:
 
