@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return args.run(args)
     except KeyboardInterrupt as error:
         what, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
-        print(f"lemo {args.command}: {what}{_hint(args)}", file=sys.stderr)
+        if not _which_process():  # each of several gets the signal, and the first speaks
+            print(f"lemo {args.command}: {what}{_hint(args)}", file=sys.stderr)
         return code
     except BrokenPipeError:
         return 0
