@@ -94,6 +94,15 @@ def test_the_run_folder(finished: Path) -> None:
     assert log[-2]["perplexity"] > 1
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_reported(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for warmup, reported in (("1", False), ("2", True)):
+        assert finetune(model_folder, text_folder, tmp_path / warmup, "--steps", "1", "--warmup", warmup) == 0
+        said = capsys.readouterr().err
+        assert ("of which the run has 1: it ends at 50% of 0.01" in said) == reported
+
+
 def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
     options = ["--steps", "30", "--lr", "3e-2", "--save-every", "0", "--batch", "1"]
     targets = ["--lora-targets", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
