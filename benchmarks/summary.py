@@ -110,26 +110,26 @@ def headline() -> Headline | None:
 
 
 def offloaded() -> list[str]:
-    """The headline's rows with attention's output saved and saved rows in host memory, in a run of their own."""
+    """The headline's rows with attention's output, or everything, saved in host memory, in a separate run."""
     for name, result in step_results().items():
-        rows = {
-            row["row"]: row
+        rows = [
+            row
             for row in result["rows"]
             if (row["context"], row["model"]) == (65536, "llama3-8b")
-            and ("Liger" in row["method"] or (row["recompute"] == "attention" and row.get("offload")))
+            and ("Liger" in row["method"] or (row["recompute"] in ("attention", "none") and row.get("offload")))
             and {"time_ratio", "memory_ratio"} <= row.keys()
-        }
-        if {"peer", "dense"} <= rows.keys():
+        ]
+        if {"peer", "dense"} <= {row["row"] for row in rows}:
             cells = [
                 [
-                    label(row),
+                    label(row) + ', `recompute="none"`' * (row["method"] == "lemo" and row["recompute"] == "none"),
                     f"{row['step_ms'] / 1000:.2f} s",
                     f"{row['time_ratio']:.2f} x",
                     f"{row['peak_mib'] / 1024:.1f} GiB",
                     f"{row['memory_ratio']:.2f} x",
                     f"{row['host_mib'] / 1024:.1f} GiB" if row.get("host_mib") else "",
                 ]
-                for row in (rows[name] for name in SHOWN if name in rows)
+                for row in (row for name in SHOWN for row in rows if row["row"] == name)
             ]
             title = "**The same with attention's output saved, and saved rows in pinned host memory** (`offload=True`, "
             title += '`recompute="attention"`; the peer as above)'
@@ -250,6 +250,28 @@ def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Tabl
         return []
     title, header, rows = make(result)
     return [title, "", *markdown(header, rows), "", " ".join([*left_out(result), source(name, result)]), ""]
+
+
+def several_gpus() -> list[str]:
+    """All files of benchmarks/scaling.py as one table."""
+    parts = {"ddp": "DDP, a document each", "fsdp": "FSDP2, a document each", "sequence": "one document, divided"}
+    rows, sources = [], []
+    for path in sorted(RESULTS.glob("scaling-*.json")):
+        result = json.loads(path.read_text())
+        sources.append(source(path.stem, result))
+        for row in result["rows"]:
+            cells = [parts[row["part"]], f"`{row['row']}`", in_thousands(row["context"]), str(row["processes"])]
+            cells += [f"{row['step_ms']:,.0f} ms", f"{row['tokens_per_second']:,.0f}"]
+            cells += [f"{row['speedup']:.2f} x", f"{row['efficiency']:.1%}", f"{row['peak_mib']:,} MiB"]
+            rows.append(cells)
+    if not rows:
+        return []
+    title = (
+        "**Several GPUs of one host**, a Llama-3-8B shape, everything recomputed (tokens of a document; the "
+        "rate of all GPUs against that of one in the same run)"
+    )
+    header = ["", "step", "tokens", "GPUs", "time", "tokens per second", "rate", "of a GPU's share", "largest peak"]
+    return [title, "", *markdown(header, rows), "", *itertools.chain(*zip(sources, [""] * len(sources), strict=True))]
 
 
 # --- everything else --------------------------------------------------------------------------------------------------
@@ -391,9 +413,9 @@ def tile_coverage(name: str) -> list[str]:
     return [title, "", *markdown(header, rows), "", notes, ""]
 
 
-def operations() -> list[str]:
-    """Attention is left out: it has separate tables."""
-    if (result := load("ops-h200")) is None:
+def operations(name: str, only: str | None = None) -> list[str]:
+    """One operator alone, or all but attention, which has separate tables."""
+    if (result := load(name)) is None:
         return []
     rows = [
         [
@@ -408,7 +430,7 @@ def operations() -> list[str]:
             else "",
         ]
         for row in result["rows"]
-        if not row["op"].startswith("attention")
+        if (row["op"] == only if only else not row["op"].startswith("attention"))
     ]
     header = ["op", "case", "ms", "peer", "peer ms", "ratio", "rate"]
     floors = [
@@ -416,7 +438,7 @@ def operations() -> list[str]:
         for row in result["rows"]
         if row.get("floor")
     ]
-    text = " ".join(["Ratio above 1: ours is faster.", *floors, *left_out(result), source("ops-h200", result)])
+    text = " ".join(["Ratio above 1: ours is faster.", *floors, *left_out(result), source(name, result)])
     return [*markdown(header, rows), "", text, ""]
 
 
@@ -547,6 +569,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *measured_table("paper-h200", memory_pages.paper),
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
+        *several_gpus(),
         *itertools.chain(*map(attention_in_short, ATTENTION)),
         *quality(),
         *quality_pages.tables(),
@@ -555,7 +578,8 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *tile_coverage("coverage-smollm2"),
         *tile_coverage("coverage-lm46"),
         *equivalence(),
-        *operations(),
+        *operations("ops-h200"),
+        *operations("ops-loss-h200", "linear_cross_entropy"),
         *itertools.chain(*map(attention, ATTENTION)),
         *measured_table("attention-options-h200", attention_pages.options),
         *tiles(),
