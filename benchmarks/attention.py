@@ -1,6 +1,7 @@
-"""Attention on a Hopper GPU, compared with the best dense kernels, in bf16, 32 query heads over 8 key heads.
+"""Attention on a Hopper GPU, compared with the best dense kernels, in bf16, 32 query heads over 8 key heads unless
+said otherwise.
 
-  python benchmarks/attention.py                     # everything, about three minutes
+  python benchmarks/attention.py                     # everything, about five minutes
   python benchmarks/attention.py --quick --cases packed blocks
   python benchmarks/attention.py --plot benchmarks/results/attention-h100.json
 
@@ -17,6 +18,8 @@ Cases, each measured in turn with its peers in one process:
   scores         exact block scores; its peer is our own forward pass at half its time, since scores is half its
                  operations
   fallback       `packed` again by the kernels for sm_80, on this GPU
+  options        one causal document at the heads and options of published models: sliding windows, sinks, soft-caps,
+                 head_dim 256; peers are FlexAttention, SDPA if it can compute the case, and our kernels for sm_80
 
 tflops counts the operations that the kept rows need (4 M^2 D Hq / 2 forward, 2.5 times that backward), D being the
 head_dim before any padding. ratio = peer_ms / ms: above 1, lemo is faster. lemo is called through its C interface into
@@ -34,7 +37,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,10 +75,10 @@ CUDNN = {name: make for name, make in DENSE.items() if name.startswith("cudnn")}
 SDPA = {name: make for name, make in DENSE.items() if not name.startswith("flash 4")}
 
 
-def make_inputs(n: int, head_dim: int) -> tuple[Tensor, ...]:
+def make_inputs(n: int, head_dim: int, heads: int = HEADS, kv_heads: int = KV_HEADS) -> tuple[Tensor, ...]:
     """q, k, v, dout"""
-    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    return tuple(torch.randn(n, h, head_dim, device="cuda", dtype=torch.bfloat16) for h in heads)
+    heads_of = (heads, kv_heads, kv_heads, heads)
+    return tuple(torch.randn(n, h, head_dim, device="cuda", dtype=torch.bfloat16) for h in heads_of)
 
 
 def choose(n: int, block: int, keep: float) -> Kept:
@@ -95,19 +99,21 @@ class Lemo:
         given: tuple[Tensor, Tensor] | None = None,
         weights: Tensor | None = None,
         scale: float | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         q, k, v, dout = inputs
         rows = kept.rows if listed else None
         capacity = q.shape[0] if rows is None else kept.num_rows
         self.out, self.lse = given or (torch.empty_like(q), torch.empty(q.shape[1], capacity, device=q.device))
         self.gradients = {f"d{name}": torch.empty_like(t) for name, t in zip("qkv", (q, k, v), strict=True)}
-        end = {"max_seqlen": kept.max_seqlen, "scale": scale or q.shape[2] ** -0.5}
+        end = {"max_seqlen": kept.max_seqlen, "scale": scale or q.shape[2] ** -0.5} | dict(options or {})
+        more = {"dsinks": torch.empty_like(end["sinks"])} if "sinks" in end else {}
         no_lists = {"tile_offsets": None, "tiles": None}
         lists = {"cu_seqlens": kept.cu_seqlens, "rows": rows}
         forward = {"q": q, "k": k, "v": v} | lists | end | {"out": self.out, "lse": self.lse} | no_lists
         weighted = {"key_weights": weights, "row_slots": None if weights is None else kept.row_slots}
         backward = {"dout": dout, "q": q, "k": k, "v": v, "out": self.out, "lse": self.lse}
-        backward |= lists | weighted | end | self.gradients | no_lists
+        backward |= lists | weighted | end | self.gradients | more | no_lists
         run_backward = partial(_native.call, "attention_backward", q.device, backward)
         self.passes: Passes = {
             "forward": partial(_native.call, "attention_forward", q.device, forward),
@@ -151,14 +157,16 @@ class Bench:
         others: dict[str, list[Passes]],
         rows: int,
         passes: tuple[str, ...] = PASSES,
+        share: float = 1.0,
     ) -> None:
         """Times every pass of ours in turn with the others and adds a row per peer. others: "name, variant"; the
-        fastest variant of a name is reported. rows: M."""
+        fastest variant of a name is reported. rows: M; share: of the operations of a causal pass over them with HEADS
+        heads."""
         for kind in passes:
             everyone = {"lemo": ours} | others
             times = compete({name: [p[kind] for p in sets] for name, sets in everyone.items()}, *self.timing)
             ms = times.pop("lemo")
-            work = operations(kind, row["head_dim"], rows)
+            work = share * operations(kind, row["head_dim"], rows)
             best: dict[str, tuple[float, str]] = {}
             for label, peer_ms in times.items():
                 name, _, variant = label.partition(", ")
@@ -358,18 +366,95 @@ def scores(bench: Bench) -> None:
         bench.add(row, times["ours"], HEADS * head_dim * n**2, "half of lemo packed", times["forward"] / 2)
 
 
-def fallback(bench: Bench) -> None:
-    """The library reads this variable once, hence a separate process."""
-    variable = "LEMO_CUDA_CAPABILITY"
-    if os.environ.get(variable) == "80":
-        return packed(bench, "fallback")
+CAPABILITY = "LEMO_CUDA_CAPABILITY"  # which the library reads once, hence separate processes
+BY_SM80 = os.environ.get(CAPABILITY) == "80"
+
+
+def rows_by_sm80(bench: Bench, case: str) -> list[dict[str, Any]]:
+    """The rows of a case by the kernels for sm_80."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, "--quick", "--cases", "fallback", "--out", str(path)]
-        subprocess.run(command, env=os.environ | {variable: "80"}, check=True)
+        command = [sys.executable, __file__, "--quick", "--cases", case, "--out", str(path)]
+        subprocess.run(command, env=os.environ | {CAPABILITY: "80"}, check=True)
         result = json.loads(path.read_text())
-        bench.rows += result["rows"]
         bench.left_out += [row for row in result["left_out"] if row not in bench.left_out]
+        rows: list[dict[str, Any]] = result["rows"]
+        return rows
+
+
+def fallback(bench: Bench) -> None:
+    if BY_SM80:
+        return packed(bench, "fallback")
+    bench.rows += rows_by_sm80(bench, "fallback")
+
+
+@dataclass(frozen=True)
+class Optioned:
+    """One causal document as a model's layer has it."""
+
+    model: str
+    n: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"case": "options", "keep": 1.0} | asdict(self)
+
+    @property
+    def share(self) -> float:
+        """Bench.contest"""
+        reach = self.window or self.n
+        return (reach * (2 * self.n - reach) / self.n**2) * self.heads / HEADS
+
+    def options(self) -> dict[str, Any]:
+        made: dict[str, Any] = {name: value for name in ("window", "softcap") if (value := getattr(self, name))}
+        return made | ({"sinks": torch.randn(self.heads, device="cuda")} if self.sinks else {})
+
+
+OPTIONED = (
+    Optioned("Mistral 7B", 16384, 32, 8, 128, window=4096),
+    Optioned("Mistral 7B", 65536, 32, 8, 128, window=4096),
+    Optioned("gpt-oss 20B", 16384, 64, 8, 64, window=128, sinks=True),
+    Optioned("Gemma 2 27B", 16384, 32, 16, 128, softcap=50.0),
+    Optioned("Gemma 2 9B", 16384, 16, 8, 256, softcap=50.0),
+    Optioned("Gemma 3 4B", 16384, 8, 4, 256),
+    Optioned("Gemma 3 4B", 16384, 8, 4, 256, window=1024),
+)
+
+
+def options(bench: Bench) -> None:
+    """The peer "lemo sm_80" was timed before, in a process that only times lemo, whose rows name no other peer."""
+    before = [] if BY_SM80 else rows_by_sm80(bench, "options")
+    for case in OPTIONED:
+        sets = [make_inputs(case.n, case.head_dim, case.heads, case.kv_heads)]
+        more = case.options()
+        ours = Lemo(sets[0], choose(case.n, 128, 1.0), listed=False, options=more)
+        if BY_SM80:
+            for kind in PASSES:
+                ms = compete({"lemo": [ours.passes[kind]]}, *bench.timing)["lemo"]
+                work = case.share * operations(kind, case.head_dim, case.n)
+                bench.add(case.row | {"pass": kind}, ms, work, "lemo", ms)
+            continue
+        makers = {"flex": partial(peers.flex_with_options, **more)} if more else dict(SDPA)
+        others = bench.build(makers, sets)
+        for name in others:
+            if not name.endswith("repeated"):  # the same kernel
+                require_same(ours.out, others[name][0]["forward"]()[0].transpose(0, 1), name)
+        found = len(bench.rows)
+        bench.contest(case.row, [ours.passes], others, case.n, share=case.share)
+        times = {row["pass"]: row for row in bench.rows[found:]}
+        for row in before:
+            if {key: row[key] for key in case.row} == case.row and row["pass"] in times:
+                ms = times[row["pass"]]["ms"]
+                work = case.share * operations(row["pass"], case.head_dim, case.n)
+                bench.add(case.row | {"pass": row["pass"]}, ms, work, "lemo sm_80", row["ms"])
+        del sets, ours, others
+        torch.cuda.empty_cache()
 
 
 CASES: dict[str, Callable[[Bench], None]] = {
@@ -381,6 +466,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "lists": lists,
     "scores": scores,
     "fallback": fallback,
+    "options": options,
 }
 
 

@@ -137,6 +137,34 @@ def flex_attention(
     return _passes(lambda: _flex()(*leaves, block_mask=mask, enable_gqa=True), leaves, direction)
 
 
+def flex_with_options(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Passes:
+    """FlexAttention, causal, of one document [M, H, D], with what a family of models adds to its scores."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
+
+    tokens = q.shape[0]
+
+    def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (j > i - window)
+
+    def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    mask = create_block_mask(near if window else _causal, None, None, tokens, tokens, device=q.device)
+    leaves = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_() for t in (q, k, v)]
+    more: dict[str, Any] = {"block_mask": mask, "enable_gqa": True, "score_mod": cap if softcap else None}
+    logits = [] if sinks is None else [sinks.detach().requires_grad_()]
+
+    def attend() -> Tensor:
+        if not logits:
+            return _flex()(*leaves, **more)
+        out, aux = _flex()(*leaves, **more, return_aux=AuxRequest(lse=True))
+        return out * torch.sigmoid(aux.lse - logits[0][:, None])[..., None].to(out.dtype)
+
+    return _passes(attend, leaves + logits, dout.transpose(0, 1)[None].contiguous())
+
+
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *, deterministic: bool = False) -> Passes:
     """FlashAttention-4's kernels for this GPU. Raises ImportError if its package is not installed."""
     try:

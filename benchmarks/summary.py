@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import attention_pages
 import memory_pages
 import quality_pages
 from memory_pages import in_thousands, saved
@@ -248,7 +249,7 @@ def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Tabl
     if (result := load(name)) is None:
         return []
     title, header, rows = make(result)
-    return [title, "", *markdown(header, rows), "", source(name, result), ""]
+    return [title, "", *markdown(header, rows), "", " ".join([*left_out(result), source(name, result)]), ""]
 
 
 def several_gpus() -> list[str]:
@@ -580,6 +581,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *operations("ops-h200"),
         *operations("ops-loss-h200", "linear_cross_entropy"),
         *itertools.chain(*map(attention, ATTENTION)),
+        *measured_table("attention-options-h200", attention_pages.options),
         *tiles(),
     ]
     return [

@@ -1,6 +1,7 @@
 // The attention entries of the backend table: arguments to kernel parameters, workspace, choice of the kernel.
 #include <cmath>
 #include <string>
+#include <type_traits>
 
 #include "attention/params.h"
 #include "common/check.h"
@@ -73,10 +74,27 @@ ScoreOptions options_of(const Args& args) {
   return {args.window > INT32_MAX ? 0 : args.window, places, key_places, args.softcap};  // no place is that far away
 }
 
-// Soft-caps, and heads beyond 128, have kernels in sm80/ only.
+// The kernels of sm90/ have soft-caps and head_dim 256 without tile lists; and the backward pass at head_dim 256
+// neither adds in a fixed order nor weighs keys.
 template <class Args>
 bool use_sm90(const lemo_exec& exec, const Args& args) {
-  return use_sm90(exec) && args.softcap == 0.0f && args.q.shape[2] <= 128;
+  if (!use_sm90(exec)) return false;
+  const int64_t head_dim = args.q.shape[2];
+  const bool listed = present(args.tile_offsets);
+  if (head_dim <= 128) return args.softcap == 0.0f || (head_dim == attention::sm90::kSoftcapHeadDim && !listed);
+  if constexpr (std::is_same_v<Args, lemo_attention_backward_args>) {
+    if (exec.deterministic != 0 || present(args.key_weights)) return false;
+  }
+  return !listed;
+}
+
+// For the kernels of sm90/: those for a soft-cap or head_dim 256 always have a window, if need be one that hides
+// nothing.
+template <class Args>
+ScoreOptions sm90_options(const Args& args) {
+  ScoreOptions options = options_of(args);
+  if (options.window == 0 && (options.softcap > 0.0f || args.q.shape[2] > 128)) options.window = int64_t{1} << 32;
+  return options;
 }
 
 // If sm80/ computes a pass: whether by its kernels with options.
@@ -89,7 +107,7 @@ bool use_options(const Args& args) {
 // are in none), and either have a window or the head_dim of gpt-oss; after all others, a pass over the outputs does.
 bool kernel_adds_sinks(const lemo_exec& exec, const lemo_attention_forward_args& args) {
   return present(args.sinks) && use_sm90(exec, args) && !key_rows(args).separate && !present(args.tile_offsets) &&
-         (options_of(args).window != 0 || args.q.shape[2] == attention::sm90::kSinksHeadDim);
+         (sm90_options(args).window != 0 || args.q.shape[2] == attention::sm90::kSinksHeadDim);
 }
 
 int64_t list_capacity(const lemo_tensor& tiles) { return present(tiles) ? tiles.shape[0] : 0; }
@@ -105,7 +123,7 @@ ForwardWorkspace forward_workspace(const lemo_exec& exec, const lemo_attention_f
   ForwardWorkspace workspace{};
   if (use_sm90(exec, args)) {
     workspace.counter = arena.take<int>(Size(1));
-    if (options_of(args).window != 0) workspace.edges = arena.take<int32_t>(Size(args.lse.shape[1]));
+    if (sm90_options(args).window != 0) workspace.edges = arena.take<int32_t>(Size(args.lse.shape[1]));
   }
   workspace.bytes = arena.size();
   return workspace;
@@ -130,11 +148,11 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
 #ifdef LEMO_CUDA_SM90
   if (use_sm90(exec, args)) {
     BackwardWorkspace workspace{};
-    with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
+    with_head_dim<true>("attention_backward", args.q.shape[2], [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       workspace.bytes = static_cast<uint64_t>(attention::sm90::backward_workspace<sm90::padded_head_dim(kHeadDim)>(
           {queries_of(args), heads, args.k.shape[1], exec.deterministic != 0, present(args.tile_offsets),
-           list_capacity(args.tiles), options_of(args).window != 0, keys_of(args).capacity}));
+           list_capacity(args.tiles), sm90_options(args).window != 0, keys_of(args).capacity}));
     });
     return workspace;
   }
@@ -153,11 +171,17 @@ BackwardWorkspace backward_workspace(const lemo_exec& exec, const lemo_attention
 }
 
 #ifdef LEMO_CUDA_SM90
-void run_forward_sm90(const lemo_exec& exec, const lemo_attention_forward_args& args, const ForwardParams& params) {
+void run_forward_sm90(const lemo_exec& exec, const lemo_attention_forward_args& args, ForwardParams params) {
   const cudaStream_t stream = stream_of(exec);
-  with_head_dim("attention_forward", args.q.shape[2], [&](auto head_dim) {
+  params.options = sm90_options(args);
+  with_head_dim<true>("attention_forward", args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = sm90::padded_head_dim(decltype(head_dim)::value);
-    if (params.options.window != 0) {
+    if constexpr (kHeadDim == attention::sm90::kSoftcapHeadDim || kHeadDim == 256) {
+      if (params.options.softcap > 0.0f) {
+        return attention::sm90::launch_forward_softcap<kHeadDim>(params, args.q.dtype, stream);
+      }
+    }
+    if (kHeadDim == 256 || params.options.window != 0) {
       return attention::sm90::launch_forward_window<kHeadDim>(params, args.q.dtype, stream);
     }
     if constexpr (kHeadDim == attention::sm90::kSinksHeadDim) {
@@ -165,18 +189,24 @@ void run_forward_sm90(const lemo_exec& exec, const lemo_attention_forward_args& 
         return attention::sm90::launch_forward_sinks<kHeadDim>(params, args.q.dtype, stream);
       }
     }
-    attention::sm90::launch_forward<kHeadDim>(params, args.q.dtype, stream);
+    if constexpr (kHeadDim != 256) attention::sm90::launch_forward<kHeadDim>(params, args.q.dtype, stream);
   });
 }
 
-void run_backward_sm90(const lemo_exec& exec, const lemo_attention_backward_args& args, const BackwardParams& params) {
+void run_backward_sm90(const lemo_exec& exec, const lemo_attention_backward_args& args, BackwardParams params) {
   const cudaStream_t stream = stream_of(exec);
-  with_head_dim("attention_backward", args.q.shape[2], [&](auto head_dim) {
+  params.options = sm90_options(args);
+  with_head_dim<true>("attention_backward", args.q.shape[2], [&](auto head_dim) {
     constexpr int kHeadDim = sm90::padded_head_dim(decltype(head_dim)::value);
-    if (params.options.window != 0) {
+    if constexpr (kHeadDim == attention::sm90::kSoftcapHeadDim || kHeadDim == 256) {
+      if (params.options.softcap > 0.0f) {
+        return attention::sm90::launch_backward_softcap<kHeadDim>(params, args.q.dtype, stream);
+      }
+    }
+    if (kHeadDim == 256 || params.options.window != 0) {
       return attention::sm90::launch_backward_window<kHeadDim>(params, args.q.dtype, stream);
     }
-    attention::sm90::launch_backward<kHeadDim>(params, args.q.dtype, stream);
+    if constexpr (kHeadDim != 256) attention::sm90::launch_backward<kHeadDim>(params, args.q.dtype, stream);
   });
 }
 #endif

@@ -16,8 +16,7 @@ struct TileLists {
   const int32_t* tiles;    // tile numbers within the document
 };
 
-// What the family of a model adds to scores. Kernels have separate instantiations with these; those of sm90/ know no
-// soft-cap.
+// What the family of a model adds to scores. Kernels have separate instantiations with these.
 struct ScoreOptions {
   int64_t window;             // a query sees the keys whose places are above its own - window; 0: all. Not with lists
   const int32_t* places;      // of packed query rows, ascending within a document; null: the number of the row
@@ -141,6 +140,13 @@ template <int kHeadDim>
 void launch_forward_window(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
 template <int kHeadDim>
 void launch_backward_window(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
+// With a soft-cap, and a window that may hide nothing: at the head_dims that models have with soft-caps. (At head_dim
+// 256, those with a window and with a soft-cap are all there is, the backward ones in any order and without weights.)
+constexpr int kSoftcapHeadDim = 128;
+template <int kHeadDim>
+void launch_forward_softcap(const ForwardParams& params, int32_t dtype, cudaStream_t stream);
+template <int kHeadDim>
+void launch_backward_softcap(const BackwardParams& params, int32_t dtype, cudaStream_t stream);
 // With sinks and no window, at the head_dim of gpt-oss only.
 constexpr int kSinksHeadDim = 64;
 template <int kHeadDim>

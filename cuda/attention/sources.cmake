@@ -38,7 +38,11 @@ set(LEMO_ATTENTION_SM90_TUNED_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_window_hd64.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_window_hd128.cu
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_window_hd64.cu
-    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_window_hd128.cu)
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_window_hd128.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_softcap_hd128.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_softcap_hd128.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_hd256.cu
+    ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/backward_hd256.cu)
 set(LEMO_ATTENTION_SM90_FULL_SOURCES
     ${LEMO_ATTENTION_SM90_TUNED_SOURCES}
     ${CMAKE_CURRENT_LIST_DIR}/sm90/instantiations/forward_hd96.cu

@@ -127,10 +127,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// Unlike fmaxf, NaN wins: a broken input must show in the result.
+// Unlike fmaxf and fminf, NaN wins: a broken input must show in the result.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;\n" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

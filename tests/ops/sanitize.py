@@ -47,6 +47,8 @@ def listed() -> list:
         Attention("more_queries", 2, 1, 96, window=60, sinks=True),
         Attention("gap_128", 8, 1, 64, "rows", window=128, sinks=True),
         Attention("gap_128", 2, 1, 128, "rows", given=True, window=150),
+        Attention("ragged_128", 2, 1, 128, "rows", softcap=3.0),
+        Attention("ragged_128", 2, 1, 256, softcap=3.0, window=97),
     ]
 
 

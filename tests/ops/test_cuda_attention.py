@@ -52,6 +52,8 @@ RACES = [
     *(Attention("kept_of_both", 4, 2, dim, "rows", window=100) for dim in DIMS),
     *(Attention("ragged_128", 4, 2, dim, softcap=2.0, lists=True) for dim in (64, 128, 256)),
     *(Attention("gap_64", 4, 2, 256, "rows", given) for given in (False, True)),
+    *(Attention("long", 4, 1, dim, "rows", softcap=2.0) for dim in (128, 256)),
+    Attention("long", 8, 2, 256, "rows"),
     Attention("gap_128", 8, 2, 64, "rows", window=150, sinks=True),
 ]
 

@@ -301,6 +301,12 @@ CUDA_ATTENTION = [
     *(Attention("ragged_128", 4, 2, dim, "rows", magnitude=8.0, window=200) for dim in DIMS),
     *(Attention("documents", 4, 2, 256, s, g) for s, g in (("packed", False), ("rows", True))),
     *(Attention("gap_128", 4, 2, 256, "rows", g, lists=True) for g in (False, True)),
+    # The soft-caps and the head_dim that Hopper's kernels compute with a window that may hide nothing.
+    *(Attention(p, 4, 2, dim, softcap=4.0, window=w) for p in SPLIT_PACKINGS for dim in (128, 256) for w in (0, 60)),
+    *(Attention(p, 4, 2, 256, sinks=True) for p in SPLIT_PACKINGS),
+    *(Attention(p, 4, 1, 256, s) for p in ("ragged_64", "ragged_128", "long", "all_64") for s in ("packed", "rows")),
+    *(Attention("long", 8, 1, dim, "strided", magnitude=4.0, softcap=50.0) for dim in (128, 256)),
+    Attention("gap_64", 4, 1, 256, "rows", magnitude=8.0),
     Attention("more_queries", 4, 2, 64, sinks=True),
     Attention("keep_none", sinks=True, window=5),
 ]

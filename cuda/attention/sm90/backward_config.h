@@ -41,5 +41,7 @@ constexpr BackwardTile kBackwardTile<96> = {64, 3, 2, true, false};
 template <>  // dK + dV + S + dP = 192 registers of 240
 constexpr BackwardTile kBackwardTile<128> = {64, 3, 2, true, false};
 #endif
+template <>  // a kernel of its shape (backward_wide.cuh): K, V, two stages of Q and dO, two buffers of P and dS
+constexpr BackwardTile kBackwardTile<256> = {64, 2, 2, false, false};
 
 }  // namespace lemo::cuda::attention::sm90

@@ -10,10 +10,10 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-template <typename T, int kHeadDim, bool kWeighted, Visits kVisits>
+template <typename T, int kHeadDim, bool kWeighted, Visits kVisits, bool kSoftCap>
 __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
     backward_kernel_sm90(const __grid_constant__ BackwardKernelParams params) {
-  using Mainloop = BackwardMainloop<T, kHeadDim, kWeighted, kVisits>;
+  using Mainloop = BackwardMainloop<T, kHeadDim, kWeighted, kVisits, kSoftCap>;
   constexpr bool kListed = Mainloop::kListed;
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<typename Mainloop::Shared*>(raw);

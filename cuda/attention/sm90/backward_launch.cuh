@@ -60,7 +60,9 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   kernel_params.group = params.group;
   kernel_params.head_dim = params.head_dim;
   kernel_params.scale = params.scale;
-  kernel_params.scale_log2 = params.scale * kLog2E;
+  const float softcap = params.options.softcap;
+  kernel_params.scale_log2 = (softcap > 0.0f ? softcap : params.scale) * kLog2E;
+  if (softcap > 0.0f) kernel_params.tanh_factor = 2.0f * kLog2E * params.scale / softcap;
   char* workspace = static_cast<char*>(params.workspace);
   kernel_params.dq_sums = reinterpret_cast<float*>(workspace);
   kernel_params.stats = reinterpret_cast<float*>(workspace + layout.stats);
@@ -92,8 +94,8 @@ BackwardKernelParams backward_kernel_params(const BackwardParams& params, const 
   return kernel_params;
 }
 
-// kWindow: whether there is a window.
-template <typename T, int kHeadDim, bool kWindow = false>
+// kWindow, kSoftCap: whether there is a window, and a soft-cap.
+template <typename T, int kHeadDim, bool kWindow = false, bool kSoftCap = false>
 void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stream) {
   const bool listed = params.lists.offsets != nullptr;
   const BackwardLayout layout =
@@ -113,12 +115,12 @@ void run_backward(const BackwardParams& params, int32_t dtype, cudaStream_t stre
   const auto launch_keys = [&](auto weighted, auto visits) {
     constexpr bool kWeighted = decltype(weighted)::value;
     constexpr Visits kVisits = decltype(visits)::value;
-    launch("attention_backward", backward_kernel_sm90<T, kHeadDim, kWeighted, kVisits>,
+    launch("attention_backward", backward_kernel_sm90<T, kHeadDim, kWeighted, kVisits, kSoftCap>,
            static_cast<unsigned>((kVisits == Visits::kListed ? kernel_params.max_units : kernel_params.key_slots) *
                                  params.key_heads),
            (kBackwardConsumers + 1) * 128,
-           static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kVisits>::Shared)), stream,
-           kernel_params);
+           static_cast<int>(sizeof(typename BackwardMainloop<T, kHeadDim, kWeighted, kVisits, kSoftCap>::Shared)),
+           stream, kernel_params);
   };
   const auto choose_visits = [&](auto with_weights) {
     if constexpr (kWindow) {

@@ -15,6 +15,7 @@
 #include "attention/sm90/backward_edges.cuh"
 #include "attention/sm90/backward_lists.cuh"
 #include "attention/sm90/backward_weights.cuh"
+#include "attention/sm90/soft_cap.cuh"
 #include "attention/softmax.cuh"
 #include "common/sm90/gmma.cuh"
 #include "common/sm90/pipeline.cuh"
@@ -22,14 +23,7 @@
 
 namespace lemo::cuda::attention::sm90 {
 
-// Four 8 x 8 matrices of 16-bit elements, as accumulators hold them, to rows of 16 bytes.
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(a), "r"(b),
-               "r"(c), "r"(d)
-               : "memory");
-}
-
-template <typename T, int kHeadDim, bool kWeighted, Visits kVisits>
+template <typename T, int kHeadDim, bool kWeighted, Visits kVisits, bool kSoftCap>
 struct BackwardMainloop {
   static constexpr bool kListed = kVisits == Visits::kListed, kWindow = kVisits == Visits::kWindow;
   static constexpr BackwardTile kShape = kBackwardTile<kHeadDim>;
@@ -205,6 +199,7 @@ struct BackwardMainloop {
     constexpr int kSize = size(PartScores{});
 
     const float scale_log2 = params.scale_log2;
+    [[maybe_unused]] const float tanh_factor = params.tanh_factor;
     const int warp_key = consumer * 64 + thread_index() / 32 % 4 * 16;  // within the tile
     const int lane_key = work.key_start + warp_key + thread_index() % 32 / 4;
     const int masked_before = work.key_start + consumer * 64 + 63;
@@ -245,13 +240,32 @@ struct BackwardMainloop {
         if constexpr (kLateKeys) issue<false, kPart, kParts>(key_mma, ds, q_columns(_, _, _, before.index()), dk);
         if constexpr (kPart > 0) issue<false, kPart - 1, kParts>(key_mma, p, dout_columns(_, _, _, dout.index()), dv);
         if (kPart == 0 && !first) sums.send(buffer ^ 1);
+        if constexpr (kSoftCap) {
+          // dP has to be there before P overwrites tanh: registers hold no third tile.
+          warpgroup_wait<(kLateKeys ? 1 : 0) + (kPart > 0 ? 1 : 0)>();
+          warpgroup_fence_operand(dp);
 #pragma unroll
-        for (int j = kBegin; j < kEnd; j += 4) {
-          const float2 lse = *reinterpret_cast<const float2*>(stats + j * 2);
-          s(j) = exp2_fast(fmaf(s(j), scale_log2, -lse.x));
-          s(j + 1) = exp2_fast(fmaf(s(j + 1), scale_log2, -lse.y));
-          s(j + 2) = exp2_fast(fmaf(s(j + 2), scale_log2, -lse.x));
-          s(j + 3) = exp2_fast(fmaf(s(j + 3), scale_log2, -lse.y));
+          for (int j = kBegin; j < kEnd; j += 4) {
+            const float2 lse = *reinterpret_cast<const float2*>(stats + j * 2);
+            const float2 delta = *reinterpret_cast<const float2*>(stats + kQueries + j * 2);
+#pragma unroll
+            for (int c = j; c < j + 4; c += 2) {
+              tanh_pair(s(c), s(c + 1), tanh_factor);
+              dp(c - kBegin) = (dp(c - kBegin) - delta.x) * fmaf(-s(c), s(c), 1.0f);
+              dp(c - kBegin + 1) = (dp(c - kBegin + 1) - delta.y) * fmaf(-s(c + 1), s(c + 1), 1.0f);
+              s(c) = exp2_fast(fmaf(s(c), scale_log2, -lse.x));
+              s(c + 1) = exp2_fast(fmaf(s(c + 1), scale_log2, -lse.y));
+            }
+          }
+        } else {
+#pragma unroll
+          for (int j = kBegin; j < kEnd; j += 4) {
+            const float2 lse = *reinterpret_cast<const float2*>(stats + j * 2);
+            s(j) = exp2_fast(fmaf(s(j), scale_log2, -lse.x));
+            s(j + 1) = exp2_fast(fmaf(s(j + 1), scale_log2, -lse.y));
+            s(j + 2) = exp2_fast(fmaf(s(j + 2), scale_log2, -lse.x));
+            s(j + 3) = exp2_fast(fmaf(s(j + 3), scale_log2, -lse.y));
+          }
         }
         if (query_start + kPart * 64 < masked_before) {
           const int hidden = lane_key - query_start - thread_index() % 4 * 2;  // columns before it do not see the key
@@ -267,16 +281,21 @@ struct BackwardMainloop {
           for (int j = kBegin; j < kEnd; j += 2) packed_p(j / 2) = pack<T>(s(j), s(j + 1));
         };
         if constexpr (!kLateKeys) round_p();
-        warpgroup_wait<(kLateKeys ? 1 : 0) + (kPart > 0 ? 1 : 0)>();
-        warpgroup_fence_operand(dp);
+        if constexpr (kSoftCap) {
 #pragma unroll
-        for (int j = kBegin; j < kEnd; j += 4) {
-          const float2 delta = *reinterpret_cast<const float2*>(stats + kQueries + j * 2);
-          const int i = j - kBegin;
-          dp(i) = s(j) * (dp(i) - delta.x);
-          dp(i + 1) = s(j + 1) * (dp(i + 1) - delta.y);
-          dp(i + 2) = s(j + 2) * (dp(i + 2) - delta.x);
-          dp(i + 3) = s(j + 3) * (dp(i + 3) - delta.y);
+          for (int j = kBegin; j < kEnd; ++j) dp(j - kBegin) *= s(j);
+        } else {
+          warpgroup_wait<(kLateKeys ? 1 : 0) + (kPart > 0 ? 1 : 0)>();
+          warpgroup_fence_operand(dp);
+#pragma unroll
+          for (int j = kBegin; j < kEnd; j += 4) {
+            const float2 delta = *reinterpret_cast<const float2*>(stats + kQueries + j * 2);
+            const int i = j - kBegin;
+            dp(i) = s(j) * (dp(i) - delta.x);
+            dp(i + 1) = s(j + 1) * (dp(i + 1) - delta.y);
+            dp(i + 2) = s(j + 2) * (dp(i + 2) - delta.x);
+            dp(i + 3) = s(j + 3) * (dp(i + 3) - delta.y);
+          }
         }
         if constexpr (kLateKeys) {
           warpgroup_wait<(kPart > 0 ? 1 : 0)>();  // dK, whose operand is overwritten next; dV keeps running

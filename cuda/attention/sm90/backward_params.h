@@ -75,14 +75,16 @@ struct BackwardKernelParams {
   int* ranks;
 
   // With a window.
-  int32_t* edges;    // of keys (window_edges.h)
-  int* first_tiles;  // [slots]: the first key tile that visits each query tile. Deterministic mode, else null
+  int32_t* edges;     // of keys (window_edges.h)
+  int* first_tiles;   // [slots]: the first key tile that visits each query tile. Deterministic mode, else null
+  float tanh_factor;  // with a soft-cap, as in the forward pass
 };
 
 // The order of one tile's dQ: [warp, 8 columns, lane, 4], which is how accumulators leave registers. A warp's part is
 // contiguous, and so is every 16-byte store of a warp.
 //
-// kQueries = 128: warpgroup w owns rows 64 w ... of all columns. kQueries = 64: it owns columns 64 w ... of all rows.
+// kQueries = 128: warpgroup w owns rows 64 w ... of all columns. kQueries = 64: it owns columns 64 w ... of all rows,
+// or 128 w ... at head_dim 256.
 template <int kHeadDim>
 struct DqOrder {
   static constexpr int kQueries = kBackwardTile<kHeadDim>.queries;
@@ -91,6 +93,7 @@ struct DqOrder {
   static constexpr int kChunkFloats = 16 * 8;  // of a warp: 16 rows, 8 columns
 
   static constexpr __host__ __device__ int chunks(int warpgroup) {
+    if (kHeadDim > 128) return kHeadDim / 2 / 8;
     return kByRows || warpgroup == 0 ? 64 / 8 : (kHeadDim - 64) / 8;
   }
   // Where a warp's part begins.

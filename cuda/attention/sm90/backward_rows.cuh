@@ -14,7 +14,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kTileThreads)
     backward_stats_kernel(const __grid_constant__ BackwardKernelParams params) {
   constexpr int kQueries = DqOrder<kHeadDim>::kQueries;
-  constexpr int kLanes = kHeadDim == 64 ? 8 : 16;  // threads per row
+  constexpr int kLanes = kHeadDim == 64 ? 8 : kHeadDim > 128 ? 32 : 16;  // threads per row
   constexpr int kRowsPerPass = kTileThreads / kLanes, kPasses = kQueries / kRowsPerPass;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
   const int planners = params.begins != nullptr ? 1 : 0;
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kTileThreads)
     const int item = i * kTileThreads + static_cast<int>(threadIdx.x);
     const int column = item % kChunks, pair = item / kChunks;
     if ((kItems % kTileThreads != 0 && item >= kItems) || column * 8 >= params.head_dim) continue;
-    const int warpgroup = Order::kByRows ? pair / 32 : column / 8;
-    const int chunk = Order::kByRows ? column : column % 8;
+    const int warpgroup = Order::kByRows ? pair / 32 : column / Order::chunks(0);
+    const int chunk = Order::kByRows ? column : column % Order::chunks(0);
     const int warp = pair / 8 % 4, row_in_warp = pair % 8;
     const float4* source = reinterpret_cast<const float4*>(sums + Order::offset(warpgroup, warp) +
                                                            chunk * Order::kChunkFloats + row_in_warp * 16);

@@ -61,6 +61,8 @@ template <>
 constexpr ForwardTile kWindowTile<96> = {128, 128, 2, 56, 224};
 template <>
 constexpr ForwardTile kWindowTile<128> = {128, 128, 2, 40, 232};
+template <>  // O takes 128 registers and Q 64 KiB: one stage of queries, half as many keys, half of the output staged
+constexpr ForwardTile kWindowTile<256> = {128, 64, 2, 40, 232};
 
 template <int kHeadDim, Visits kVisits>
 constexpr ForwardTile kForwardShape = kVisits == Visits::kListed   ? kListedTile<kHeadDim>

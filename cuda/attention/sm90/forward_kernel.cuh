@@ -14,11 +14,11 @@ struct ForwardShared {
   StagedRows<kHeadDim> staged[Mainloop::kConsumers * 4];
 };
 
-// kSinks: there may be sinks.
-template <typename T, int kHeadDim, Visits kVisits, bool kSinks>
+// kSinks: there may be sinks. kSoftCap: there is a soft-cap.
+template <typename T, int kHeadDim, Visits kVisits, bool kSinks, bool kSoftCap>
 __global__ void __launch_bounds__((kForwardShape<kHeadDim, kVisits>.queries / 64 + 1) * 128, 1)
     forward_kernel_sm90(const __grid_constant__ ForwardKernelParams params) {
-  using Mainloop = ForwardMainloop<T, kHeadDim, kVisits>;
+  using Mainloop = ForwardMainloop<T, kHeadDim, kVisits, kSoftCap>;
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<ForwardShared<Mainloop, kHeadDim>*>(raw);
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);

@@ -17,9 +17,9 @@ inline int heads_in_cache(int64_t rows, int key_heads, int head_dim) {
   return static_cast<int>(std::clamp<int64_t>(kSectionBytes / bytes, 1, key_heads));
 }
 
-template <typename T, int kHeadDim, Visits kVisits, bool kSinks>
+template <typename T, int kHeadDim, Visits kVisits, bool kSinks, bool kSoftCap = false>
 void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
-  using Mainloop = ForwardMainloop<T, kHeadDim, kVisits>;
+  using Mainloop = ForwardMainloop<T, kHeadDim, kVisits, kSoftCap>;
   const Documents& documents = params.documents;
   constexpr int kColumns = kBoxColumns<kHeadDim>;
   const int key_heads = params.heads / params.group;
@@ -38,6 +38,10 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   kernel_params.head_dim = params.head_dim;
   // A scale of 0 would turn masked scores into NaN; with this one every visible score still becomes 0.
   kernel_params.scale_log2 = std::max(params.scale * kLog2E, 1e-30f);
+  if constexpr (kSoftCap) {
+    kernel_params.scale_log2 = params.options.softcap * kLog2E;
+    kernel_params.tanh_factor = 2.0f * kLog2E * params.scale / params.options.softcap;
+  }
   if constexpr (kVisits == Visits::kWindow) {
     kernel_params.edges = params.edges;
     launch_window_edges("attention_forward", {documents, params.key_documents, params.options, false, params.edges},
@@ -46,15 +50,17 @@ void run_forward_as(const ForwardParams& params, int32_t dtype, cudaStream_t str
   if constexpr (kSinks) kernel_params.sinks = params.sinks;
   ForwardSchedule& schedule = kernel_params.schedule;
   schedule.next = params.counter;
-  schedule.slots = static_cast<int>(query_slots<Mainloop::kKeys>(documents, Mainloop::Order::kRows));
+  schedule.slots = static_cast<int>(query_slots<kAlignedRows>(documents, Mainloop::Order::kRows));
   schedule.section = heads_in_cache(params.key_documents.capacity, key_heads, params.head_dim);
   schedule.items = schedule.slots * key_heads * Mainloop::Order::items(params.group);
 
+  static_assert(kAlignedRows % Mainloop::kKeys == 0);
+  static_assert(sizeof(ForwardShared<Mainloop, kHeadDim>) <= 227 * 1024);
   check(cudaMemsetAsync(params.counter, 0, sizeof(int), stream), "attention_forward");
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const int blocks = std::min(schedule.items, device_info(device).multiprocessors);
-  launch("attention_forward", forward_kernel_sm90<T, kHeadDim, kVisits, kSinks>, blocks,
+  launch("attention_forward", forward_kernel_sm90<T, kHeadDim, kVisits, kSinks, kSoftCap>, blocks,
          (Mainloop::kConsumers + 1) * 128, static_cast<int>(sizeof(ForwardShared<Mainloop, kHeadDim>)), stream,
          kernel_params);
 }

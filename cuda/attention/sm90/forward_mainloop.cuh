@@ -3,6 +3,7 @@
 
 #include "attention/sm90/forward_work.cuh"
 #include "attention/sm90/row_softmax.cuh"
+#include "attention/sm90/soft_cap.cuh"
 #include "common/sm90/gmma.cuh"
 #include "common/sm90/row_loader.cuh"
 
@@ -34,13 +35,16 @@ struct RowWindows {
   }
 };
 
-template <typename T, int kHeadDim, Visits kVisits>
+template <typename T, int kHeadDim, Visits kVisits, bool kSoftCap>
 struct ForwardMainloop {
   static constexpr bool kListed = kVisits == Visits::kListed, kWindow = kVisits == Visits::kWindow;
   static constexpr ForwardTile kShape = kForwardShape<kHeadDim, kVisits>;
   static constexpr int kQueries = kShape.queries, kKeys = kShape.keys, kStages = kShape.stages;
   static constexpr int kConsumers = kQueries / 64;
-  static constexpr int kQueryStages = 2;  // the next item's first scores start before this item is done
+  // Whether the next item's first scores start before this item is done, for which its queries have to be there. At
+  // head_dim 256 neither shared memory nor registers have room.
+  static constexpr bool kChained = kHeadDim <= 128;
+  static constexpr int kQueryStages = kChained ? 2 : 1;
   // A warpgroup skips key tiles that others still read, and waits for the one after them.
   static_assert(kStages > (kQueries - 64) / kKeys);
   using Element = GmmaElement<T>;
@@ -141,6 +145,7 @@ struct ForwardMainloop {
     const Tensor k_fragments = score_slice.partition_fragment_B(k);
     const Tensor v_fragments = value_slice.partition_fragment_B(v);
     const float scale_log2 = params.scale_log2;
+    [[maybe_unused]] const float tanh_factor = params.tanh_factor;
 
     using Scores = decltype(partition_fragment_C(score_mma, Shape<Int<kQueries>, Int<kKeys>>{}));
     auto out = partition_fragment_C(value_mma, Shape<Int<kQueries>, Int<kHeadDim>>{});
@@ -197,7 +202,7 @@ struct ForwardMainloop {
       const Work next = shared.queue.take(phase);
       const Part next_part = Order::part(params, next, consumer);
       const bool has_part = next.steps > 0 && (!Order::kMissing || next_part.row >= 0);
-      if (running && !has_part) {
+      if (running && (!kChained || !has_part)) {
         shared.values.wait(value);
         issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
         finish_values();
@@ -226,6 +231,7 @@ struct ForwardMainloop {
           warpgroup_fence_operand(s);
           shared.keys.release(key);
           ++key;
+          if constexpr (kSoftCap) soft_cap<0, size(Scores{})>(s, tanh_factor);
           mask(s, next_part.row);
           if constexpr (kWindow) {
             windows.settle();
@@ -236,7 +242,7 @@ struct ForwardMainloop {
         shared.keys.wait(key);
         Turns<kConsumers>::take(consumer);
         issue<true>(score_mma, q_fragments(_, _, _, query.index()), k_fragments(_, _, _, key.index()), s);
-        if (running) {
+        if (kChained && running) {
           // The last product of the previous item runs behind this item's first scores and softmax.
           shared.values.wait(value);
           issue<false>(value_mma, p, v_fragments(_, _, _, value.index()), out);
@@ -274,6 +280,7 @@ struct ForwardMainloop {
         warpgroup_fence_operand(s);
         shared.keys.release(key);
         ++key;
+        if constexpr (kSoftCap) soft_cap<0, size(Scores{})>(s, tanh_factor);
         if constexpr (kWindow) windows.mask(s, (work.last_keys - step) * kKeys);
         softmax.update(s, scale_log2);
         finish_values();

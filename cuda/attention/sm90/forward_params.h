@@ -32,6 +32,7 @@ struct ForwardKernelParams {
   float scale_log2;
   const int32_t* edges;  // with a window: of queries (window_edges.h)
   const float* sinks;    // of query heads; null: none, or added afterwards (sinks.cu)
+  float tanh_factor;     // with a soft-cap c: 2 log2(e) scale / c (soft_cap.cuh); scale_log2 is then c log2(e)
 };
 
 }  // namespace lemo::cuda::attention::sm90

@@ -51,7 +51,7 @@ struct WorkOrder {
     const int rest = item % section_items;
     const int slot = rest / (heads * columns), column = rest % (heads * columns);
     Work work;
-    const QueryTile located = locate_queries<kShape.keys>(params.documents, params.key_documents, kRows, slot);
+    const QueryTile located = locate_queries<kAlignedRows>(params.documents, params.key_documents, kRows, slot);
     work.tile = located.tile;
     work.key_start = located.document.key_start;
     const int query_tile = work.tile.count - 1 - work.tile.index;
@@ -74,9 +74,11 @@ struct WorkOrder {
         const int ahead = located.document.ahead;
         work.steps = work.last_keys + 1 + ahead / kShape.keys;
         if constexpr (kVisits == Visits::kWindow) {
-          // From the diagonal down to the first key that the first query sees. It may see none, not even there.
+          // From the diagonal down to the first key that the first query sees. It may see none, not even there; but
+          // every part visits the tile of its own rows.
+          const int diagonal = kShape.keys < kRows ? work.last_keys + 1 - work.first_row / kShape.keys : 1;
           const int first_key = params.edges[work.tile.start + max(work.first_row, work.tile.first)];
-          work.steps = max(1, work.steps - (first_key + ahead) / kShape.keys);
+          work.steps = max(diagonal, work.steps - (first_key + ahead) / kShape.keys);
         }
       }
     }

@@ -77,4 +77,11 @@ __device__ __forceinline__ auto hold_rows(const Element* tile, int first_row) {
   return held;
 }
 
+// Four 8 x 8 matrices of 16-bit elements, as accumulators hold them, to rows of 16 bytes.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
 }  // namespace lemo::cuda::sm90

@@ -1,0 +1,10 @@
+#include "attention/sm90/forward_launch.cuh"
+
+namespace lemo::cuda::attention::sm90 {
+template <>
+void launch_forward_softcap<128>(const ForwardParams& params, int32_t dtype, cudaStream_t stream) {
+  with_type(dtype, "attention_forward", [&](auto type) {
+    run_forward_as<decltype(type), 128, Visits::kWindow, true, true>(params, dtype, stream);
+  });
+}
+}  // namespace lemo::cuda::attention::sm90
