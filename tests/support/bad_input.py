@@ -495,8 +495,6 @@ SETTINGS = [
 MODELS = [
     ("family", ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "OPTForCausalLM", "Qwen2ForCausalLM")),
     ("head", ("LlamaModel", "LlamaForCausalLM")),
-    ("post_norm", ("do_layer_norm_before", "350m")),
-    ("projected", ("word_embed_proj_dim",)),
     ("layerdrop", ("LayerDrop", "0")),
     ("attention_dropout", ("attention_dropout=0.1", "0")),
 ]

@@ -150,6 +150,7 @@ def layer_bytes(shape: LayerShape, lists: LayerLists, phase: Phase, recompute: R
         moved += s.element * m.count * s.hidden
         total += 0 if m.everything or not m.count else 4 * m.count + 4 * (m.documents + 1)
         none = _mlp_bytes(s, m.count) - _mlp_bytes(s, a.count)
+        none += s.element * m.count * s.hidden if s.post_norm else 0  # what the MLP reads: here not what attention left
         total += none if recompute == "none" else s.element * m.count * s.hidden
     if recompute == "none" and phase.mode != "backward":
         return LayerBytes(0, total)

@@ -126,7 +126,7 @@ def saved_bytes(
 
         "full"       e M d
         "attention"  e M (d + Hq D) + 4 Hq M
-        "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated])  + 4 Hq M
+        "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated] [+ d if post-norm])  + 4 Hq M
                      + e M (sum of all r)
                      with experts in place of the MLP, k of E for a row, in place of f + f:
                        e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
@@ -149,7 +149,7 @@ def saved_bytes(
         return s.element * m * s.hidden + lists
     if recompute != "none":
         raise ValueError(f'recompute must be "none", "attention" or "full"; got {recompute!r}')
-    width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
+    width = (3 if s.post_norm else 2) * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
     width += sum(s.lora.values()) + s.inner_saved
     if s.experts is not None:
         return s.element * m * width + output + lists + expert_bytes(s, m)
@@ -177,9 +177,8 @@ def _layer_parameters(shape: ModelShape) -> int:
 
 def weight_bytes(shape: LayerShape, stored: int | None) -> int:
     """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
-    d, layers = shape.hidden, [shape.at(i) for i in range(shape.layers)]
-    outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
-    base = shape.element * (sum(map(_layer_parameters, layers)) + outside) if stored is None else stored
+    layers = [shape.at(i) for i in range(shape.layers)]
+    base = shape.element * (sum(map(_layer_parameters, layers)) + shape.outside) if stored is None else stored
     adapters = sum(rank * sum(layer.projections[name]) for layer in layers for name, rank in layer.lora.items())
     # Adapters in fp32: value, gradient and two moments.
     return base + 16 * adapters
@@ -262,7 +261,8 @@ def _layer_again(shape: LayerShape, rows: int, mlp: int, has_output: bool, in_pl
     held = row * (2 * q + 2 * kv + shape.inner_saved)
     held += 0 if has_output else row * q
     held += 0 if in_place else row * d
-    held += 0 if separable and not shape.inner_saved and row * d >= SEPARATE_BYTES else row * d
+    if not shape.post_norm:  # the input of attention is the rows themselves
+        held += 0 if separable and not shape.inner_saved and row * d >= SEPARATE_BYTES else row * d
     # Gradients of q, k, v of as many heads as are worked on at a time, dq in float32 as well, two statistics of rows.
     heads = heads_at_a_time(rows, shape.heads, shape.kv_heads, shape.head_dim) if rows else shape.kv_heads
     share = heads / shape.kv_heads
