@@ -41,8 +41,8 @@ def settings(mode="dense", recompute="none", **phase):
 
 
 def everything(family):
-    """Names of what an adapter may be put on: projections, embedding and head."""
-    return [*LINEARS[family], "embed_tokens", "lm_head"]
+    """Names of what an adapter may be put on: linear layers, embedding and head."""
+    return [*LINEARS[family], *FAMILIES[family].outside, "embed_tokens", "lm_head"]
 
 
 # --- everything kept: transformers itself -----------------------------------------------------------------------------

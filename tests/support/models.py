@@ -45,7 +45,7 @@ VOCAB = 89
 class Tiny:
     """A family's tiny model. separates: whether transformers itself keeps packed documents apart; counts_padding:
     whether it gives padding on the left a position; kernels: options for tests on CUDA, with a size of heads that the
-    kernels have."""
+    kernels have; outside: linear layers of the decoder outside its layers."""
 
     model: Any
     config: Any
@@ -55,6 +55,7 @@ class Tiny:
     separates: bool = True
     counts_padding: bool = True
     kernels: dict[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 1})
+    outside: tuple[str, ...] = ()
 
 
 ROTARY: dict[str, Any] = {
@@ -119,6 +120,7 @@ FAMILIES = {
         separates=False,
         counts_padding=False,
         kernels={"word_embed_proj_dim": 64, "max_position_embeddings": 1024},
+        outside=("project_in", "project_out"),
     ),
     "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
     "qwen3": Tiny(Qwen3ForCausalLM, Qwen3Config, **ROTARY, options={**GATED, "head_dim": 16}, kernels=HEADS_OF_128),
