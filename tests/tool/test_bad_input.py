@@ -50,6 +50,9 @@ def base(op: str) -> dict[str, Any]:
     if op == "rotary":
         angle = draw.normal(T, 8).repeat(1, 2)
         return {"x": draw.normal(M, 4, 16), "cos": angle.cos(), "sin": angle.sin(), "rows": rows}
+    if op in ("relu_", "relu_backward_"):
+        x = draw.normal(M, 24)
+        return {"x": x} if op == "relu_" else {"dout": x, "bits": torch.zeros(M, 3, dtype=torch.uint8)}
     if op in ("swiglu", "swiglu_backward"):
         names = {"gate": draw.normal(M, 24), "up": draw.normal(M, 24)}
         return names if op == "swiglu" else {"dout": draw.normal(M, 24)} | names

@@ -162,7 +162,7 @@ def _mlp_bytes(s: LayerShape, rows: int) -> int:
     width = s.hidden + sum(rank for name, rank in s.lora.items() if name in ("gate", "up", "gate_up", "down"))
     if s.experts is not None:
         return s.element * rows * width + expert_bytes(s, rows)
-    return s.element * rows * (width + (2 if s.gated else 1) * s.ffn)
+    return rows * (s.element * width + s.activation_bytes)
 
 
 def same_objects(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:

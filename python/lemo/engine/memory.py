@@ -37,6 +37,14 @@ class LayerShape(ModelShape):
         shape = super().at(layer)
         return shape if shape is self else replace(shape, lora=_present(self.lora, shape))
 
+    @property
+    def activation_bytes(self) -> int:
+        """What the activation of an MLP without experts saves of a row: gate and up, or what it gives; or whether each
+        of these numbers is positive, one bit, if `down` has no adapter that reads them."""
+        if self.relu and "down" not in self.lora:
+            return -(-self.ffn // 8)
+        return self.element * (2 if self.gated else 1) * self.ffn
+
 
 def layer_shape(
     config: Any, *, element: int = 2, lora_rank: int = 8, lora_targets: Sequence[str] | str | None = None
@@ -127,6 +135,7 @@ def saved_bytes(
         "full"       e M d
         "attention"  e M (d + Hq D) + 4 Hq M
         "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated] [+ d if post-norm])  + 4 Hq M
+                     in place of e f: f / 8 with ReLU, unless an adapter reads what it gives
                      + e M (sum of all r)
                      with experts in place of the MLP, k of E for a row, in place of f + f:
                        e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
@@ -153,8 +162,7 @@ def saved_bytes(
     width += sum(s.lora.values()) + s.inner_saved
     if s.experts is not None:
         return s.element * m * width + output + lists + expert_bytes(s, m)
-    width += (2 if s.gated else 1) * s.ffn
-    return s.element * m * width + output + lists
+    return m * (s.element * width + s.activation_bytes) + output + lists
 
 
 def expert_bytes(shape: LayerShape, rows: int) -> int:
@@ -208,8 +216,11 @@ def working_bytes(
     again = recompute != "none" or mode == "backward"
     chunk = min(rows, MLP_ROWS) if again else rows
     # Gate, up and the gradient of their product, and that product for an adapter; gradients of gate and up take their
-    # memory. Without gates: what the activation gives, and the gradients on both sides of it.
-    mlp = e * chunk * ((3 + ("down" in shape.lora) if shape.gated else 4) * f + 3 * d)
+    # memory. Without gates: what the activation gives, and the gradients on both sides of it, or one of these at a time
+    # if it saves bits.
+    ungated = 1 if shape.relu and "down" not in shape.lora else 4
+    inner = 3 + ("down" in shape.lora) if shape.gated else ungated
+    mlp = e * chunk * (inner * f + 3 * d)
     if shape.experts is not None:  # rows of gate and up, and their inputs and outputs, once for every expert of a row
         mlp = max(mlp, chunk * shape.experts.per_token * e * (6 * shape.experts.ffn + 3 * d) + 12 * shape.experts.count)
     if again:
@@ -245,7 +256,7 @@ def _forward(shape: LayerShape, rows: int) -> int:
 def _layer_once(shape: LayerShape, rows: int, mlp: int) -> int:
     """A layer that is not computed again, without what it saves. mlp: what its MLP needs with what that saves."""
     d, q, kv, f, e = _widths(shape)
-    saved = 0 if shape.experts is not None else e * rows * (2 if shape.gated else 1) * f
+    saved = 0 if shape.experts is not None else rows * shape.activation_bytes
     # A fused projection of gate and up joins their gradients.
     joined = e * rows * f if shape.fused and shape.gated else 0
     # Attention's gradients on both sides, dq in float32 as well; what the MLP saves is gone then.

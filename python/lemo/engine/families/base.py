@@ -58,7 +58,7 @@ class ModelShape:
     projections, their biases and the two norms that every layer has: inner_parameters of a layer, and inner_saved
     elements of every row that its graphs save (for norms of queries and keys, for example). post_norm: norms are those
     of sums of sub-layers' inputs and outputs. embedding: width of the embeddings if they are projected to and from d;
-    0: they are not.
+    0: they are not. relu: the activation of an MLP without gates.
     """
 
     layers: int
@@ -78,6 +78,7 @@ class ModelShape:
     inner_saved: int = 0
     post_norm: bool = False
     embedding: int = 0
+    relu: bool = False
 
     @property
     def outside(self) -> int:

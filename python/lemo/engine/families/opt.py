@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lemo.engine.elementwise import ReLU
 from lemo.engine.families.base import Classes, Family, ModelShape, NormWeights, Tables, layer_norm, refuse
-from lemo.engine.linear import linear_group, ordinary, projection
+from lemo.engine.linear import linear_group, ordinary, projection, reads_input
 
 _NORM: Classes = (("torch.nn.modules.normalization", "LayerNorm"),)
 
@@ -61,6 +61,7 @@ class OPT(Family):
             tied=bool(config.tie_word_embeddings),
             positions=config.max_position_embeddings + 2,
             biases=("q", "k", "v", "o", "up", "down") if config.enable_bias else (),
+            relu=config.activation_function == "relu",
             post_norm=not config.do_layer_norm_before,
             embedding=0 if config.word_embed_proj_dim == config.hidden_size else config.word_embed_proj_dim,
         )
@@ -122,9 +123,11 @@ class OPT(Family):
     def mlp(self, layer: Any, h: Tensor, want_output: bool = True) -> Tensor:
         (inner,) = linear_group((layer.fc1,), h)
         # In place of what fc1 gave, unless someone else may hold that too.
-        relu = ordinary(layer.activation_fn, "torch.nn.modules.activation.ReLU") and projection(layer.fc1) is not None
-        (y,) = linear_group((layer.fc2,), ReLU.apply(inner) if relu else layer.activation_fn(inner), want_output)
-        return self._drop(layer, y)
+        if ordinary(layer.activation_fn, "torch.nn.modules.activation.ReLU") and projection(layer.fc1) is not None:
+            inner = ReLU.apply(inner, reads_input(layer.fc2))
+        else:
+            inner = layer.activation_fn(inner)
+        return self._drop(layer, linear_group((layer.fc2,), inner, want_output)[0])
 
     @staticmethod
     def _drop(layer: Any, y: Tensor) -> Tensor:
