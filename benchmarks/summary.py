@@ -23,6 +23,7 @@ from memory_pages import in_thousands, saved
 from publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
+ATTENTION = ("attention-h200", "attention-h100")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -225,9 +226,21 @@ def steps() -> list[str]:
                 f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} "
                 f"and {checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
             )
-        left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
-        lines += [*markdown(header, rows), "", " ".join(filter(None, [what, *left_out, source(name, result)])), ""]
+        lines += [
+            *markdown(header, rows),
+            "",
+            " ".join(filter(None, [what, *left_out(result), source(name, result)])),
+            "",
+        ]
     return lines
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """Rows and peers that the file lacks, with the reasons; those with the same reason are named together."""
+    reasons: dict[str, list[str]] = {}
+    for row in result.get("left_out", []):
+        reasons.setdefault(row["reason"].rstrip("."), []).append(row["row"])
+    return [f"Left out: {', '.join(rows)}: {reason}." for reason, rows in reasons.items()]
 
 
 def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Table]) -> list[str]:
@@ -252,6 +265,28 @@ def paper_models() -> list[str]:
     title, header, rows = memory_pages.paper({"rows": [row for found in by_model.values() for row in found]})
     sources = [line for name, result in known.items() if name in last.values() for line in (source(name, result), "")]
     return [title, "", *markdown(header, rows), "", *sources]
+
+
+def several_gpus() -> list[str]:
+    """All files of benchmarks/scaling.py as one table."""
+    parts = {"ddp": "DDP, a document each", "fsdp": "FSDP2, a document each", "sequence": "one document, divided"}
+    rows, sources = [], []
+    for path in sorted(RESULTS.glob("scaling-*.json")):
+        result = json.loads(path.read_text())
+        sources.append(source(path.stem, result))
+        for row in result["rows"]:
+            cells = [parts[row["part"]], f"`{row['row']}`", in_thousands(row["context"]), str(row["processes"])]
+            cells += [f"{row['step_ms']:,.0f} ms", f"{row['tokens_per_second']:,.0f}"]
+            cells += [f"{row['speedup']:.2f} x", f"{row['efficiency']:.1%}", f"{row['peak_mib']:,} MiB"]
+            rows.append(cells)
+    if not rows:
+        return []
+    title = (
+        "**Several GPUs of one host**, a Llama-3-8B shape, everything recomputed (tokens of a document; the "
+        "rate of all GPUs against that of one in the same run)"
+    )
+    header = ["", "step", "tokens", "GPUs", "time", "tokens per second", "rate", "of a GPU's share", "largest peak"]
+    return [title, "", *markdown(header, rows), "", *itertools.chain(*zip(sources, [""] * len(sources), strict=True))]
 
 
 # --- everything else --------------------------------------------------------------------------------------------------
@@ -393,9 +428,9 @@ def tile_coverage(name: str) -> list[str]:
     return [title, "", *markdown(header, rows), "", notes, ""]
 
 
-def operations() -> list[str]:
-    """Attention is left out: it has separate tables."""
-    if (result := load("ops-h200")) is None:
+def operations(name: str, only: str | None = None) -> list[str]:
+    """One operator alone, or all but attention, which has separate tables."""
+    if (result := load(name)) is None:
         return []
     rows = [
         [
@@ -410,10 +445,16 @@ def operations() -> list[str]:
             else "",
         ]
         for row in result["rows"]
-        if not row["op"].startswith("attention")
+        if (row["op"] == only if only else not row["op"].startswith("attention"))
     ]
     header = ["op", "case", "ms", "peer", "peer ms", "ratio", "rate"]
-    return [*markdown(header, rows), "", "Ratio above 1: ours is faster. " + source("ops-h200", result), ""]
+    floors = [
+        f"Of the time of `{row['op']}`, {row['ratio']:.0%} is what {row['peer']} take."
+        for row in result["rows"]
+        if row.get("floor")
+    ]
+    text = " ".join(["Ratio above 1: ours is faster.", *floors, *left_out(result), source(name, result)])
+    return [*markdown(header, rows), "", text, ""]
 
 
 def peer_cells(row: dict[str, Any]) -> list[str]:
@@ -455,7 +496,8 @@ def attention(name: str) -> list[str]:
     found = [row for row in rows if row["case"] == "blocks"]
     if found:
         lines += blocks_table(found, name)
-    return [*lines, "Ratio above 1: ours is faster. " + source(name, result), ""]
+    text = " ".join(["Ratio above 1: ours is faster.", *left_out(result), source(name, result)])
+    return [*lines, text, ""]
 
 
 def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
@@ -542,7 +584,8 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *paper_models(),
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
-        *attention_in_short("attention-h100"),
+        *several_gpus(),
+        *itertools.chain(*map(attention_in_short, ATTENTION)),
         *quality(),
         *quality_pages.tables(),
         *recall(),
@@ -550,8 +593,9 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *tile_coverage("coverage-smollm2"),
         *tile_coverage("coverage-lm46"),
         *equivalence(),
-        *operations(),
-        *attention("attention-h100"),
+        *operations("ops-h200"),
+        *operations("ops-loss-h200", "linear_cross_entropy"),
+        *itertools.chain(*map(attention, ATTENTION)),
         *tiles(),
     ]
     return [
