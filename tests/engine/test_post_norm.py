@@ -94,12 +94,13 @@ def test_bytes_of_separate_lists(where, monkeypatch):
         assert got == sum(budget.layer_bytes(shape, of_layer, phase, recompute).total for of_layer in lists), recompute
 
 
-def test_the_exact_pass_says_what_changed(monkeypatch):
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_exact_pass_says_what_changed(recompute, monkeypatch):
     observed: list[torch.Tensor] = []
     monkeypatch.setattr(UpdateNorm, "observe", lambda self, i, norms, kept: observed.append(norms))
     model, inputs = tuned(FAMILY), batch("plain")
     states = model(**inputs, output_hidden_states=True).hidden_states  # the last one is projected
-    lemo.apply(model, settings(mode="backward", policy="update_norm"))
+    lemo.apply(model, settings(recompute, mode="backward", policy="update_norm"))
     model(**inputs)
     assert len(observed) == 3
     for norms, before, after in zip(observed[:2], states, states[1:3], strict=False):

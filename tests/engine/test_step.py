@@ -253,7 +253,7 @@ def test_weights_are_only_read_inside_their_layer(family, phase, recompute, monk
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
-SAVED = ("x_kept", "x_mlp", "out", "lse")
+SAVED = ("x_kept", "x_mlp", "x_out", "out", "lse")
 
 
 @pytest.mark.parametrize("phase", PHASES)

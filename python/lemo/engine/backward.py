@@ -59,23 +59,31 @@ def _segment(step: Step, layers: range, dx: Tensor, grads: ParameterGradients) -
 
 
 def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
-    """Attention and MLP on one list. g [M, d]: gradient of what the layer adds to its rows."""
+    """Attention and MLP on one list. g [M, d]: gradient of what the layer adds to its rows. With weights, which g has,
+    the rows of dx keep the identity's gradient, which has none, and the branch's is added to them."""
     saved, norms = record.saved_list, step.family.norms(layer)
     if record.mlp is None:
         _layer_again(step, layer, record, dx, grads)
         return
     assert record.x_mlp is not None and record.attention is not None
+    weighted, after = saved.weights is not None, norms[1].after
     g = ops.gather(dx, saved.rows, saved.weights, saved.slots)
-    g = leave_backward(g, record.x_out, norms[1], grads)
+    dm = leave_backward(g, record.x_out, norms[1], grads)
     dstatistics = step.statistics.gradient(record.layer, saved, slice(0, saved.count))
-    dh2 = grads.through(record.mlp, g, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
+    dh2 = grads.through(record.mlp, dm, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
     record.mlp = record.x_out = None
-    branch = cross_backward(dh2, record.x_mlp, norms, g, grads)
+    if weighted and not after:
+        branch = norm_backward(dh2, record.x_mlp, norms[1], None, grads)
+    else:
+        branch = cross_backward(dh2, record.x_mlp, norms, dm, grads)
     segment, record.attention, record.x_mlp = record.attention, None, None
-    del g, dh2
-    dh = grads.through(segment, branch, _attention_parameters(step, layer, grads))
-    # g reached the input through x_mlp, so the rows are replaced.
-    enter_backward(dx, saved.rows, dh, record.x_kept, norms[0], branch, False, grads)
+    above = g.add_(branch) if weighted and not after else branch
+    if weighted and after:
+        branch = above - g
+    del g, dm, dh2
+    dh = grads.through(segment, above, _attention_parameters(step, layer, grads))
+    # Without weights, g reached the input through x_mlp, so the rows are replaced.
+    enter_backward(dx, saved.rows, dh, record.x_kept, norms[0], branch, weighted, grads)
 
 
 def _layer_again(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
@@ -168,7 +176,7 @@ def _mlp_again(
 
     def part(c: slice) -> Tensor:
         a, projection = trace(lambda leaf: family.attention_output(layer, leaf), out[c])
-        h2, x_mlp, base = cross(a, record.x_kept[c], norms)
+        h2, x_mlp, base = cross(record.x_kept[c], None, a, norms)
         m, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
         x_out = base + m if after else None
         del a, h2, base, m

@@ -88,7 +88,7 @@ class _Model:
             return budget.choose(needs, config.budget, config.offload, config.recompute_layers)
         recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
         again = False if config.recompute_layers == "auto" else config.recompute_layers
-        return budget.fixed(needs, recompute, config.offload, again)
+        return budget.fixed(needs, recompute, config.offload, again, config.recompute == "none")
 
 
 def estimate(

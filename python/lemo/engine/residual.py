@@ -46,10 +46,10 @@ def enter(x: Tensor, rows: Tensor | None, n: NormWeights) -> tuple[Tensor, Tenso
     return kept, kept
 
 
-def cross(a: Tensor, kept: Tensor, norms: Norms) -> tuple[Tensor, Tensor, Tensor]:
-    """(h2, s, base), all [M, d]: what the MLP reads if attention adds a to its rows, the sum that this is the norm of,
-    and what the MLP's output is added to."""
-    h2, s = gather_norm(a, None, kept, _crossed(norms))
+def cross(x: Tensor, rows: Tensor | None, a: Tensor, norms: Norms) -> tuple[Tensor, Tensor, Tensor]:
+    """(h2, s, base), all [M, d]: what the MLP reads if attention adds a to rows of x (None: all), the sum that this is
+    the norm of, and what the MLP's output is added to."""
+    h2, s = gather_norm(x, rows, a, _crossed(norms))
     return h2, s, h2 if norms[0].after else s
 
 
@@ -76,9 +76,11 @@ def leave(x: Tensor, rows: Tensor | None, y: Tensor, base: Tensor, n: NormWeight
         ops.scatter_add_(x, rows, y, torch.zeros_like(y) if n.after else base)
 
 
-def change(y: Tensor, added: Tensor | None, kept: Tensor, n: NormWeights) -> Tensor:
-    """[M, d]: what a layer added to its rows `kept`. y: of `join`; added: what attention added before the MLP."""
+def change(y: Tensor, added: Tensor | None, kept: Tensor | None, n: NormWeights) -> Tensor:
+    """[M, d]: what a layer added to its rows `kept`, which only post-norm needs. y: of `join`; added: what attention
+    added before the MLP."""
     if n.after:
+        assert kept is not None
         return y - kept
     return y if added is None else y + added
 

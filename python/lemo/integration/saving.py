@@ -91,7 +91,8 @@ class Savings:
             needs, config = self.needs(phase, lengths, element, required), self.config
             if config.budget is None:
                 again = False if config.recompute_layers == "auto" else config.recompute_layers
-                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload, again)
+                graphs = config.recompute == "none"
+                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload, again, graphs)
             else:
                 self._plans[key] = budget.choose(needs, config.budget, config.offload, config.recompute_layers)
                 self._note_uncounted(needs)
