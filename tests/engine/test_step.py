@@ -425,10 +425,12 @@ def test_the_exact_pass_of_mode_backward_drops_the_norms_output_before_attention
         return result
 
     def attend(*args, **options):
+        assert norms  # since the last layer's attention
         alive.append(sum(norm() is not None for norm in norms))
+        norms.clear()
         return attention(*args, **options)
 
     monkeypatch.setattr(lemo.engine.residual, "gather_norm", normed)
     monkeypatch.setattr(lemo.ops, "attention_forward", attend)
     run(adapted(), settings("backward"))
-    assert len(norms) == 6 and alive == [0, 0, 0]  # made again in the backward pass
+    assert alive == [0, 0, 0]
