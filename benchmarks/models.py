@@ -88,6 +88,8 @@ SHAPES = {
         "max_position_embeddings": 2048,
     },
 }
+_TINY_OPT = SHAPES["tiny-opt"]
+SHAPES["tiny-opt-350m"] = _TINY_OPT | {"word_embed_proj_dim": 64, "do_layer_norm_before": False}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj"]  # the last one is OPT's name of o_proj
 
 

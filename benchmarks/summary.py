@@ -252,6 +252,22 @@ def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Tabl
     return [title, "", *markdown(header, rows), "", " ".join([*left_out(result), source(name, result)]), ""]
 
 
+def paper_models() -> list[str]:
+    """One table of several results files: a model's rows are those of the last file that has it."""
+    known = {name: result for name in ("paper-h200", "paper-opt-h200") if (result := load(name)) is not None}
+    if not known:
+        return []
+    last = {row["model"]: name for name, result in known.items() for row in result["rows"]}
+    by_model: dict[str, list[dict[str, Any]]] = {model: [] for model in last}
+    for name, result in known.items():
+        for row in result["rows"]:
+            if last[row["model"]] == name:
+                by_model[row["model"]].append(row)
+    title, header, rows = memory_pages.paper({"rows": [row for found in by_model.values() for row in found]})
+    sources = [line for name, result in known.items() if name in last.values() for line in (source(name, result), "")]
+    return [title, "", *markdown(header, rows), "", *sources]
+
+
 def several_gpus() -> list[str]:
     """All files of benchmarks/scaling.py as one table."""
     parts = {"ddp": "DDP, a document each", "fsdp": "FSDP2, a document each", "sequence": "one document, divided"}
@@ -566,7 +582,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *([] if found is None else [f"![{found.title}: time and {found.memory}](images/step.svg)", ""]),
         *CONTEXTS,
         *steps(),
-        *measured_table("paper-h200", memory_pages.paper),
+        *paper_models(),
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
         *several_gpus(),

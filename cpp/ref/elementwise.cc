@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kGrain = 16;   // rows per task
 constexpr int64_t kChunk = 256;  // elements whose exponentials are computed at once
 
+uint8_t* bytes(const lemo_tensor& t, int64_t i) { return static_cast<uint8_t*>(t.data) + i * t.stride[0]; }
+
 // s[j] = 1 / (1 + exp(-z[j])) for up to kChunk elements, by exponentials of numbers below 0 alone: these cannot
 // overflow, however large z is.
 void sigmoid(int64_t n, const float* z, float* s) {
@@ -79,6 +81,39 @@ void swiglu_backward(const lemo_exec& exec, const lemo_swiglu_backward_args& a) 
           dup[j] = d * (z * s[j]);
         }
       }
+    }
+  });
+}
+
+void relu(const lemo_exec& exec, const lemo_relu_args& a) {
+  const int64_t f = a.x.shape[1];
+  parallel_ranges(exec, a.x.shape[0], kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float* x = row(a.x, i);
+      float* out = row(a.out, i);
+      uint8_t* bits = bytes(a.bits, i);
+      for (int64_t start = 0; start < f; start += 8) {
+        unsigned byte = 0;
+        for (int64_t j = start; j < std::min(start + 8, f); ++j) {
+          const float z = x[j];  // read before `out`, which may be `x`, is written
+          const bool passes = !(z <= 0.0f);
+          out[j] = passes ? z : 0.0f;
+          byte |= static_cast<unsigned>(passes) << (j - start);
+        }
+        bits[start / 8] = static_cast<uint8_t>(byte);
+      }
+    }
+  });
+}
+
+void relu_backward(const lemo_exec& exec, const lemo_relu_backward_args& a) {
+  const int64_t f = a.dout.shape[1];
+  parallel_ranges(exec, a.dout.shape[0], kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float* dout = row(a.dout, i);
+      const uint8_t* bits = bytes(a.bits, i);
+      float* dx = row(a.dx, i);
+      for (int64_t j = 0; j < f; ++j) dx[j] = (bits[j / 8] >> (j % 8) & 1) != 0 ? dout[j] : 0.0f;
     }
   });
 }

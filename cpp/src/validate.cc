@@ -218,6 +218,24 @@ void validate(const lemo_exec& exec, const lemo_swiglu_backward_args& a, Purpose
   check.like("dup", a.dup, "dout", a.dout, {{"M", m}, {"f", f}}, Role::kOutput);
 }
 
+void validate(const lemo_exec& exec, const lemo_relu_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("x", a.x, {{"M", kAny}, {"f", kAny}});
+  check.width("x", a.x, "f");
+  const int64_t m = a.x.shape[0], f = a.x.shape[1];
+  check.like("out", a.out, "x", a.x, {{"M", m}, {"f", f}}, Role::kOutput);
+  check.typed("bits", a.bits, LEMO_U8, {{"M", m}, {"ceil(f / 8)", (f + 7) / 8}}, Role::kOutput);
+}
+
+void validate(const lemo_exec& exec, const lemo_relu_backward_args& a, Purpose purpose) {
+  const Checker check(exec, purpose);
+  check.data("dout", a.dout, {{"M", kAny}, {"f", kAny}});
+  check.width("dout", a.dout, "f");
+  const int64_t m = a.dout.shape[0], f = a.dout.shape[1];
+  check.typed("bits", a.bits, LEMO_U8, {{"M", m}, {"ceil(f / 8)", (f + 7) / 8}});
+  check.like("dx", a.dx, "dout", a.dout, {{"M", m}, {"f", f}}, Role::kOutput);
+}
+
 void validate(const lemo_exec& exec, const lemo_select_args& a, Purpose purpose) {
   const Checker check(exec, purpose);
   check.typed("scores", a.scores, LEMO_F32, {{"num_blocks", kAny}});

@@ -56,7 +56,7 @@ def test_comments_begin_with_the_role(operation: str) -> None:
         known = [name for name, begin in begins.items() if comment.startswith(begin)]
         known += ["companion"] if comment.startswith("with `") else []
         assert known == ([] if role == "input" else [role]), f"{field}: {comment}"
-        assert re.search(r"float|int32|int64|\[d\]|as in the forward pass", comment), f"{field}: {comment}"
+        assert re.search(r"float|int32|int64|uint8|\[d\]|as in the forward pass", comment), f"{field}: {comment}"
 
 
 @pytest.mark.parametrize("name", TEXT)

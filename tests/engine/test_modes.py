@@ -8,8 +8,8 @@ from lemo.engine.families.llama import Llama
 from lemo.engine.layout import Kept
 from support import reference
 from support.models import (
-    LAYERS,
     LINEARS,
+    NORM_PLACES,
     assert_close,
     base,
     batch,
@@ -41,7 +41,7 @@ def blocks_of(kept: Kept) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(kept.source.num_blocks), sizes.long())
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("family", NORM_PLACES)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
 def test_skip(family, recompute, kind, chosen):
@@ -61,7 +61,7 @@ def test_skip(family, recompute, kind, chosen):
     assert_close(got, reference_gradients(plain, expected_loss))
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("family", NORM_PLACES)
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("keeps", [(0.5, 0.25), (0.5, 1.0), (0.5, 0.0), (0.0, 0.5)])
 def test_skip_with_a_list_for_the_mlp(family, recompute, keeps, chosen):
@@ -81,7 +81,7 @@ def test_skip_with_a_list_for_the_mlp(family, recompute, keeps, chosen):
     assert_close(got, reference_gradients(plain, expected_loss))
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("family", NORM_PLACES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("policy", ["random", "sampled"])
 @pytest.mark.parametrize("recompute", ["none", "attention"])
@@ -132,7 +132,7 @@ def test_backward_computes_every_row_once_and_none_again(recompute, again, chose
         assert rows[name, False] == 3 * tokens and rows.get((name, True), 0) == again * kept
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("family", NORM_PLACES)
 def test_nothing_kept_is_the_identity(family):
     model, inputs = tuned(family), batch("right")
     controller = lemo.apply(model, config(keep=0.0))

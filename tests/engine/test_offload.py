@@ -66,7 +66,7 @@ def test_results_are_those_without(phase, options):
 
 def on_device(*records):
     """Bytes of records' rows and of what their graphs hold, on the device, each memory once."""
-    rows = [t for r in records for t in (r.x_kept, r.x_mlp, r.out, r.lse) if t is not None]
+    rows = [t for r in records for t in (r.x_kept, r.x_mlp, r.x_out, r.out, r.lse) if t is not None]
     graphs = [t for r in records for graph in r.graphs if graph.held is not None for t in graph.held.memory]
     return sum({address(t): t.untyped_storage().nbytes() for t in (*rows, *graphs) if t.numel()}.values())
 

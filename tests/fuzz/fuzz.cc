@@ -132,8 +132,9 @@ class Trial {
         change_contents(t);
         place = false;
         break;
-      case 8:
-        t.data = random_.once_in(2) || t.data == nullptr ? nullptr : static_cast<char*>(t.data) + 1;
+      case 8:  // no memory, or a misaligned address, which bytes do not have
+        t.data =
+            random_.once_in(2) || t.data == nullptr || t.dtype == LEMO_U8 ? nullptr : static_cast<char*>(t.data) + 1;
         place = false;
         break;
       default:

@@ -172,6 +172,20 @@ inline void fill(Random& random, Memory& m, lemo_swiglu_backward_args& a) {
   a.dup = m.floats({count, f});
 }
 
+inline void fill(Random& random, Memory& m, lemo_relu_args& a) {
+  const int64_t count = random.in(0, 40), f = random.in(0, random.once_in(3) ? 600 : 40);
+  a.x = m.floats({count, f});
+  a.out = random.once_in(4) ? a.x : m.floats({count, f});
+  a.bits = m.tensor(LEMO_U8, {count, (f + 7) / 8});
+}
+
+inline void fill(Random& random, Memory& m, lemo_relu_backward_args& a) {
+  const int64_t count = random.in(0, 40), f = random.in(0, random.once_in(3) ? 600 : 40);
+  a.dout = m.floats({count, f});
+  a.bits = m.tensor(LEMO_U8, {count, (f + 7) / 8});
+  a.dx = random.once_in(4) ? a.dout : m.floats({count, f});
+}
+
 inline void fill(Random& random, Memory& m, lemo_select_args& a) {
   const Packing p(random, 8, 6);
   const int64_t n = p.num_blocks();

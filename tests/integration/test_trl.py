@@ -11,6 +11,7 @@ pytest.importorskip("trl", reason="TRL is not installed (the extra lemo[test] ha
 
 import trl
 from support import trl_setup
+from support.models import ATTENTION, base, lora
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 DENSE = [lemo.Phase("dense")]
@@ -110,6 +111,22 @@ def test_sft_skips_tokens(tmp_path, tokenizer, segmented, kind):
         logs, _ = train(plain, tokenizer, "before", SKIP)
     keys = ("loss", "grad_norm")
     assert_same([{k: e[k] for k in keys} for e in runs[0]], [{k: e[k] for k in keys} for e in logs])
+
+
+def test_sft_with_a_projection_before_the_head(tmp_path, tokenizer, segmented, monkeypatch):
+    """OPT-350m's, which nothing normalizes."""
+
+    def opt(vocabulary):
+        return lora(base("opt_350m", vocab_size=vocabulary, max_position_embeddings=512), ATTENTION["opt_350m"])
+
+    monkeypatch.setattr(trl_setup, "adapted", opt)
+    make = sft(tmp_path, tokenizer, "padded")
+    expected, _ = train(make, tokenizer, None)
+    got, _ = train(make, tokenizer, "after")
+    assert_same(got, expected)
+    assert len(segmented) == 3
+    logs, controller = train(make, tokenizer, "before", SKIP)
+    assert max(controller.kept_ratios) < 1 and len(logs) == 3
 
 
 def test_a_head_that_trains_stays_trls(tmp_path, tokenizer, segmented, caplog):

@@ -12,7 +12,7 @@ from support import oracle
 from support.attention_cases import DIMS, Attention
 from support.cases import CASES, CPU_CASES, PACKINGS, SELECT, name_of
 from support.compare import check_single
-from support.elementwise_cases import Rotary, SwiGLU
+from support.elementwise_cases import ReLU, Rotary, SwiGLU
 
 
 @pytest.mark.parametrize("case", [*CASES, *CPU_CASES], ids=name_of)
@@ -177,9 +177,30 @@ def outputs_may_be_inputs(device: str, dtype: torch.dtype) -> None:
         _native.call("swiglu_backward", out.device, t | {"dgate": t[dgate], "dup": t[dup]})
         assert torch.equal(t[dgate], gradients[0]) and torch.equal(t[dup], gradients[1])
 
+    relu = ReLU(33, 520).inputs(device, dtype)
+    bits = ops.relu_(relu["x"].clone())
+    for op, name, written in (("relu", "x", "out"), ("relu_backward", "dout", "dx")):
+        given, apart = relu[name], torch.empty_like(relu[name])
+        _native.call(op, apart.device, {name: given, written: apart, "bits": bits})
+        _native.call(op, apart.device, {name: given, written: given, "bits": bits})
+        assert torch.equal(given, apart)
+
 
 def test_outputs_may_be_inputs() -> None:
     outputs_may_be_inputs("cpu", torch.float32)
+
+
+def test_relu_of_any_number() -> None:
+    """As torch: a gradient of 0 at 0, NaN and its gradient pass."""
+    x = torch.tensor([[0.0, -0.0, 1e-40, -1e-40, float("inf"), -float("inf"), float("nan"), 3.0, -1.0, 2.0]])
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.relu(leaf).sum(), leaf)
+    bits = ops.relu_(x)
+    torch.testing.assert_close(x, torch.relu(leaf.detach()), equal_nan=True, rtol=0, atol=0)
+    assert bits.tolist() == [[0b11010100, 0b10]]
+    dout = torch.full_like(x, float("nan"))
+    assert torch.equal(ops.relu_backward_(torch.ones_like(x), bits), expected)
+    assert torch.equal(ops.relu_backward_(dout, bits).isnan(), expected > 0)  # what does not pass is 0, not NaN
 
 
 def test_swiglu_of_any_gate() -> None:

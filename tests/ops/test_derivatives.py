@@ -154,7 +154,8 @@ def second_orders(draw: Draw) -> dict:
         "loss": (lambda h, w: ops.linear_cross_entropy_loss(h, w, targets), (x, draw.normal(11, 16))),
         "SwiGLU": (ops.swiglu, (gate, up)),
         "UnreadSwiGLU": (lambda gate, up: SwiGLU.apply(gate, up, False, False) * 1.0, (gate, up)),
-        "ReLU": (lambda x: ReLU.apply(x * 1.0).square(), (gate,)),
+        "ReLU": (lambda x: ReLU.apply(x * 1.0, True).square(), (gate,)),
+        "ReLU in bits": (lambda x: ReLU.apply(x * 1.0, False).square(), (gate,)),
         "attention_backward": (
             lambda dout, q: ops.attention_backward(dout, q, q, q, q, torch.ones(2, 12), cu, None, None, None, 12, 0.3)[
                 0

@@ -10,7 +10,7 @@ from lemo import ops
 from lemo.engine.layout import Blocks, Kept
 from support import attention_cases, cases
 from support.cases import PACKINGS, name_of
-from support.elementwise_cases import Rotary, SwiGLU
+from support.elementwise_cases import ReLU, Rotary, SwiGLU
 from support.tile_cases import SelectTiles, TileScores
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +21,7 @@ SOME = [
     cases.Norm("ragged", 24, rows=False),
     Rotary(9, 3, 16, "fused", named=True),
     SwiGLU(5, 24, "fused"),
+    ReLU(5, 24, "fused"),
     attention_cases.Attention("documents", 4, 2, 16, "strided"),
     attention_cases.Attention("documents", 2, 1, 16, "rows", given=True),
     attention_cases.Attention("more_queries", 2, 1, 16),

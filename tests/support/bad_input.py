@@ -128,6 +128,8 @@ OPERATIONS = [
             ("rotary", "x"),
             ("swiglu", "gate"),
             ("swiglu_backward", "dout"),
+            ("relu_", "x"),
+            ("relu_backward_", "dout"),
         )
     ),
     wrong("gather", "x", to(torch.float64), ("expected float32, got float64 [",)),
@@ -224,7 +226,7 @@ OPERATIONS = [
     wrong("linear_cross_entropy", "reduction", value("none"), ("mean, sum", "'none'")),
     wrong("linear_cross_entropy", "softcap", value(-2.0), ("got -2",)),
     wrong("linear_cross_entropy", "segment_rows", value(-1), ("at least 0", "got -1")),
-    # rotary positions and SwiGLU
+    # rotary positions, SwiGLU and ReLU
     wrong("rotary", "x", lambda x: x[0], ("expected shape [M, H, D]", "got float32 [4, 16]")),
     wrong("rotary", "x", lambda x: x[..., :15], ("even", "got 15")),
     wrong("rotary", "x", longer, (f"M={M + 1}", f"got int32 [{M}]", "rows")),
@@ -245,6 +247,10 @@ OPERATIONS = [
     wrong("swiglu_backward", "gate", lambda x: x[:, :8], ("f=24", f"got float32 [{M}, 8]")),
     wrong("swiglu_backward", "gate", to(torch.bfloat16), ("float32", "got bfloat16")),
     wrong("swiglu_backward", "up", longer, (f"M={M}", f"got float32 [{M + 1}, 24]")),
+    wrong("relu_", "x", lambda x: x[0], ("expected shape [M, f]", "got [24]")),
+    wrong("relu_backward_", "bits", to(torch.int32), ("expected uint8", "ceil(f / 8)=3", "got int32")),
+    wrong("relu_backward_", "bits", longer, (f"M={M}", f"got uint8 [{M + 1}, 3]")),
+    wrong("relu_backward_", "dout", columns, ("last dimension contiguous",)),
     # tile lists
     wrong("attention_forward:lists", "tile_offsets", value(None), ("tiles",)),
     wrong("attention_forward:lists", "tile_offsets", lambda o: o[:-1], ("S + 1",)),
@@ -498,8 +504,6 @@ SETTINGS = [
 MODELS = [
     ("family", ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "OPTForCausalLM", "Qwen2ForCausalLM")),
     ("head", ("LlamaModel", "LlamaForCausalLM")),
-    ("post_norm", ("do_layer_norm_before", "350m")),
-    ("projected", ("word_embed_proj_dim",)),
     ("layerdrop", ("LayerDrop", "0")),
     ("attention_dropout", ("attention_dropout=0.1", "0")),
 ]

@@ -15,7 +15,7 @@ from lemo import ops
 from support import oracle
 from support.attention_cases import ATTENTION, CPU_ATTENTION
 from support.draws import Draw, grads, leaf
-from support.elementwise_cases import ROTARY, SWIGLU
+from support.elementwise_cases import RELU, ROTARY, SWIGLU
 from support.packings import PACKINGS
 from support.tile_cases import TILE_SCORES
 from torch import Tensor
@@ -317,7 +317,7 @@ LOSS = [
     Loss(64, 48, 100, ignore_index=0, dweight=True),
 ]
 CPU_CASES = [*CPU_ATTENTION, *CPU_SCORES]
-CASES = [*ROWS, *NORMS, *ROTARY, *SWIGLU, *ATTENTION, *SCORES, *PREDICT, *LOSS, *TILE_SCORES]
+CASES = [*ROWS, *NORMS, *ROTARY, *SWIGLU, *RELU, *ATTENTION, *SCORES, *PREDICT, *LOSS, *TILE_SCORES]
 
 
 def name_of(case: object) -> str:

@@ -1,4 +1,4 @@
-"""Cases of rotary positions and SwiGLU, a part of the table in cases.py."""
+"""Cases of rotary positions, SwiGLU and ReLU, a part of the table in cases.py."""
 
 from __future__ import annotations
 
@@ -89,6 +89,43 @@ class SwiGLU:
         return {"out": out.detach(), "dgate": dgate, "dup": dup, "dgate_": dgate, "dup_": dup}
 
 
+@dataclass(frozen=True)
+class ReLU:
+    """passes: the bits, as numbers. storage: "packed" rows, or "fused": columns among others."""
+
+    m: int
+    f: int
+    storage: str = "packed"
+
+    def inputs(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        draw, more = Draw(device, dtype, 12), 8 if self.storage == "fused" else 0
+        x, dout = (draw.normal(self.m, self.f + more)[:, : self.f] for _ in range(2))
+        x[:, 1::7] = 0.0
+        return {"x": x, "dout": dout}
+
+    def run(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        out, dx = map(spread, (t["x"], t["dout"]))
+        bits = ops.relu_(out)
+        assert ops.relu_backward_(dx, bits) is dx
+        powers = 2 ** torch.arange(8, device=bits.device)
+        unpacked = (bits[..., None].int() & powers != 0).flatten(1)
+        assert not unpacked[:, self.f :].any()
+        return {"out": out, "dx": dx, "passes": unpacked[:, : self.f].to(out.dtype)}
+
+    def expect(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = leaf(t["x"])
+        out = x.clamp(min=0.0)
+        passes = (t["x"] > 0).double()
+        return {"out": out.detach(), "dx": t["dout"].double() * passes, "passes": passes}
+
+
+def spread(x: Tensor) -> Tensor:
+    """A copy with the same strides."""
+    whole = x.new_zeros(max(1, x.shape[0]), max(1, x.stride(0)))
+    y = whole[: x.shape[0], : x.shape[1]]
+    return y.copy_(x)
+
+
 ROTARY = [
     *(Rotary(37, heads, 64, s, named=s != "packed") for heads in (1, 3, 8) for s in ("packed", "fused", "heads")),
     *(Rotary(50, 5, dim, "fused", tables=t) for dim in (16, 80, 96, 128, 256) for t in ("same", "float32")),
@@ -102,4 +139,9 @@ SWIGLU = [
     SwiGLU(1, 64),
     SwiGLU(0, 64),
     SwiGLU(40, 256, scale=30.0),  # exponentials of all sizes
+]
+RELU = [
+    *(ReLU(m, f, s) for m, f in ((33, 8), (5, 264), (3, 1024), (2, 4104)) for s in ("packed", "fused")),
+    ReLU(1, 64),
+    ReLU(0, 64),
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import lemo
 import torch
 from support.ddp_jobs import config, documents, unlabelled
-from support.models import ATTENTION, LINEARS, base, lora
+from support.models import ATTENTION, FAMILIES, LINEARS, base, lora
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -30,12 +30,15 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma2": {"phase": SKIP, "family": "gemma2"},
     "qwen3_moe": {"phase": SKIP, "family": "qwen3_moe", "options": {"recompute": "full"}},
     "opt": {"phase": SKIP, "family": "opt", "options": {"recompute": "full"}},
+    "opt_350m": {"phase": SKIP, "family": "opt_350m", "options": {"recompute": "full"}},
+    "opt_350m, everything trains": {"phase": lemo.Phase("dense"), "family": "opt_350m", "trains": True},
 }
 
 
 def build(family: str = "llama", trains: bool = False) -> Any:
     made = base(family)
-    return made.train() if trains else lora(made, (LINEARS if family == "llama" else ATTENTION)[family]).train()
+    targets = [*(LINEARS if family == "llama" else ATTENTION)[family], *FAMILIES[family].outside]
+    return made.train() if trains else lora(made, targets).train()
 
 
 def layers_of(model: Any) -> Any:

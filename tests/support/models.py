@@ -45,7 +45,7 @@ VOCAB = 89
 class Tiny:
     """A family's tiny model. separates: whether transformers itself keeps packed documents apart; counts_padding:
     whether it gives padding on the left a position; kernels: options for tests on CUDA, with a size of heads that the
-    kernels have."""
+    kernels have; outside: linear layers of the decoder outside its layers."""
 
     model: Any
     config: Any
@@ -55,6 +55,7 @@ class Tiny:
     separates: bool = True
     counts_padding: bool = True
     kernels: dict[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 1})
+    outside: tuple[str, ...] = ()
 
 
 ROTARY: dict[str, Any] = {
@@ -101,6 +102,25 @@ FAMILIES = {
         separates=False,
         counts_padding=False,
         kernels={"word_embed_proj_dim": 128, "max_position_embeddings": 1024},
+    ),
+    # Norms behind the residual sums, embeddings of another width.
+    "opt_350m": Tiny(
+        OPTForCausalLM,
+        OPTConfig,
+        ["q_proj", "k_proj", "v_proj", "out_proj"],
+        ["fc1", "fc2"],
+        {
+            "ffn_dim": 48,
+            "dropout": 0.0,
+            "word_embed_proj_dim": 24,
+            "do_layer_norm_before": False,
+            "init_std": 0.2,
+            "max_position_embeddings": 128,
+        },
+        separates=False,
+        counts_padding=False,
+        kernels={"word_embed_proj_dim": 64, "max_position_embeddings": 1024},
+        outside=("project_in", "project_out"),
     ),
     "qwen2": Tiny(Qwen2ForCausalLM, Qwen2Config, **ROTARY, options=GATED),
     "qwen3": Tiny(Qwen3ForCausalLM, Qwen3Config, **ROTARY, options={**GATED, "head_dim": 16}, kernels=HEADS_OF_128),
@@ -194,6 +214,8 @@ FAMILIES = {
 # surroundings depend on the engine, not on the family. Two suffice: one with rotary positions, a gated MLP and grouped
 # queries, and one with none of these. Another joins them only if the engine itself takes another path for it.
 LAYERS = ("llama", "opt")
+# With the family for which the engine does: its norms are behind the residual sums (lemo.engine.residual).
+NORM_PLACES = (*LAYERS, "opt_350m")
 ATTENTION = {name: tiny.attention for name, tiny in FAMILIES.items()}
 LINEARS = {name: [*tiny.attention, *tiny.mlp] for name, tiny in FAMILIES.items()}
 

@@ -21,6 +21,8 @@ class Model:
     def __init__(self, model, positions: Tensor, document: Tensor) -> None:
         self.lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.opt = self.lm.config.model_type == "opt"
+        # Norms are those of sums of sub-layers' inputs and outputs.
+        self.after = self.opt and not self.lm.config.do_layer_norm_before
         self.decoder = self.lm.model.decoder if self.opt else self.lm.model
         self.positions, self.document = positions, document
         self.heads = self.lm.config.num_attention_heads
@@ -28,11 +30,14 @@ class Model:
     def embed(self, ids: Tensor) -> Tensor:
         x = self.decoder.embed_tokens(ids)
         if self.opt:
+            x = x if self.decoder.project_in is None else self.decoder.project_in(x)
             return x + self.decoder.embed_positions(None, 0, position_ids=self.positions)
         self.cos, self.sin = (t[0] for t in self.decoder.rotary_emb(x[None], self.positions[None]))
         return x
 
     def first_norm(self, layer, x):
+        if self.after:
+            return x
         return (layer.self_attn_layer_norm if self.opt else layer.input_layernorm)(x)
 
     def qkv(self, layer, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +76,7 @@ class Model:
 
     def mlp(self, layer, x: Tensor) -> Tensor:
         if self.opt:
-            return layer.fc2(F.relu(layer.fc1(layer.final_layer_norm(x))))
+            return layer.fc2(F.relu(layer.fc1(x if self.after else layer.final_layer_norm(x))))
         return layer.mlp(layer.post_attention_layernorm(x))
 
     def attention(self, layer, x: Tensor, rows: Tensor) -> Tensor:
@@ -81,8 +86,18 @@ class Model:
         p, _ = self.probabilities(layer, self.scores(layer, q, k, seen))
         return self.out_proj(layer, torch.einsum("hij,jhd->ihd", p, v))
 
+    def past_attention(self, layer, x: Tensor, added: Tensor) -> Tensor:
+        """Rows x [M, d] once attention has added something to them."""
+        return layer.self_attn_layer_norm(x + added) if self.after else x + added
+
+    def past_mlp(self, layer, x: Tensor, added: Tensor) -> Tensor:
+        return layer.final_layer_norm(x + added) if self.after else x + added
+
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        x = self.decoder.final_layer_norm(x) if self.opt else self.decoder.norm(x)
+        norm = self.decoder.final_layer_norm if self.opt else self.decoder.norm
+        x = x if norm is None else norm(x)
+        project = self.decoder.project_out if self.opt else None
+        x = x if project is None else project(x)
         return F.cross_entropy(self.lm.lm_head(x), targets)
 
 
@@ -94,9 +109,10 @@ def skip(m: Model, ids: Tensor, targets: Tensor, lists: Lists, everyone: bool = 
     x = m.embed(ids)
     for layer, (attention, mlp) in zip(m.decoder.layers, lists, strict=True):
         if attention is not None:
-            x = x.index_add(0, attention, m.attention(layer, x[attention], attention))
+            kept = x[attention]
+            x = x.index_copy(0, attention, m.past_attention(layer, kept, m.attention(layer, kept, attention)))
         if mlp is not None:
-            x = x.index_add(0, mlp, m.mlp(layer, x[mlp]))
+            x = x.index_copy(0, mlp, m.past_mlp(layer, x[mlp], m.mlp(layer, x[mlp])))
     return m.loss(x, targets if everyone else targets.masked_fill(~took_part(lists, len(targets)), -100))
 
 
@@ -124,8 +140,8 @@ def backward(
             seen = m.visible(every, every, m.options(layer).window)
             p_all, p_sink = m.probabilities(layer, m.scores(layer, q, k, seen))
             out_all = torch.einsum("hij,jhd->ihd", p_all, v)
-            full = x + m.out_proj(layer, out_all)
-            full = full + m.mlp(layer, full)
+            full = m.past_attention(layer, x, m.out_proj(layer, out_all))
+            full = m.past_mlp(layer, full, m.mlp(layer, full))
             p, out = p_all[:, rows][:, :, rows], out_all[rows]
         xk = x[rows]
         q, k, v = m.qkv(layer, xk, rows)
@@ -138,7 +154,8 @@ def backward(
         if sinks is not None and p_sink is not None:  # a key with the value 0, which every query sees
             slope = slope - torch.einsum("hi,h,ihd->ihd", p_sink[:, rows], sinks - sinks.detach(), out)
         a = m.out_proj(layer, out + change + slope)
-        delta = a + m.mlp(layer, xk + a)
+        middle = m.past_attention(layer, xk, a)
+        delta = m.past_mlp(layer, middle, m.mlp(layer, middle)) - xk
         scaled = delta.detach() + w[:, None] * (delta - delta.detach())
         x = (x + (full - x).detach()).index_add(0, rows, scaled - scaled.detach())
     return m.loss(x, targets)

@@ -15,7 +15,7 @@ from lemo.engine.families.llama import Llama
 from lemo.predictors import PredictorNetwork, PredictorSet, model_fingerprint
 from support.fsdp_jobs import gradients as sharded_gradients
 from support.fsdp_jobs import shard
-from support.models import ATTENTION, LINEARS, VOCAB, base, lora
+from support.models import ATTENTION, FAMILIES, LINEARS, VOCAB, base, lora
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense with attention saved": {"phase": lemo.Phase("dense"), "options": {"recompute": "attention"}},
     "padded": {"phase": lemo.Phase("dense"), "batch": padded},
     "opt": {"phase": lemo.Phase("skip", **SKIP), "family": "opt", "batch": padded},
+    "opt_350m": {"phase": lemo.Phase("skip", **SKIP), "family": "opt_350m", "batch": padded},
     "skip": {"phase": lemo.Phase("skip", **SKIP)},
     "skip recomputed": {"phase": lemo.Phase("skip", **SKIP), "options": {"recompute": "full"}},
     "labels of one process": {"phase": lemo.Phase("skip", **SKIP), "batch": answers},
@@ -112,7 +113,8 @@ def model(family: str = "llama", trains: bool = False) -> Any:
     made = base(family, max_position_embeddings=512)
     if trains:
         return made.train()
-    return lora(made, (LINEARS if family in ("llama", "opt") else ATTENTION)[family]).train()
+    linears = (LINEARS if family in ("llama", "opt") else ATTENTION)[family]
+    return lora(made, [*linears, *FAMILIES[family].outside]).train()
 
 
 def options_of(layer: Any) -> AttentionOptions:

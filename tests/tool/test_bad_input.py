@@ -50,6 +50,9 @@ def base(op: str) -> dict[str, Any]:
     if op == "rotary":
         angle = draw.normal(T, 8).repeat(1, 2)
         return {"x": draw.normal(M, 4, 16), "cos": angle.cos(), "sin": angle.sin(), "rows": rows}
+    if op in ("relu_", "relu_backward_"):
+        x = draw.normal(M, 24)
+        return {"x": x} if op == "relu_" else {"dout": x, "bits": torch.zeros(M, 3, dtype=torch.uint8)}
     if op in ("swiglu", "swiglu_backward"):
         names = {"gate": draw.normal(M, 24), "up": draw.normal(M, 24)}
         return names if op == "swiglu" else {"dout": draw.normal(M, 24)} | names
@@ -208,11 +211,8 @@ class World:
             return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11))
         if kind == "head":
             return transformers.LlamaModel(make_base("llama").config)
-        options = {"post_norm": {"do_layer_norm_before": False}, "layerdrop": {"layerdrop": 0.1}}
-        if kind in options:
-            return make_base("opt", **options[kind])
-        if kind == "projected":
-            return make_base("opt", word_embed_proj_dim=16)
+        if kind == "layerdrop":
+            return make_base("opt", layerdrop=0.1)
         return make_base("llama" if kind == "attention_dropout" else "opt", attention_dropout=0.1)
 
     def apply(self, model) -> None:

@@ -1,5 +1,5 @@
 /** @file
- * The elementwise parts of a layer, each in one pass over memory: rotary positions and SwiGLU, and their backward
+ * The elementwise parts of a layer, each in one pass over memory: rotary positions, SwiGLU and ReLU, and their backward
  * passes. Arithmetic in float32, every result rounded once.
  *
  * Outputs may lie in the memory of inputs of the same shape, dtype and strides, as the functions say. On CUDA f is a
@@ -55,6 +55,27 @@ typedef struct lemo_swiglu_backward_args {
   lemo_tensor dup;   /**< out: float [M, f] */
 } lemo_swiglu_backward_args;
 LEMO_API lemo_status lemo_swiglu_backward(const lemo_exec* exec, const lemo_swiglu_backward_args* args);
+
+/** out = x <= 0 ? 0 : x, and all that the gradient needs of it, one bit an element: !(x <= 0), which NaN has as well.
+ * `out` may be `x`. */
+typedef struct lemo_relu_args {
+  uint64_t struct_size;
+  lemo_tensor x; /**< float [M, f]; rows may be strided */
+
+  lemo_tensor out;  /**< out: float [M, f] */
+  lemo_tensor bits; /**< out: uint8 [M, ceil(f / 8)]; element j is bit j % 8 of byte j / 8, bits from f on are 0 */
+} lemo_relu_args;
+LEMO_API lemo_status lemo_relu(const lemo_exec* exec, const lemo_relu_args* args);
+
+/** dx = dout where the bit is set, 0 elsewhere. `dx` may be `dout`. */
+typedef struct lemo_relu_backward_args {
+  uint64_t struct_size;
+  lemo_tensor dout; /**< float [M, f]; rows may be strided */
+  lemo_tensor bits; /**< uint8 [M, ceil(f / 8)], of the forward pass */
+
+  lemo_tensor dx; /**< out: float [M, f] */
+} lemo_relu_backward_args;
+LEMO_API lemo_status lemo_relu_backward(const lemo_exec* exec, const lemo_relu_backward_args* args);
 
 #ifdef __cplusplus
 }

@@ -27,6 +27,8 @@
   PLAIN(rotary)                                \
   PLAIN(swiglu)                                \
   PLAIN(swiglu_backward)                       \
+  PLAIN(relu)                                  \
+  PLAIN(relu_backward)                         \
   WITH_WORKSPACE(select)                       \
   WITH_WORKSPACE(scores)                       \
   WITH_WORKSPACE(predict)                      \
@@ -61,6 +63,12 @@
 
 #define LEMO_FIELDS_swiglu_backward(F) \
   F(input, dout) F(input, gate) F(input, up) F(output, dgate) F(output, dup)
+
+#define LEMO_FIELDS_relu(F) \
+  F(input, x) F(output, out) F(output, bits)
+
+#define LEMO_FIELDS_relu_backward(F) \
+  F(input, dout) F(input, bits) F(output, dx)
 
 #define LEMO_FIELDS_select(F)                                                                            \
   F(input, scores) F(layout, blocks) F(value, mode) F(value, keep) F(value, threshold)                   \

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lemo import ops
 from lemo.engine.families.base import AttentionOptions, Family, Tables
 from lemo.engine.linear import projection
+from lemo.engine.residual import enter
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +164,7 @@ class Attention:
 
     def queries_keys(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's q [T, Hq, D] and k [T, Hk, D] for the residual stream x [T, d], position embedding applied."""
-        n = self.family.norms(layer)[0]
-        h, _ = ops.gather_norm(x, None, None, *n.operands, n.kind, n.eps)
+        h, _ = enter(x, None, self.family.norms(layer)[0])
         return self.family.queries_keys_values(layer, h, self.tables, None)[:2]
 
     def options(self, layer: nn.Module) -> AttentionOptions:

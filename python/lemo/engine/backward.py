@@ -17,10 +17,19 @@ from torch.autograd.graph import get_gradient_edge
 from lemo import ops
 from lemo.engine.attend import tiles_of
 from lemo.engine.families.base import NormWeights
-from lemo.engine.forward import forward_again, gather_norm
+from lemo.engine.forward import forward_again
 from lemo.engine.gradients import ParameterGradients
 from lemo.engine.randomness import Generators, generators, set_generators
 from lemo.engine.records import Record
+from lemo.engine.residual import (
+    cross,
+    cross_backward,
+    enter,
+    enter_backward,
+    leave_backward,
+    norm_backward,
+    norm_backward_into,
+)
 from lemo.engine.segments import Segment, gradients_through, trace
 from lemo.engine.step import SEPARATE_BYTES, Step
 
@@ -52,23 +61,29 @@ def _segment(step: Step, layers: range, dx: Tensor, grads: ParameterGradients) -
 def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
     """Attention and MLP on one list. g [M, d]: gradient of what the layer adds to its rows. With weights, which g has,
     the rows of dx keep the identity's gradient, which has none, and the branch's is added to them."""
-    saved, (n1, n2) = record.saved_list, step.family.norms(layer)
+    saved, norms = record.saved_list, step.family.norms(layer)
     if record.mlp is None:
         _layer_again(step, layer, record, dx, grads)
         return
     assert record.x_mlp is not None and record.attention is not None
+    weighted, after = saved.weights is not None, norms[1].after
     g = ops.gather(dx, saved.rows, saved.weights, saved.slots)
+    dm = leave_backward(g, record.x_out, norms[1], grads)
     dstatistics = step.statistics.gradient(record.layer, saved, slice(0, saved.count))
-    dh2 = grads.through(record.mlp, g, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
-    record.mlp = None
-    weighted = saved.weights is not None
-    branch = _norm_backward(dh2, record.x_mlp, n2, None if weighted else g, grads)
+    dh2 = grads.through(record.mlp, dm, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
+    record.mlp = record.x_out = None
+    if weighted and not after:
+        branch = norm_backward(dh2, record.x_mlp, norms[1], None, grads)
+    else:
+        branch = cross_backward(dh2, record.x_mlp, norms, dm, grads)
     segment, record.attention, record.x_mlp = record.attention, None, None
-    above = g.add_(branch) if weighted else branch
-    del g, dh2
+    above = g.add_(branch) if weighted and not after else branch
+    if weighted and after:
+        branch = above - g
+    del g, dm, dh2
     dh = grads.through(segment, above, _attention_parameters(step, layer, grads))
     # Without weights, g reached the input through x_mlp, so the rows are replaced.
-    _norm_backward_into(dx, saved.rows, dh, record.x_kept, n1, branch, weighted, grads)
+    enter_backward(dx, saved.rows, dh, record.x_kept, norms[0], branch, weighted, grads)
 
 
 def _layer_again(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
@@ -83,9 +98,9 @@ def _layer_again(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads
     def into_stream(dh: Tensor, c: slice) -> None:
         """From the gradient dh of the norm's output, for rows c."""
         if in_place:
-            _norm_backward_into(dx[c], None, dh, record.x_kept[c], n1, None, True, grads)
+            enter_backward(dx[c], None, dh, record.x_kept[c], n1, None, True, grads)
         else:
-            _norm_backward_into(dx, saved.rows[c], dh, record.x_kept[c], n1, g[c], weighted, grads)
+            enter_backward(dx, saved.rows[c], dh, record.x_kept[c], n1, g[c], weighted, grads)
 
     if separately(step, layer, record.x_kept):
         _by_parts(step, layer, record, lambda out: _mlp_again(step, layer, record, out, g, grads), into_stream, grads)
@@ -109,7 +124,7 @@ def _by_parts(
     """Backward through attention, whose graph holds q, k and v alone, and then through their projections in chunks of
     rows, with the norm's output made once more. gradient: that of attention's output."""
     saved, n1, tables = record.saved_list, step.family.norms(layer)[0], step.attention.tables
-    h = gather_norm(record.x_kept, None, None, n1)[0]
+    h = enter(record.x_kept, None, n1)[0]
     projected = step.family.queries_keys_values(layer, h, tables, saved.table_rows)
     del h
     q, k, v = (t.detach().requires_grad_() for t in projected)
@@ -131,7 +146,7 @@ def _by_parts(
     for c in step.chunks(saved.count):
         dh, others = gradients_through(
             functools.partial(_projected, step, layer, saved.rows[c]),
-            gather_norm(record.x_kept[c], None, None, n1)[0],
+            enter(record.x_kept[c], None, n1)[0],
             [d[c] for d in found[:3]],
             held,
         )
@@ -155,20 +170,28 @@ def _mlp_again(
     again in chunks of rows, and g is replaced by the gradient that reaches the MLP norm's input: it includes g itself
     (the identity path) unless gradients are weighted."""
     family, saved = step.family, record.saved_list
-    n2, params = family.norms(layer)[1], grads.held_by(family.mlp_modules(layer))
-    of_attention = _attention_parameters(step, layer, grads)
-    want_output = bool(step.random)
+    norms, params = family.norms(layer), grads.held_by(family.mlp_modules(layer))
+    of_attention, after = _attention_parameters(step, layer, grads), norms[1].after
+    want_output = bool(step.random) or after
 
     def part(c: slice) -> Tensor:
         a, projection = trace(lambda leaf: family.attention_output(layer, leaf), out[c])
-        h2, x_mlp = gather_norm(a, None, record.x_kept[c], n2)
-        _, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
-        del a, h2
-        dh2 = grads.through(mlp, g[c], params, step.statistics.gradient(record.layer, saved, c))
+        h2, x_mlp, base = cross(record.x_kept[c], None, a, norms)
+        m, mlp = trace(lambda leaf: family.mlp(layer, leaf, want_output), h2)
+        x_out = base + m if after else None
+        del a, h2, base, m
+        dm = leave_backward(g[c], x_out, norms[1], grads)
+        del x_out
+        dh2 = grads.through(mlp, dm, params, step.statistics.gradient(record.layer, saved, c))
+        if after:
+            whole = cross_backward(dh2, x_mlp, norms, dm, grads)
+            dout = grads.through(projection, whole, of_attention)
+            g[c] = whole if saved.weights is None else whole - g[c]
+            return dout
         if saved.weights is None:
-            _norm_backward_into(g[c], None, dh2, x_mlp, n2, None, True, grads)
+            norm_backward_into(g[c], None, dh2, x_mlp, norms[1], None, True, grads)
             return grads.through(projection, g[c], of_attention)
-        branch = _norm_backward(dh2, x_mlp, n2, None, grads)
+        branch = norm_backward(dh2, x_mlp, norms[1], None, grads)
         dout = grads.through(projection, g[c] + branch, of_attention)
         g[c] = branch
         return dout
@@ -191,37 +214,52 @@ def _in_chunks(step: Step, like: Tensor, part: Callable[[slice], Tensor]) -> Ten
 
 def _attention(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
     """Attention alone, if the MLP has another list."""
-    n1, rows, held = step.family.norms(layer)[0], record.saved_list.rows, _attention_parameters(step, layer, grads)
+    n, rows, held = step.family.norms(layer)[0], record.saved_list.rows, _attention_parameters(step, layer, grads)
     if record.attention is not None:
         segment, record.attention = record.attention, None
-        dh = grads.through(segment, ops.gather(dx, rows), held)
+        g = leave_backward(ops.gather(dx, rows), record.x_out, n, grads)
+        dh = grads.through(segment, g, held)
+        whole = g if n.after else None
+        del g
     else:
-        out, segment = _attention_again(step, layer, record, n1)
+        out, segment = _attention_again(step, layer, record, n)
+        want_output = bool(step.random) or n.after
+        whole = torch.empty_like(record.x_kept) if n.after else None
 
         def part(c: slice) -> Tensor:
-            projection = trace(lambda leaf: step.family.attention_output(layer, leaf, bool(step.random)), out[c])[1]
-            return grads.through(projection, ops.gather(dx, rows[c]), held)
+            a, projection = trace(lambda leaf: step.family.attention_output(layer, leaf, want_output), out[c])
+            x_out = record.x_kept[c] + a if n.after else None
+            g = leave_backward(ops.gather(dx, rows[c]), x_out, n, grads)
+            if whole is not None:
+                whole[c] = g
+            return grads.through(projection, g, held)
 
         dout = _in_chunks(step, out, part)
         del out
         dh = grads.through(segment, dout, held)
-    _norm_backward_into(dx, rows, dh, record.x_kept, n1, None, True, grads)
+    # Behind a norm the rows of dx have another gradient than in front of it: they are replaced.
+    enter_backward(dx, rows, dh, record.x_kept, n, whole, not n.after, grads)
 
 
 def _mlp(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
     """The MLP alone, if attention has another list."""
     family, saved = step.family, record.saved_list
-    n2 = family.norms(layer)[1]
+    n = family.norms(layer)[1]
     params = grads.held_by(family.mlp_modules(layer))
     for c in (slice(0, saved.count),) if record.mlp is not None else step.chunks(saved.count):
-        segment = record.mlp
+        segment, x_out = record.mlp, record.x_out
         if segment is None:
-            h, _ = gather_norm(record.x_kept[c], None, None, n2)
-            segment = trace(lambda leaf: family.mlp(layer, leaf, bool(step.random)), h)[1]
-        record.mlp = None
+            h, kept = enter(record.x_kept[c], None, n)
+            m, segment = trace(lambda leaf: family.mlp(layer, leaf, bool(step.random) or n.after), h)
+            x_out = kept + m if n.after else None
+            del h, kept, m
+        record.mlp = record.x_out = None
         dstatistics = step.statistics.gradient(record.layer, saved, c)
-        dh = grads.through(segment, ops.gather(dx, saved.rows[c]), params, dstatistics)
-        _norm_backward_into(dx, saved.rows[c], dh, record.x_kept[c], n2, None, True, grads)
+        g = leave_backward(ops.gather(dx, saved.rows[c]), x_out, n, grads)
+        dh = grads.through(segment, g, params, dstatistics)
+        whole = g if n.after else None
+        del g
+        enter_backward(dx, saved.rows[c], dh, record.x_kept[c], n, whole, not n.after, grads)
 
 
 _BACKWARD = {"layer": _layer, "attention": _attention, "mlp": _mlp}
@@ -238,37 +276,11 @@ def _attention_again(step: Step, layer: nn.Module, record: Record, n: NormWeight
     """Attention of the kept rows, recomputed with its graph: (out [M, Hq D], graph from the norm's output to out). The
     graph's backward pass may overwrite out."""
     saved, given = record.saved_list, (record.out, record.lse)
-    h, _ = gather_norm(record.x_kept, None, None, n)
+    h, _ = enter(record.x_kept, None, n)
     return trace(
         lambda leaf: step.attention.differentiable(layer, leaf, saved, record.tiles, *given, reuse_out=True).flatten(1),
         h,
     )
-
-
-def _norm_backward(dy: Tensor, s: Tensor, n: NormWeights, extra: Tensor | None, grads: ParameterGradients) -> Tensor:
-    """ds [M, d] of the norm at s [M, d], plus `extra`; adds the gradients of its weights."""
-    ds, dw, db = ops.gather_norm_backward(
-        dy, s, n.operands[0], extra, n.kind, n.eps, grads.wants(n.weight), grads.wants(n.bias)
-    )
-    grads.add((n.weight, n.bias), (dw, db))
-    return ds
-
-
-def _norm_backward_into(
-    dx: Tensor,
-    rows: Tensor | None,
-    dy: Tensor,
-    s: Tensor,
-    n: NormWeights,
-    extra: Tensor | None,
-    accumulate: bool,
-    grads: ParameterGradients,
-) -> None:
-    """As `_norm_backward`, added to the rows of dx (None: to all), or (not `accumulate`) in place of them."""
-    dw, db = ops.gather_norm_backward_(
-        dx, rows, dy, s, n.operands[0], extra, n.kind, n.eps, accumulate, grads.wants(n.weight), grads.wants(n.bias)
-    )
-    grads.add((n.weight, n.bias), (dw, db))
 
 
 @contextmanager

@@ -152,6 +152,7 @@ def layer_bytes(shape: LayerShape, lists: LayerLists, phase: Phase, recompute: R
         moved += s.element * m.count * s.hidden
         total += 0 if m.everything or not m.count else 4 * m.count + 4 * (m.documents + 1)
         none = _mlp_bytes(s, m.count) - _mlp_bytes(s, a.count)
+        none += s.element * m.count * s.hidden if s.post_norm else 0  # what the MLP reads: here not what attention left
         total += none if recompute == "none" else s.element * m.count * s.hidden
     if recompute == "none":  # only mode "backward" moves graphs, with all that they save
         moved = total - layer_bytes(shape, lists, phase, "full").others if phase.mode == "backward" else 0
@@ -163,7 +164,7 @@ def _mlp_bytes(s: LayerShape, rows: int) -> int:
     width = s.hidden + sum(rank for name, rank in s.lora.items() if name in ("gate", "up", "gate_up", "down"))
     if s.experts is not None:
         return s.element * rows * width + expert_bytes(s, rows)
-    return s.element * rows * (width + (2 if s.gated else 1) * s.ffn)
+    return rows * (s.element * width + s.activation_bytes)
 
 
 def same_objects(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:

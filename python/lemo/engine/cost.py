@@ -46,7 +46,7 @@ def _cost(shape: ModelShape, lengths: Sequence[int], shares: PassShares) -> floa
     per_pair = 2 * shape.heads * shape.head_dim
     exact = shares.mode == "backward"
     head = 1.0 if exact else max(*shares.kept, *shares.mlp_kept)
-    total = 2.0 * tokens * head * shape.hidden * shape.vocab
+    total = 2.0 * tokens * head * shape.head
     density = shares.density or (1.0,) * len(shares.kept)
     same = isinstance(shares.recompute, str)
     for i, (kept, mlp_kept, dense) in enumerate(zip(shares.kept, shares.mlp_kept, density, strict=True)):

@@ -108,18 +108,28 @@ def inner_norm(x: Tensor, n: NormWeights) -> Tensor:
 
 
 class ReLU(Function):
-    """max(x, 0) [M, f], computed in place of x. Its output is all that the gradient needs, and the next projection's
-    input."""
+    """max(x, 0) [M, f], computed in place of x.
+
+    whole: the output is saved, which the next projection saves as well, for an adapter. Otherwise one bit an element
+    is, and the gradient of x takes the memory of the output's, which nobody else may hold then.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, whole: bool) -> Tensor:
         ctx.mark_dirty(x)
-        y = x.relu_()
-        ctx.save_for_backward(y)
-        return y
+        ctx.whole = whole
+        if whole:
+            ctx.save_for_backward(x.relu_())
+        elif ctx.needs_input_grad[0]:
+            ctx.save_for_backward(ops.relu_(x))
+        else:
+            x.relu_()
+        return x
 
     @staticmethod
     @first_order("ReLU")
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(dy, y, 0.0)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        if ctx.whole:
+            return torch.ops.aten.threshold_backward(dy, saved, 0.0), None
+        return ops.relu_backward_(dy.detach(), saved), None

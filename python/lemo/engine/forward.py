@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lemo import ops
 from lemo.engine.config import Recompute
-from lemo.engine.families.base import NormWeights
 from lemo.engine.layout import Kept, KeptPair
 from lemo.engine.linear import Again
 from lemo.engine.randomness import Generators, generators, same_generators
 from lemo.engine.records import Record, SavedList, Stream
+from lemo.engine.residual import Norms, change, cross, cross_again, enter, join, leave
 from lemo.engine.segments import split, trace
 from lemo.engine.step import LayerRun, Step
 
@@ -75,11 +75,6 @@ def _run(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: K
             _kept_mlp(step, i, layer, x, run)
 
 
-def gather_norm(x: Tensor, rows: Tensor | None, residual: Tensor | None, n: NormWeights) -> tuple[Tensor, Tensor]:
-    """(norm(s), s), both [M, d], of s = x[rows] + residual; rows int32 [M], None: all of x."""
-    return ops.gather_norm(x, rows, residual, *n.operands, n.kind, n.eps)
-
-
 # --- kept rows only ---------------------------------------------------------------------------------------------------
 
 
@@ -87,37 +82,38 @@ def _kept_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, 
     """Attention and MLP on one kept list."""
     saved = run.attention
     assert saved is not None
-    n1, n2 = step.family.norms(layer)
+    norms = step.family.norms(layer)
     states = _generators(step, run, x.device)
     if run.last and run.saves == "full":
         step.records.put(Record(i, "layer", saved, _last_rows(x, saved), generators=states, tiles=run.tiles))
         return
-    h, x_kept = gather_norm(x, saved.rows, None, n1)
+    h, x_kept = enter(x, saved.rows, norms[0])
     record = Record(i, "layer", saved, x_kept, generators=states)
     a = _attend(step, layer, record, h, run)
     del h
     if run.last and not run.graphs:
         step.records.put(record)
         return
-    observe, norms = None if run.again else step.observe, []
+    observe, lengths = None if run.again else step.observe, []
     if run.graphs:
-        h2, record.x_mlp = gather_norm(a, None, x_kept, n2)
+        h2, record.x_mlp, base = cross(x_kept, None, a, norms)
         a = a if observe is not None else a.new_empty(0)  # not while the MLP runs
-        again = _norm_again(step, layer, 1, record.x_mlp)
+        again = _again(step, layer, record.x_mlp, cross_again)
         m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h2, _count(step, run, i), again)
-        ops.scatter_add_(x, saved.rows, m, record.x_mlp)
+        y, record.x_out = join(m, base, norms[1])
+        leave(x, saved.rows, y, base, norms[1])
         if observe is not None:
-            norms.append(_lengths(a + m))
+            lengths.append(_lengths(change(y, a, x_kept, norms[1])))
     else:
         for c in step.chunks(saved.count):
             added = step.family.attention_output(layer, a[c])
-            h2, x_mlp = gather_norm(added, None, x_kept[c], n2)
-            m = _mlp(step, layer, h2, _count(step, run, i))
-            ops.scatter_add_(x, saved.rows[c], m, x_mlp)
+            h2, _, base = cross(x_kept[c], None, added, norms)
+            y, _ = join(_mlp(step, layer, h2, _count(step, run, i)), base, norms[1])
+            leave(x, saved.rows[c], y, base, norms[1])
             if observe is not None:
-                norms.append(_lengths(m + added))
+                lengths.append(_lengths(change(y, added, x_kept[c], norms[1])))
     if observe is not None and kept is not None:
-        observe(i, torch.cat(norms), kept)
+        observe(i, torch.cat(lengths), kept)
     _put(step, record, run)
 
 
@@ -126,18 +122,22 @@ def _kept_attention(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerR
     saved = run.attention
     assert saved is not None
     states = _generators(step, run, x.device)
-    h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[0])
+    n = step.family.norms(layer)[0]
+    h, x_kept = enter(x, saved.rows, n)
     record = Record(i, "attention", saved, x_kept, generators=states)
     a = _attend(step, layer, record, h, run)
     del h
-    observe, norms = None if run.again else step.observe, []
+    observe, lengths = None if run.again else step.observe, []
     for c in (slice(0, saved.count),) if run.graphs else step.chunks(saved.count):
         added = a if run.graphs else step.family.attention_output(layer, a[c])
-        ops.scatter_add_(x, saved.rows[c], added, x_kept[c])
+        y, s = join(added, x_kept[c], n)
+        leave(x, saved.rows[c], y, x_kept[c], n)
+        if run.graphs:
+            record.x_out = s
         if observe is not None:
-            norms.append(_lengths(added))
+            lengths.append(_lengths(change(y, None, x_kept[c], n)))
     if observe is not None and kept is not None:
-        observe(i, torch.cat(norms), kept)
+        observe(i, torch.cat(lengths), kept)
     _put(step, record, run)
 
 
@@ -149,21 +149,25 @@ def _kept_mlp(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) ->
     if run.last and not run.graphs:
         step.records.put(Record(i, "mlp", saved, _last_rows(x, saved), generators=states))
         return
-    h, x_kept = gather_norm(x, saved.rows, None, step.family.norms(layer)[1])
+    n = step.family.norms(layer)[1]
+    h, x_kept = enter(x, saved.rows, n)
     record = Record(i, "mlp", saved, x_kept, generators=states)
     if run.graphs:
-        again = _norm_again(step, layer, 1, x_kept)
+        again = _again(step, layer, x_kept, _mlp_input)
         m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, _count(step, run, i), again)
     else:
         m = torch.empty_like(x_kept)
         for c in step.chunks(saved.count):
             m[c] = _mlp(step, layer, h[c], _count(step, run, i))
-    ops.scatter_add_(x, saved.rows, m, x_kept)
+    y, s = join(m, x_kept, n)
+    leave(x, saved.rows, y, x_kept, n)
+    if run.graphs:
+        record.x_out = s
     _put(step, record, run)
 
 
 def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerRun) -> Tensor:
-    """Attention of the kept rows from the norm's output h [M, d]. Fills the record's graph, and gives what is added to
+    """Attention of the kept rows from its input h [M, d]. Fills the record's graph, and gives what is added to
     the rows, [M, d]; or else its output and log-sum-exp, and gives the output [M, Hq D], which is still to be
     projected."""
     saved = record.saved_list
@@ -176,7 +180,7 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerR
                 layer, step.attention.differentiable(layer, leaf, saved, choice).flatten(1)
             ),
             h,
-            again=_norm_again(step, layer, 0, record.x_kept),
+            again=_again(step, layer, record.x_kept, _attention_input),
         )
         return a
     out, lse = step.attention.forward(layer, h, saved, choice)
@@ -186,11 +190,21 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerR
     return out.flatten(1)
 
 
-def _norm_again(step: Step, layer: nn.Module, which: int, rows: Tensor) -> Again:
-    """Makes a norm's output again from the rows that its backward pass needs anyway. Its weights are looked up then:
-    divided ones are gathered anew. (The graph holds this, so it must not hold the step, which holds the graph.)"""
+def _again(step: Step, layer: nn.Module, rows: Tensor, make: Callable[[Tensor, Norms], Tensor]) -> Again:
+    """Makes a sub-layer's input again from the rows that its backward pass needs anyway. Norms' weights are looked up
+    then: divided ones are gathered anew. (The graph holds this, so it must not hold the step, which holds the graph.)
+    """
     family = step.family
-    return Again(lambda rows: gather_norm(rows, None, None, family.norms(layer)[which])[0], (rows,))
+    return Again(lambda rows: make(rows, family.norms(layer)), (rows,))
+
+
+def _attention_input(rows: Tensor, norms: Norms) -> Tensor:
+    return enter(rows, None, norms[0])[0]
+
+
+def _mlp_input(rows: Tensor, norms: Norms) -> Tensor:
+    """Of an MLP with a list of its own."""
+    return enter(rows, None, norms[1])[0]
 
 
 def _put(step: Step, record: Record, run: LayerRun) -> None:
@@ -209,7 +223,7 @@ def _count(step: Step, run: LayerRun, i: int) -> Callable[[Tensor], None]:
 
 
 def _mlp(step: Step, layer: nn.Module, h: Tensor, count: Callable[[Tensor], None]) -> Tensor:
-    """What the MLP adds, [M, d], of the norm's output h [M, d]. Without a graph."""
+    """What the MLP adds, [M, d], of its input h [M, d]. Without a graph."""
     y, statistics = split(step.family.mlp(layer, h))
     if statistics is not None:
         count(statistics)
@@ -221,7 +235,7 @@ def _mlp(step: Step, layer: nn.Module, h: Tensor, count: Callable[[Tensor], None
 
 def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
     """The exact layer on all tokens; of kept rows, its input and attention's output are saved, and no graphs."""
-    n1, n2 = step.family.norms(layer)
+    norms = step.family.norms(layer)
     record = None
     if run.saves is not None and run.attention is not None:
         record = Record(i, "layer", run.attention, ops.gather(x, run.attention.rows))
@@ -229,7 +243,7 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun)
         return
     everything = step.everything
     # Without a name for the norm's output, [T, d]: it is gone before attention runs.
-    out, lse = step.attention.forward(layer, gather_norm(x, None, None, n1)[0], everything)
+    out, lse = step.attention.forward(layer, enter(x, None, norms[0])[0], everything)
     if record is not None:
         rows = record.saved_list.rows
         record.out, record.lse = out.index_select(0, rows), lse.index_select(1, rows)
@@ -237,16 +251,16 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun)
     if run.last:
         return
     out = out.flatten(1)
-    observe, norms = None if run.again else step.observe, []
+    observe, lengths = None if run.again else step.observe, []
     for c in step.chunks(x.shape[0]):
         added = step.family.attention_output(layer, out[c])
-        h2, x_mlp = gather_norm(added, None, x[c], n2)
-        m = _mlp(step, layer, h2, _count(step, run, i))
-        torch.add(x_mlp, m, out=x[c])
+        h2, _, base = cross(x[c], None, added, norms)
+        y, _ = join(_mlp(step, layer, h2, _count(step, run, i)), base, norms[1])
         if observe is not None:
-            norms.append(_lengths(m + added))
+            lengths.append(_lengths(change(y, added, x[c], norms[1])))
+        leave(x[c], None, y, base, norms[1])
     if observe is not None:
-        observe(i, torch.cat(norms), Kept.everything(step.blocks))
+        observe(i, torch.cat(lengths), Kept.everything(step.blocks))
 
 
 def _exact_layer_in_parts(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
@@ -254,9 +268,9 @@ def _exact_layer_in_parts(step: Step, i: int, layer: nn.Module, x: Tensor, run: 
     by row is computed once for these rows, with a graph, and once for the others, without."""
     saved = run.attention
     assert saved is not None
-    n1, n2 = step.family.norms(layer)
+    norms = step.family.norms(layer)
     others = None if saved.table_rows is None else _left_out(saved.rows, x.shape[0])
-    h, x_kept = gather_norm(x, saved.rows, None, n1)
+    h, x_kept = enter(x, saved.rows, norms[0])
     record = Record(i, "layer", saved, x_kept)
     out: list[Tensor] = []  # of attention, [T, Hq D]
 
@@ -266,36 +280,37 @@ def _exact_layer_in_parts(step: Step, i: int, layer: nn.Module, x: Tensor, run: 
         return step.family.attention_output(layer, y)
 
     if run.graphs:
-        again = _norm_again(step, layer, 0, x_kept)
+        again = _again(step, layer, x_kept, _attention_input)
         a, record.attention = trace(attend, h, again=again, held=step.held(i, layer, saved))
     else:
         a = attend(h)
-    h, x_mlp = gather_norm(a, None, x_kept, n2)
-    record.x_mlp = x_mlp
+    h, record.x_mlp, base = cross(x_kept, None, a, norms)
     count, observe = _count(step, run, i), None if run.again else step.observe
     a = a if observe is not None else a.new_empty(0)  # not while the MLP runs
     if run.graphs:
-        again = _norm_again(step, layer, 1, x_mlp)
+        again = _again(step, layer, record.x_mlp, cross_again)
         m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, count, again, step.held(i, layer, saved))
     else:
-        m = torch.empty_like(x_mlp)
+        m = torch.empty_like(base)
         for c in step.chunks(saved.count):
             m[c] = _mlp(step, layer, h[c], count)
+    y, record.x_out = join(m, base, norms[1])
     _put(step, record, run)
     if run.last:
         return
-    del h, record
+    del h, m, record
     lengths = None if observe is None else x.new_empty(x.shape[0], dtype=torch.float32)
-    ops.scatter_add_(x, saved.rows, m, x_mlp)
+    leave(x, saved.rows, y, base, norms[1])
     if lengths is not None:
-        lengths[saved.rows.long()] = _lengths(a + m)
+        lengths[saved.rows.long()] = _lengths(change(y, a, x_kept, norms[1]))
     for rows in () if others is None else (others[c] for c in step.chunks(others.shape[0])):
         a = step.family.attention_output(layer, ops.gather(out[0], rows))
-        h, x_mlp = gather_norm(x, rows, a, n2)
-        m = _mlp(step, layer, h, count)
-        ops.scatter_add_(x, rows, m, x_mlp)
+        h, _, base = cross(x, rows, a, norms)
+        y, _ = join(_mlp(step, layer, h, count), base, norms[1])
         if lengths is not None:
-            lengths[rows.long()] = _lengths(a + m)
+            before = ops.gather(x, rows) if norms[1].after else None
+            lengths[rows.long()] = _lengths(change(y, a, before, norms[1]))
+        leave(x, rows, y, base, norms[1])
     if observe is not None and lengths is not None:
         observe(i, lengths, Kept.everything(step.blocks))
 
@@ -303,14 +318,14 @@ def _exact_layer_in_parts(step: Step, i: int, layer: nn.Module, x: Tensor, run: 
 def _exact_attention(
     step: Step, layer: nn.Module, h: Tensor, x: Tensor, saved: SavedList, others: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Of the norm's output h [M, d] of the kept rows: attention's output among all tokens, [M, Hq D], with the graph of
+    """Of attention's input h [M, d] of the kept rows: its output among all tokens, [M, Hq D], with the graph of
     these rows alone; and that of all tokens, [T, Hq D], without one."""
     attention = step.attention
     projected = attention.project(layer, h, saved.table_rows)
     with torch.no_grad():
         q, k, v = (t.detach() for t in projected)
         if others is not None:
-            rest = attention.project(layer, gather_norm(x, others, None, step.family.norms(layer)[0])[0], others)
+            rest = attention.project(layer, enter(x, others, step.family.norms(layer)[0])[0], others)
             rows = saved.rows.long(), others.long()
             q, k, v = (_joined(x.shape[0], rows, pair) for pair in zip((q, k, v), rest, strict=True))
             del rest

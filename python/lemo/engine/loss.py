@@ -18,7 +18,7 @@ from torch.autograd import Function
 from lemo import ops
 from lemo.engine.families.base import NormWeights
 from lemo.engine.gradients import Handover
-from lemo.engine.linear import Projection
+from lemo.engine.linear import Projection, projection
 from lemo.engine.packing import Packed
 from lemo.engine.sequence import Share
 from lemo.engine.step import Step
@@ -206,21 +206,26 @@ def causal_lm_loss(
     targets: Targets,
     step: Step,
     *,
+    project: nn.Module | None = None,
     segment_rows: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch and the number of targets it is over (int64, on the device).
 
-    x [T, d]: output of the last layer, used up. The loss is the mean cross-entropy over valid targets of tokens that
-    took part, weighted as in `Targets.loss`. Over none of them it is 0, with zero gradients. Tokens that were in no
-    layer only count if norm, head or something before the layers trains.
+    x [T, d]: output of the last layer, used up; project: `Family.project_out`. The loss is the mean cross-entropy over
+    valid targets of tokens that took part, weighted as in `Targets.loss`. Over none of them it is 0, with zero
+    gradients. Tokens that were in no layer only count if norm, head or something before the layers trains.
     """
-    outside = (head.weight, head.bias, head.a, head.b, *_parameters(norm))
+    outside = (head.weight, head.bias, head.a, head.b, *_parameters(norm), *_held(project))
     rows = read_rows(step, outside)
-    if norm is not None:
-        norm = replace(norm, weight=step.outside(norm.weight), bias=step.outside(norm.bias))
     if rows is not None:
         targets, rows = (targets.only(rows), rows) if rows.shape[0] else (_nothing(targets), None)
+    if project is not None:
+        x = _Offer.apply(x, step.handover)
+        x = head_input(x if rows is None else ops.gather(x, rows), norm, project, step)
+        norm = rows = None
+    if norm is not None:
+        norm = replace(norm, weight=step.outside(norm.weight), bias=step.outside(norm.bias))
     loss, valid = _NormHeadLoss.apply(
         x,
         *((None, None) if norm is None else norm.operands),
@@ -250,14 +255,15 @@ def causal_lm_logits(
     step: Step,
     packed: Packed,
     *,
+    project: nn.Module | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `causal_lm_loss` with any head module, and its logits [B, S, V], whole, in the model's dtype."""
-    rows = read_rows(step, (*head.parameters(), *_parameters(norm)))
+    rows = read_rows(step, (*head.parameters(), *_parameters(norm), *_held(project)))
     values = targets.values
     if rows is not None:
         values = _nothing(targets).values.index_copy(0, rows.clamp(min=0).long(), targets.only(rows).values)
-    hidden = final_norm(x, norm, step)
+    hidden = head_input(x, norm, project, step)
     logits = head(packed.put(hidden))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -268,15 +274,51 @@ def causal_lm_logits(
     return targets.loss(loss, valid), valid, logits
 
 
-def final_norm(x: Tensor, norm: NormWeights | None, step: Step) -> Tensor:
-    """x [T, d] after the final norm, differentiable."""
-    if norm is None:
-        return x
-    weight, bias = (step.outside(p) for p in norm.parameters)
-    if step.weights.fleeting:  # gone by the time of the backward pass
-        weight, bias = (None if p is None else p.clone() for p in (weight, bias))
-    norm = replace(norm, weight=weight, bias=bias)
-    return ops.norm(x, *norm.operands, norm.kind, norm.eps)
+def head_input(x: Tensor, norm: NormWeights | None, project: nn.Module | None, step: Step) -> Tensor:
+    """Rows x of the stream as the head reads them: after the final norm and `Family.project_out`, differentiable."""
+    if norm is not None:
+        norm = replace(norm, weight=_own(norm.weight, step), bias=_own(norm.bias, step))
+        x = ops.norm(x, *norm.operands, norm.kind, norm.eps)
+    return x if project is None else _projected(x, project, step)
+
+
+def _projected(x: Tensor, project: nn.Module, step: Step) -> Tensor:
+    """x [M, d] after a linear layer outside of the layers."""
+    spec = projection(project, head=True)
+    if spec is None:
+        if step.share is not None or step.weights.fleeting:
+            raise ValueError(
+                f"project_out is a {type(project).__name__} whose adapter several processes cannot train together: "
+                "leave project_out out of the adapter's target_modules, or give it a plain LoRA without dropout"
+            )
+        return project(x)
+    weight, bias, a, b = (
+        None if p is None else _own(p, step).to(x.dtype)  # type: ignore[union-attr]
+        for p in (spec.dense_weight(), spec.bias, spec.a, spec.b)
+    )
+    y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    return y if a is None or b is None else y + spec.scale * F.linear(F.linear(x, a), b)
+
+
+def _own(parameter: Tensor | None, step: Step) -> Tensor | None:
+    """A parameter outside of the layers, as autograd may save it until the backward pass."""
+    used = step.outside(parameter)
+    # One that was gathered for a while is gone by then.
+    return used.clone() if used is not None and step.weights.fleeting else used
+
+
+class _Offer(Function):
+    """x, whose gradient is a buffer that nobody else needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, handover: Handover) -> Tensor:
+        ctx.handover = handover
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        ctx.handover.offer(dx)
+        return dx, None
 
 
 def auxiliary_loss(step: Step, config: Any) -> Tensor | None:
@@ -306,6 +348,10 @@ def causal_lm_output(loss: Tensor, logits: Tensor | None, return_dict: bool | No
 
 def _parameters(norm: NormWeights | None) -> tuple[Tensor | None, ...]:
     return () if norm is None else norm.parameters
+
+
+def _held(module: nn.Module | None) -> tuple[Tensor, ...]:
+    return () if module is None else tuple(module.parameters())
 
 
 def _nothing(targets: Targets) -> Targets:

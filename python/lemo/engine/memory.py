@@ -37,6 +37,14 @@ class LayerShape(ModelShape):
         shape = super().at(layer)
         return shape if shape is self else replace(shape, lora=_present(self.lora, shape))
 
+    @property
+    def activation_bytes(self) -> int:
+        """What the activation of an MLP without experts saves of a row: gate and up, or what it gives; or whether each
+        of these numbers is positive, one bit, if `down` has no adapter that reads them."""
+        if self.relu and "down" not in self.lora:
+            return -(-self.ffn // 8)
+        return self.element * (2 if self.gated else 1) * self.ffn
+
 
 def layer_shape(
     config: Any, *, element: int = 2, lora_rank: int = 8, lora_targets: Sequence[str] | str | None = None
@@ -126,7 +134,8 @@ def saved_bytes(
 
         "full"       e M d
         "attention"  e M (d + Hq D) + 4 Hq M
-        "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated])  + 4 Hq M
+        "none"       e M (2 d + 2 Hq D + 2 Hk D + f [+ f if gated] [+ d if post-norm])  + 4 Hq M
+                     in place of e f: f / 8 with ReLU, unless an adapter reads what it gives
                      + e M (sum of all r)
                      with experts in place of the MLP, k of E for a row, in place of f + f:
                        e M k (2 f + 1) + 16 M k + 4 E  [+ 4 M E unless the router looks at chosen experts only]
@@ -149,12 +158,11 @@ def saved_bytes(
         return s.element * m * s.hidden + lists
     if recompute != "none":
         raise ValueError(f'recompute must be "none", "attention" or "full"; got {recompute!r}')
-    width = 2 * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
+    width = (3 if s.post_norm else 2) * s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
     width += sum(s.lora.values()) + s.inner_saved
     if s.experts is not None:
         return s.element * m * width + output + lists + expert_bytes(s, m)
-    width += (2 if s.gated else 1) * s.ffn
-    return s.element * m * width + output + lists
+    return m * (s.element * width + s.activation_bytes) + output + lists
 
 
 def expert_bytes(shape: LayerShape, rows: int) -> int:
@@ -177,9 +185,8 @@ def _layer_parameters(shape: ModelShape) -> int:
 
 def weight_bytes(shape: LayerShape, stored: int | None) -> int:
     """Bytes of the model, by its shape unless `stored` says them, and of adapters that train."""
-    d, layers = shape.hidden, [shape.at(i) for i in range(shape.layers)]
-    outside = d * (shape.vocab * (1 if shape.tied else 2) + shape.positions + 1)
-    base = shape.element * (sum(map(_layer_parameters, layers)) + outside) if stored is None else stored
+    layers = [shape.at(i) for i in range(shape.layers)]
+    base = shape.element * (sum(map(_layer_parameters, layers)) + shape.outside) if stored is None else stored
     adapters = sum(rank * sum(layer.projections[name]) for layer in layers for name, rank in layer.lora.items())
     # Adapters in fp32: value, gradient and two moments.
     return base + 16 * adapters
@@ -209,8 +216,11 @@ def working_bytes(
     again = recompute != "none"
     chunk = min(rows, MLP_ROWS) if again else rows
     # Gate, up and the gradient of their product, and that product for an adapter; gradients of gate and up take their
-    # memory. Without gates: what the activation gives, and the gradients on both sides of it.
-    mlp = e * chunk * ((3 + ("down" in shape.lora) if shape.gated else 4) * f + 3 * d)
+    # memory. Without gates: what the activation gives, and the gradients on both sides of it, or one of these at a time
+    # if it saves bits.
+    ungated = 1 if shape.relu and "down" not in shape.lora else 4
+    inner = 3 + ("down" in shape.lora) if shape.gated else ungated
+    mlp = e * chunk * (inner * f + 3 * d)
     if shape.experts is not None:  # rows of gate and up, and their inputs and outputs, once for every expert of a row
         mlp = max(mlp, chunk * shape.experts.per_token * e * (6 * shape.experts.ffn + 3 * d) + 12 * shape.experts.count)
     if again:
@@ -253,7 +263,7 @@ def _exact_in_parts(shape: LayerShape, tokens: int, rows: int) -> int:
     d, q, kv, f, e = _widths(shape)
     others, chunk = tokens - rows, min(tokens - rows, MLP_ROWS)
     # While attention runs, its output and the MLP have not saved anything yet.
-    missing = rows * (q + d + (2 if shape.gated else 1) * f) if shape.experts is None else 0
+    missing = rows * (q + d + shape.activation_bytes // e) if shape.experts is None else 0
     projected = others * (d + 2 * q + 3 * kv + (q + kv if shape.inner_saved else 0))
     joined = (others + tokens) * (q + 2 * kv) if others else 0
     attention = rows * d + max(projected, joined, tokens * (2 * q + 2 * kv)) - missing
@@ -264,7 +274,7 @@ def _exact_in_parts(shape: LayerShape, tokens: int, rows: int) -> int:
 def _layer_once(shape: LayerShape, rows: int, mlp: int) -> int:
     """A layer that is not computed again, without what it saves. mlp: what its MLP needs with what that saves."""
     d, q, kv, f, e = _widths(shape)
-    saved = 0 if shape.experts is not None else e * rows * (2 if shape.gated else 1) * f
+    saved = 0 if shape.experts is not None else rows * shape.activation_bytes
     # A fused projection of gate and up joins their gradients.
     joined = e * rows * f if shape.fused and shape.gated else 0
     # Attention's gradients on both sides, dq in float32 as well; what the MLP saves is gone then.
@@ -280,7 +290,8 @@ def _layer_again(shape: LayerShape, rows: int, mlp: int, has_output: bool, in_pl
     held = row * (2 * q + 2 * kv + shape.inner_saved)
     held += 0 if has_output else row * q
     held += 0 if in_place else row * d
-    held += 0 if separable and not shape.inner_saved and row * d >= SEPARATE_BYTES else row * d
+    if not shape.post_norm:  # the input of attention is the rows themselves
+        held += 0 if separable and not shape.inner_saved and row * d >= SEPARATE_BYTES else row * d
     # Gradients of q, k, v of as many heads as are worked on at a time, dq in float32 as well, two statistics of rows.
     heads = heads_at_a_time(rows, shape.heads, shape.kv_heads, shape.head_dim) if rows else shape.kv_heads
     share = heads / shape.kv_heads

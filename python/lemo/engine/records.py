@@ -57,8 +57,10 @@ def _whole(kept: Kept, counts: tuple[int, ...], weighted: bool) -> WholeRows:
 class Record:
     """What a layer, or its attention or MLP alone, keeps for its backward pass. M: the rows of its list.
 
-    x_kept [M, d]: input of the (first) norm; x_mlp [M, d]: input of the MLP's norm. out [M, Hq, D], lse [Hq, M]: of
-    attention. attention, mlp: local graphs. generators: states at the start of the layer if it may draw.
+    x_kept [M, d]: the rows as they entered; x_mlp [M, d]: their sum with what attention added, if the MLP follows; both
+    are inputs of norms of a pre-norm layer. x_out [M, d]: of a post-norm layer, the sum whose norm its rows left with.
+    out [M, Hq, D], lse [Hq, M]: of attention. attention, mlp: local graphs. generators: states at the start of the
+    layer if it may draw.
     """
 
     layer: int
@@ -66,6 +68,7 @@ class Record:
     saved_list: SavedList
     x_kept: Tensor
     x_mlp: Tensor | None = None
+    x_out: Tensor | None = None
     out: Tensor | None = None
     lse: Tensor | None = None
     attention: Segment | None = None
@@ -86,6 +89,7 @@ class Stream:
     layer: int
     x_kept: Tensor
     x_mlp: None = None
+    x_out: None = None
     out: None = None
     lse: None = None
     graphs: tuple[Segment, ...] = ()

@@ -7,8 +7,13 @@ updated likewise in reverse order (`lemo.engine.backward`). A layer works on the
     h, x_kept = gather + norm (x)       a = attention(h)
     h2, x_mlp = norm (x_kept + a)       m = mlp(h2)             x[rows] = x_mlp + m
 
-What a layer saves ("recompute"): "none": x_kept, x_mlp and what the local autograd graphs of attention and MLP save;
-"attention": x_kept, the attention output and its log-sum-exp; "full": x_kept. The kept list is saved with it and
+or, if its norms are behind the sums (`lemo.engine.residual`):
+
+    x_kept = gather (x)                 a = attention(x_kept)
+    h2, x_mlp = norm (x_kept + a)       m = mlp(h2)             x[rows], x_out = norm (h2 + m)
+
+What a layer saves ("recompute"): "none": x_kept, x_mlp, x_out and what the local autograd graphs of attention and MLP
+save; "attention": x_kept, the attention output and its log-sum-exp; "full": x_kept. The kept list is saved with it and
 replayed. Mode "backward" runs the layer on all rows. With "none" the kept rows go through it with their graphs, and the
 others without; otherwise only input, attention output and log-sum-exp of the kept rows are saved, and the backward pass
 is the recomputation of "attention" on these. Either has the weights 1/p if asked for.

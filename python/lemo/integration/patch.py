@@ -25,7 +25,7 @@ from lemo.engine.loss import (
     causal_lm_logits,
     causal_lm_loss,
     causal_lm_output,
-    final_norm,
+    head_input,
     refuse_auxiliary_loss,
 )
 from lemo.engine.packing import Packed, pack
@@ -109,7 +109,7 @@ def _decoder_forward(
     if torch.is_grad_enabled():
         refuse_auxiliary_loss(step, controller.model.config)
     with step.weights.outside(*controller.family.final_modules(module)):
-        x = final_norm(x, controller.family.final_norm(module), step)
+        x = head_input(x, controller.family.final_norm(module), controller.family.project_out(module), step)
     output = controller.family.decoder_output(inputs.packed.put(x))
     return output.to_tuple() if named.get("return_dict") is False else output
 
@@ -161,7 +161,8 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss of the residual stream after the last layer, the number of targets it is over, and the logits if asked
     for."""
-    norm = controller.family.head_norm(controller.family.decoder(module))
+    decoder = controller.family.decoder(module)
+    norm, project = controller.family.head_norm(decoder), controller.family.project_out(decoder)
     head = projection(module.lm_head, head=True)
     if head is None:
         controller.note(
@@ -171,10 +172,10 @@ def _loss(
     if controller.sequence is not None and (head is None or controller.config.return_logits):
         _refuse_rows_of_others()
     if head is None or controller.config.return_logits:
-        return causal_lm_logits(x, norm, module.lm_head, targets, step, packed, softcap=softcap)
-    return *causal_lm_loss(
-        x, norm, head, targets, step, segment_rows=controller.config.segment_rows, softcap=softcap
-    ), None
+        return causal_lm_logits(x, norm, module.lm_head, targets, step, packed, project=project, softcap=softcap)
+    rows = controller.config.segment_rows
+    loss, count = causal_lm_loss(x, norm, head, targets, step, project=project, segment_rows=rows, softcap=softcap)
+    return loss, count, None
 
 
 def _refuse_rows_of_others() -> NoReturn:

@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lemo import ops
 from lemo.engine.config import LemoConfig
 from lemo.engine.families.base import Family, NormWeights
 from lemo.engine.gradients import Handover
 from lemo.engine.linear import Projection, projection
-from lemo.engine.loss import Targets, causal_lm_loss, read_rows, refuse_auxiliary_loss, shift
+from lemo.engine.loss import Targets, causal_lm_loss, head_input, read_rows, refuse_auxiliary_loss, shift
 from lemo.engine.packing import Packed
 from lemo.engine.step import Step
 from lemo.integration.entries import add_entry, current_forward, is_entry, search
@@ -90,14 +89,14 @@ def wanted(controller: Runs, module: nn.Module, original: Callable[..., Any], kw
 def covers(controller: Runs, module: Any, head: Any) -> bool:
     """Whether the segmented loss gives what this head does. The layers run through lemo in any case."""
     asked = inspect.getclosurevars(head).nonlocals
-    norm = controller.family.head_norm(controller.family.decoder(module))
+    norm, project = _before_head(controller.family, module)
     weights = projection(module.lm_head, head=True)
     reason = None
     if weights is None:
         reason = f"lm_head is a {type(module.lm_head).__name__}"
-    elif any(p is not None and p.requires_grad for p in _outside(norm, weights)):
+    elif any(p is not None and p.requires_grad for p in _outside(norm, project, weights)):
         # Their gradients are sums over tokens, which cannot be weighted by token afterwards.
-        reason = "lm_head or the norm before it trains"
+        reason = "lm_head or what is before it trains"
     elif any(
         asked.get(name, plain) not in (plain, None)
         for name, plain in (("temperature", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None))
@@ -114,9 +113,15 @@ def covers(controller: Runs, module: Any, head: Any) -> bool:
     return reason is None
 
 
-def _outside(norm: NormWeights | None, head: Projection) -> tuple[Tensor | None, ...]:
+def _before_head(family: Family, module: Any) -> tuple[NormWeights | None, nn.Module | None]:
+    decoder = family.decoder(module)
+    return family.head_norm(decoder), family.project_out(decoder)
+
+
+def _outside(norm: NormWeights | None, project: nn.Module | None, head: Projection) -> tuple[Tensor | None, ...]:
     return (
         *(norm.parameters if norm is not None else ()),
+        *(project.parameters() if project is not None else ()),
         *(head.weight, head.bias, head.a, head.b),
     )
 
@@ -217,16 +222,14 @@ def fused_output(controller: Runs, module: Any, head: Any, named: dict[str, Any]
 
     x, step = controller.run(replace(inputs, labelled=targets != -100))
     refuse_auxiliary_loss(step, module.config)
-    norm = controller.family.head_norm(controller.family.decoder(module))
+    norm, project = _before_head(controller.family, module)
     weights = projection(module.lm_head, head=True)
     assert weights is not None
-    part = read_rows(step, _outside(norm, weights))
+    part = read_rows(step, _outside(norm, project, weights))
     predicted = _predicted(targets, part)
     index = predicted.nonzero()[:, 0]  # one synchronisation; TRL's own head has it too
     with torch.no_grad():
-        hidden = x.index_select(0, index)
-        if norm is not None:
-            hidden = ops.norm(hidden, *norm.operands, norm.kind, norm.eps)
+        hidden = head_input(x.index_select(0, index), norm, project, step)
         found = _statistics(hidden, weights, targets.index_select(0, index), names)
         del hidden
     arrived = _Weights(step.handover)
@@ -236,6 +239,7 @@ def fused_output(controller: Runs, module: Any, head: Any, named: dict[str, Any]
         weights,
         Targets(targets, items=1),  # their sum
         step,
+        project=project,
         segment_rows=controller.config.segment_rows,
     )
     controller.count_loss_tokens(count)

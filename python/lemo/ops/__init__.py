@@ -6,7 +6,7 @@ missing kernel NotImplementedError, non-finite scores FloatingPointError, device
 
 from lemo.ops.attention import attention, attention_backward, attention_forward, transpose_tile_lists
 from lemo.ops.blocks import SelectInfo, block_scores, predict, select_blocks
-from lemo.ops.elementwise import rotary, swiglu, swiglu_backward, swiglu_backward_
+from lemo.ops.elementwise import relu_, relu_backward_, rotary, swiglu, swiglu_backward, swiglu_backward_
 from lemo.ops.loss import linear_cross_entropy, linear_cross_entropy_loss
 from lemo.ops.rows import gather, gather_norm, gather_norm_backward, gather_norm_backward_, norm, scatter_add_
 from lemo.ops.tiles import list_tiles, select_tiles_, tile_scores
@@ -26,6 +26,8 @@ __all__ = [
     "list_tiles",
     "norm",
     "predict",
+    "relu_",
+    "relu_backward_",
     "rotary",
     "scatter_add_",
     "select_blocks",

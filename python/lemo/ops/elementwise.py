@@ -1,4 +1,4 @@
-"""The elementwise parts of a layer, each in one pass over memory: rotary positions and SwiGLU.
+"""The elementwise parts of a layer, each in one pass over memory: rotary positions, SwiGLU and ReLU.
 
 M packed rows. Arithmetic in float32, every result rounded once. fp32 on the CPU, fp16 or bf16 on CUDA.
 Errors: ValueError naming the argument, what was expected and what was given; nothing is written then.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemo.ops._autograd import direct, library
-from lemo.ops._operator import operator
+from lemo.ops._operator import need, operator
 
 
 @operator("out")
@@ -60,6 +60,25 @@ def swiglu_backward_(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
         raise ValueError("up: expected memory that gate does not use, got an overlap; both are overwritten")
     _swiglu_backward_(dout, gate, up)
     return gate, up
+
+
+@operator("bits", calls="relu", writes="x", derivative="error", shared={"out": "x"})
+def relu_(x: Tensor) -> Tensor:
+    """x [M, f] becomes max(x, 0). Returns all that ``relu_backward_`` needs: bits uint8 [M, ceil(f / 8)], one per
+    element, whether its gradient passes (x > 0, or NaN)."""
+    need("x", x, "M f")
+    return x.new_empty(x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8)
+
+
+@operator(calls="relu_backward", writes="dout", derivative="error", shared={"dx": "dout"})
+def _relu_backward_(dout: Tensor, bits: Tensor) -> None:
+    return None
+
+
+def relu_backward_(dout: Tensor, bits: Tensor) -> Tensor:
+    """dout [M, f] becomes the gradient of what ``relu_`` was given, and is returned."""
+    _relu_backward_(dout, bits)
+    return dout
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

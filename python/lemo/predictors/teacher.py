@@ -43,7 +43,7 @@ class Teacher:
 
     @property
     def norm(self) -> NormWeights:
-        """The norm before the first layer's attention: kind and eps decide how predictors read the residual stream."""
+        """The norm of the first layer's attention: kind and eps decide how predictors read the residual stream."""
         return self.family.norms(self.layers[0])[0]
 
     def read(self, ids: Tensor, consume: Consumer) -> None:
@@ -130,7 +130,9 @@ class Teacher:
         norm = self.family.norms(layer)[0]
         width = x.shape[-1:]
         weight, bias = (None if t is None else t.to(x.dtype) for t in norm.operands)
-        if norm.kind == "rms":
+        if norm.after:
+            h = x
+        elif norm.kind == "rms":
             h = F.rms_norm(x, width, weight, norm.eps)
         else:
             h = F.layer_norm(x, width, weight, bias, norm.eps)

@@ -1,4 +1,4 @@
-"""The interface of a model family: pre-norm decoder layers of attention and MLP around one residual stream.
+"""The interface of a model family: decoder layers of attention and MLP around one residual stream.
 
 A family owns every fact about its models: sizes, names of modules and settings, norms, biases, soft-cap, window, scale.
 Nothing outside this package asks for a model's type. CONTRIBUTING.md has the steps that add a family.
@@ -56,7 +56,9 @@ class ModelShape:
     rows of a learned position embedding. biases: which of PROJECTIONS have one. fused: q, k and v are one projection,
     gate and up another. experts: what some layers have in place of the MLP; `at` is the shape of one layer. Beyond
     projections, their biases and the two norms that every layer has: inner_parameters of a layer, and inner_saved
-    elements of every row that its graphs save (for norms of queries and keys, for example).
+    elements of every row that its graphs save (for norms of queries and keys, for example). post_norm: norms are those
+    of sums of sub-layers' inputs and outputs. embedding: width of the embeddings if they are projected to and from d;
+    0: they are not. relu: the activation of an MLP without gates.
     """
 
     layers: int
@@ -74,6 +76,23 @@ class ModelShape:
     experts: Experts | None = None
     inner_parameters: int = 0
     inner_saved: int = 0
+    post_norm: bool = False
+    embedding: int = 0
+    relu: bool = False
+
+    @property
+    def outside(self) -> int:
+        """Parameters outside of the layers: embeddings, head, what projects from and to them, and the final norm, which
+        post-norm models lack."""
+        width, d = self.embedding or self.hidden, self.hidden
+        projected = 2 * self.embedding * d
+        final = 0 if self.post_norm else d
+        return width * self.vocab * (1 if self.tied else 2) + projected + d * self.positions + final
+
+    @property
+    def head(self) -> int:
+        """Multiply-adds of a row from the last layer's output to its logits."""
+        return (self.embedding or self.hidden) * self.vocab + self.embedding * self.hidden
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -119,7 +138,7 @@ class AttentionOptions:
 @dataclass(frozen=True, eq=False)
 class NormWeights:
     """kind "rms" or "layer"; weight, bias [d] or None. The norm multiplies by scale (offset + weight); so does its bias
-    by scale."""
+    by scale. after: the norm is not applied to the input of its sub-layer, but to the sum of its input and output."""
 
     kind: NormKind
     weight: Tensor | None
@@ -127,6 +146,7 @@ class NormWeights:
     eps: float
     offset: float = 0.0
     scale: float = 1.0
+    after: bool = False
 
     @property
     def operands(self) -> tuple[Tensor | None, Tensor | None]:
@@ -153,10 +173,10 @@ def rms_norm(module: nn.Module, offset: float = 0.0) -> NormWeights:
     return NormWeights("rms", module.weight, None, float(eps), offset)  # type: ignore[arg-type]
 
 
-def layer_norm(module: nn.Module) -> NormWeights:
+def layer_norm(module: nn.Module, after: bool = False) -> NormWeights:
     """Weights of an `nn.LayerNorm`."""
     module = unwrap(module)
-    return NormWeights("layer", module.weight, module.bias, float(module.eps))  # type: ignore[arg-type]
+    return NormWeights("layer", module.weight, module.bias, float(module.eps), after=after)  # type: ignore[arg-type]
 
 
 class Family(ABC):
@@ -310,10 +330,15 @@ class Family(ABC):
 
     @abstractmethod
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
-        """The norms before attention and before the MLP."""
+        """The norms of attention and of the MLP: before the sub-layer, or behind its residual sum (`NormWeights.after`;
+        then both are)."""
 
     @abstractmethod
     def final_norm(self, decoder: Any) -> NormWeights | None: ...
+
+    def project_out(self, decoder: Any) -> nn.Module | None:
+        """The linear layer between the final norm and the head, for models whose embeddings have another width."""
+        return None
 
     def decoder_output(self, hidden: Tensor) -> Any:
         """What the model's decoder returns in training, with hidden states [B, S, d]."""
@@ -341,7 +366,7 @@ class Family(ABC):
         """The modules whose parameters `mlp` uses."""
 
     def final_modules(self, decoder: Any) -> Sequence[nn.Module | None]:
-        """The module of the final norm, if there is one."""
+        """The modules between the layers and the head: the final norm and `project_out`, None if there is none."""
         return (decoder.norm,)
 
     def outside_modules(self, decoder: Any) -> Sequence[nn.Module]:
@@ -366,7 +391,7 @@ class Family(ABC):
     def queries_keys_values(
         self, layer: Any, h: Tensor, tables: Tables, rows: Tensor | None, want_output: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [M, Hq, D], k and v [M, Hk, D] from the norm's output h [M, d], position embedding applied.
+        """q [M, Hq, D], k and v [M, Hk, D] from attention's input h [M, d], position embedding applied.
 
         Every row is computed by itself, as in `attention_output`: a layer may be given its rows in pieces.
 
@@ -383,7 +408,7 @@ class Family(ABC):
 
     @abstractmethod
     def mlp(self, layer: Any, h: Tensor, want_output: bool = True) -> Tensor | tuple[Tensor, Tensor]:
-        """What the MLP adds to the residual stream, [M, d], from the norm's output h [M, d].
+        """What the MLP adds to the residual stream, [M, d], from its input h [M, d].
 
         Every row is computed by itself: a layer may be given its rows in pieces. A family with an auxiliary loss
         returns a second tensor, statistics float32 [M, S] of every row; see `auxiliary_loss`.

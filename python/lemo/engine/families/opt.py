@@ -1,4 +1,5 @@
-"""OPT: LayerNorm, multi-head attention with learned positions, ReLU MLP, biases and dropout."""
+"""OPT: LayerNorm, multi-head attention with learned positions, ReLU MLP, biases and dropout. OPT-350m has its norms
+behind residual sums, and embeddings that are projected to and from the width of the layers."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lemo.engine.elementwise import ReLU
 from lemo.engine.families.base import Classes, Family, ModelShape, NormWeights, Tables, layer_norm, refuse
-from lemo.engine.linear import linear_group, ordinary, projection
+from lemo.engine.linear import linear_group, ordinary, projection, reads_input
 
 _NORM: Classes = (("torch.nn.modules.normalization", "LayerNorm"),)
 
@@ -60,26 +61,23 @@ class OPT(Family):
             tied=bool(config.tie_word_embeddings),
             positions=config.max_position_embeddings + 2,
             biases=("q", "k", "v", "o", "up", "down") if config.enable_bias else (),
+            relu=config.activation_function == "relu",
+            post_norm=not config.do_layer_norm_before,
+            embedding=0 if config.word_embed_proj_dim == config.hidden_size else config.word_embed_proj_dim,
         )
 
     def check(self, lm: Any) -> None:
         super().check(lm)
-        config = lm.config
-        if not config.do_layer_norm_before:
-            refuse(
-                "OPT with norms after the residual sum (do_layer_norm_before=False, as OPT-350m has)",
-                "use another size: all others have the norm before the sub-layer (docs/guide/models.md says why)",
-            )
-        if config.word_embed_proj_dim != config.hidden_size:
-            refuse("OPT with projected embeddings (word_embed_proj_dim != hidden_size)", "use another size of OPT")
-        if config.layerdrop:
-            refuse(f"LayerDrop (layerdrop={config.layerdrop})", "set it to 0")
+        if lm.config.layerdrop:
+            refuse(f"LayerDrop (layerdrop={lm.config.layerdrop})", "set it to 0")
 
     def decoder(self, lm: Any) -> Any:
         return lm.model.decoder
 
     def embed(self, decoder: Any, ids: Tensor | None, embeddings: Tensor | None, positions: Tensor) -> Tensor:
         x = super().embed(decoder, ids, embeddings, positions)
+        if decoder.project_in is not None:
+            x = decoder.project_in(x)
         return x + decoder.embed_positions(None, 0, position_ids=positions[None])[0]
 
     def default_positions(self, mask: Tensor) -> Tensor:
@@ -89,16 +87,21 @@ class OPT(Family):
         return None
 
     def norms(self, layer: Any) -> tuple[NormWeights, NormWeights]:
-        return layer_norm(layer.self_attn_layer_norm), layer_norm(layer.final_layer_norm)
+        after = not layer.do_layer_norm_before
+        return layer_norm(layer.self_attn_layer_norm, after), layer_norm(layer.final_layer_norm, after)
 
     def final_norm(self, decoder: Any) -> NormWeights | None:
         return None if decoder.final_layer_norm is None else layer_norm(decoder.final_layer_norm)
 
+    def project_out(self, decoder: Any) -> nn.Module | None:
+        return decoder.project_out
+
     def final_modules(self, decoder: Any) -> Sequence[nn.Module | None]:
-        return (decoder.final_layer_norm,)
+        return decoder.final_layer_norm, decoder.project_out
 
     def outside_modules(self, decoder: Any) -> Sequence[nn.Module]:
-        return decoder.embed_tokens, decoder.embed_positions
+        projected = () if decoder.project_in is None else (decoder.project_in, decoder.project_out)
+        return decoder.embed_tokens, decoder.embed_positions, *projected
 
     def attention_modules(self, layer: Any) -> Sequence[nn.Module]:
         a = layer.self_attn
@@ -120,9 +123,11 @@ class OPT(Family):
     def mlp(self, layer: Any, h: Tensor, want_output: bool = True) -> Tensor:
         (inner,) = linear_group((layer.fc1,), h)
         # In place of what fc1 gave, unless someone else may hold that too.
-        relu = ordinary(layer.activation_fn, "torch.nn.modules.activation.ReLU") and projection(layer.fc1) is not None
-        (y,) = linear_group((layer.fc2,), ReLU.apply(inner) if relu else layer.activation_fn(inner), want_output)
-        return self._drop(layer, y)
+        if ordinary(layer.activation_fn, "torch.nn.modules.activation.ReLU") and projection(layer.fc1) is not None:
+            inner = ReLU.apply(inner, reads_input(layer.fc2))
+        else:
+            inner = layer.activation_fn(inner)
+        return self._drop(layer, linear_group((layer.fc2,), inner, want_output)[0])
 
     @staticmethod
     def _drop(layer: Any, y: Tensor) -> Tensor:
