@@ -313,6 +313,7 @@ class LemoConfig:
     memory_budget: int | str | None = None
     offload: bool | int | str = False
     recompute_layers: bool | int | Literal["auto"] = "auto"
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("always_first", 0), ("always_last", 0), ("segment_rows", 0)):
@@ -323,6 +324,7 @@ class LemoConfig:
             raise ValueError(f"LemoConfig.seed must be an integer; got {self.seed!r}")
         _flag("LemoConfig.return_logits", self.return_logits)
         _flag("LemoConfig.deterministic", self.deterministic)
+        _flag("LemoConfig.cuda_graphs", self.cuda_graphs)
         if self.layers is not None:
             self.layers = _layer_indices(self.layers)
         if self.calibration is not None and not isinstance(self.calibration, (str, os.PathLike)):
@@ -376,6 +378,13 @@ class LemoConfig:
             raise ValueError(
                 'LemoConfig.recompute_layers must be True, False, "auto" or the number of layers of a segment, at '
                 f"least 2; got {again!r}"
+            )
+
+        if self.cuda_graphs and (self.memory_budget is not None or self.offload):
+            given = "memory_budget" if self.memory_budget is not None else "offload"
+            raise ValueError(
+                f"LemoConfig.cuda_graphs keeps what layers save in memory of its own, which {given} neither counts nor "
+                f"moves: give cuda_graphs or {given}"
             )
 
     def _check_offload(self) -> None:

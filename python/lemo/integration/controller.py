@@ -29,6 +29,7 @@ from lemo.integration.callback import LemoCallback
 from lemo.integration.checks_peft import check_adapters, check_device, check_weights
 from lemo.integration.entries import controller_of
 from lemo.integration.evaluation import LossOnly
+from lemo.integration.graphs import Graphs
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
 from lemo.integration.saving import Savings
@@ -93,6 +94,7 @@ class Controller:
         self._tiled_phases: set[int] = set()  # in mode "sparse", that have had a pass
         self._skipping_phases: set[int] = set()  # that leave tokens out, and have had a pass
         self.savings = Savings(family, model, config, self.note)
+        self.graphs = Graphs(self.note)
 
     def _make_policies(self) -> list[Policy | None]:
         return [
@@ -109,12 +111,13 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """The controller of a copy of the model: at the same step, with policies that remember no batch."""
         twin = memo[id(self)] = object.__new__(type(self))
-        anew = ("_policies", "_tile_policies", "_tiles", "_watched", "savings")
+        anew = ("_policies", "_tile_policies", "_tiles", "_watched", "savings", "graphs")
         plain = {name: value for name, value in self.__dict__.items() if name not in anew}
         twin.__dict__.update(copy.deepcopy(plain, memo))
         twin._policies, twin._tile_policies = twin._make_policies(), twin._make_tile_policies()
         twin._tiles = twin._watched = None
         twin.savings = Savings(twin.family, twin.model, twin.config, twin.note)
+        twin.graphs = Graphs(twin.note)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -340,7 +343,9 @@ class Controller:
             share=share,
             when_done=None if ended is None else functools.partial(self._end_pass, ended),
         )
-        x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
+        begun = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
+        made = begun.make(begun.tables)
+        step, lists, tiles = made.step, made.lists, made.tiles
         if not again:  # a recomputation may end half-way, and has nothing new to report
             self.micro_batch += 1
             self.kept_ratios, self.mlp_kept_ratios = lists.kept_ratios, lists.mlp_kept_ratios
@@ -350,7 +355,10 @@ class Controller:
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
         self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
         self._again = sum(step.segments[:-1])
-        stream = stack.run(step, x, params)
+        if self.config.cuda_graphs and not again and not self._watching:
+            stream = self.graphs.run(begun, made, params)
+        else:
+            stream = stack.run(step, begun.x, params)
         if tiles is not None and earlier is None and index not in self._tiled_phases:
             self._tiled_phases.add(index)
             self._note_complete_tiles(phase, tiles, step)
