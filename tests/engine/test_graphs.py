@@ -77,7 +77,7 @@ def run(phases: list[lemo.Phase], on: bool, lengths: list[int], depth: int = 2, 
     return losses, reports, [p.detach().clone() for p in trained(model)], controller.graphs
 
 
-CASES = {
+CASES: dict[str, tuple[lemo.Phase, dict[str, Any]]] = {
     "dense": (DENSE, {}),
     "dense-full": (DENSE, {"recompute": "full"}),
     "shared": (SHARED, {}),
@@ -117,7 +117,7 @@ def test_tiles_are_chosen_anew_and_reported() -> None:
 def test_schedules_and_lengths_have_graphs_of_their_own() -> None:
     """Each shape is recorded when it comes a second time, and none is mistaken for another."""
     phases = [lemo.Phase("skip", share=0.5, policy="update_norm"), lemo.Phase("dense", share=0.5)]
-    lengths = [64, 64, 96, 64, 96, 96] + [64, 96, 96, 64, 64, 96]
+    lengths = [64, 64, 96, 64, 96, 96, 64, 96, 96, 64, 64, 96]
     losses, reports, weights, _ = run(phases, False, lengths)
     others, theirs, trained_as, found = run(phases, True, lengths)
     assert len(found.captured) == 4 and found.replays == 8
