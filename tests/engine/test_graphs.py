@@ -6,6 +6,7 @@ recorded with, as a graph does. tests/engine/test_cuda_engine.py has the real on
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -210,6 +211,20 @@ def test_graphs_are_recorded_again_if_weights_or_adapters_change(change: Any) ->
         found.append(losses + [p.grad for p in trained(model)])
     assert controller.graphs.replays == 1 + 2
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("case", ["dense", "shared", "some-layers", "exact", "two-lists", "segments", "backward"])
+def test_what_graphs_read_stays_in_memory(case: str) -> None:
+    """A graph holds addresses, not tensors: whatever it reads has to be held by someone."""
+    phase, settings = CASES[case]
+    controller = train(model := tiny(3), [phase], **settings)
+    for tokens in (64, 64, 32):
+        backward(model, 0, tokens)
+    recorder: Any = controller.graphs.record
+    assert controller.graphs.replays == 1
+    read = recorder.read_from_outside()
+    gc.collect()
+    assert len(read) > 20 and not any(memory.expired() for memory in read)
 
 
 def test_optimizers_that_write_in_place_need_no_new_graph() -> None:

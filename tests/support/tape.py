@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,7 +52,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """tapes: in the order in which they were recorded. forbidden: operators that fail as well."""
+    """tapes: in the order in which they were recorded."""
 
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
@@ -62,3 +63,13 @@ class Recorder:
             work()
         self.tapes.append(tape)
         return tape.play
+
+    def read_from_outside(self) -> list[StorageWeakRef]:
+        """The memory that the tapes use and did not make, which they hold no longer after this, as graphs do not: they
+        cannot be played again."""
+        made = {_storage(t) for tape in self.tapes for call in tape.calls for t in call[3]}
+        used = (t for tape in self.tapes for call in tape.calls for t in _tensors(call[1:3]))
+        found = {_storage(t): StorageWeakRef(t.untyped_storage()) for t in used if _storage(t) not in made}
+        for tape in self.tapes:
+            tape.calls.clear()
+        return list(found.values())

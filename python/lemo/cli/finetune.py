@@ -115,8 +115,9 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 }
 # The same, as options without a value, and as lists of names.
 _SWITCHES = {
-    "dora": "DoRA: the norms of the adapted weights train as well",
-    "rslora": "rsLoRA: the adapter's scale is alpha / sqrt(rank)",
+    "dora": ("DoRA: the norms of the adapted weights train as well", "LoRA"),
+    "rslora": ("rsLoRA: the adapter's scale is alpha / sqrt(rank)", "LoRA"),
+    "cuda_graphs": ("layers run as CUDA graphs: for small models, with windows of one document", "elimination"),
 }
 _LISTS = ("lora_targets", "modules_to_save")
 
@@ -147,8 +148,9 @@ def add(subparsers: Any) -> None:
         metavar="NAME",
         help="linear layers to adapt, or all-linear (default: those of attention)",
     )
-    for name, text in _SWITCHES.items():
-        groups["LoRA"].add_argument(f"--{name}", action="store_true", default=None, help=text)
+    for name, (text, group) in _SWITCHES.items():
+        option = "--" + name.replace("_", "-")
+        groups[group].add_argument(option, action="store_true", default=None, help=text)
     groups["LoRA"].add_argument(
         "--modules-to-save",
         nargs="+",

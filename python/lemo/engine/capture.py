@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,12 +40,18 @@ from lemo.ops._autograd import first_order
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 
+# One for each device: cuBLAS keeps a workspace for every stream that it has seen.
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
 class CudaRecorder:
     """Records CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._pool = device, torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(device)
+        self._stream = _streams[device]
         self._last: torch.cuda.Stream | None = None
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -54,7 +60,7 @@ class CudaRecorder:
         gc.collect()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), self._recovered(), _no_collection():
             # Other threads (a data loader that pins memory) may do what this one must not.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -62,21 +68,23 @@ class CudaRecorder:
             except BaseException:
                 with contextlib.suppress(Exception):
                     graph.capture_end()
-                self._leave_pool()
                 raise
-            try:
-                graph.capture_end()
-            except BaseException:
-                self._leave_pool()
-                raise
+            graph.capture_end()
         return lambda: self._run(graph)
 
-    def _leave_pool(self) -> None:
-        """The allocator takes a recording that failed for one that is under way, and would free memory late."""
-        end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)
-        if end is not None:
-            with contextlib.suppress(Exception):
-                end(self.device.index or 0, self._pool)
+    @contextlib.contextmanager
+    def _recovered(self) -> Iterator[None]:
+        """If recording fails: the allocator takes it for one that is still under way, and would free memory late; and a
+        pool without a graph cannot be used again."""
+        try:
+            yield
+        except BaseException:
+            end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)
+            if end is not None:
+                with contextlib.suppress(Exception):
+                    end(self._stream.device_index, self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
 
     def _run(self, graph: torch.cuda.CUDAGraph) -> None:
         stream = torch.cuda.current_stream(self.device)
@@ -84,6 +92,18 @@ class CudaRecorder:
             stream.wait_stream(self._last)  # the graphs' memory may still be in use there
         self._last = stream
         graph.replay()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing is freed that happens to be garbage: what frees it may not be allowed while a graph is recorded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Running:
@@ -197,6 +217,8 @@ class Captured:
     flat: list[tuple[Tensor, list[int]]] = field(default_factory=list)
     kept_ratios: tuple[list[float], list[float]] = ([], [])
     tiles: dict[int, Any] = field(default_factory=dict)
+    # Whatever else holds memory that the graphs read.
+    holds: Any = None
 
     def begin(self, step: Step, x: Tensor, params: Sequence[Tensor], turns: Turns) -> Tensor:
         """The stream after the last layer, with its graph. The buffers are filled; step: the pass's own."""

@@ -283,6 +283,10 @@ class LemoConfig:
         number of layers: the size of a segment; True: the segments that need the least memory; "auto": if
         `memory_budget` needs it, with as few such layers as possible; False: never. The last segment does not run
         again.
+    cuda_graphs: record the layers' forward and backward pass as CUDA graphs when a shape of batches comes a second
+        time, and run those from then on: for models so small that the host launches kernels more slowly than the GPU
+        runs them. What graphs cannot hold runs as usual, and a warning gives the reason (docs/howto/small-models.md).
+        Not with `memory_budget` or `offload`.
     seed: of all random choices, together with the process's rank, the step, the micro-batch and the layer.
     always_first, always_last: blocks at either end of every document that are always kept.
     layers: indices of the layers that eliminate; the others keep everything. None: all of them.

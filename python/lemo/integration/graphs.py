@@ -129,7 +129,7 @@ class Graphs:
                 policy.begin(context)
         captured.kept_ratios = twin.lists.kept_ratios, twin.lists.mlp_kept_ratios
         captured.tiles = {} if twin.tiles is None else twin.tiles.chosen
-        twin.step.choose, twin.step.observe, twin.step.tiles = _no_choice, None, None
+        captured.holds = twin, blocks, policy
         return captured
 
     def _recorder(self, device: torch.device) -> Recorder:
@@ -215,10 +215,6 @@ def _choose_ahead(step: Step, x: Tensor) -> list[KeptPair]:
     return pairs
 
 
-def _no_choice(layer: int, x: Tensor) -> KeptPair:
-    raise AssertionError("a captured step chose again")
-
-
 def _key(begun: Begun, step: Step, pairs: Sequence[KeptPair] | None, params: Sequence[Tensor]) -> tuple[Any, ...]:
     """All that a graph depends on, but for weights."""
     x, blocks = begun.x, begun.packed.blocks
@@ -239,6 +235,9 @@ def fingerprint(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
         for p in module._parameters.values():
             if p is not None:
                 found += (p.data_ptr(), p.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                found.append(buffer.data_ptr())
         state = module.__dict__
         scales = state.get("scaling")
         if isinstance(scales, dict):  # one of PEFT's
