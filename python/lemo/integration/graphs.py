@@ -27,7 +27,6 @@ from lemo.engine.linear import projection
 from lemo.engine.policies import Policy
 from lemo.engine.records import Records
 from lemo.engine.step import Step
-from lemo.engine.wrappers import tree
 from lemo.integration.training_pass import Begun, Made
 
 # Shapes that are recorded; the buffers of each stay in memory.
@@ -48,19 +47,18 @@ class Graphs:
         self._seen: dict[Any, None] = {}
         self._turns = Turns()
         self._weights: tuple[Any, ...] = ()
+        self._readable = False
         self._records = record
 
-    def run(self, begun: Begun, made: Made, params: Sequence[Tensor]) -> Tensor:
-        """As `lemo.engine.stack.run`, of a pass that no other repeats."""
+    def run(self, begun: Begun, made: Made, params: Sequence[Tensor], weights: tuple[Any, ...]) -> Tensor:
+        """As `lemo.engine.stack.run`, of a pass that no other repeats. weights: their `fingerprint`."""
         step, x = made.step, begun.x
+        if weights != self._weights:
+            self._forget(weights, begun)
         reason = self._reason(begun, step)
         if reason is not None:
             self.note(f"cuda_graphs: layers run without graphs: {reason}")
             return stack.run(step, x, params)
-        weights = fingerprint(begun.layers)
-        if weights != self._weights:
-            self._forget()
-            self._weights = weights
         policy = begun.plan.policy
         drawn, pairs = None, None
         if policy is None or _ahead(policy, begun):
@@ -83,7 +81,10 @@ class Graphs:
         self.replays += 1
         return captured.begin(step, x, params, self._turns)
 
-    def _forget(self) -> None:
+    def _forget(self, weights: tuple[Any, ...], begun: Begun) -> None:
+        """Other weights or adapters than before."""
+        self._weights = weights
+        self._readable = all(_readable(m) for layer in begun.layers for m in _projections(begun, layer))
         self.captured.clear()
         self._seen.clear()
         self._records = self.record  # CUDA: a pool whose graphs are gone cannot be used again
@@ -171,7 +172,7 @@ class Graphs:
             return "the host has to read sizes of lists of tiles (mass, tile_policy predictors)"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return "a checkpoint, or a library that offloads activations, wants to see saved tensors"
-        if any(not _plain(m) for layer in begun.layers for m in _projections(begun, layer)):
+        if not self._readable:
             return "weights are quantized, or several adapters are active together"
         if plan.policy is None or _ahead(plan.policy, begun):
             return None
@@ -193,7 +194,7 @@ def _projections(begun: Begun, layer: nn.Module) -> list[nn.Module]:
     return [*begun.family.attention_modules(layer), *begun.family.mlp_modules(layer)]
 
 
-def _plain(module: nn.Module) -> bool:
+def _readable(module: nn.Module) -> bool:
     """Whether a graph can read the module's weights where they lie."""
     spec = projection(module)
     return spec is None or (spec.form is None and (spec.a is None or isinstance(spec.a, nn.Parameter)))
@@ -225,22 +226,3 @@ def _key(begun: Begun, step: Step, pairs: Sequence[KeptPair] | None, params: Seq
     phase, trained = id(begun.plan.phase), tuple(id(p) for p in params)
     size = blocks.block_size, blocks.lengths, tuple(x.shape), x.dtype, x.device
     return phase, size, saves, tuple(step.segments), step.autocast, tables, modes, lists, trained
-
-
-def fingerprint(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """Where the weights of layers lie, and which adapters are in use with which scale."""
-    found: list[Any] = []
-    for module in tree(*layers):
-        found.append(id(module))
-        for p in module._parameters.values():
-            if p is not None:
-                found += (p.data_ptr(), p.requires_grad)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                found.append(buffer.data_ptr())
-        state = module.__dict__
-        scales = state.get("scaling")
-        if isinstance(scales, dict):  # one of PEFT's
-            found += (tuple(scales.items()), state.get("_disable_adapters"), tuple(state["merged_adapters"]))
-            found.append(tuple(module.active_adapters))  # type: ignore[arg-type]
-    return tuple(found)
