@@ -28,7 +28,6 @@ the faster one is reported.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -43,7 +42,7 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from common import add_output, compete, copies, table, write_results
+from common import add_output, compete, copies, reason, require_same, table, write_results
 from lemo import _native, ops
 from lemo.engine.layout import Blocks, Kept, select
 from peers import Passes
@@ -66,9 +65,8 @@ DENSE: Peers = {
     ),
     "flash, grouped": partial(peers.dense_attention, SDPBackend.FLASH_ATTENTION, heads_first=False, repeat_keys=False),
     "flash, repeated": partial(peers.dense_attention, SDPBackend.FLASH_ATTENTION, heads_first=False, repeat_keys=True),
+    "flash 4": peers.flash_attention_4,
 }
-if importlib.util.find_spec("flash_attn") is not None:
-    DENSE["flash 4"] = peers.flash_attention_4
 CUDNN = {name: make for name, make in DENSE.items() if name.startswith("cudnn")}
 SDPA = {name: make for name, make in DENSE.items() if not name.startswith("flash 4")}
 
@@ -142,6 +140,7 @@ class Bench:
 
     def __init__(self, quick: bool) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.left_out: list[dict[str, str]] = []  # peers that cannot run here
         self.timing = (150.0, 3) if quick else (1000.0, 9)  # milliseconds of a comparison, and rounds at least
         self.quick = quick
 
@@ -167,32 +166,26 @@ class Bench:
             for name, (peer_ms, variant) in best.items():
                 self.add(row | {"pass": kind}, ms, work, name, peer_ms, variant)
 
+    def build(self, makers: Peers, sets: list[tuple[Tensor, ...]]) -> dict[str, list[Passes]]:
+        """Peers that run here, both passes, on every set of inputs; why the others do not is kept for the results."""
+        made = {}
+        for name, make in makers.items():
+            try:
+                passes = [make(*inputs) for inputs in sets]
+                passes[0]["backward"]()
+                made[name] = passes
+            except Exception as error:  # of whatever class the peer's library has
+                missing = {"row": name, "reason": reason(error)}
+                if missing not in self.left_out:
+                    self.left_out.append(missing)
+                    print(f"# {name} not run: {missing['reason']}", flush=True)
+        return made
+
     def add(self, row: dict[str, Any], ms: float, work: float, peer: str, peer_ms: float, variant: str = "") -> None:
         made = row | {"ms": round(ms, 4), "tflops": round(work / ms / 1e9, 1), "peer": peer}
         made |= {"peer_ms": round(peer_ms, 4), "ratio": round(peer_ms / ms, 3)}
         self.rows.append(made | ({"peer_variant": variant} if variant else {}))
         print(table([made], COLUMNS).splitlines()[1], flush=True)
-
-
-def build(makers: Peers, sets: list[tuple[Tensor, ...]]) -> dict[str, list[Passes]]:
-    """Peers that run here, both passes, on every set of inputs; those that do not say why."""
-    made = {}
-    for name, make in makers.items():
-        try:
-            passes = [make(*inputs) for inputs in sets]
-            passes[0]["backward"]()
-            made[name] = passes
-        except Exception as error:  # of whatever class the peer's library has
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"# {name} not run: {reason[:120]}", flush=True)
-    return made
-
-
-def require_same(ours: Tensor, theirs: Tensor, name: str) -> None:
-    """Timing a wrong result would mean nothing: our output is theirs to a few roundings."""
-    error = (ours.float() - theirs.float()).abs().max().item()
-    if not error <= 0.03 * theirs.float().abs().max().item():
-        raise RuntimeError(f"lemo and {name} differ by {error}")
 
 
 def agree(ours: Tensor, others: dict[str, list[Passes]]) -> None:
@@ -213,7 +206,7 @@ def packed(bench: Bench, name: str = "packed") -> None:
             sets = [make_inputs(n, head_dim) for _ in range(copies(2 * n * head_dim * 2 * (HEADS + KV_HEADS)))]
             kept = choose(n, 128, 1.0)
             ours = [Lemo(inputs, kept, listed=False) for inputs in sets]
-            others = build(makers, sets)
+            others = bench.build(makers, sets)
             agree(ours[0].out, others)
             row = {"case": name, "n": n, "head_dim": head_dim, "keep": 1.0}
             bench.contest(row, [lemo.passes for lemo in ours], others, n)
@@ -231,7 +224,7 @@ def padded(bench: Bench) -> None:
         except NotImplementedError as error:
             print(f"# padded not run: {error}", flush=True)
             return
-        others = build(SDPA, sets)
+        others = bench.build(SDPA, sets)
         agree(ours[0].out, others)
         for width in wider:
             filled = [tuple(F.pad(t, (0, width - head_dim)) for t in inputs) for inputs in sets]
@@ -249,15 +242,14 @@ def deterministic(bench: Bench) -> None:
         inputs = make_inputs(n, head_dim)
         ours = Lemo(inputs, choose(n, 128, 1.0), listed=False)
         others = {"lemo not deterministic": [{DETERMINISTIC: ours.passes["backward"]}]}
-        for name, (passes,) in build(SDPA, [inputs]).items():
+        for name, (passes,) in bench.build(SDPA, [inputs]).items():
             if name in CUDNN:
                 others[name.replace("cudnn", "cudnn not deterministic")] = [{DETERMINISTIC: passes["backward"]}]
             else:
                 run = peers.deterministic(passes["backward"])
                 others[name.replace("flash", "flash deterministic")] = [{DETERMINISTIC: run}]
-        if "flash 4" in DENSE:
-            made = build({"flash 4 deterministic": partial(peers.flash_attention_4, deterministic=True)}, [inputs])
-            others |= {peer: [{DETERMINISTIC: passes["backward"]}] for peer, (passes,) in made.items()}
+        made = bench.build({"flash 4 deterministic": partial(peers.flash_attention_4, deterministic=True)}, [inputs])
+        others |= {peer: [{DETERMINISTIC: passes["backward"]}] for peer, (passes,) in made.items()}
         row = {"case": "deterministic", "n": n, "head_dim": head_dim, "keep": 1.0}
         bench.contest(row, [ours.passes], others, n, (DETERMINISTIC,))
 
@@ -266,14 +258,14 @@ def blocks(bench: Bench) -> None:
     n, head_dim = 16384, 128
     inputs = make_inputs(n, head_dim)
     whole = Lemo(inputs, choose(n, 128, 1.0), listed=False)
-    dense = build(CUDNN, [inputs])
+    dense = bench.build(CUDNN, [inputs])
     for block in (128, 64):
         for keep in (0.5, 1.0) if bench.quick else KEEPS:
             kept = choose(n, block, keep)
             ours = Lemo(inputs, kept, listed=True)
             others = dict(dense)
             if keep in (0.5, 1.0):  # the points that tables name
-                others |= build({"flex": partial(peers.flex_attention, rows=kept.rows.long())}, [inputs])
+                others |= bench.build({"flex": partial(peers.flex_attention, rows=kept.rows.long())}, [inputs])
             if keep == 1.0:
                 others["lemo packed"] = [whole.passes]
                 agree(ours.out, others)
@@ -281,7 +273,7 @@ def blocks(bench: Bench) -> None:
                 others["lemo op"] = [lemo_op(inputs, kept, ours.out, ours.lse)]
             if keep == 0.5:
                 picked = partial(peers.gathered_attention, SDPBackend.CUDNN_ATTENTION, rows=kept.rows.long())
-                others |= build({"gather + cudnn": picked}, [inputs])
+                others |= bench.build({"gather + cudnn": picked}, [inputs])
             row = {"case": "blocks", "n": n, "head_dim": head_dim, "block": block, "keep": keep}
             bench.contest(row, [ours.passes], others, kept.num_rows)
 
@@ -290,7 +282,7 @@ def given(bench: Bench) -> None:
     n, head_dim, block = 16384, 128, 64
     inputs = make_inputs(n, head_dim)
     whole = Lemo(inputs, choose(n, block, 1.0), listed=False)
-    dense = build(SDPA, [inputs])
+    dense = bench.build(SDPA, [inputs])
     for keep in (0.5,) if bench.quick else (0.25, 0.5, 0.75, 1.0):
         kept = choose(n, block, keep)
         forward = (whole.out, whole.lse[:, kept.rows.long()].contiguous())
@@ -336,7 +328,7 @@ def lists_of(bench: Bench, n: int, head_dim: int, passes: tuple[str, ...]) -> No
     makers = dict(CUDNN)
     if (n, head_dim) == (16384, 128):
         makers["flex"] = partial(peers.flex_attention, tiles=seen)
-    others = build(makers, [inputs])
+    others = bench.build(makers, [inputs])
     share = (seen.sum().item() - tiles / 2) / (tiles**2 / 2)  # of the causal half; half of each diagonal tile
     row = {"case": "lists", "n": n, "head_dim": head_dim, "block": tile, "keep": round(share, 3)}
     for kind in passes:
@@ -375,7 +367,9 @@ def fallback(bench: Bench) -> None:
         path = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--quick", "--cases", "fallback", "--out", str(path)]
         subprocess.run(command, env=os.environ | {variable: "80"}, check=True)
-        bench.rows += json.loads(path.read_text())["rows"]
+        result = json.loads(path.read_text())
+        bench.rows += result["rows"]
+        bench.left_out += [row for row in result["left_out"] if row not in bench.left_out]
 
 
 CASES: dict[str, Callable[[Bench], None]] = {
@@ -440,7 +434,7 @@ def main() -> None:
             failed.append(name)
         torch.cuda.empty_cache()
         if bench.rows:  # after every case: a run that is stopped leaves what it has
-            print(f"written: {write_results(args.out, bench.rows)}", flush=True)
+            print(f"written: {write_results(args.out, bench.rows, left_out=bench.left_out)}", flush=True)
     print(table(bench.rows, COLUMNS))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

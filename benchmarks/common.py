@@ -155,6 +155,18 @@ def copies(bytes_each: int, at_most: int = 8) -> int:
     return max(1, min(at_most, -(-3 * cache // max(bytes_each, 1))))
 
 
+def reason(error: Exception) -> str:
+    """Of a peer that cannot run, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def require_same(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
+    """Timing a wrong result would mean nothing: our output is theirs to a few roundings."""
+    error = (ours.float() - theirs.float()).abs().max().item()
+    if not error <= 0.03 * theirs.float().abs().max().item():
+        raise RuntimeError(f"lemo and {name} differ by {error}")
+
+
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows as aligned text."""
 

@@ -2,7 +2,9 @@
 
 ratio = peer_ms / ms: above 1, lemo is faster. Times are medians of calls that rotate through enough buffers to outgrow
 the L2 cache; both sides run in this process. Attention has one size here and a separate benchmark, attention.py. Rows
-of Liger's loss need liger-kernel, those of its CuTe kernels liger-kernel[cutedsl] and a Hopper GPU.
+of Liger's loss need liger-kernel, those of its CuTe kernels liger-kernel[cutedsl] and a Hopper GPU; a peer that cannot
+run, or whose gradient is not ours, is left out with the reason. One peer of the loss is its floor: the two products
+that it cannot do without, in chunks of the same size, so that the ratio is the share of our time that they take.
 
   python benchmarks/ops.py
 """
@@ -10,13 +12,14 @@ of Liger's loss need liger-kernel, those of its CuTe kernels liger-kernel[cuteds
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import peers
 import torch
-from common import add_output, compete, copies, milliseconds, table, write_results
+from common import add_output, compete, copies, milliseconds, reason, require_same, table, write_results
 from lemo import ops
 from lemo.engine.layout import Blocks, Kept, select
 from torch import Tensor
@@ -24,9 +27,14 @@ from torch.nn.attention import SDPBackend
 
 BF = torch.bfloat16
 D, HEADS, KV_HEADS, HEAD, VOCAB, BLOCK = 4096, 32, 8, 128, 128256, 64
+TOKENS = 16384  # of attention and of the loss
 EPS = 1e-5
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+# Rows of logits at a time: what the operation chooses by itself at this vocabulary, for the floor as for ours.
+SEGMENT = 512
+FLOOR = f"its two products alone (cuBLAS, {SEGMENT} rows at a time)"
 Rows = list[dict[str, Any]]
+LeftOut = list[dict[str, str]]
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -149,10 +157,9 @@ def choice_ops(rows: Rows) -> None:
 
 def attention_ops(rows: Rows) -> None:
     """One row per pass and peer, for the table; benchmarks/attention.py has the rest."""
-    tokens = 16384
-    kept = Kept.everything(Blocks.from_lengths([tokens], BLOCK, "cuda"))
-    q, k, v, dout = (normal(tokens, h, HEAD) for h in (HEADS, KV_HEADS, KV_HEADS, HEADS))
-    end = (tokens, HEAD**-0.5)
+    kept = Kept.everything(Blocks.from_lengths([TOKENS], BLOCK, "cuda"))
+    q, k, v, dout = (normal(TOKENS, h, HEAD) for h in (HEADS, KV_HEADS, KV_HEADS, HEADS))
+    end = (TOKENS, HEAD**-0.5)
     out, lse = ops.attention_forward(q, k, v, kept.cu_seqlens, None, *end)
     ours = {
         "forward": partial(ops.attention_forward, q, k, v, kept.cu_seqlens, None, *end),
@@ -162,11 +169,11 @@ def attention_ops(rows: Rows) -> None:
         name: peers.dense_attention(backend, q, k, v, dout, heads_first=False, repeat_keys=False)
         for name, backend in SDPA.items()
     }
-    work = 4 * HEADS * HEAD * tokens**2 / 2
+    work = 4 * HEADS * HEAD * TOKENS**2 / 2
     for kind, factor in (("forward", 1.0), ("backward", 2.5)):
         times = compete({"lemo": [ours[kind]]} | {name: [passes[kind]] for name, passes in theirs.items()})
         ms = times.pop("lemo")
-        case = f"{tokens}, 32/8 heads of 128, packed"
+        case = f"{TOKENS}, 32/8 heads of 128, packed"
         add(rows, f"attention {kind}", case, ms, times, tflops=round(factor * work / ms / 1e9, 1))
 
 
@@ -180,38 +187,41 @@ def peak(run: Callable[[], Any]) -> int:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def loss_op(rows: Rows) -> list[dict[str, str]]:
-    """Adds the rows; returns the peers that cannot run here, with their reasons."""
-    tokens = 16384
-    hidden, weight = normal(tokens, D), normal(VOCAB, D, scale=D**-0.5)
-    targets = torch.randint(VOCAB, (tokens,), device="cuda")
+def loss_op(rows: Rows, left_out: LeftOut) -> None:
+    """left_out: for the peers that cannot run here, with their reasons. The last of them are compiled on this GPU for
+    the first time, so whatever they raise must not cost the rows before."""
+    hidden, weight = normal(TOKENS, D), normal(VOCAB, D, scale=D**-0.5)
+    targets = torch.randint(VOCAB, (TOKENS,), device="cuda")
     leaf = hidden.detach().requires_grad_()
 
-    def ours() -> object:
-        return ops.linear_cross_entropy(hidden, weight, None, None, None, 1.0, targets)
+    def ours() -> Tensor:
+        dhidden = ops.linear_cross_entropy(hidden, weight, None, None, None, 1.0, targets, segment_rows=SEGMENT)[2]
+        assert dhidden is not None
+        return dhidden
 
-    theirs = {
-        "linear + cross_entropy": lambda: torch.autograd.grad(peers.cross_entropy(leaf, weight, targets), leaf),
-        "the same in chunks of 2048": lambda: peers.chunked_cross_entropy(hidden, weight, targets),
-    }
-    liger, left_out = peers.liger_losses(leaf, weight, targets)
-    theirs |= liger
+    def plain() -> Tensor:
+        return torch.autograd.grad(peers.cross_entropy(leaf, weight, targets), leaf)[0]
+
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "linear + cross_entropy": lambda: plain,
+        "the same in chunks of 2048": lambda: lambda: peers.chunked_cross_entropy(hidden, weight, targets)[1],
+        FLOOR: lambda: peers.two_products(hidden, weight, SEGMENT),
+    } | peers.liger_losses(leaf, weight, targets)
     timing = {"repeat": 5, "warm": 1}
-    ms, mib = milliseconds([ours], **timing), peak(ours)
-    work = 4 * tokens * D * VOCAB  # two products: logits and the gradient of the hidden states
-    case = "16384 x 4096, vocab 128256"
-    for name, run in theirs.items():
-        more = {"peak_mib": mib, "peer_peak_mib": peak(run), "tflops": round(work / ms / 1e9, 1)}
-        add(
-            rows,
-            "linear_cross_entropy",
-            case,
-            ms,
-            {name: milliseconds([run], **timing)},
-            **more,
-        )
+    ms, mib, expected = milliseconds([ours], **timing), peak(ours), ours()
+    work = 4 * TOKENS * D * VOCAB  # two products: logits and the gradient of the hidden states
+    case = f"{TOKENS} x {D}, vocab {VOCAB}"
+    for name, make in makers.items():
+        try:
+            run = make()
+            if name != FLOOR:
+                require_same(expected, run(), name)
+            more: dict[str, Any] = {"peak_mib": mib, "peer_peak_mib": peak(run), "tflops": round(work / ms / 1e9, 1)}
+            more |= {"floor": True} if name == FLOOR else {}
+            add(rows, "linear_cross_entropy", case, ms, {name: milliseconds([run], **timing)}, **more)
+        except Exception as error:  # of whatever class the peer's library has
+            left_out.append({"row": name, "reason": reason(error)})
         torch.cuda.empty_cache()
-    return left_out
 
 
 def main() -> None:
@@ -222,23 +232,30 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none")
     torch.manual_seed(0)
-    parts: dict[str, Callable[[Rows], Any]] = {
-        "rows": rows_ops,
-        "choice": choice_ops,
-        "attention": attention_ops,
-        "loss": loss_op,
-    }
     rows: Rows = []
-    left_out: list[dict[str, str]] = []
+    left_out: LeftOut = []
+    parts: dict[str, Callable[[], None]] = {
+        "rows": partial(rows_ops, rows),
+        "choice": partial(choice_ops, rows),
+        "attention": partial(attention_ops, rows),
+        "loss": partial(loss_op, rows, left_out),
+    }
+    failed = []
     for name, run in parts.items():
         if args.only is None or name in args.only:
-            left_out += run(rows) or []
-            torch.cuda.empty_cache()
+            try:
+                run()
+                torch.cuda.empty_cache()
+            except Exception:  # the rows so far are written all the same
+                traceback.print_exc()
+                failed.append(name)
     for row in left_out:
         print(f"left out: {row['row']}: {row['reason']}")
     columns = ["op", "case", "ms", "peer", "peer_ms", "ratio", "tflops", "gb_per_s", "peak_mib", "peer_peak_mib"]
     print(table(rows, columns))
     print(f"written: {write_results(args.out, rows, left_out=left_out)}")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -138,8 +138,11 @@ def flex_attention(
 
 
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *, deterministic: bool = False) -> Passes:
-    """FlashAttention-4's kernels for this GPU, where its package is installed. Raises ImportError where not."""
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    """FlashAttention-4's kernels for this GPU. Raises ImportError if its package is not installed."""
+    try:
+        from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImportError(f"flash-attn-4 is not installed (pip install 'flash-attn-4[cu13]'): {error}") from error
 
     leaves = [t.detach()[None].contiguous().requires_grad_() for t in (q, k, v)]
 
@@ -197,55 +200,66 @@ def predict(x: Tensor, networks: list[list[Tensor]], block: int, eps: float) -> 
     return torch.tril(yq.float() @ yk.float().T).sum(0)
 
 
-# Liger's fused linear cross entropy: in chunks, whose softmax is a kernel of the named implementation; and in one
-# kernel of CuTe, which always computes the weight's gradient as well, so that its time has a product more.
-LIGER_TRITON, LIGER_CUTE = "Liger, Triton", "Liger, CuTe DSL"
+def two_products(hidden: Tensor, weight: Tensor, rows: int) -> Callable[[], Tensor]:
+    """What no linear cross-entropy does without: logits, and from them the gradient of the hidden states, by cuBLAS
+    and ``rows`` at a time into outputs that are there already. Nothing happens between the two products."""
+    logits, dhidden = hidden.new_empty(rows, weight.shape[0]), torch.empty_like(hidden)
+
+    def run() -> Tensor:
+        for h, d in zip(hidden.detach().split(rows), dhidden.split(rows), strict=True):
+            z = logits[: h.shape[0]]
+            torch.mm(h, weight.T, out=z)
+            torch.mm(z, weight, out=d)
+        return dhidden
+
+    return run
+
+
+# Liger's fused linear cross-entropy. What its users call: cuBLAS products in chunks, with the softmax between them in
+# Triton. The same with the softmax in CuTe, which is chosen by name. Then two that are CuTe throughout, for Hopper
+# alone: one with three kernels over whole logits, called here so that the weight's gradient is left to a backward pass
+# that a frozen head never runs; and one that keeps no logits and always computes the weight's gradient as well, so that
+# its time has a product more.
+LIGER_TRITON, LIGER_CUTE = "Liger, Triton", "Liger, CuTe DSL softmax"
+LIGER_KERNELS = "Liger, CuTe DSL products and softmax, whole logits"
 LIGER_ONE_KERNEL = "Liger, CuTe DSL in one kernel (with the weight's gradient)"
 
 
-def liger_losses(
-    leaf: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[dict[str, Callable[[], object]], list[dict[str, str]]]:
-    """Loss and gradient of the hidden states, by peer; and the peers that cannot run here, with their reasons."""
+def liger_losses(leaf: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Callable[[], Callable[[], Tensor]]]:
+    """By peer, what makes its call: mean loss and gradient of the hidden states, which the call returns. Making or
+    calling one raises whatever a package that is missing, or made for another GPU, raises."""
 
-    def chunked(implementation: str) -> Callable[[], object]:
-        from liger_kernel.backends import available_impls, set_impl
+    def chunked() -> Callable[[], Tensor]:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        found = available_impls("cross_entropy_loss_and_grad")
-        if implementation not in found:
-            raise RuntimeError(
-                f"liger-kernel has no {implementation} here (pip install liger-kernel[cutedsl]): {found}"
-            )
+        module = LigerFusedLinearCrossEntropyLoss()
+        return lambda: torch.autograd.grad(module(weight, leaf, targets), leaf)[0]
 
-        def run() -> object:
-            set_impl(implementation)
-            try:
-                return torch.autograd.grad(LigerFusedLinearCrossEntropyLoss()(weight, leaf, targets), leaf)
-            finally:
-                set_impl(None)
+    def chunked_with_cute() -> Callable[[], Tensor]:
+        # That module's softmax is Triton's, whatever liger_kernel.backends.set_impl says: this function obeys.
+        from liger_kernel.functional import fused_linear_cross_entropy
+
+        def run() -> Tensor:
+            loss = fused_linear_cross_entropy(leaf, weight, targets, impl="nvidia-cutedsl")[0]
+            return torch.autograd.grad(loss, leaf)[0]
 
         return run
 
-    def one_kernel() -> Callable[[], object]:
+    def kernels() -> Callable[[], Tensor]:
+        from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+            fused_linear_cross_entropy_forward_sm90 as forward,
+        )
+
+        return lambda: forward(leaf.detach(), weight, targets, defer_dw=True)[1]
+
+    def one_kernel() -> Callable[[], Tensor]:
         from liger_kernel.ops.cutedsl.ops import LigerFusedScaledCrossEntropySM90Function as Function
 
-        return lambda: torch.autograd.grad(Function.apply(leaf, weight, targets).sum(), leaf)
+        return lambda: torch.autograd.grad(Function.apply(leaf, weight, targets).mean(), leaf)[0]
 
-    makers: dict[str, Callable[[], Callable[[], object]]] = {
-        LIGER_TRITON: lambda: chunked("nvidia-triton"),
-        LIGER_CUTE: lambda: chunked("nvidia-cutedsl"),
+    return {
+        LIGER_TRITON: chunked,
+        LIGER_CUTE: chunked_with_cute,
+        LIGER_KERNELS: kernels,
         LIGER_ONE_KERNEL: one_kernel,
     }
-    runs: dict[str, Callable[[], object]] = {}
-    left_out = []
-    for name, make in makers.items():
-        try:
-            run = make()
-            run()
-        except Exception as error:  # whatever a package that is missing, or made for another GPU, raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            left_out.append({"row": name, "reason": reason})
-        else:
-            runs[name] = run
-    return runs, left_out

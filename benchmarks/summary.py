@@ -23,6 +23,7 @@ from memory_pages import in_thousands, saved
 from publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
+ATTENTION = ("attention-h200", "attention-h100")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -225,9 +226,21 @@ def steps() -> list[str]:
                 f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} "
                 f"and {checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
             )
-        left_out = [f"Left out: {row['row']}: {row['reason']}." for row in result.get("left_out", [])]
-        lines += [*markdown(header, rows), "", " ".join(filter(None, [what, *left_out, source(name, result)])), ""]
+        lines += [
+            *markdown(header, rows),
+            "",
+            " ".join(filter(None, [what, *left_out(result), source(name, result)])),
+            "",
+        ]
     return lines
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """Rows and peers that the file lacks, with the reasons; those with the same reason are named together."""
+    reasons: dict[str, list[str]] = {}
+    for row in result.get("left_out", []):
+        reasons.setdefault(row["reason"].rstrip("."), []).append(row["row"])
+    return [f"Left out: {', '.join(rows)}: {reason}." for reason, rows in reasons.items()]
 
 
 def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Table]) -> list[str]:
@@ -397,7 +410,13 @@ def operations() -> list[str]:
         if not row["op"].startswith("attention")
     ]
     header = ["op", "case", "ms", "peer", "peer ms", "ratio", "rate"]
-    return [*markdown(header, rows), "", "Ratio above 1: ours is faster. " + source("ops-h200", result), ""]
+    floors = [
+        f"Of the time of `{row['op']}`, {row['ratio']:.0%} is what {row['peer']} take."
+        for row in result["rows"]
+        if row.get("floor")
+    ]
+    text = " ".join(["Ratio above 1: ours is faster.", *floors, *left_out(result), source("ops-h200", result)])
+    return [*markdown(header, rows), "", text, ""]
 
 
 def peer_cells(row: dict[str, Any]) -> list[str]:
@@ -439,7 +458,8 @@ def attention(name: str) -> list[str]:
     found = [row for row in rows if row["case"] == "blocks"]
     if found:
         lines += blocks_table(found, name)
-    return [*lines, "Ratio above 1: ours is faster. " + source(name, result), ""]
+    text = " ".join(["Ratio above 1: ours is faster.", *left_out(result), source(name, result)])
+    return [*lines, text, ""]
 
 
 def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
@@ -526,7 +546,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *measured_table("paper-h200", memory_pages.paper),
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
-        *attention_in_short("attention-h100"),
+        *itertools.chain(*map(attention_in_short, ATTENTION)),
         *quality(),
         *quality_pages.tables(),
         *recall(),
@@ -535,7 +555,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *tile_coverage("coverage-lm46"),
         *equivalence(),
         *operations(),
-        *attention("attention-h100"),
+        *itertools.chain(*map(attention, ATTENTION)),
         *tiles(),
     ]
     return [
