@@ -309,6 +309,15 @@ def test_a_recording_that_fails_changes_nothing(phase: lemo.Phase, caplog: pytes
     assert "operation not permitted" in next(iter(controller.graphs.failures.values()))
 
 
+def test_graphs_are_gone_once_lemo_is_removed() -> None:
+    controller = train(model := tiny(), [DENSE])
+    for i in range(2):
+        backward(model, i)
+    assert controller.graphs.captured
+    lemo.remove(model)
+    assert not controller.graphs.captured
+
+
 def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(graphs, "MOST_SHAPES", 1)
     controller = train(model := tiny(), [DENSE])

@@ -44,6 +44,8 @@ class Graphs:
         # Tracebacks of recordings that failed, by phase, which is not tried again.
         self.failures: dict[Any, str] = {}
         self.replays = 0
+        # Why the last pass could not be recorded, if so.
+        self.reason: str | None = None
         self._seen: dict[Any, None] = {}
         self._turns = Turns()
         self._weights: tuple[Any, ...] = ()
@@ -55,9 +57,9 @@ class Graphs:
         step, x = made.step, begun.x
         if weights != self._weights:
             self._forget(weights, begun)
-        reason = self._reason(begun, step)
-        if reason is not None:
-            self.note(f"cuda_graphs: layers run without graphs: {reason}")
+        self.reason = self._reason(begun, step)
+        if self.reason is not None:
+            self.note(f"cuda_graphs: layers run without graphs: {self.reason}")
             return stack.run(step, x, params)
         policy = begun.plan.policy
         drawn, pairs = None, None
@@ -81,13 +83,18 @@ class Graphs:
         self.replays += 1
         return captured.begin(step, x, params, self._turns)
 
-    def _forget(self, weights: tuple[Any, ...], begun: Begun) -> None:
-        """Other weights or adapters than before."""
-        self._weights = weights
-        self._readable = all(_readable(m) for layer in begun.layers for m in _projections(begun, layer))
+    def clear(self) -> None:
+        """Drops all graphs, and with them their memory."""
+        self._weights = ()
         self.captured.clear()
         self._seen.clear()
         self._records = self.record  # CUDA: a pool whose graphs are gone cannot be used again
+
+    def _forget(self, weights: tuple[Any, ...], begun: Begun) -> None:
+        """Other weights or adapters than before."""
+        self.clear()
+        self._weights = weights
+        self._readable = all(_readable(m) for layer in begun.layers for m in _projections(begun, layer))
 
     def _worth(self, key: Any, begun: Begun) -> bool:
         """Whether to record a shape: if it comes a second time, and there is room."""
@@ -124,6 +131,7 @@ class Graphs:
             unsuitable = isinstance(error, Unsuitable)
             kind = str(error) if unsuitable else f"recording failed with {type(error).__name__}: {error}"
             self.note(f"cuda_graphs: layers run without graphs in a phase of mode {begun.plan.phase.mode!r}: {kind}")
+            self.reason = kind
             return None
         finally:
             if policy is not None and context is not None:
