@@ -50,12 +50,12 @@ def _missing_liger() -> str | None:
 
 
 def _missing_trl() -> str | None:
-    """Neither part that is used here imports TRL's trainers, so that its wheel alone is enough."""
     try:
         from trl.kernels import ChunkedLogProbFunction  # noqa: F401
         from trl.models.activation_offloading import get_act_offloading_ctx_manager  # noqa: F401
+        from trl.trainer import utils  # noqa: F401  (the loss's backward pass imports it)
     except ImportError as error:
-        return f"trl 1.16 or later is not installed ({error}; pip install --no-deps trl: one pure Python wheel)"
+        return f"trl 1.16 or later is not installed, or something that it needs ({error}; pip install trl)"
     return None
 
 

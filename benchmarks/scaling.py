@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from common import header, short_device_name, table, write_results
-from models import SHAPES, Base, make_base, make_model, with_adapters
+from models import SHAPES, Base, make_base, make_model, release, with_adapters
 from step import ROWS, Saving, settings
 from torch import distributed
 
@@ -143,8 +143,7 @@ def all_sizes(args: argparse.Namespace, groups: dict[int, Any]) -> list[dict[str
                     mine = measure(args, name, group, base)
                 except torch.OutOfMemoryError:
                     mine = {"error": "out of memory"}
-            if base.cuda:
-                torch.cuda.empty_cache()
+            release(base)  # FSDP2's hooks and the model form a cycle, which would hold its weights in the next row
             found: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(found, mine)
             row = {"part": args.part, "row": name, "processes": size, "context": args.context}

@@ -251,6 +251,28 @@ def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Tabl
     return [title, "", *markdown(header, rows), "", source(name, result), ""]
 
 
+def several_gpus() -> list[str]:
+    """All files of benchmarks/scaling.py as one table."""
+    parts = {"ddp": "DDP, a document each", "fsdp": "FSDP2, a document each", "sequence": "one document, divided"}
+    rows, sources = [], []
+    for path in sorted(RESULTS.glob("scaling-*.json")):
+        result = json.loads(path.read_text())
+        sources.append(source(path.stem, result))
+        for row in result["rows"]:
+            cells = [parts[row["part"]], f"`{row['row']}`", in_thousands(row["context"]), str(row["processes"])]
+            cells += [f"{row['step_ms']:,.0f} ms", f"{row['tokens_per_second']:,.0f}"]
+            cells += [f"{row['speedup']:.2f} x", f"{row['efficiency']:.1%}", f"{row['peak_mib']:,} MiB"]
+            rows.append(cells)
+    if not rows:
+        return []
+    title = (
+        "**Several GPUs of one host**, a Llama-3-8B shape, everything recomputed (tokens of a document; the "
+        "rate of all GPUs against that of one in the same run)"
+    )
+    header = ["", "step", "tokens", "GPUs", "time", "tokens per second", "rate", "of a GPU's share", "largest peak"]
+    return [title, "", *markdown(header, rows), "", *itertools.chain(*zip(sources, [""] * len(sources), strict=True))]
+
+
 # --- everything else --------------------------------------------------------------------------------------------------
 
 
@@ -390,9 +412,9 @@ def tile_coverage(name: str) -> list[str]:
     return [title, "", *markdown(header, rows), "", notes, ""]
 
 
-def operations() -> list[str]:
-    """Attention is left out: it has separate tables."""
-    if (result := load("ops-h200")) is None:
+def operations(name: str, only: str | None = None) -> list[str]:
+    """One operator alone, or all but attention, which has separate tables."""
+    if (result := load(name)) is None:
         return []
     rows = [
         [
@@ -407,7 +429,7 @@ def operations() -> list[str]:
             else "",
         ]
         for row in result["rows"]
-        if not row["op"].startswith("attention")
+        if (row["op"] == only if only else not row["op"].startswith("attention"))
     ]
     header = ["op", "case", "ms", "peer", "peer ms", "ratio", "rate"]
     floors = [
@@ -415,7 +437,7 @@ def operations() -> list[str]:
         for row in result["rows"]
         if row.get("floor")
     ]
-    text = " ".join(["Ratio above 1: ours is faster.", *floors, *left_out(result), source("ops-h200", result)])
+    text = " ".join(["Ratio above 1: ours is faster.", *floors, *left_out(result), source(name, result)])
     return [*markdown(header, rows), "", text, ""]
 
 
@@ -546,6 +568,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *measured_table("paper-h200", memory_pages.paper),
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
+        *several_gpus(),
         *itertools.chain(*map(attention_in_short, ATTENTION)),
         *quality(),
         *quality_pages.tables(),
@@ -554,7 +577,8 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *tile_coverage("coverage-smollm2"),
         *tile_coverage("coverage-lm46"),
         *equivalence(),
-        *operations(),
+        *operations("ops-h200"),
+        *operations("ops-loss-h200", "linear_cross_entropy"),
         *itertools.chain(*map(attention, ATTENTION)),
         *tiles(),
     ]
