@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _refuse(tensor: Tensor) -> None:
+    raise RuntimeError("operation not permitted when stream is capturing: tolist")
 
 
 class Tape(TorchDispatchMode):
@@ -59,7 +64,7 @@ class Recorder:
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         tape = Tape()
-        with tape:
+        with tape, mock.patch.object(torch.Tensor, "tolist", _refuse):  # which the dispatcher does not see
             work()
         self.tapes.append(tape)
         return tape.play

@@ -164,7 +164,7 @@ def layout_of(pairs: Sequence[KeptPair]) -> tuple[Any, ...]:
 
 
 def _copies(pairs: Sequence[KeptPair]) -> tuple[list[KeptPair], list[Tensor]]:
-    """Lists in memory of their own, and the tensors that new contents are copied to."""
+    """Lists in separate memory, and the tensors that new contents are copied to."""
     lists = distinct(pairs)
     own = {id(k): replace(k, **{name: getattr(k, name).clone() for name in _OF_LISTS}, info=None) for k in lists}
     copied: list[KeptPair] = [(own.get(id(a), a), own.get(id(m), m)) for a, m in pairs]
@@ -234,10 +234,6 @@ class Captured:
         return found
 
 
-class Unsuitable(Exception):
-    """The step does something that a graph cannot hold."""
-
-
 def capture(step: Step, buffers: Buffers, params: Sequence[Tensor], record: Recorder) -> Captured:
     """Records both passes of a step that was made for the buffers. Nothing runs."""
     if buffers.pairs is not None:
@@ -260,8 +256,6 @@ def capture(step: Step, buffers: Buffers, params: Sequence[Tensor], record: Reco
             flat.append((torch.cat([g.reshape(-1) for _, g in found if g.dtype == dtype]), places))
 
     run_forward = record(first)
-    if step.statistics:
-        raise Unsuitable("statistics of a router are read between the passes")
     return Captured(step, buffers, run_forward, record(second), flat)
 
 

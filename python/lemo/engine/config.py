@@ -387,7 +387,7 @@ class LemoConfig:
         if self.cuda_graphs and (self.memory_budget is not None or self.offload):
             given = "memory_budget" if self.memory_budget is not None else "offload"
             raise ValueError(
-                f"LemoConfig.cuda_graphs keeps what layers save in memory of its own, which {given} neither counts nor "
+                f"LemoConfig.cuda_graphs keeps what layers save in separate memory, which {given} neither counts nor "
                 f"moves: give cuda_graphs or {given}"
             )
 

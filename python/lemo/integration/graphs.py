@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine import stack
-from lemo.engine.capture import Buffers, Captured, CudaRecorder, Recorder, Turns, Unsuitable, capture, layout_of
+from lemo.engine.capture import Buffers, Captured, CudaRecorder, Recorder, Turns, capture, layout_of
 from lemo.engine.layout import KeptPair
 from lemo.engine.linear import projection
 from lemo.engine.policies import Policy
@@ -49,7 +49,7 @@ class Graphs:
         self._seen: dict[Any, None] = {}
         self._turns = Turns()
         self._weights: tuple[Any, ...] = ()
-        self._readable = False
+        self._readable, self._routed = False, False
         self._records = record
 
     def run(self, begun: Begun, made: Made, params: Sequence[Tensor], weights: tuple[Any, ...]) -> Tensor:
@@ -95,6 +95,7 @@ class Graphs:
         self.clear()
         self._weights = weights
         self._readable = all(_readable(m) for layer in begun.layers for m in _projections(begun, layer))
+        self._routed = begun.family.shape(begun.model.config).experts is not None
 
     def _worth(self, key: Any, begun: Begun) -> bool:
         """Whether to record a shape: if it comes a second time, and there is room."""
@@ -128,10 +129,9 @@ class Graphs:
             captured = capture(twin.step, buffers, params, self._recorder(begun.x.device))
         except Exception as error:
             self.failures[id(begun.plan.phase)] = traceback.format_exc()
-            unsuitable = isinstance(error, Unsuitable)
-            kind = str(error) if unsuitable else f"recording failed with {type(error).__name__}: {error}"
-            self.note(f"cuda_graphs: layers run without graphs in a phase of mode {begun.plan.phase.mode!r}: {kind}")
-            self.reason = kind
+            self.reason = f"recording failed with {type(error).__name__}: {error}"
+            mode = begun.plan.phase.mode
+            self.note(f"cuda_graphs: layers run without graphs in a phase of mode {mode!r}: {self.reason}")
             return None
         finally:
             if policy is not None and context is not None:
@@ -180,6 +180,8 @@ class Graphs:
             return "the host has to read sizes of lists of tiles (mass, tile_policy predictors)"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return "a checkpoint, or a library that offloads activations, wants to see saved tensors"
+        if self._routed:
+            return "how many rows an expert has is known on the device alone"
         if not self._readable:
             return "weights are quantized, or several adapters are active together"
         if plan.policy is None or _ahead(plan.policy, begun):

@@ -85,6 +85,7 @@ class Begun:
     borrowed: x belongs to someone else. trained: something trains before the layers. required: see `StepContext`."""
 
     family: Family
+    model: Any
     config: LemoConfig
     layers: list[nn.Module]
     packed: Packed
@@ -168,7 +169,7 @@ def begin(family: Family, model: Any, config: LemoConfig, layers: list[nn.Module
     if plan.policy is not None:
         required = required_blocks(config.keep_labelled, plan.phase, packed.blocks, inputs.labelled)
     borrowed = inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding)
-    return Begun(family, config, layers, packed, plan, x, tables, borrowed, trained, required)
+    return Begun(family, model, config, layers, packed, plan, x, tables, borrowed, trained, required)
 
 
 def _attention(
