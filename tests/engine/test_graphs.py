@@ -246,10 +246,20 @@ def test_optimizers_that_write_in_place_need_no_new_graph() -> None:
     assert len(run([DENSE], True, [64] * 4)[3].captured) == 1
 
 
-def test_embeddings_that_train_get_their_gradient() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["input_layernorm"]},
+        {"use_dora": True},
+        {"target_modules": "all-linear", "bias": "none"},
+    ],
+    ids=["embedding", "norms", "dora", "all-linear"],
+)
+def test_whatever_trains_gets_its_gradient(options: dict[str, Any]) -> None:
     found = []
     for on in (False, True):
-        model = tiny(modules_to_save=["embed_tokens"])
+        model = tiny(**options)
         controller = train(model, [SHARED], on)
         for i in range(3):
             backward(model, i)
@@ -322,6 +332,7 @@ def test_a_recording_that_fails_changes_nothing(phase: lemo.Phase, caplog: pytes
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert caplog.text.count("recording failed with RuntimeError: operation not permitted") == 1
     assert "operation not permitted" in next(iter(controller.graphs.failures.values()))
+    assert controller.graphs.reason == "recording failed in an earlier pass of this phase"
 
 
 def test_graphs_are_gone_once_lemo_is_removed() -> None:

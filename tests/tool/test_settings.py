@@ -21,6 +21,13 @@ def test_runs_of_earlier_versions_are_the_same_runs() -> None:
     assert FinetuneSettings.from_json(plain) == FinetuneSettings()
 
 
+def test_graphs_are_asked_for_and_contradict_a_budget() -> None:
+    assert FinetuneSettings(cuda_graphs=True).lemo_config().cuda_graphs
+    assert not FinetuneSettings().lemo_config().cuda_graphs
+    with pytest.raises(ValueError, match="give cuda_graphs or memory_budget"):
+        FinetuneSettings(cuda_graphs=True, recompute="auto", memory_budget=1 << 30)
+
+
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_learning_rates(kind: str) -> None:
     factors = [learning_rate_factor(FinetuneSettings(lr_schedule=kind, warmup=4), 12, s) for s in range(12)]

@@ -100,6 +100,7 @@ class Graphs:
     def _worth(self, key: Any, begun: Begun) -> bool:
         """Whether to record a shape: if it comes a second time, and there is room."""
         if id(begun.plan.phase) in self.failures:
+            self.reason = "recording failed in an earlier pass of this phase"
             return False
         if key not in self._seen:
             if len(self._seen) >= _MOST_SEEN:
