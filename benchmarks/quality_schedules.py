@@ -100,6 +100,7 @@ ROWS = (
     Row("dense", "100% dense", rival=True),
     Row("windows 1/2, then full", "70% dense window=1/2; 30% dense", rival=True),
     Row("windows 1/4, then full", "70% dense window=1/4; 30% dense", rival=True),
+    Row("windows 1/8, then full", "70% dense window=1/8; 30% dense", rival=True),
     Row("random subset 0.5, then exact", "70% skip keep=0.5 policy=random shared; 30% dense", rival=True),
     Row("random subset 0.3, then exact", "70% skip keep=0.3 policy=random shared; 30% dense", rival=True),
     Row("skip 0.5 by predictors, then exact", "70% skip keep=0.5 policy=predictors; 30% dense"),

@@ -10,6 +10,7 @@ Peers (--peer):
 
   python benchmarks/step.py                                     # 64K and 16K tokens: minutes on an H100 or H200
   python benchmarks/step.py --context 8192 --recompute none     # nothing recomputed
+  python benchmarks/step.py --context 65536 --only backward-0.5 --recompute none --offload all  # nor kept in GPU memory
   python benchmarks/step.py --recompute full attention --offload 0 all     # every row in four ways
   python benchmarks/step.py --peer liger liger-offload trl      # more peers; ratios are to the first one
   python benchmarks/step.py --only dense skip-0.5               # some of the rows; the peer always runs
@@ -39,7 +40,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,10 +330,14 @@ class Saving:
 
 
 def savings(row: Row, args: argparse.Namespace) -> list[Saving]:
-    """What a row is measured with. Mode "backward" saves the same whatever is recomputed."""
-    different = args.recompute[:1] if row.mode == "backward" else args.recompute
-    given = (args.memory_budget, args.recompute_layers)
-    return [Saving(*pair, *given) for pair in itertools.product(different, args.offload)]
+    """What a row is measured with. Mode "backward" saves with "full" what it saves with "attention", and is the only
+    one of which everything is offloaded."""
+    different, backward = args.recompute, row.mode == "backward"
+    if backward:
+        different = list({recompute == "none": recompute for recompute in reversed(different)}.values())[::-1]
+    pairs = itertools.product(different, args.offload)
+    possible = [(recompute, offload) for recompute, offload in pairs if backward or recompute != "none" or not offload]
+    return [Saving(*pair, args.memory_budget, args.recompute_layers) for pair in possible]
 
 
 def parse_offload(text: str) -> int | str:
@@ -360,7 +365,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=["full"],
         help="what the backward pass computes again; attention: all but attention itself, whose output is saved. Peers "
-        "have none or full (default: full)",
+        "have none, if that fits, or full (default: full)",
     )
     parser.add_argument(
         "--offload",
@@ -395,10 +400,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--steps: expected at least 1, got {args.steps}")
     if args.memory_budget is not None and len(args.recompute) > 1:
         parser.error("--memory-budget decides what lemo recomputes: give --recompute one value, that of the peers")
-    if args.memory_budget is None and "none" in args.recompute and any(args.offload):
+    if args.memory_budget is None and (
+        without := [name for name, row in chosen(args).items() if not savings(row, args)]
+    ):
         parser.error(
-            "--offload moves saved rows, and --recompute none saves graphs, which cannot be moved: measure them "
-            "in two runs"
+            f"--recompute none with --offload is for mode backward, and leaves no way to measure {', '.join(without)}: "
+            "give another value of either as well, or other rows (--only)"
         )
     if args.peer is not None and "none" in args.peer and len(args.peer) > 1:
         parser.error(f"--peer: expected none or names of peers, got {' '.join(args.peer)}")
@@ -421,6 +428,28 @@ def peer_rows(base: Base, peers: Sequence[str], recompute: str, tokens: int, ste
         row |= measure(base, peer(base, name, recompute), tokens, steps)
         first = first or row
         yield compare(row, first, None)
+
+
+def measure_peers(
+    base: Base,
+    peers: Sequence[str],
+    recompute: Sequence[str],
+    tokens: int,
+    steps: int,
+    add: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """The first peer's row by what it recomputes. Without memory for recomputing nothing, it is that of recomputing
+    everything: the peer's fastest way that fits."""
+    found: dict[str, dict[str, Any]] = {}
+    wanted = list(dict.fromkeys(map(peers_recompute, recompute)))
+    for what in wanted:
+        for row in peer_rows(base, peers, what, tokens, steps):
+            found.setdefault(what, add(row))
+        if "error" in found.get("none", {}) and "full" not in wanted:
+            wanted.append("full")
+    if "error" in found.get("none", {}):
+        found["none"] = found["full"]
+    return found
 
 
 def lemo_rows(
@@ -461,7 +490,8 @@ def main() -> int:
     print(f"{base.name}: weights made in {time.perf_counter() - start:.0f} s", flush=True)
     checked = None
     if peers:
-        checked = check(base, peers[0], savings(ROWS["dense"], args)[-1], min(2048, *args.context))
+        ways = savings(ROWS["dense"], args) or [Saving(args.recompute[-1])]
+        checked = check(base, peers[0], ways[-1], min(2048, *args.context))
         release(base)
         print(f"nothing eliminated: loss within {checked['loss_error']:.1e}, gradient {checked['gradient_error']:.1e}")
     rows: list[dict[str, Any]] = []
@@ -480,10 +510,7 @@ def main() -> int:
         release(base)
         for tokens in args.context:
             steps = args.steps or max(3, min(9, 3 * 65536 // tokens))
-            references: dict[str, dict[str, Any]] = {}
-            for recompute in dict.fromkeys(map(peers_recompute, args.recompute)):
-                for row in peer_rows(base, peers, recompute, tokens, steps):
-                    references.setdefault(recompute, add(row))
+            references = measure_peers(base, peers, args.recompute, tokens, steps, add)
             for row in lemo_rows(base, args, calibration, tokens, steps, references):
                 add(row)
     print(table(rows, COLUMNS))

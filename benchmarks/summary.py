@@ -109,26 +109,26 @@ def headline() -> Headline | None:
 
 
 def offloaded() -> list[str]:
-    """The headline's rows with attention's output saved and saved rows in host memory, in a run of their own."""
+    """The headline's rows with attention's output, or everything, saved in host memory, in a separate run."""
     for name, result in step_results().items():
-        rows = {
-            row["row"]: row
+        rows = [
+            row
             for row in result["rows"]
             if (row["context"], row["model"]) == (65536, "llama3-8b")
-            and ("Liger" in row["method"] or (row["recompute"] == "attention" and row.get("offload")))
+            and ("Liger" in row["method"] or (row["recompute"] in ("attention", "none") and row.get("offload")))
             and {"time_ratio", "memory_ratio"} <= row.keys()
-        }
-        if {"peer", "dense"} <= rows.keys():
+        ]
+        if {"peer", "dense"} <= {row["row"] for row in rows}:
             cells = [
                 [
-                    label(row),
+                    label(row) + ', `recompute="none"`' * (row["method"] == "lemo" and row["recompute"] == "none"),
                     f"{row['step_ms'] / 1000:.2f} s",
                     f"{row['time_ratio']:.2f} x",
                     f"{row['peak_mib'] / 1024:.1f} GiB",
                     f"{row['memory_ratio']:.2f} x",
                     f"{row['host_mib'] / 1024:.1f} GiB" if row.get("host_mib") else "",
                 ]
-                for row in (rows[name] for name in SHOWN if name in rows)
+                for row in (row for name in SHOWN for row in rows if row["row"] == name)
             ]
             title = "**The same with attention's output saved, and saved rows in pinned host memory** (`offload=True`, "
             title += '`recompute="attention"`; the peer as above)'

@@ -26,6 +26,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from text import source_files, write_jsonl
+
+# PEFT reads a property that transformers has renamed.
+warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 MODEL = Path(__file__).resolve().parent / "model"
 CONTEXT, BLOCK, KEEP = 4096, 64, 0.5

@@ -19,6 +19,7 @@ def test_results_files_say_how_they_were_made(path: Path) -> None:
     for key in ("gpu", "versions", "commit", "date", "command", "rows"):
         assert result.get(key), f"{path.name} has no {key}"
     assert result["commit"] != "unknown"
+    assert not result["commit"].endswith("-dirty"), "made with changes that are in no commit: run it again"
     script = Path(result["command"].split()[1]).name
     assert (ROOT / "benchmarks" / script).exists(), result["command"]
     explained = (ROOT / "benchmarks" / "README.md").read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from types import ModuleType
 
@@ -19,6 +19,7 @@ _DTYPES = {
     torch.int64: "LEMO_I64",
     torch.uint8: "LEMO_U8",
 }
+_UNKNOWN = "unknown dtype"  # what the library calls any other (cpp/src/checker.h)
 _DEVICES = {"cpu": "LEMO_CPU", "cuda": "LEMO_CUDA"}
 
 # Their numbers, filled when the library is loaded: every call looks up several.
@@ -83,7 +84,7 @@ def call(name: str, device: torch.device, arguments: Mapping[str, object], *, de
     run(name, device, values, deterministic)
 
 
-def run(name: str, device: torch.device, values: Iterable[object], deterministic: bool = False) -> None:
+def run(name: str, device: torch.device, values: Sequence[object], deterministic: bool = False) -> None:
     """``call`` with the values of all fields of the argument struct, in order."""
     exec_ = _exec(device, deterministic or wants_determinism())
     operation, names = _operation(name)
@@ -93,7 +94,18 @@ def run(name: str, device: torch.device, values: Iterable[object], deterministic
         # The caching allocator hands the memory to later work of the same stream only, so dropping it here is safe.
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    operation(exec_, allocate, *given)
+    try:
+        operation(exec_, allocate, *given)
+    except ValueError as error:
+        raise ValueError(_with_dtype(str(error), dict(zip(names, values, strict=True)))) from None
+
+
+def _with_dtype(message: str, values: Mapping[str, object]) -> str:
+    """A message of the library, which has no name for most of torch's dtypes, with that of the argument it is about."""
+    if _UNKNOWN not in message:
+        return message
+    about = next((v for n, v in values.items() if isinstance(v, Tensor) and f"{n}:" in message.split()), None)
+    return message if about is None else message.replace(_UNKNOWN, str(about.dtype).removeprefix("torch."))
 
 
 @functools.cache
@@ -110,11 +122,8 @@ def _value(name: str, value: object, device: torch.device) -> object:
         return value
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-    dtype = _numbers.get(value.dtype)
-    if dtype is None:
-        expected = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        raise ValueError(f"{name}: expected a dtype of {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    return (value.data_ptr(), dtype, value.shape, value.stride())
+    # The library refuses a dtype of no number, and alone knows which it expects of this argument.
+    return (value.data_ptr(), _numbers.get(value.dtype, -1), value.shape, value.stride())
 
 
 def _exec(device: torch.device, deterministic: bool) -> tuple[int, ...]:

@@ -200,7 +200,7 @@ def test_pages_say_the_share_of_the_floor_and_what_is_left_out(
     }
     monkeypatch.setattr(summary, "load", lambda name: result)
     monkeypatch.setattr(summary, "source", lambda name, result: "where from")
-    assert summary.operations()[-2] == (
+    assert summary.operations("ops-h200")[-2] == (
         "Ratio above 1: ours is faster. Of the time of `linear_cross_entropy`, 96% is what its two products take. "
         "Left out: A, B: not installed. where from"
     )

@@ -111,6 +111,28 @@ def test_a_row_that_does_not_fit(benchmarks: Any) -> None:
     assert row == {"step_ms": 2.0, "peak_mib": 3, "peer": LIGER}
 
 
+@pytest.mark.parametrize(("fits", "reference"), [(True, "none"), (False, "full")])
+@pytest.mark.parametrize("recompute", [["none"], ["attention", "none"], ["none", "full"]])
+def test_a_peer_that_cannot_save_everything_recomputes(
+    benchmarks: Any, monkeypatch: pytest.MonkeyPatch, recompute: list[str], fits: bool, reference: str
+) -> None:
+    """Lemo's rows are then compared with the peer's fastest way that fits."""
+
+    def peer_rows(base: Any, peers: Any, what: str, *_: Any) -> Any:
+        yield {"recompute": what, **({"step_ms": 1.0} if fits or what == "full" else {"error": "out of memory"})}
+
+    monkeypatch.setattr(benchmarks.step, "peer_rows", peer_rows)
+    added: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        added.append(row)
+        return row
+
+    found = benchmarks.step.measure_peers(None, [LIGER], recompute, 64, 1, add)
+    assert found["none"]["recompute"] == reference and "step_ms" in found["none"]
+    assert [row["recompute"] for row in added].count("full") == (recompute != ["none"] or not fits)
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +195,24 @@ def test_headline_and_figure(benchmarks: Any, results: Path) -> None:
     assert "prefers-color-scheme: dark" in drawn
 
 
+def test_offloaded_rows_follow_the_headline(benchmarks: Any, results: Path) -> None:
+    """Those that save attention's output, and the only one that saves everything."""
+    write_result(results, "step-h200", 65536, "2026-11-28T10:00:00+00:00")
+    path = results / "step-saved-h200.json"
+    write_result(results, path.stem, 65536, "2026-11-28T09:00:00+00:00")
+    result = json.loads(path.read_text())
+    for row in result["rows"][1:]:
+        row |= {"recompute": "attention", "offload": "all", "host_mib": 2048.0}
+    backward = next(row for row in result["rows"] if row["mode"] == "backward")
+    result["rows"].append(backward | {"recompute": "none", "step_ms": 5600.0, "time_ratio": 2.5})
+    path.write_text(json.dumps(result))
+    found = [line for line in benchmarks.summary.offloaded() if line.startswith("| lemo, `backward`")]
+    assert [line.split("|")[1:4] for line in found] == [
+        [" lemo, `backward` 0.5 weighted ", " 7.00 s ", " 2.00 x "],
+        [' lemo, `backward` 0.5 weighted, `recompute="none"` ', " 5.60 s ", " 2.50 x "],
+    ]
+
+
 def test_without_a_peer_there_is_no_headline(benchmarks: Any, results: Path) -> None:
     assert benchmarks.summary.headline() is None
     write_result(results, "step-h100", 65536, "2026-11-28T10:00:00+00:00", fits=False)
@@ -223,7 +263,7 @@ def test_a_command_can_be_pasted(benchmarks: Any) -> None:
 def test_what_is_saved_and_where(tmp_path: Path, benchmarks: Any) -> None:
     """Every combination is a row; none of them changes a loss, and ratios are to lemo's dense step saved alike."""
     out = tmp_path / "step-cpu.json"
-    ways = ("--recompute", "full", "attention", "--offload", 0, 1, "all")
+    ways = ("--recompute", "full", "attention", "none", "--offload", 0, 1, "all")
     small = ("--model", "tiny", "--layers", 2, "--context", 320, "--steps", 1)
     done = step(*small, *ways, "--peer", "plain", "liger-offload", "--only", "dense", "backward-0.5", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -231,17 +271,23 @@ def test_what_is_saved_and_where(tmp_path: Path, benchmarks: Any) -> None:
     by = {(row["row"], row["recompute"], row["offload"]): row for row in result["rows"]}
     dense = {key[1:]: row for key, row in by.items() if key[0] == "dense"}
     backward = {key[1:]: row for key, row in by.items() if key[0] == "backward-0.5"}
-    assert list(dense) == [(recompute, layers) for recompute in ("full", "attention") for layers in (0, 1, "all")]
-    assert list(backward) == [("full", 0), ("full", 1), ("full", "all")]  # it saves the same in either case
+    moved = [(recompute, layers) for recompute in ("full", "attention") for layers in (0, 1, "all")]
+    assert list(dense) == [*moved, ("none", 0)]
+    # With "attention" it saves what it saves with "full"; and everything of it can be moved.
+    assert list(backward) == [(recompute, layers) for recompute in ("full", "none") for layers in (0, 1, "all")]
     assert len({row["loss"] for row in dense.values()}) == len({row["loss"] for row in backward.values()}) == 1
     row = 320 * 128 * 4  # bytes of a layer's input, and of attention's output; the log-sum-exp of two heads
     assert "host_mib" not in dense["attention", 0]
     assert dense["full", "all"]["host_mib"] == 2 * row / 2**20
     assert dense["attention", 1]["host_mib"] == (2 * row + 320 * 2 * 4) / 2**20
     assert dense["attention", "all"]["host_mib"] == 2 * dense["attention", 1]["host_mib"]
+    assert backward["none", "all"]["host_mib"] > 2 * backward["full", "all"]["host_mib"]
     for way, row in backward.items():
-        assert row["dense_ratio"] == pytest.approx(dense[way]["step_ms"] / row["step_ms"], abs=1e-3)
-    assert all(row["peer_step_ms"] == by["peer", "full", 0]["step_ms"] for row in (*dense.values(), *backward.values()))
+        if way in dense:
+            assert row["dense_ratio"] == pytest.approx(dense[way]["step_ms"] / row["step_ms"], abs=1e-3)
+    for recompute, of in (("full", "full"), ("attention", "full"), ("none", "none")):
+        found = [row for row in (*dense.values(), *backward.values()) if row["recompute"] == recompute]
+        assert found and all(row["peer_step_ms"] == by["peer", of, 0]["step_ms"] for row in found)
     assert "TRL activation offloading" in result["left_out"][0]["row"]
     assert benchmarks.summary.saved(dense["attention", "all"]) == "attention, all layers offloaded"
     assert benchmarks.summary.saved(by["peer", "full", 0]) == "full"
@@ -250,7 +296,10 @@ def test_what_is_saved_and_where(tmp_path: Path, benchmarks: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recompute", "none", "--offload", "all"), "--recompute none saves graphs"),
+        (
+            ("--recompute", "none", "--offload", "all", "--only", "dense", "backward-0.5"),
+            "--recompute none with --offload is for mode backward, and leaves no way to measure dense:",
+        ),
         (
             ("--offload", "few"),
             "expected all, auto, none, a number of layers or a size of host memory, like 64GiB; got 'few'",

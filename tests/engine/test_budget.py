@@ -131,9 +131,25 @@ def test_offloaded_layers_save_no_graphs():
     assert budget.choose(needs(countable=False), 1 << 40).recompute == ("attention",) * LAYERS
 
 
-def test_mode_backward_saves_the_same_whatever_is_chosen():
+def test_mode_backward_saves_attention_at_least_and_everything_if_it_fits():
     n = needs(mode="backward")
-    assert budget.choose(n, 1 << 40).saved == budget.fixed(n, "none").saved
+    full, none = budget.fixed(n, "full"), budget.fixed(n, "none")
+    assert full.saved == budget.fixed(n, "attention").saved < none.saved
+    assert budget.choose(n, 1 << 40) == none
+    step = n.of(0, "none").total - n.of(0, "full").total
+    plan = budget.choose(n, full.peak + 2 * step)
+    assert plan.recompute == ("full", "full", "none", "none") and plan.saved == full.saved + 2 * step
+    assert budget.choose(n, full.peak + 2 * step - 1).recompute == ("full", "full", "full", "none")
+    # Under a budget offloaded layers save no graphs; if they were asked for, everything but lists moves.
+    assert budget.choose(n, 1 << 40, 1).recompute == ("full", "none", "none", "none")
+    assert budget.fixed(n, "none", 1).recompute == ("attention", "none", "none", "none")
+    moved = budget.fixed(n, "none", True, graphs=True)
+    assert moved.recompute == none.recompute and moved.host == none.saved - sum(
+        n.of(i, "none").others for i in range(4)
+    )
+    assert moved.saved == none.saved - (LAYERS - 2) * n.of(0, "none").rows
+    assert n.of(0, "none").others == 4 * 8192 + 8
+    assert budget.fixed(needs(), "none", True, graphs=True) == budget.fixed(needs(), "none", True)  # other modes
 
 
 def config(**options):

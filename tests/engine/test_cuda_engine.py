@@ -189,8 +189,10 @@ def pass_of(m, tokens, settings):
     return loss, grads, torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize("phase", OFFLOADED)
-@pytest.mark.parametrize("recompute", ["attention", "full"])
+@pytest.mark.parametrize(
+    ("phase", "recompute"),
+    [*itertools.product(OFFLOADED, ["attention", "full"]), ("backward", "none")],
+)
 def test_offloaded_rows_come_back_as_they_were(phase, recompute):
     """Bit for bit, over several passes, whose copies and kernels then overlap in other ways."""
     found = {}

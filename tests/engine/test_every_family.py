@@ -113,11 +113,12 @@ def test_skip(family, recompute, kind, chosen):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("weighted", "kind"), [(False, "packed"), (True, "right")])
-def test_backward(family, weighted, kind, chosen):
+@pytest.mark.parametrize(("weighted", "kind", "recompute"), [(False, "packed", "full"), (True, "right", "none")])
+def test_backward(family, weighted, kind, recompute, chosen):
     model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
     plain = copy_of(model)
-    lemo.apply(model, settings("backward", keep=0.5, policy="sampled" if weighted else "random", weighted=weighted))
+    policy = "sampled" if weighted else "random"
+    lemo.apply(model, settings("backward", recompute, keep=0.5, policy=policy, weighted=weighted))
     loss, got = gradients(model, inputs)
     ids, targets, positions, document = packed(family, inputs)
     weights = [k.weights[k.row_slots.long()] for k in chosen] if weighted else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lemo.engine import elementwise, segments
 from lemo.engine.families import gemma, llama, phi3
-from lemo.engine.linear import LinearGroup, made_here, remade
+from lemo.engine.linear import Again, LinearGroup, made_here, remade
 from lemo.engine.records import Records
 from support.models import ATTENTION, FAMILIES, LINEARS, assert_close, base, batch, gradients, lora
 from support.peak import peak_bytes
@@ -41,7 +41,11 @@ def save_all(monkeypatch):
 )
 def test_gradients_are_those_of_saved_inputs_bit_for_bit(family, options, monkeypatch):
     made = []
-    monkeypatch.setattr(segments, "remade", lambda x, again, mark=remade: mark(x, lambda: made.append(0) or again()))
+
+    def spy(x, again):
+        return remade(x, Again(lambda *tensors: made.append(0) or again.make(*tensors), again.tensors))
+
+    monkeypatch.setattr(segments, "remade", spy)
     loss, grads = step(family, **options)
     assert made
     save_all(monkeypatch)
@@ -91,7 +95,7 @@ def test_a_pass_without_a_backward_pass_is_freed_at_once(monkeypatch):
         gc.enable()
 
 
-@pytest.mark.parametrize("phase", ["dense", "skip"])
+@pytest.mark.parametrize("phase", ["dense", "skip", "backward"])
 @pytest.mark.parametrize("targets", [ATTENTION["llama"], LINEARS["llama"]], ids=["attention", "all"])
 def test_peaks_are_those_of_the_estimate(phase, targets, monkeypatch):
     """All that is allocated at a time, in the proportions of Llama-3-8B."""

@@ -4,6 +4,7 @@ import lemo
 import lemo.engine.policies
 import pytest
 import torch
+from lemo.engine.families.llama import Llama
 from lemo.engine.layout import Kept
 from support import reference
 from support.models import (
@@ -83,12 +84,13 @@ def test_skip_with_a_list_for_the_mlp(family, recompute, keeps, chosen):
 @pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("policy", ["random", "sampled"])
+@pytest.mark.parametrize("recompute", ["none", "attention"])
 @pytest.mark.parametrize("kind", ["right", "packed"])
-def test_backward(family, weighted, policy, kind, chosen):
+def test_backward(family, weighted, policy, recompute, kind, chosen):
     model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
     plain = clone(model)
     dense = plain(**inputs).loss.detach() if kind == "right" else None
-    lemo.apply(model, config(mode="backward", policy=policy, weighted=weighted))
+    lemo.apply(model, config(recompute, mode="backward", policy=policy, weighted=weighted))
     loss, got = gradients(model, inputs)
     ids, targets, positions, document = packed(family, inputs)
     if dense is not None:
@@ -101,6 +103,33 @@ def test_backward(family, weighted, policy, kind, chosen):
     expected_loss = reference.backward(m, ids, targets, rows, weights, blocks_of(chosen[0]))
     torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-5, atol=0)
     assert_close(got, reference_gradients(plain, expected_loss))
+
+
+@pytest.mark.parametrize(("recompute", "again"), [("none", False), ("attention", True)])
+def test_backward_computes_every_row_once_and_none_again(recompute, again, chosen, monkeypatch):
+    """What a layer computes row by row, counted in rows."""
+    rows: dict[tuple[str, bool], int] = {}
+    parts = {name: getattr(Llama, name) for name in ("queries_keys_values", "attention_output", "mlp")}
+
+    def counting(name):
+        def counted(self, layer, h, *given):
+            rows[name, bool(total)] = rows.get((name, bool(total)), 0) + h.shape[0]
+            return parts[name](self, layer, h, *given)
+
+        return counted
+
+    for name in parts:
+        monkeypatch.setattr(Llama, name, counting(name))
+    monkeypatch.setattr("lemo.engine.step.MLP_ROWS", 5)
+    total: list[torch.Tensor] = []
+    model, inputs = tuned("llama"), batch("packed")
+    lemo.apply(model, config(recompute, mode="backward", weighted=True))
+    total.append(model(**inputs).loss)
+    total[0].backward()
+    kept, tokens = sum(k.num_rows for k in chosen), inputs["input_ids"].numel()
+    assert 0 < kept < 3 * tokens
+    for name in parts:
+        assert rows[name, False] == 3 * tokens and rows.get((name, True), 0) == again * kept
 
 
 @pytest.mark.parametrize("family", LAYERS)

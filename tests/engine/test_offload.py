@@ -1,6 +1,7 @@
 """Saved rows that wait in host memory: equal results, few on the device, memory that is reused."""
 
 import gc
+import itertools
 
 import lemo
 import lemo.engine.offload as offload
@@ -8,8 +9,10 @@ import lemo.engine.stack
 import pytest
 import torch
 from lemo.engine.forward import forward
+from lemo.engine.memory import saved_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords, _Meter
-from support.models import batch, gradients, tuned
+from lemo.engine.segments import address
+from support.models import FAMILIES, LINEARS, base, batch, gradients, lora, tuned
 
 LAYERS, BLOCK = 4, 8
 PHASES = {
@@ -36,8 +39,16 @@ def host(controller):
     return controller.savings._host
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("options", [{"recompute": "attention"}, {"recompute": "full"}, {}], ids=str)
+@pytest.mark.parametrize(
+    ("phase", "options"),
+    [
+        *itertools.product(PHASES, [{"recompute": "attention"}, {"recompute": "full"}]),
+        *((phase, {}) for phase in PHASES if phase != "backward"),
+        ("backward", {"recompute": "none"}),
+        ("backward", {"recompute": "none", "recompute_layers": 2}),
+    ],
+    ids=str,
+)
 def test_results_are_those_without(phase, options):
     """Bit for bit, with all layers or some of them offloaded; without `recompute`, the others save everything."""
     inputs, found = batch("packed"), []
@@ -53,26 +64,36 @@ def test_results_are_those_without(phase, options):
         assert all(torch.equal(theirs[n], g) for n, g in grads.items())
 
 
-@pytest.mark.parametrize("layers", [1, 3, True])
-@pytest.mark.parametrize("recompute", ["full", "attention"])
-def test_at_most_two_layers_are_on_the_device(layers, recompute, monkeypatch):
+def on_device(*records):
+    """Bytes of records' rows and of what their graphs hold, on the device, each memory once."""
+    rows = [t for r in records for t in (r.x_kept, r.x_mlp, r.out, r.lse) if t is not None]
+    graphs = [t for r in records for graph in r.graphs if graph.held is not None for t in graph.held.memory]
+    return sum({address(t): t.untyped_storage().nbytes() for t in (*rows, *graphs) if t.numel()}.values())
+
+
+@pytest.mark.parametrize(
+    ("phase", "recompute", "layers"),
+    [
+        *(("skip", *case) for case in itertools.product(["full", "attention"], [1, 3, True])),
+        ("backward", "none", True),
+    ],
+)
+def test_at_most_two_layers_are_on_the_device(phase, recompute, layers, monkeypatch):
     """Counted after every put and pop, against what the plan adds up."""
     most: list[int] = []
     after_forward: list[int] = []
 
     def rows(records):
-        kept = [t for r in records for t in (r.x_kept, r.out, r.lse) if t is not None]
-        return sum(t.nbytes for t in (*kept, *(t for m in records._moved.values() for t in m.tensors.values())))
+        assert on_device(*(r for r in records if id(r) in records._moved)) == 0
+        moved = sum(t.nbytes for m in records._moved.values() for t in m.tensors.values())
+        return moved + on_device(*(r for r in records if id(r) not in records._moved))
 
     for name in ("put", "pop"):
         original = getattr(OffloadedRecords, name)
 
         def counted(self, given, original=original):
             found = original(self, given)
-            popped = (
-                found.x_kept.nbytes + sum(t.nbytes for t in (found.out, found.lse) if t is not None) if found else 0
-            )
-            most.append(rows(self) + popped)
+            most.append(rows(self) + (on_device(found) if found else 0))
             return found
 
         monkeypatch.setattr(OffloadedRecords, name, counted)
@@ -82,7 +103,9 @@ def test_at_most_two_layers_are_on_the_device(layers, recompute, monkeypatch):
         after_forward.append(rows(step.records))
 
     monkeypatch.setattr(lemo.engine.stack, "forward", spy)
-    controller = lemo.apply(model := tuned("llama", layers=LAYERS), settings(recompute=recompute, offload=layers))
+    phases = [lemo.Phase(phase, policy="random")]
+    config = lemo.LemoConfig(block_size=BLOCK, phases=phases, recompute=recompute, offload=layers)
+    controller = lemo.apply(model := tuned("llama", layers=LAYERS), config)
     ids = torch.randint(3, 80, (2, 64))  # of whole blocks, so that all lists are equally long
     gradients(model, {"input_ids": ids, "labels": ids})
     plan = controller.savings.plan
@@ -92,11 +115,45 @@ def test_at_most_two_layers_are_on_the_device(layers, recompute, monkeypatch):
     offloaded = LAYERS if layers is True else layers
     # Offloaded are the first layers. The rows of the last layer leave only if another one follows.
     assert plan.offloaded == set(range(offloaded))
-    held = sum(size.rows for i, size in enumerate(sizes) if i not in plan.offloaded)
+    stay = sum(size.rows for i, size in enumerate(sizes) if i not in plan.offloaded)
     ends = sizes[-1].rows if offloaded == LAYERS else 0
-    assert after_forward == [held + ends]
+    assert after_forward == [stay + ends]
     assert max(most) <= plan.saved - others
     assert plan.host == sum(sizes[i].rows for i in plan.offloaded)
+
+
+@pytest.mark.parametrize(
+    ("family", "trains"),
+    [*((family, "adapters") for family in FAMILIES), ("llama", "everything"), ("opt", "everything")],
+)
+def test_graphs_are_moved_with_all_that_they_save(family, trains, monkeypatch):
+    """Of every family, exactly the bytes of the plan if they can be counted; and never a weight."""
+    inputs, found, moved = batch("right"), [], []
+    move = OffloadedRecords._move
+
+    def spy(records, record):
+        move(records, record)
+        moved.append(records._moved[id(record)])
+        held = {address(t) for t in moved[-1].tensors.values()}
+        assert record.graphs and held.isdisjoint(address(p) for p in model.parameters())
+
+    monkeypatch.setattr(OffloadedRecords, "_move", spy)
+    for layers in (False, True):
+        torch.manual_seed(0)
+        model = base(family)
+        model = model.train() if trains == "everything" else lora(model, LINEARS[family]).train()
+        controller = lemo.apply(model, settings("backward", offload=layers, recompute="none"))
+        found.append(gradients(model, inputs))
+    (loss, grads), (other, theirs) = found
+    assert torch.equal(loss, other) and len(moved) == 3 and all(m.chunks == [] for m in moved)
+    assert grads.keys() == theirs.keys() and all(torch.equal(theirs[n], g) for n, g in grads.items())
+    needs = controller.savings.needs(controller.phase, (12, 12), 4)
+    kept = [m.record.saved_list.count for m in moved]
+    sizes = [
+        saved_bytes(shape, m, recompute="none", mode="backward", everything=True)
+        for shape, m in zip(needs.shapes, kept, strict=True)
+    ]
+    assert not needs.countable or [m.nbytes for m in moved] == sizes
 
 
 def test_memory_is_reused_over_steps_of_varying_lengths():

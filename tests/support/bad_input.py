@@ -130,7 +130,10 @@ OPERATIONS = [
             ("swiglu_backward", "dout"),
         )
     ),
-    wrong("gather", "x", to(torch.float64), ("expected a dtype of float32", "got float64")),
+    wrong("gather", "x", to(torch.float64), ("expected float32, got float64 [",)),
+    wrong("gather", "rows", to(torch.int16), ("expected int32 [", "got int16 [")),
+    wrong("gather_norm", "weight", to(torch.float64), ("expected float32 [", "as x", "got float64 [")),
+    wrong("swiglu_backward", "up", to(torch.float64), ("expected float32 [", "got float64 [")),
     wrong("gather", "x", to(torch.int32), ("float32", "got int32")),
     wrong("gather", "rows", to(torch.int64), ("int32", "got int64")),
     wrong("gather", "weights", to(torch.float16), ("float32", "got float16")),

@@ -72,7 +72,10 @@ CASES: dict[str, dict[str, Any]] = {
     "sampled": {"phase": lemo.Phase("skip", keep=0.4, policy="sampled", policy_options={"shared": True})},
     "another list for the MLP": {"phase": lemo.Phase("skip", mlp_keep=0.7, **SKIP)},
     "some layers": {"phase": lemo.Phase("skip", **SKIP), "options": {"layers": [1]}},
-    "backward": {"phase": lemo.Phase("backward", keep=0.5, policy="random")},
+    "backward recomputed": {
+        "phase": lemo.Phase("backward", keep=0.5, policy="random"),
+        "options": {"recompute": "full"},
+    },
     "backward weighted": {"phase": lemo.Phase("backward", keep=0.5, policy="sampled", weighted=True)},
     "sparse": {"phase": lemo.Phase("sparse", keys=256, local=0)},
     "sparse recomputed": {"phase": lemo.Phase("sparse", mass=0.8, local=0), "options": {"recompute": "full"}},

@@ -253,13 +253,74 @@ def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixtur
     [
         ([], "--context"),
         (["--gpu", "h1000"], "'h1000' is neither a size like 80GiB"),
-        (["--gpu", "h100", "--offload", "all"], "--offload: no effect"),
+        (["--gpu", "h100", "--offload", "all", "--lora-dropout", "0.1"], "--offload, --lora-dropout: no effect"),
+        (["--context", "64", "--block-size", "65"], "context 64 is shorter than one block of 65 tokens"),
+        (["--context", "64", "--dense", "--schedule", "skip"], "contradict each other"),
+        (["--context", "64", "--lora-targets", "nowhere"], "lora_targets ['nowhere']"),
         (["--context", "64", "--memory-budget", "1GiB", "--recompute", "full"], 'leave recompute at "auto"'),
     ],
 )
 def test_estimate_refuses(model_folder: Path, options: list[str], expected: str, capsys: Any) -> None:
     assert main(["estimate", "--model", str(model_folder), *options]) == 2
     assert expected in capsys.readouterr().err
+
+
+# Options of lemo finetune that do not change the memory of a step, as far as an estimate knows (what CUDA graphs keep for
+# themselves it does not).
+NO_MEMORY = {
+    *("out", "resume", "debug", "quiet", "device", "tokenizer", "interpolate_positions"),
+    *("data", "text_field", "answers_only", "token_dtype", "special_tokens_in_text", "joined", "held_out"),
+    *("steps", "accumulate", "seed", "lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm"),
+    *("lora_alpha", "rslora", "save_every", "keep_checkpoints", "log_every", "evaluate_every", "maps", "cuda_graphs"),
+}
+
+
+def test_estimate_has_every_option_of_a_run_that_decides_its_memory() -> None:
+    from lemo.cli import build_parser
+
+    (commands,) = (a for a in build_parser()._actions if isinstance(a.choices, dict))
+    options = {name: {a.dest: a for a in parser._actions} for name, parser in commands.choices.items()}
+    run, estimate = options["finetune"], options["estimate"]
+    assert run.keys() - estimate.keys() == NO_MEMORY - {"debug", "quiet"}
+    for name in run.keys() & estimate.keys() - {"context"}:
+        assert (run[name].type, run[name].nargs, run[name].choices) == (
+            estimate[name].type,
+            estimate[name].nargs,
+            estimate[name].choices,
+        ), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--block-size 8 --schedule skip:0.25:random,dense",
+        "--lora-rank 4 --lora-targets all-linear --batch 2",
+        "--recompute none --dora --lora-targets q_proj down_proj",
+        "--memory-budget 1GiB --dora",
+        "--memory-budget 1GiB --lora-dropout 0.1 --offload 1",
+        "--modules-to-save lm_head model.norm --dense",
+    ],
+)
+def test_an_estimate_is_the_plan_of_the_same_run(model_folder: Path, options: str, capsys: Any) -> None:
+    import lemo
+    import torch
+    from lemo.cli import build_parser
+    from lemo.cli.finetune import _settings
+    from lemo.training.finetune import with_adapter
+    from transformers import AutoModelForCausalLM
+
+    common = ["--model", str(model_folder), "--context", "128", "--dtype", "float32", *options.split()]
+    assert main(["estimate", *common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    args = build_parser().parse_args(["finetune", "--out", "none", "--data", "none", *common])
+    settings = _settings(args)
+    torch.manual_seed(0)
+    model = with_adapter(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), settings)
+    controller = lemo.apply(model.train(), settings.lemo_config())
+    for phase, row in zip(settings.phases(), found["phases"], strict=True):
+        plan = controller.savings.planned(phase, (128,) * settings.batch, 4)
+        expected = {name: getattr(plan, name) for name in ("weights", "saved", "working", "peak", "host", "layers")}
+        assert {name: row[name] for name in expected} == expected
 
 
 def test_interpolated_positions(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lemo.cli import main
-from lemo.data import PackedWindows, load_documents
+from lemo.data import load_documents
 from lemo.training import settings
 from lemo.training.finetune import finetune as finetune_documents
 from lemo.training.settings import FinetuneSettings, default_schedule, parse_schedule
@@ -27,14 +27,6 @@ OPTIONS = [*SIZES.split(" "), "--save-every", "3", "--quiet"]
 
 def finetune(model: Path, data: Path, out: Path, *options: str) -> int:
     return main(["finetune", "--model", str(model), "--data", str(data), "--out", str(out), *OPTIONS, *options])
-
-
-@pytest.fixture
-def interruptible():
-    """Python's own handler of SIGINT: a shell that started the tests in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def records(out: Path) -> list[dict]:
@@ -100,6 +92,15 @@ def test_the_run_folder(finished: Path) -> None:
     assert len({json.dumps(r["phase"]) for r in steps}) == 3
     assert [r["event"] for r in log if "event" in r] == ["start", "held-out", "end"]
     assert log[-2]["perplexity"] > 1
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_reported(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for warmup, reported in (("1", False), ("2", True)):
+        assert finetune(model_folder, text_folder, tmp_path / warmup, "--steps", "1", "--warmup", warmup) == 0
+        said = capsys.readouterr().err
+        assert ("of which the run has 1: it ends at 50% of 0.01" in said) == reported
 
 
 def test_training_lowers_the_loss(model_folder: Path, text_folder: Path, tmp_path: Path) -> None:
@@ -480,71 +481,6 @@ def test_windows_without_a_label_are_blamed_on_the_data() -> None:
     assert RunInProgress.advice(run, 2).startswith("Lower --lr")
 
 
-@pytest.mark.parametrize(("window", "last"), [(0, 0), (9, 3)])
-def test_keyboard_interrupt_says_how_to_go_on(
-    finished: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys, interruptible, window: int, last: int
-) -> None:
-    """The signal is raised in the thread that reads the window, so it is there before the next line of code runs."""
-    out, real = tmp_path / "run", PackedWindows.__getitem__
-
-    def read(self, i: int):
-        if i == window:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, i)
-
-    options = ["--schedule", SCHEDULE, "--held-out", "0.1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedWindows, "__getitem__", read)
-        assert finetune(model_folder, text_folder, out, *options) == 130
-    assert f"resume with: lemo finetune --out {out} --resume" in capsys.readouterr().err
-    assert [p.name for p in out.glob("checkpoint-*")] == ([f"checkpoint-{last}"] if last else [])
-    assert main(["finetune", "--out", str(out), "--resume", "--quiet"]) == 0
-    assert_same_adapter(finished, out)
-
-
-def test_an_interrupted_run_names_the_phases_that_it_did_not_reach(
-    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, caplog, interruptible
-) -> None:
-    """At once, in the log, and by every command that reads the folder; once it is complete, none."""
-    out, real = tmp_path / "run", PackedWindows.__getitem__
-
-    def read(self, i: int):
-        if i == 9:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, i)
-
-    options = ["--schedule", "skip:0.5:random:window=1/2@0.5,backward:0.5@0.25,dense@0.25"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedWindows, "__getitem__", read)
-        assert finetune(model_folder, text_folder, out, *options, "--log-every", "2") == 130
-    said, last = capsys.readouterr().err, records(out)[-1]
-    assert last["event"] == "interrupted" and last["step"] == 3
-    missed = "not reached: backward 0.5 random (steps 5-6), dense 1.0 (steps 7-8)"
-    assert f"stopped after 3 of 8 steps; {missed}\n" in said
-    assert not [r for r in caplog.records if "training ended" in r.message]  # it has not: it will be resumed
-
-    assert main(["report", str(out)]) == 0 and main(["report", str(out), "--html"]) == 0
-    text = capsys.readouterr().out
-    table = [line.split() for line in text.splitlines()][1:4]
-    assert [line[:5] for line in table[:1]] == [["skip", "0.5", "random", "window", "0.5"]]
-    assert table[1:] == [
-        ["backward", "0.5", "random", "5-6", "not", "reached"],
-        ["dense", "1.0", "7-8", "not", "reached"],
-    ]
-    page = (out / "report.html").read_text()
-    assert "backward 0.5 random (not reached)" in page and "dense 1.0 (not reached)" in page
-    assert main(["info", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["not reached"] == [
-        "backward 0.5 random, steps 5-6",
-        "dense 1.0, steps 7-8",
-    ]
-
-    # Complete: the last steps are not in the log, which has every third one.
-    assert main(["finetune", "--out", str(out), "--resume", "--quiet", "--log-every", "3"]) == 0
-    assert main(["report", str(out)]) == 0 and main(["info", str(out), "--json"]) == 0
-    assert "not reached" not in capsys.readouterr().out
-
-
 def test_a_calibration_for_another_share_is_reported(
     model_folder: Path, text_folder: Path, calibration_folder: Path, tmp_path: Path, capsys
 ) -> None:
@@ -560,13 +496,3 @@ def test_a_calibration_for_another_share_is_reported(
         said = capsys.readouterr().err
         assert ("the calibration was made for" in said) == (expected is not None)
         assert expected is None or expected in said
-
-
-def test_keyboard_interrupt_before_the_run_began(
-    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, interruptible, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lemo.cli.finetune.load_data", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert finetune(model_folder, text_folder, tmp_path / "run") == 130
-    said = capsys.readouterr().err
-    assert "interrupted before the run began" in said and "--resume" not in said
-    assert not (tmp_path / "run").exists()

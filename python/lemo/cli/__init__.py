@@ -2,18 +2,22 @@
 
 Every subcommand lives in a separate module with `add(subparsers)` and a `run(args)` that returns an exit code.
 Exit codes: 0 done, 1 a fault of lemo itself or a computation that failed, 2 something to fix in the command,
-the data or the machine, 130 interrupted.
+the data or the machine, 130 interrupted (Ctrl-C, SIGINT), 143 terminated (SIGTERM), which is the same otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from lemo.cli.common import Formatter, explain, process
 
@@ -67,6 +71,45 @@ def _which_process() -> str:
     return f" (process {rank} of {count})" if rank else ""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems and `kill` send it: whatever Ctrl-C stops in good order, this stops in the same way."""
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    """SIGTERM raises Terminated; a second one ends the process at once, wherever it hangs.
+
+    Only in place of the default action, which would end it silently: someone who ignores or handles SIGTERM around
+    `main` keeps doing so. Processes forked later, like those that read data, die of it as before.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _hint(args: argparse.Namespace) -> str:
+    """What an interrupted command leaves, and how it resumes."""
+    if args.command == "finetune":
+        begun = (Path(args.out) / "run.json").exists()
+        return f"; resume with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
+    if args.command == "sweep":
+        return "; the same command continues"
+    return "; a calibration does not resume: start it again" if args.command == "calibrate" else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors become one message on stderr unless --debug is given."""
     _let_waiting_threads_sleep()
@@ -81,16 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Other libraries' notices to their own developers; ours are printed as lines.
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
-            return args.run(args)
-    except KeyboardInterrupt:
-        hint = ""
-        if args.command == "finetune":
-            begun = (Path(args.out) / "run.json").exists()
-            hint = f"; resume with: lemo finetune --out {args.out} --resume" if begun else " before the run began"
-        elif args.command == "sweep":
-            hint = "; the same command continues"
-        print(f"lemo {args.command}: interrupted{hint}", file=sys.stderr)
-        return 130
+            with _termination_raises():
+                return args.run(args)
+    except KeyboardInterrupt as error:
+        what, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        if not _which_process():  # each of several gets the signal, and the first speaks
+            print(f"lemo {args.command}: {what}{_hint(args)}", file=sys.stderr)
+        return code
     except BrokenPipeError:
         return 0
     except Exception as error:

@@ -12,6 +12,8 @@ from typing import Any
 # The commands print their own lines and bars; set before transformers is imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Torch's profiler says on stderr when it begins and ends; read when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -6,9 +6,10 @@ import argparse
 import json
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, load_config, offload, path_name, recompute_layers, size
+from lemo.cli.common import DTYPES, Formatter, add_common, load_config, path_name
+from lemo.cli.finetune import MEMORY, add_settings, complete_settings, given_settings
 from lemo.engine.sizes import GPUS, gpu_bytes
-from lemo.training.settings import check_defaults_matter, default_schedule, parse_stages
+from lemo.training.settings import FinetuneSettings
 
 _EPILOG = f"""\
 examples:
@@ -23,7 +24,8 @@ examples:
   lemo estimate --model MODEL --context 131072 --memory-budget 74GiB --offload auto
       what every layer would save within a budget, as lemo finetune with the same options decides it
 
-Only the model's configuration is read, no weights. A schedule needs what its most memory-intensive phase
+Options that decide the memory of a step are those of lemo finetune, and mean the same. Only the model's
+configuration is read, no weights. A schedule needs what its most memory-intensive phase
 needs: the default's last phase is dense, so its peak is a dense step's; low-memory avoids that.
 
 GPUs (--gpu): a size, or {", ".join(sorted(GPUS))}. What a GPU holds is
@@ -32,6 +34,12 @@ what torch reports; 1 GiB and 5 % of it are left for the CUDA context and fragme
 
 # What --gpu compares, if no schedule is given.
 _MODES = "dense,backward:{keep}:weighted,skip:{keep},sparse:keys=8192,sparse:keys=8192:keep={keep}"
+
+_TEXTS = {
+    "schedule": "preset or phases, as for lemo finetune (default: as there, by --context; --gpu: each mode)",
+    "policy": "how blocks are chosen, as for lemo finetune",
+    "calibration": "folder written by lemo calibrate; it is not read",
+}
 
 
 def add(subparsers: Any) -> None:
@@ -48,23 +56,12 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--context", type=int, help="tokens per window")
     parser.add_argument("--gpu", help="a GPU's name or memory: prints the longest context that fits it")
-    parser.add_argument("--batch", type=int, default=1, help="windows per forward pass")
     parser.add_argument(
-        "--schedule",
-        help="preset or phases, as for lemo finetune (default: as there, by --context; --gpu: each mode)",
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and activations (default: bfloat16, as on a GPU; on the CPU a run takes float32)",
     )
-    parser.add_argument("--keep", type=float, help="fraction of the blocks kept (default: 0.5)")
-    parser.add_argument("--recompute", help="none, attention or full (default: full)")
-    parser.add_argument("--memory-budget", type=size, help="memory that a step may take: layers save what fits")
-    parser.add_argument(
-        "--offload", type=offload, help="saved rows in host memory: all, auto, a number of layers, or at most a size"
-    )
-    parser.add_argument(
-        "--recompute-layers",
-        type=recompute_layers,
-        help="layers that run again in segments: auto (needs --memory-budget), least, none, or layers of a segment",
-    )
-    parser.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter")
+    add_settings(parser, lambda name: name in MEMORY and name != "context", _TEXTS)
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_common(parser)
     parser.set_defaults(run=run)
@@ -87,62 +84,62 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that are missing, or that would have no effect."""
     if args.context is None and args.gpu is None:
         raise ValueError("give --context (the memory of its steps), --gpu (the longest context that fits), or both")
-    given = {
-        "--recompute": args.recompute,
-        "--memory-budget": args.memory_budget,
-        "--offload": args.offload,
-        "--recompute-layers": args.recompute_layers,
-    }
-    useless = [name for name, value in given.items() if value is not None] if args.context is None else []
-    if useless:
+    names = ("recompute", "memory_budget", "offload", "recompute_layers", "calibration", "policy", "lora_dropout")
+    useless = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if useless and args.context is None:
         raise ValueError(
             f"{', '.join(useless)}: no effect on the longest context, which is shown with everything recomputed, "
             "without and with offload, and with segments of layers that run again: leave it out, or give --context"
         )
 
 
-def _estimate(args: argparse.Namespace, model: Any) -> Any:
+def _estimate(args: argparse.Namespace, config: Any) -> Any:
     from lemo import estimate
-    from lemo.engine.config import LemoConfig
 
-    schedule = args.schedule or default_schedule(args.context, args.keep, None, None)
-    check_defaults_matter(schedule, args.keep, None)
-    stages = parse_stages(schedule, _keep(args))
-    # Policies that predict need a calibration to be named; memory does not depend on what is in it.
-    config = LemoConfig(
-        phases=[stage.phase for stage in stages],
-        recompute=args.recompute or ("full" if args.memory_budget is None else "auto"),
-        memory_budget=args.memory_budget,
-        offload=args.offload or False,
-        recompute_layers="auto" if args.recompute_layers is None else args.recompute_layers,
-        calibration="calibration",
-    )
-    windows = [stage.window for stage in stages]
-    shortest = min(int(args.context * window) for window in windows)
-    if min(windows) < 1 and shortest < config.block_size:
-        raise ValueError(
-            f"--schedule {schedule}: expected windows of at least one block of {config.block_size} tokens, as lemo "
-            f"finetune does; of a context of {args.context}, the shortest have {shortest}"
-        )
-    return estimate(model, config, args.context, args.batch, windows=windows, lora_rank=args.lora_rank)
+    given = given_settings(args, MEMORY)
+    complete_settings(given, args)
+    settings = FinetuneSettings(**given | _CALIBRATED)
+    windows = [stage.window for stage in settings.stages()]
+    model, element = _adapted(args, config, settings)
+    lemo_config = settings.lemo_config()
+    return estimate(model, lemo_config, settings.context, settings.batch, windows=windows, element=element)
 
 
-def _longest(args: argparse.Namespace, model: Any) -> Any:
+def _longest(args: argparse.Namespace, config: Any) -> Any:
     from lemo import longest
-    from lemo.engine.config import LemoConfig
 
-    if args.schedule is not None:
-        check_defaults_matter(args.schedule, args.keep, None)
-    schedule = args.schedule or _MODES.format(keep=_keep(args))
-    stages = parse_stages(schedule, _keep(args))
-    config = LemoConfig(phases=[stage.phase for stage in stages], calibration="calibration")
+    given = given_settings(args, set(MEMORY) - {"context", "recompute", "memory_budget", "offload", "recompute_layers"})
+    if "schedule" in given:
+        complete_settings(given, args)
+    else:
+        given["schedule"] = _MODES.format(keep=given.get("keep", FinetuneSettings.keep))
+    # A context in which every phase has windows of a block: the longest is looked for.
+    settings = FinetuneSettings(context=1 << 30, **given | _CALIBRATED)
     try:
         gpu = gpu_bytes(args.gpu)
     except ValueError as error:
         raise ValueError(f"--gpu: {error}") from None
-    windows = [stage.window for stage in stages]
-    return longest(model, gpu, config, args.batch, windows=windows, lora_rank=args.lora_rank)
+    windows = [stage.window for stage in settings.stages()]
+    model, element = _adapted(args, config, settings)
+    return longest(model, gpu, settings.lemo_config(), settings.batch, windows=windows, element=element)
 
 
-def _keep(args: argparse.Namespace) -> float:
-    return 0.5 if args.keep is None else args.keep
+# Policies that predict need a calibration to be named; memory does not depend on what is in it.
+_CALIBRATED = {"calibration": "calibration"}
+
+
+def _adapted(args: argparse.Namespace, config: Any, settings: FinetuneSettings) -> tuple[Any, int]:
+    """An empty copy of the model with the adapter of a run, and bytes of an activation."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lemo.engine import families
+    from lemo.training.finetune import with_adapter
+
+    families.of(config)  # a model of another kind is refused before it is built
+    dtype = torch.bfloat16 if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False, **families.loading(config)
+        )
+        return with_adapter(model, settings), dtype.itemsize

@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 import glob
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lemo.cli.common import (
@@ -113,13 +114,66 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "lora_alpha": ("scale of the adapter is alpha / rank", float, "LoRA"),
     "lora_dropout": ("dropout before the adapter", float, "LoRA"),
 }
+# What decides the memory of a step, among these and those below: lemo estimate has them, too. (Of a policy or a
+# calibration that is the schedule that is taken if none is named.)
+MEMORY = (
+    *("context", "batch", "schedule", "keep", "policy", "calibration", "block_size", "recompute", "memory_budget"),
+    *("offload", "recompute_layers", "lora_rank", "lora_dropout", "dora", "lora_targets", "modules_to_save"),
+)
 # The same, as options without a value, and as lists of names.
 _SWITCHES = {
     "dora": ("DoRA: the norms of the adapted weights train as well", "LoRA"),
     "rslora": ("rsLoRA: the adapter's scale is alpha / sqrt(rank)", "LoRA"),
     "cuda_graphs": ("layers run as CUDA graphs: for small models, with windows of one document", "elimination"),
 }
-_LISTS = ("lora_targets", "modules_to_save")
+_LISTS = {
+    "lora_targets": "linear layers to adapt, or all-linear (default: those of attention)",
+    "modules_to_save": "modules that train as a whole and are saved with the adapter: all whose names end so, like "
+    "lm_head or model.norm (norm alone would be those of the layers as well)",
+}
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, wanted: Callable[[str], bool], texts: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """The options of those settings that are wanted, in groups. texts: of some, in place of their own."""
+    groups: dict[str, Any] = {}
+    defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
+    for name, (text, kind, group) in _SETTINGS.items():
+        if group not in groups and any(wanted(n) for n, (*_, g) in _SETTINGS.items() if g == group):
+            groups[group] = parser.add_argument_group(group)
+        if wanted(name):
+            shown = "" if defaults[name] in (None, False) or name == "schedule" else f" (default: {defaults[name]})"
+            groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=texts.get(name, text + shown))
+    groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
+    for name, (text, group) in _SWITCHES.items():
+        if wanted(name):
+            option = "--" + name.replace("_", "-")
+            groups[group].add_argument(option, action="store_true", default=None, help=text)
+    for name, text in _LISTS.items():
+        if wanted(name):
+            groups["LoRA"].add_argument("--" + name.replace("_", "-"), nargs="+", metavar="NAME", help=text)
+
+
+def given_settings(
+    args: argparse.Namespace, names: Iterable[str] = (*_SETTINGS, *_SWITCHES, *_LISTS)
+) -> dict[str, Any]:
+    """Those that were given. Raises ValueError for --dense next to another schedule."""
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.dense:
+        if args.schedule not in (None, "dense"):
+            raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
+        given["schedule"] = "dense"
+    return given | {name: tuple(given[name]) for name in _LISTS if name in given}
+
+
+def complete_settings(given: dict[str, Any], args: argparse.Namespace) -> None:
+    """Adds what a new run takes if the options do not say it. Raises ValueError for options that change nothing."""
+    if "memory_budget" in given:
+        given.setdefault("recompute", "auto")
+    context = given.get("context", FinetuneSettings.context)
+    given.setdefault("schedule", default_schedule(context, args.keep, args.policy, args.calibration))
+    check_defaults_matter(given["schedule"], args.keep, args.policy)
 
 
 def add(subparsers: Any) -> None:
@@ -136,28 +190,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="resume from the last complete checkpoint of RUN")
     add_model(parser, required=False)
     add_data(parser, required=False)
-    groups = {name: parser.add_argument_group(name) for name in ("run", "elimination", "optimizer", "LoRA")}
-    defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
-    for name, (text, kind, group) in _SETTINGS.items():
-        shown = "" if defaults[name] in (None, False) or name == "schedule" else f" (default: {defaults[name]})"
-        groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown)
-    groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
-    groups["LoRA"].add_argument(
-        "--lora-targets",
-        nargs="+",
-        metavar="NAME",
-        help="linear layers to adapt, or all-linear (default: those of attention)",
-    )
-    for name, (text, group) in _SWITCHES.items():
-        option = "--" + name.replace("_", "-")
-        groups[group].add_argument(option, action="store_true", default=None, help=text)
-    groups["LoRA"].add_argument(
-        "--modules-to-save",
-        nargs="+",
-        metavar="NAME",
-        help="modules that train as a whole and are saved with the adapter: all whose names end so, like lm_head or "
-        "model.norm (norm alone would be those of the layers as well)",
-    )
+    add_settings(parser, lambda name: True)
     saving = parser.add_argument_group("saving")
     saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")
     saving.add_argument("--keep-checkpoints", type=int, default=2, help="complete checkpoints that stay on the disk")
@@ -177,19 +210,9 @@ _INPUTS = ("model", "tokenizer", "data", *DATA_OPTIONS, "interpolate_positions",
 
 
 def _settings(args: argparse.Namespace) -> FinetuneSettings:
-    names = (*_SETTINGS, *_SWITCHES, *_LISTS)
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.dense:
-        if args.schedule not in (None, "dense"):
-            raise ValueError(f"--dense and --schedule {args.schedule} contradict each other; give one of them")
-        given["schedule"] = "dense"
-    if "memory_budget" in given and not args.resume:
-        given.setdefault("recompute", "auto")
+    given = given_settings(args, (*_SETTINGS, *_SWITCHES, *_LISTS))
     if not args.resume:
-        context = given.get("context", FinetuneSettings.context)
-        given.setdefault("schedule", default_schedule(context, args.keep, args.policy, args.calibration))
-        check_defaults_matter(given["schedule"], args.keep, args.policy)
-    given |= {name: tuple(given[name]) for name in _LISTS if name in given}
+        complete_settings(given, args)
     if "calibration" in given:
         given["calibration"] = os.path.abspath(given["calibration"])
     if args.resume:

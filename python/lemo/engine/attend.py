@@ -106,10 +106,9 @@ class Attention:
 
         choice: of the tiles that are attended to; None: all of them.
         """
-        q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
+        q, k, v = self.project(layer, h, rows.table_rows)
         del h
-        options = self.options(layer)
-        return self.attend(q, k, v, rows, rows, options, tiles_of(choice, options, q, k))
+        return self.of_projected(layer, q, k, v, rows, choice)
 
     def differentiable(
         self,
@@ -123,7 +122,34 @@ class Attention:
     ) -> Tensor:
         """Output [M, Hq, D] of h [M, d] with its graph. out and lse: what `forward` gave, if it need not run again.
         reuse_out: the backward pass may write into the output's memory."""
-        q, k, v = self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
+        q, k, v = self.project(layer, h, rows.table_rows)
+        return self.of_projected_with_gradient(layer, q, k, v, rows, choice, out, lse, reuse_out)
+
+    def project(self, layer: nn.Module, h: Tensor, table_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [M, Hq, D], k and v [M, Hk, D] of h [M, d]; table_rows: the tokens of these rows, as in `PackedRows`."""
+        return self.family.queries_keys_values(layer, h, self.tables, table_rows)
+
+    def of_projected(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, choice: TileChoice | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, of what `project` gave."""
+        options = self.options(layer)
+        return self.attend(q, k, v, rows, rows, options, tiles_of(choice, options, q, k))
+
+    # One argument more than usual: those of `differentiable`, with q, k and v in place of h.
+    def of_projected_with_gradient(
+        self,
+        layer: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: PackedRows,
+        choice: TileChoice | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        reuse_out: bool = False,
+    ) -> Tensor:
+        """As `differentiable`, of what `project` gave."""
         options = self.options(layer)
         tiles = tiles_of(choice, options, q, k)
         return self.attend_with_gradient(q, k, v, rows, rows, options, tiles, out, lse, reuse_out)

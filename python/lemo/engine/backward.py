@@ -48,7 +48,8 @@ def _segment(step: Step, layers: range, dx: Tensor, grads: ParameterGradients) -
 
 
 def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:
-    """Attention and MLP on one list. g [M, d]: gradient of what the layer adds to its rows."""
+    """Attention and MLP on one list. g [M, d]: gradient of what the layer adds to its rows. With weights, which g has,
+    the rows of dx keep the identity's gradient, which has none, and the branch's is added to them."""
     saved, (n1, n2) = record.saved_list, step.family.norms(layer)
     if record.mlp is None:
         _layer_again(step, layer, record, dx, grads)
@@ -58,12 +59,14 @@ def _layer(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: Para
     dstatistics = step.statistics.gradient(record.layer, saved, slice(0, saved.count))
     dh2 = grads.through(record.mlp, g, grads.held_by(step.family.mlp_modules(layer)), dstatistics)
     record.mlp = None
-    branch = _norm_backward(dh2, record.x_mlp, n2, g, grads)
+    weighted = saved.weights is not None
+    branch = _norm_backward(dh2, record.x_mlp, n2, None if weighted else g, grads)
     segment, record.attention, record.x_mlp = record.attention, None, None
+    above = g.add_(branch) if weighted else branch
     del g, dh2
-    dh = grads.through(segment, branch, _attention_parameters(step, layer, grads))
-    # g reached the input through x_mlp, so the rows are replaced.
-    _norm_backward_into(dx, saved.rows, dh, record.x_kept, n1, branch, False, grads)
+    dh = grads.through(segment, above, _attention_parameters(step, layer, grads))
+    # Without weights, g reached the input through x_mlp, so the rows are replaced.
+    _norm_backward_into(dx, saved.rows, dh, record.x_kept, n1, branch, weighted, grads)
 
 
 def _layer_again(step: Step, layer: nn.Module, record: Record, dx: Tensor, grads: ParameterGradients) -> None:

@@ -2,12 +2,14 @@
 
 Layers are sized by the most rows that their lists can have, never by counts that only the device knows, so a choice
 costs no synchronization, and processes and resumed runs that see batches of the same shape choose alike. No choice
-changes a result: saving less means computing the same numbers again.
+changes a result: saving less means computing the same numbers again. (In mode "backward" up to rounding: with "none",
+the forward pass multiplies kept rows and the others apart.)
 
 Which layers save more ("richer" ones), in `choose`:
 
 1. Attention's output comes first, on as many layers as fit: its recomputation costs the most per byte, and the more so
    the longer the documents. Only what is left over is spent on "none", which saves many more bytes of cheaper products.
+   (Mode "backward" always saves attention's output.)
 2. Among layers, those with more rows come first, since attention's cost grows with the square of the rows; among equal
    ones the last layers, whose records the backward pass frees first.
 
@@ -144,15 +146,15 @@ def layer_bytes(shape: LayerShape, lists: LayerLists, phase: Phase, recompute: R
             tiles=tiles,
         )
     moved = s.element * a.count * s.hidden
-    if phase.mode == "backward" or recompute == "attention":
+    if recompute == "attention" or (recompute == "full" and phase.mode == "backward"):
         moved += s.element * a.count * s.heads * s.head_dim + 4 * s.heads * a.count
     if m is not None:  # a second record, with its list; with "none", the MLP's graph has its rows, not attention's
         moved += s.element * m.count * s.hidden
         total += 0 if m.everything or not m.count else 4 * m.count + 4 * (m.documents + 1)
         none = _mlp_bytes(s, m.count) - _mlp_bytes(s, a.count)
         total += none if recompute == "none" else s.element * m.count * s.hidden
-    if recompute == "none" and phase.mode != "backward":
-        return LayerBytes(0, total)
+    if recompute == "none":  # only mode "backward" moves graphs, with all that they save
+        moved = total - layer_bytes(shape, lists, phase, "full").others if phase.mode == "backward" else 0
     return LayerBytes(moved, total - moved)
 
 
@@ -378,12 +380,16 @@ def planned_together(plans: Iterable[Callable[[], MemoryPlan]]) -> list[MemoryPl
     return found
 
 
-def fixed(needs: Needs, recompute: Recompute, offload: Offload = False, again: Again = False) -> MemoryPlan:
-    """All layers save the same; offloaded ones at most attention's output, as graphs cannot be moved. again: layers of
-    a segment that runs again, or True: in those segments that need the least memory."""
+def fixed(
+    needs: Needs, recompute: Recompute, offload: Offload = False, again: Again = False, graphs: bool = False
+) -> MemoryPlan:
+    """All layers save the same; offloaded ones at most attention's output, unless `graphs`, in mode "backward": only
+    its forward pass, which is over all tokens, takes as long as copies of all that kept ones save. again: layers of a
+    segment that runs again, or True: in those segments that need the least memory."""
     offloaded = _to_offload(needs, 0 if isinstance(offload, str) else offload)
+    graphs = graphs and needs.phase.mode == "backward"
     levels = [
-        "attention" if i in offloaded and recompute == "none" and needs.phase.mode != "backward" else recompute
+        "attention" if i in offloaded and recompute == "none" and not graphs else recompute
         for i in range(len(needs.shapes))
     ]
     return needs.plan(levels, offloaded, next(iter(_to_try(needs, again, 0, offload))))
@@ -396,14 +402,14 @@ def choose(needs: Needs, budget: int, offload: Offload = False, again: Again = "
     levels: list[Recompute] = ["full"] * count
     plan = _fitting(needs, budget, offload, _to_try(needs, again, budget, offload))
     offloaded, segments = plan.offloaded, plan.segments
-    if needs.phase.mode == "backward":  # what it saves does not depend on it
-        return plan
     everything = needs.plan(["none"] * count, offloaded)
     if needs.countable and not offloaded and not segments and everything.peak <= budget:
         return everything  # which may need less working memory
     limit = _host_limit(offload)
     order = sorted(range(count), key=lambda i: (-needs.lists[i].most, -i))
     steps: tuple[tuple[Recompute, Recompute], ...] = (("attention", "full"), ("none", "attention"))
+    if needs.phase.mode == "backward":  # saves with "full" what it saves with "attention"
+        steps = (("none", "full"),)
     for level, before in steps:
         for i in order:
             if levels[i] != before or (level == "none" and (i in offloaded or not needs.countable)):

@@ -277,7 +277,8 @@ class LemoConfig:
         (`lemo.engine.budget` says which layers save more). None: `recompute` decides.
     offload: keep saved rows in pinned host memory until the backward pass needs them: True for all layers, a number of
         layers (those that keep most), or "auto": as few as `memory_budget` needs; a text like "100GiB": likewise, and
-        no more bytes of host memory than that. Offloaded layers save at most attention's output.
+        no more bytes of host memory than that. Offloaded layers save at most attention's output, except in mode
+        "backward" if recompute is "none".
     recompute_layers: run whole segments of layers again in the backward pass, from the residual stream before the
         first of them, so that between the passes they save nothing else (every token's stream, whatever is kept). A
         number of layers: the size of a segment; True: the segments that need the least memory; "auto": if
@@ -336,7 +337,6 @@ class LemoConfig:
         if self.keep_labelled is not None and not isinstance(self.keep_labelled, bool):
             raise ValueError(f"LemoConfig.keep_labelled must be True, False or None; got {self.keep_labelled!r}")
         _choice("LemoConfig.recompute", self.recompute, RECOMPUTE)
-        self._check_memory()
         phases = default_phases() if self.phases is None else tuple(self.phases)
         if not phases:
             raise ValueError("LemoConfig.phases must name at least one Phase; got an empty list")
@@ -344,6 +344,7 @@ class LemoConfig:
             if not isinstance(phase, Phase):
                 raise ValueError(f"LemoConfig.phases must hold lemo.Phase objects; got {type(phase).__name__}")
         self.phases = phases
+        self._check_memory()
         for phase in phases:
             policy, _ = self.policy(phase)
             if phase.select == "threshold" and policy != "predictors":
@@ -409,10 +410,11 @@ class LemoConfig:
                 f'LemoConfig.offload "{offload}" offloads as few layers as memory_budget needs: give memory_budget, or '
                 "a number of layers, or True for all"
             )
-        if offload and self.recompute == "none":
+        if offload and self.recompute == "none" and not any(p.mode == "backward" for p in self.phases or ()):
             raise ValueError(
-                'LemoConfig.offload moves saved rows, and with recompute="none" a layer saves graphs instead, which '
-                'cannot be moved: use recompute "attention" or "full", or leave it at "auto"'
+                'LemoConfig.offload with recompute="none" moves everything that kept tokens need, for which only the '
+                'forward pass of mode "backward" is long enough, and no phase has that mode: use recompute "attention" '
+                'or "full", or leave it at "auto"'
             )
 
     @property

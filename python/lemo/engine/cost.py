@@ -51,7 +51,7 @@ def _cost(shape: ModelShape, lengths: Sequence[int], shares: PassShares) -> floa
     same = isinstance(shares.recompute, str)
     for i, (kept, mlp_kept, dense) in enumerate(zip(shares.kept, shares.mlp_kept, density, strict=True)):
         recompute = shares.recompute if same else shares.recompute[i]
-        repeats = 0 if recompute == "none" and not exact else 1
+        repeats = 0 if recompute == "none" else 1
         repeats_attention = 1 if recompute == "full" and not exact else 0
         attention, mlp = _products_of_a_row(shape.at(i))
         rows = tokens * (attention * kept + mlp * mlp_kept)

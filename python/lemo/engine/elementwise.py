@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lemo import ops
-from lemo.engine.linear import remade
+from lemo.engine.linear import Again, remade
 from lemo.ops._autograd import first_order
 
 if TYPE_CHECKING:  # families import this module
@@ -75,8 +75,7 @@ def product_again(inner: Tensor, product: Callable[[Tensor, Tensor], Tensor], ga
     """inner = product(gate, up), which the projection after it need not save: gate and up are saved anyway."""
     if not inner.requires_grad:
         return inner
-    gate, up = gate.detach(), up.detach()
-    return remade(inner, lambda: product(gate, up))
+    return remade(inner, Again(product, (gate.detach(), up.detach())))
 
 
 class InnerNorm(Function):

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 
 from lemo.engine import budget, families
+from lemo.engine.adapted import adapters, countable
 from lemo.engine.config import LemoConfig, Phase, Recompute
-from lemo.engine.memory import LayerShape, layer_shape, quantized, stored_bytes, weight_bytes
+from lemo.engine.memory import (
+    LayerShape,
+    frozen_bytes,
+    layer_shape,
+    quantized,
+    stored_bytes,
+    trained_bytes,
+    weight_bytes,
+)
 from lemo.engine.sizes import format_bytes, left_for_steps
 from lemo.engine.wrappers import base_model
 
@@ -57,9 +66,12 @@ class _Model:
     weights: int
     quantized: bool
     config: Any
+    countable: bool = True
 
     @classmethod
     def of(cls, model: Any, element: int, lora_rank: int, lora_targets: Sequence[str] | str | None) -> _Model:
+        if hasattr(model, "peft_config"):
+            return cls._adapted(model, element)
         loaded = isinstance(model, torch.nn.Module)
         config = base_model(model).config if loaded else model
         shape = layer_shape(config, element=element, lora_rank=lora_rank, lora_targets=lora_targets)
@@ -70,6 +82,21 @@ class _Model:
             weight_bytes(shape, stored_bytes(model) if loaded else None),
             loaded and quantized(model),
             config,
+        )
+
+    @classmethod
+    def _adapted(cls, model: Any, element: int) -> _Model:
+        """With the adapters that the model has."""
+        family, base = families.find(model)
+        shape = layer_shape(base.config, element=element)
+        found, counted = zip(*(adapters(family, layer) for layer in family.layers(family.decoder(base))), strict=True)
+        return cls(
+            shape,
+            budget.same_objects(dataclasses.replace(shape, lora=ranks).at(i) for i, ranks in enumerate(found)),
+            frozen_bytes(model) + trained_bytes(model),
+            quantized(model),
+            base.config,
+            countable=all(counted),
         )
 
     def plan(self, config: LemoConfig, phase: Phase, context: int, batch: int) -> budget.MemoryPlan:
@@ -83,12 +110,13 @@ class _Model:
             weights=self.weights,
             dequantizes=self.quantized,
             logits=budget.logit_bytes(shape, tokens) if config.return_logits else 0,
+            countable=countable(phase, shape, self.countable),
         )
         if config.budget is not None:
             return budget.choose(needs, config.budget, config.offload, config.recompute_layers)
         recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
         again = False if config.recompute_layers == "auto" else config.recompute_layers
-        return budget.fixed(needs, recompute, config.offload, again)
+        return budget.fixed(needs, recompute, config.offload, again, config.recompute == "none")
 
 
 def estimate(
@@ -105,14 +133,15 @@ def estimate(
     """Memory of every phase of a fine-tuning run. What the largest phase needs decides what fits.
 
     model: a transformers configuration, whose weights then count `element` bytes each, or the model itself, whose
-    weights count as they are stored (far less if they are quantized); batch documents of `context` tokens each;
-    windows: of every phase, the share of the context that its documents have (default: all of it); element: bytes of an
-    activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout, except in weighted
-    phases, where the number of kept blocks varies and three standard deviations are added, with thresholds, which may
-    keep everything, and with `Phase.mass`, where the lists of tiles are counted as long as the other limits let them
-    become; `working` is an estimate. Raises UnsupportedModelError for a model that lemo does not know, ValueError for
-    windows without a token or not of every phase, and BudgetError (a ValueError), naming every phase that does not fit,
-    for a memory_budget that is too small.
+    weights count as they are stored (far less if they are quantized); a model of PEFT, which may be on torch's meta
+    device, with all that trains in it, in place of lora_rank and lora_targets; batch documents of `context` tokens
+    each; windows: of every phase, the share of the context that its documents have (default: all of it); element: bytes
+    of an activation; lora_targets: see `layer_shape`. `saved` is exact for plain LoRA without dropout, except in
+    weighted phases, where the number of kept blocks varies and three standard deviations are added, with thresholds,
+    which may keep everything, and with `Phase.mass`, where the lists of tiles are counted as long as the other limits
+    let them become; `working` is an estimate. Raises UnsupportedModelError for a model that lemo does not know,
+    ValueError for windows without a token or not of every phase, and BudgetError (a ValueError), naming every phase
+    that does not fit, for a memory_budget that is too small.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from lemo import ops
 from lemo.engine.config import Recompute
 from lemo.engine.families.base import NormWeights
 from lemo.engine.layout import Kept, KeptPair
+from lemo.engine.linear import Again
 from lemo.engine.randomness import Generators, generators, same_generators
 from lemo.engine.records import Record, SavedList, Stream
 from lemo.engine.segments import split, trace
@@ -59,8 +60,11 @@ def _first_run(step: Step, i: int, x: Tensor, saves: Recompute | None) -> LayerR
 def _run(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: KeptPair) -> None:
     """Layer i on its lists. kept: the same lists, for whoever observes the layer."""
     if step.mode == "backward":
+        # What a layer that runs again saves then decides now, too: its numbers are those of the first time.
+        in_parts = step.recompute_of(i) == "none" and run.attention is not None
+        work = _exact_layer_in_parts if in_parts else _exact_layer
         with _no_draws(step, i, x.device):
-            _exact_layer(step, i, layer, x, run)
+            work(step, i, layer, x, run)
     elif run.attention is run.mlp:
         if run.attention is not None:
             _kept_layer(step, i, layer, x, run, kept[0])
@@ -182,11 +186,11 @@ def _attend(step: Step, layer: nn.Module, record: Record, h: Tensor, run: LayerR
     return out.flatten(1)
 
 
-def _norm_again(step: Step, layer: nn.Module, which: int, rows: Tensor) -> Callable[[], Tensor]:
+def _norm_again(step: Step, layer: nn.Module, which: int, rows: Tensor) -> Again:
     """Makes a norm's output again from the rows that its backward pass needs anyway. Its weights are looked up then:
     divided ones are gathered anew. (The graph holds this, so it must not hold the step, which holds the graph.)"""
     family = step.family
-    return lambda: gather_norm(rows, None, None, family.norms(layer)[which])[0]
+    return Again(lambda rows: gather_norm(rows, None, None, family.norms(layer)[which])[0], (rows,))
 
 
 def _put(step: Step, record: Record, run: LayerRun) -> None:
@@ -216,7 +220,7 @@ def _mlp(step: Step, layer: nn.Module, h: Tensor, count: Callable[[Tensor], None
 
 
 def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
-    """The exact layer on all tokens; only kept rows of its input and attention output are saved."""
+    """The exact layer on all tokens; of kept rows, its input and attention's output are saved, and no graphs."""
     n1, n2 = step.family.norms(layer)
     record = None
     if run.saves is not None and run.attention is not None:
@@ -243,6 +247,102 @@ def _exact_layer(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun)
             norms.append(_lengths(m + added))
     if observe is not None:
         observe(i, torch.cat(norms), Kept.everything(step.blocks))
+
+
+def _exact_layer_in_parts(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun) -> None:
+    """As `_exact_layer`, with local graphs of the kept rows, so that nothing is multiplied again: what is computed row
+    by row is computed once for these rows, with a graph, and once for the others, without."""
+    saved = run.attention
+    assert saved is not None
+    n1, n2 = step.family.norms(layer)
+    others = None if saved.table_rows is None else _left_out(saved.rows, x.shape[0])
+    h, x_kept = gather_norm(x, saved.rows, None, n1)
+    record = Record(i, "layer", saved, x_kept)
+    out: list[Tensor] = []  # of attention, [T, Hq D]
+
+    def attend(leaf: Tensor) -> Tensor:
+        y, whole = _exact_attention(step, layer, leaf, x, saved, others)
+        out.append(whole)
+        return step.family.attention_output(layer, y)
+
+    if run.graphs:
+        again = _norm_again(step, layer, 0, x_kept)
+        a, record.attention = trace(attend, h, again=again, held=step.held(i, layer, saved))
+    else:
+        a = attend(h)
+    h, x_mlp = gather_norm(a, None, x_kept, n2)
+    record.x_mlp = x_mlp
+    count, observe = _count(step, run, i), None if run.again else step.observe
+    a = a if observe is not None else a.new_empty(0)  # not while the MLP runs
+    if run.graphs:
+        again = _norm_again(step, layer, 1, x_mlp)
+        m, record.mlp = trace(lambda leaf: step.family.mlp(layer, leaf), h, count, again, step.held(i, layer, saved))
+    else:
+        m = torch.empty_like(x_mlp)
+        for c in step.chunks(saved.count):
+            m[c] = _mlp(step, layer, h[c], count)
+    _put(step, record, run)
+    if run.last:
+        return
+    del h, record
+    lengths = None if observe is None else x.new_empty(x.shape[0], dtype=torch.float32)
+    ops.scatter_add_(x, saved.rows, m, x_mlp)
+    if lengths is not None:
+        lengths[saved.rows.long()] = _lengths(a + m)
+    for rows in () if others is None else (others[c] for c in step.chunks(others.shape[0])):
+        a = step.family.attention_output(layer, ops.gather(out[0], rows))
+        h, x_mlp = gather_norm(x, rows, a, n2)
+        m = _mlp(step, layer, h, count)
+        ops.scatter_add_(x, rows, m, x_mlp)
+        if lengths is not None:
+            lengths[rows.long()] = _lengths(a + m)
+    if observe is not None and lengths is not None:
+        observe(i, lengths, Kept.everything(step.blocks))
+
+
+def _exact_attention(
+    step: Step, layer: nn.Module, h: Tensor, x: Tensor, saved: SavedList, others: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the norm's output h [M, d] of the kept rows: attention's output among all tokens, [M, Hq D], with the graph of
+    these rows alone; and that of all tokens, [T, Hq D], without one."""
+    attention = step.attention
+    projected = attention.project(layer, h, saved.table_rows)
+    with torch.no_grad():
+        q, k, v = (t.detach() for t in projected)
+        if others is not None:
+            rest = attention.project(layer, gather_norm(x, others, None, step.family.norms(layer)[0])[0], others)
+            rows = saved.rows.long(), others.long()
+            q, k, v = (_joined(x.shape[0], rows, pair) for pair in zip((q, k, v), rest, strict=True))
+            del rest
+        out, lse = attention.of_projected(layer, q, k, v, step.everything)
+        del q, k, v
+        own = (out, lse)
+        if others is not None:
+            own = ops.gather(out.flatten(1), saved.rows).view(-1, *out.shape[1:]), lse.index_select(1, saved.rows)
+    y = attention.of_projected_with_gradient(layer, *projected, saved, out=own[0], lse=own[1])
+    return y.flatten(1), out.flatten(1)
+
+
+def _left_out(rows: Tensor, tokens: int) -> Tensor:
+    """int32: the tokens that are not in rows, ascending. Does not wait for the device."""
+    count = tokens - rows.shape[0]
+    every = torch.arange(tokens, dtype=torch.int32, device=rows.device)
+    left = torch.ones(tokens, dtype=torch.bool, device=rows.device).index_fill_(0, rows.long(), False)
+    places = torch.where(left, left.cumsum(0) - 1, count)  # tokens in rows go to a place behind all others
+    return every.new_empty(count + 1).scatter_(0, places, every)[:count]
+
+
+def _joined(tokens: int, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """[tokens, ...] of several values [M, ...] at rows int64 [M]."""
+    whole = values[0].new_empty(tokens, *values[0].shape[1:])
+    flat = [t.flatten(1) for t in (whole, *values)]
+    # Eight bytes at a time, if they are aligned.
+    sizes = [(t.shape[1] * t.element_size(), t.storage_offset() * t.element_size()) for t in flat]
+    if all(t.is_contiguous() for t in flat) and not any(n % 8 for pair in sizes for n in pair):
+        flat = [t.view(torch.int64) for t in flat]
+    for index, given in zip(rows, flat[1:], strict=True):
+        flat[0].index_copy_(0, index, given)
+    return whole
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------

@@ -248,9 +248,17 @@ _BEFORE = 4
 _DORA_ROWS = 4096
 
 
-def remade(x: Tensor, again: Callable[[], Tensor]) -> Tensor:
-    """x, marked: projections that read it do not save it, but call `again` in the backward pass, which has to give the
-    same values from what is kept anyway. `again` must not hold anything that holds the graph."""
+class Again(NamedTuple):
+    """How a tensor is made once more: make(*tensors), from what is kept anyway. The graph saves `tensors` like anything
+    else, so they may meanwhile be elsewhere; `make` must not hold anything that holds the graph."""
+
+    make: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+def remade(x: Tensor, again: Again) -> Tensor:
+    """x, marked: projections that read it do not save it, but make it again in the backward pass, with the same
+    values."""
     x.lemo_again = again  # type: ignore[attr-defined]
     return x
 
@@ -278,7 +286,7 @@ class LinearGroup(Function):
         h: Tensor,
         settings: Sequence[tuple[float, Form | None]],
         want_output: bool,
-        again: Callable[[], Tensor] | None,
+        again: Again | None,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs, norms = [], []
@@ -303,9 +311,10 @@ class LinearGroup(Function):
             norms.append(norm)
         trained_a, trained_b, trained_m = (any(_wanted(ctx, part)) for part in (2, 3, 4))
         wants_h = trained_a or trained_m
-        ctx.settings, ctx.again = settings, again if wants_h else None
+        again = again if wants_h else None
+        ctx.settings, ctx.make = settings, None if again is None else again.make
         kept = h if wants_h and again is None else None, t if trained_b or trained_m else None
-        ctx.save_for_backward(*kept, *norms, *parts)
+        ctx.save_for_backward(*kept, *norms, *parts, *(() if again is None else again.tensors))
         return tuple(outputs)
 
     @staticmethod
@@ -313,8 +322,7 @@ class LinearGroup(Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         n = len(ctx.settings)
         h, t, *rest = ctx.saved_tensors
-        norms, parts = rest[:n], rest[n:]
-        again, ctx.again = ctx.again, None  # which holds what h is made of
+        norms, parts, made_of = rest[:n], rest[n : n + _PARTS * n], rest[n + _PARTS * n :]
         want_dh, (want_a, want_b, want_m) = ctx.needs_input_grad[0], (_wanted(ctx, part) for part in (2, 3, 4))
         dtype = dys[0].dtype
         adapters = _Adapters.of(parts, dtype)
@@ -332,7 +340,7 @@ class LinearGroup(Function):
                 w = _dense(weight, form).to(dtype)
             if magnitude is not None:
                 if want_m[i]:
-                    h = again() if h is None else h
+                    h = ctx.make(*made_of) if h is None else h
                     found = _magnitude_gradient(dy, h, w, inner[i], b, scale)
                     dm[i] = found.div_(norms[i]).to(magnitude.dtype)
                 dy = dy * (magnitude.float() / norms[i]).to(dtype)
@@ -346,7 +354,7 @@ class LinearGroup(Function):
         if want_dh and dt is not None:
             dh.addmm_(dt, adapters.a)
         if any(want_a):
-            h = again() if h is None else h
+            h = ctx.make(*made_of) if h is None else h
             of_each = adapters.split(_product_fp32(dt.t(), h), 0)  # type: ignore[union-attr]
             da = [of_each[i].to(parts[_PARTS * i + 2].dtype) if want_a[i] else None for i in range(n)]
         _scale([(g, scale) for g, (scale, _) in zip(db, ctx.settings, strict=True) if g is not None])

@@ -136,14 +136,14 @@ def saved_bytes(
         tiles        8 (S + 1 + L)     [half of it with "none"]
 
     Inputs of adapters are not saved: each is made again, without a product, of rows that are (`lemo.engine.linear`).
-    Mode "backward" saves what "attention" saves. Nothing depends on eliminated tokens.
+    Mode "backward" saves with "full" what it saves with "attention". Nothing depends on eliminated tokens.
     """
     s, m = shape, rows
     lists = 0 if everything else 4 * m + 4 * (documents + 1) + (4 * m + 4 * blocks if weighted else 0)
     if tiles is not None:
         lists += (4 if recompute == "none" else 8) * (tiles[0] + 1 + tiles[1])
     output = s.element * m * s.heads * s.head_dim + 4 * s.heads * m
-    if mode == "backward" or recompute == "attention":
+    if recompute == "attention" or (recompute == "full" and mode == "backward"):
         return s.element * m * s.hidden + output + lists
     if recompute == "full":
         return s.element * m * s.hidden + lists
@@ -201,12 +201,12 @@ def working_bytes(
     in_place: the layer works on all tokens, without weights, so that the stream's gradient is that of its rows.
     separable: see `lemo.engine.attend.Attention.separable`, as far as the shape does not decide it.
     """
-    d, q, _, f, e = _widths(shape)
+    d, _, _, f, e = _widths(shape)
     # The residual stream or its gradient; both, and one more of their size, while the loss is computed.
     stream = e * tokens * d
     # Rotary tables; ids, targets, positions and lists of all tokens.
     fixed = tokens * (2 * e * shape.head_dim + 64)
-    again = recompute != "none" or mode == "backward"
+    again = recompute != "none"
     chunk = min(rows, MLP_ROWS) if again else rows
     # Gate, up and the gradient of their product, and that product for an adapter; gradients of gate and up take their
     # memory. Without gates: what the activation gives, and the gradients on both sides of it.
@@ -218,8 +218,7 @@ def working_bytes(
     else:
         layer = _layer_once(shape, rows, mlp)
     if mode == "backward":
-        exact = e * tokens * q + e * min(tokens, MLP_ROWS) * (3 * f + 3 * d)
-        layer = max(layer, _forward(shape, tokens), exact)
+        layer = max(layer, _exact(shape, tokens) if again else _exact_in_parts(shape, tokens, rows))
     if dequantizes:  # one weight at a time is made dense
         layer += e * max(a * b for a, b in shape.projections.values())
     return fixed + max(stream + layer, 3 * stream + _LOSS_BYTES)
@@ -241,6 +240,25 @@ def _forward(shape: LayerShape, rows: int) -> int:
     """Attention of so many rows: the norm's output, and q, k, v before and after they are rotated."""
     d, q, kv, _, e = _widths(shape)
     return e * rows * (d + 2 * q + 3 * kv + (q + kv if shape.inner_saved else 0))
+
+
+def _exact(shape: LayerShape, tokens: int) -> int:
+    """The forward pass of mode "backward": attention of all tokens, and then the MLP in pieces."""
+    d, q, _, f, e = _widths(shape)
+    return max(_forward(shape, tokens), e * tokens * q + e * min(tokens, MLP_ROWS) * (3 * f + 3 * d))
+
+
+def _exact_in_parts(shape: LayerShape, tokens: int, rows: int) -> int:
+    """The same with local graphs of the kept rows, without what these save."""
+    d, q, kv, f, e = _widths(shape)
+    others, chunk = tokens - rows, min(tokens - rows, MLP_ROWS)
+    # While attention runs, its output and the MLP have not saved anything yet.
+    missing = rows * (q + d + (2 if shape.gated else 1) * f) if shape.experts is None else 0
+    projected = others * (d + 2 * q + 3 * kv + (q + kv if shape.inner_saved else 0))
+    joined = (others + tokens) * (q + 2 * kv) if others else 0
+    attention = rows * d + max(projected, joined, tokens * (2 * q + 2 * kv)) - missing
+    mlp = tokens * q + max(rows * (f + 2 * d), rows * d + chunk * (q + 3 * f + 3 * d))
+    return e * max(attention, mlp)
 
 
 def _layer_once(shape: LayerShape, rows: int, mlp: int) -> int:

@@ -16,6 +16,8 @@ On CUDA all copies run on a separate stream, into pinned memory. Two hazards, an
 
 Chunks of host memory are reused as soon as their copy back is queued: later copies run on the same stream.
 
+What graphs of a record hold (`lemo.engine.segments.Held`) travels with its rows.
+
 On the CPU the same steps copy to separate memory.
 """
 
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lemo.engine.records import Record, Records, Stream
+from lemo.engine.segments import HeldTensor
 from lemo.engine.sizes import format_bytes
 
 # Host memory is pinned in chunks of this size: a power of two, to which torch rounds pinned memory up.
@@ -37,7 +40,7 @@ CHUNK_BYTES = 16 << 20
 _SLOW = 0.05
 # Passes that are measured; the first one pins memory and is left out.
 _MEASURED = 3
-_MOVED = ("x_kept", "out", "lse")
+_MOVED = ("x_kept", "x_mlp", "out", "lse")
 
 
 class HostMemory:
@@ -181,29 +184,41 @@ class _Copies:
 
 
 class _Moved:
-    """Rows of a record or a stream that were copied to host memory. tensors: on the device, by name, while they are
-    there."""
+    """What a record or a stream has in host memory: its rows, and what its graphs hold. tensors: the bytes on the
+    device while they are there, by the rows' name or by number."""
 
     def __init__(self, copies: _Copies, record: Record | Stream) -> None:
         self.copies, self.record = copies, record
-        found = {name: getattr(record, name) for name in _MOVED}
-        self.tensors: dict[str, Tensor] = {name: t.contiguous() for name, t in found.items() if t is not None}
-        self.likes = {name: torch.empty_like(t, device="meta") for name, t in self.tensors.items()}
-        self.nbytes = sum(t.nbytes for t in self.tensors.values())
+        held = [graph.held for graph in record.graphs if graph.held is not None]
+        self.held = [(one, len(one.memory)) for one in held]
+        self.tensors: dict[str | tuple[int, int], Tensor] = {}
+        # Rows as they were: their kind and shape, or their place in what a graph holds.
+        self.rows: dict[str, Tensor | HeldTensor] = {}
+        for name in _MOVED:
+            rows: Tensor | None = getattr(record, name)
+            if rows is None:
+                continue
+            within = next((found for one in held if (found := one.find(rows)) is not None), None)
+            self.rows[name] = torch.empty_like(rows, device="meta") if within is None else within
+            if within is None:
+                self.tensors[name] = rows.contiguous().view(-1).view(torch.uint8)
+            setattr(record, name, None if name != "x_kept" else rows.new_empty(0))
+        for i, one in enumerate(held):
+            self.tensors.update(((i, j), memory) for j, memory in enumerate(one.memory))
+            one.memory = []
+        self.sizes = {name: t.nbytes for name, t in self.tensors.items()}
+        self.nbytes = sum(self.sizes.values())
         self.chunks = copies.host.take(self.nbytes, pinned=copies.stream is not None)
         with copies.running(self.nbytes):
             for device, host in self._pieces():
                 host.copy_(device, non_blocking=True)
         self.mark = copies.mark()
         self.fetched = False
-        record.x_kept = record.x_kept.new_empty(0)
-        record.out = record.lse = None
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The bytes of the tensors on the device, piece by piece, and the part of a chunk that each belongs to."""
+        """The bytes on the device, piece by piece, and the part of a chunk that each belongs to."""
         at = 0
-        for tensor in self.tensors.values():
-            flat = tensor.view(-1).view(torch.uint8)
+        for flat in self.tensors.values():
             first = 0
             while first < flat.shape[0]:
                 chunk, offset = divmod(at, CHUNK_BYTES)
@@ -212,16 +227,16 @@ class _Moved:
                 first, at = first + size, at + size
 
     def leave(self) -> None:
-        """Drops the rows on the device once they are copied."""
+        """Drops what is on the device once it is copied."""
         self.copies.wait(self.mark)
         self.tensors.clear()
 
     def fetch(self) -> None:
-        """Starts the copy back, if the rows have left the device."""
+        """Starts the copy back, if everything has left the device."""
         if self.tensors:
             return
         device = self.record.x_kept.device
-        self.tensors = {name: torch.empty_like(t, device=device) for name, t in self.likes.items()}
+        self.tensors = {name: torch.empty(n, dtype=torch.uint8, device=device) for name, n in self.sizes.items()}
         with self.copies.running(self.nbytes):
             for rows, host in self._pieces():
                 rows.copy_(host, non_blocking=True)
@@ -230,10 +245,16 @@ class _Moved:
     def restore(self) -> None:
         """The record is as it was put."""
         self.fetch()
-        if self.fetched:  # if not, the rows never left: nobody reads the copy that may still be made of them
+        if self.fetched:  # if not, nothing ever left: nobody reads the copy that may still be made of it
             self.copies.wait(self.mark)
-        for name, tensor in self.tensors.items():
-            setattr(self.record, name, tensor)
+        for i, (held, count) in enumerate(self.held):
+            held.memory = [self.tensors[i, j] for j in range(count)]
+        for name, like in self.rows.items():
+            if isinstance(like, HeldTensor):
+                rows = like.tensor()
+            else:
+                rows = self.tensors[name].view(like.dtype).view(like.shape)
+            setattr(self.record, name, rows)
         self.close()
 
     def close(self) -> None:
@@ -256,6 +277,9 @@ class OffloadedRecords(Records):
         self._copies: _Copies | None = None
         self._moved: dict[int, _Moved] = {}  # by id of the record
         self._leaving: _Moved | None = None
+
+    def moves(self, layer: int) -> bool:
+        return layer in self._offloaded
 
     def put(self, record: Record) -> None:
         super().put(record)

@@ -73,16 +73,22 @@ class Record:
     generators: Generators | None = None
     tiles: TileChoice | None = None
 
+    @property
+    def graphs(self) -> list[Segment]:
+        return [graph for graph in (self.attention, self.mlp) if graph is not None]
+
 
 @dataclass(eq=False)
 class Stream:
     """The residual stream [T, d] before a layer, from which that layer and those after it run again. x_kept: the
-    stream, under the name that rows have in a record; out, lse: never there."""
+    stream, under the name that rows have in a record; everything else that records have is never there."""
 
     layer: int
     x_kept: Tensor
+    x_mlp: None = None
     out: None = None
     lse: None = None
+    graphs: tuple[Segment, ...] = ()
 
 
 class Records:
@@ -106,12 +112,17 @@ class Records:
         return self._streams.pop().x_kept
 
     def put(self, record: Record) -> None:
-        """Called once a layer (or its attention or MLP, if their lists differ) is done."""
+        """Called once the record of a layer (or of its attention or MLP, if their lists differ) is complete, which may
+        be taken apart at once."""
         self._records.append(record)
 
     def pop(self, layer: int) -> Record | None:
         """Removes and returns the last record of this layer; None if it has no more."""
         return self._records.pop() if self._records and self._records[-1].layer == layer else None
+
+    def moves(self, layer: int) -> bool:
+        """Whether what this layer saves is to lie elsewhere meanwhile, so that its graphs need a `Held`."""
+        return False
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records)

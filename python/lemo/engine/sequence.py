@@ -341,19 +341,21 @@ class SequenceAttention(Attention):
         super().__init__(*args, **kwargs)
         self.share = share
 
-    def forward(
-        self, layer: nn.Module, h: Tensor, rows: PackedRows, choice: TileChoice | None = None
+    def of_projected(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, choice: TileChoice | None = None
     ) -> tuple[Tensor, Tensor]:
         whole, options = _whole(rows), self.options(layer)
-        q, k, v = self._by_heads(*self._own(layer, h, rows), whole)
+        q, k, v = self._by_heads(q, k, v, whole)
         out, lse = self.attend(q, k, v, whole, whole, options, tiles_of(choice, options, q, k))
         group, counts = self.share.group, whole.counts
         return _to_rows(out, counts, group), _to_rows(lse.t()[..., None], counts, group)[..., 0].t()
 
-    def differentiable(
+    def of_projected_with_gradient(
         self,
         layer: nn.Module,
-        h: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         rows: PackedRows,
         choice: TileChoice | None = None,
         out: Tensor | None = None,
@@ -361,7 +363,7 @@ class SequenceAttention(Attention):
         reuse_out: bool = False,
     ) -> Tensor:
         whole, options, group = _whole(rows), self.options(layer), self.share.group
-        q, k, v = self._by_heads(*self._own(layer, h, rows), whole)
+        q, k, v = self._by_heads(q, k, v, whole)
         tiles = tiles_of(choice, options, q, k)
         if out is not None and lse is not None:
             out = _to_heads(out, whole.counts, group)
@@ -378,14 +380,14 @@ class SequenceAttention(Attention):
         options, group = super().options(layer), self.share.group
         return options if options.sinks is None else replace(options, sinks=options.sinks.chunk(group.size)[group.rank])
 
-    def _own(self, layer: nn.Module, h: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of this process's rows, with all heads."""
+    def project(self, layer: nn.Module, h: Tensor, table_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this process's rows, with all heads."""
         if h.shape[0] > 0:
-            return self.family.queries_keys_values(layer, h, self.tables, rows.table_rows)
+            return super().project(layer, h, table_rows)
         # Families may infer the number of heads from a number of rows: one row stands in, and is cut off again.
         row = torch.cat((h, h.new_zeros(1, h.shape[1])))
         place = torch.zeros(1, dtype=torch.int32, device=h.device)
-        q, k, v = self.family.queries_keys_values(layer, row, self.tables, place)
+        q, k, v = super().project(layer, row, place)
         return q[:0], k[:0], v[:0]
 
     def _by_heads(self, q: Tensor, k: Tensor, v: Tensor, whole: WholeRows) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,9 +9,9 @@ updated likewise in reverse order (`lemo.engine.backward`). A layer works on the
 
 What a layer saves ("recompute"): "none": x_kept, x_mlp and what the local autograd graphs of attention and MLP save;
 "attention": x_kept, the attention output and its log-sum-exp; "full": x_kept. The kept list is saved with it and
-replayed. Mode "backward" runs the layer on all rows without saving and keeps input, attention output and log-sum-exp of
-the kept rows: the backward pass is then the recomputation of "attention" on kept rows, with the weights 1/p if asked
-for.
+replayed. Mode "backward" runs the layer on all rows. With "none" the kept rows go through it with their graphs, and the
+others without; otherwise only input, attention output and log-sum-exp of the kept rows are saved, and the backward pass
+is the recomputation of "attention" on these. Either has the weights 1/p if asked for.
 
 Layers may also save nothing but their lists ("segments", `lemo.engine.step`): one copy of the stream is saved before
 each segment of them, and its layers run again in the backward pass, saving what `recompute` says for a while.

@@ -25,6 +25,7 @@ from lemo.engine.participation import Participation
 from lemo.engine.randomness import Generators
 from lemo.engine.records import Records, SavedList
 from lemo.engine.row_statistics import RowStatistics
+from lemo.engine.segments import Held, address
 from lemo.engine.sequence import Share
 from lemo.engine.weights import Weights, of_layers
 
@@ -150,8 +151,16 @@ class Step:
         """Layers that have rows to work on, in the backward pass too."""
         return self.records.layers | {i for i, run in self.runs.items() if run.attention or run.mlp}
 
+    def held(self, i: int, layer: nn.Module, saved: SavedList) -> Held | None:
+        """What takes the saved tensors of one of the layer's graphs; None if they stay where they are."""
+        if not self.records.moves(i):
+            return None
+        lists = (t for t in (saved.rows, saved.cu_seqlens, saved.weights, saved.slots) if t is not None)
+        stay = (*layer.parameters(), *layer.buffers(), *(self.attention.tables or ()), *lists)
+        return Held(frozenset(address(t) for t in stay if type(t) in (Tensor, nn.Parameter)))
+
     def recompute_of(self, i: int) -> Recompute:
-        """What layer i saves (mode "backward" always saves the same)."""
+        """What layer i saves (mode "backward" saves with "full" what it saves with "attention")."""
         return self.recompute if isinstance(self.recompute, str) else self.recompute[i]
 
     def saved_list(self, kept: Kept) -> SavedList:

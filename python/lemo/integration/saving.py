@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from lemo.engine import budget
+from lemo.engine.adapted import adapters, countable
 from lemo.engine.budget import BudgetError, MemoryPlan, Needs
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.families.base import Family, refuse
-from lemo.engine.linear import ordinary, projection
 from lemo.engine.memory import frozen_bytes, layer_shape, quantized, trained_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords
 from lemo.engine.records import Records
@@ -23,12 +23,6 @@ from lemo.integration.replay import under_checkpoint
 
 # Plans for so many shapes of batches are remembered.
 _REMEMBERED = 256
-# Activation functions whose graphs `saved_bytes` counts.
-_COUNTED = (
-    "torch.nn.modules.activation.SiLU",
-    "transformers.activations.SiLUActivation",
-    "torch.nn.modules.activation.ReLU",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +85,8 @@ class Savings:
             needs, config = self.needs(phase, lengths, element, required), self.config
             if config.budget is None:
                 again = False if config.recompute_layers == "auto" else config.recompute_layers
-                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload, again)
+                graphs = config.recompute == "none"
+                self._plans[key] = budget.fixed(needs, self.recompute(), config.offload, again, graphs)
             else:
                 self._plans[key] = budget.choose(needs, config.budget, config.offload, config.recompute_layers)
                 self._note_uncounted(needs)
@@ -134,13 +129,11 @@ class Savings:
                 'set recompute="full" (or "attention", "none") instead',
             )
         shape = layer_shape(self.model.config, element=element)
-        found, countable = [], True
+        found, known = [], True
         for i, layer in enumerate(layers):
-            ranks, counted = _adapters(self.family, layer)
-            countable = countable and counted
+            ranks, counted = adapters(self.family, layer)
+            known = known and counted
             found.append(dataclasses.replace(shape, lora=ranks).at(i))
-        if phase.mlp_keep is not None and shape.inner_saved:  # which of the two parts saves it is not known
-            countable = False
         windows = self.family.windows(self.model.config, max(lengths))
         return Needs(
             shapes=budget.same_objects(found),
@@ -150,7 +143,7 @@ class Savings:
             weights=frozen_bytes(self.model) + trained_bytes(self.model),
             dequantizes=quantized(self.model),
             logits=budget.logit_bytes(shape, tokens) if self.config.return_logits else 0,
-            countable=countable,
+            countable=countable(phase, shape, known),
         )
 
     def _adapted(self) -> tuple[int, int]:
@@ -176,27 +169,3 @@ def _checkpointed(module: nn.Module) -> Any:
     """Whether gradient checkpointing is on, which transformers keeps in an instance over a default of its class. A
     failed `getattr` of a module takes long."""
     return module.__dict__.get("gradient_checkpointing", getattr(type(module), "gradient_checkpointing", False))
-
-
-def _adapters(family: Family, layer: nn.Module) -> tuple[dict[str, int], bool]:
-    """Ranks of a layer's adapters by projection, and whether `saved_bytes` counts all that its graphs save."""
-    roles = {}
-    for path, module in layer.named_modules():
-        name = path.rpartition(".")[2]
-        if name in family.projections:
-            roles[id(module)] = family.projections[name]
-    ranks: dict[str, int] = {}
-    for module in (*family.attention_modules(layer), *family.mlp_modules(layer)):
-        role = roles.get(id(module))
-        if role is None:
-            if not (ordinary(module, *_COUNTED) or type(module).__name__.endswith("Norm")):
-                return ranks, False
-            continue
-        found = projection(module)
-        if found is None or found.magnitude is not None:
-            return ranks, False
-        if found.a is not None:
-            if not isinstance(found.a, nn.Parameter):  # several adapters, added up anew in every pass
-                return ranks, False
-            ranks[role] = found.a.shape[0]
-    return ranks, True

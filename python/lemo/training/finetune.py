@@ -180,6 +180,7 @@ def finetune(
                 return FinetuneResult(out / ADAPTER, 0, settings.steps)
             start = opened.start
             _report_other_keep(controller, report)
+            _report_warmup(settings, report)
             processes.together(lambda: _check_visible(start))
             log = RunLog(out / LOG_FILE, processes.first)
             _log_start(log, wrapped, inputs.documents, start, processes.count)
@@ -277,6 +278,15 @@ def _report_other_keep(controller: Any, report: Callable[[str], None]) -> None:
             f"WARNING: the calibration was made for --keep {calibrated:g}, the schedule keeps "
             f"{' and '.join(f'{keep:g}' for keep in sorted(others))}: its scores still rank the blocks, but were "
             "learned from layers that see another share of them; calibrate with the same --keep"
+        )
+
+
+def _report_warmup(settings: FinetuneSettings, report: Callable[[str], None]) -> None:
+    """Reports a run that ends before its learning rate is reached."""
+    if settings.steps < settings.warmup:
+        report(
+            f"WARNING: the learning rate rises over {settings.warmup} steps (--warmup), of which the run has "
+            f"{settings.steps}: it ends at {settings.steps / settings.warmup:.0%} of {settings.lr:g}"
         )
 
 

@@ -368,6 +368,8 @@ class Family(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [M, Hq, D], k and v [M, Hk, D] from the norm's output h [M, d], position embedding applied.
 
+        Every row is computed by itself, as in `attention_output`: a layer may be given its rows in pieces.
+
         want_output False: only the graph is needed, values may be anything. The engine asks for that only if everything
         in `attention_modules` is a projection.
         """
