@@ -384,7 +384,6 @@ class LemoConfig:
                 'LemoConfig.recompute_layers must be True, False, "auto" or the number of layers of a segment, at '
                 f"least 2; got {again!r}"
             )
-
         if self.cuda_graphs and (self.memory_budget is not None or self.offload):
             given = "memory_budget" if self.memory_budget is not None else "offload"
             raise ValueError(
