@@ -68,6 +68,29 @@ SHAPES = {
         "max_position_embeddings": 32768,
         "do_layer_norm_before": False,
     },
+    # demo/model, and a shape at which the host is the limit as well.
+    "demo": _LLAMA
+    | {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "vocab_size": 4096,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": _LLAMA
+    | {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
     "tiny": _LLAMA
     | {
         "hidden_size": 128,

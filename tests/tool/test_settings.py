@@ -15,10 +15,17 @@ from lemo.training.trainer import learning_rate_factor
 
 def test_runs_of_earlier_versions_are_the_same_runs() -> None:
     plain = FinetuneSettings().to_json()
-    assert not {"dora", "rslora", "modules_to_save"} & plain.keys()
+    assert not {"dora", "rslora", "modules_to_save", "cuda_graphs"} & plain.keys()
     settings = FinetuneSettings(dora=True, modules_to_save=("norm",))
     assert FinetuneSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
     assert FinetuneSettings.from_json(plain) == FinetuneSettings()
+
+
+def test_graphs_are_asked_for_and_contradict_a_budget() -> None:
+    assert FinetuneSettings(cuda_graphs=True).lemo_config().cuda_graphs
+    assert not FinetuneSettings().lemo_config().cuda_graphs
+    with pytest.raises(ValueError, match="give cuda_graphs or memory_budget"):
+        FinetuneSettings(cuda_graphs=True, recompute="auto", memory_budget=1 << 30)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

@@ -122,8 +122,9 @@ MEMORY = (
 )
 # The same, as options without a value, and as lists of names.
 _SWITCHES = {
-    "dora": "DoRA: the norms of the adapted weights train as well",
-    "rslora": "rsLoRA: the adapter's scale is alpha / sqrt(rank)",
+    "dora": ("DoRA: the norms of the adapted weights train as well", "LoRA"),
+    "rslora": ("rsLoRA: the adapter's scale is alpha / sqrt(rank)", "LoRA"),
+    "cuda_graphs": ("layers run as CUDA graphs: for small models, with windows of one document", "elimination"),
 }
 _LISTS = {
     "lora_targets": "linear layers to adapt, or all-linear (default: those of attention)",
@@ -145,9 +146,10 @@ def add_settings(
             shown = "" if defaults[name] in (None, False) or name == "schedule" else f" (default: {defaults[name]})"
             groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=texts.get(name, text + shown))
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
-    for name, text in _SWITCHES.items():
+    for name, (text, group) in _SWITCHES.items():
         if wanted(name):
-            groups["LoRA"].add_argument(f"--{name}", action="store_true", default=None, help=text)
+            option = "--" + name.replace("_", "-")
+            groups[group].add_argument(option, action="store_true", default=None, help=text)
     for name, text in _LISTS.items():
         if wanted(name):
             groups["LoRA"].add_argument("--" + name.replace("_", "-"), nargs="+", metavar="NAME", help=text)

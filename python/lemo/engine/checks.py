@@ -20,7 +20,7 @@ from lemo.engine.config import Phase
 from lemo.engine.families.base import Family, UnsupportedModelError
 from lemo.engine.linear import HOOKS, hooked, projection, unwrap
 from lemo.engine.randomness import draws
-from lemo.engine.wrappers import kind_of
+from lemo.engine.wrappers import kind_of, tree
 
 # Who may define what runs in a layer: transformers itself, torch's wrappers (compile), Liger's equivalents, ourselves.
 _TRUSTED = ("transformers.", "torch.", "kernels.", "liger_kernel.", "lemo.")
@@ -169,6 +169,38 @@ def check_modules(family: Family, lm: Any) -> None:
             path = f"{family.layers_path}.{i}" + (f".{name}" if name else "")
             _check_module(module, path, allowed, family.liger)
         family.check_layer(layer, f"{family.layers_path}.{i}")
+
+
+def fingerprint(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """Changes if a module, parameter, hook or adapter of the layers does, if a weight moves in memory, and if it begins
+    or ceases to train. As long as it is the same, so is what depends on these alone: `trained_parameters`,
+    `loose_modules`, and addresses."""
+    found: list[Any] = []
+    for module in tree(*layers):
+        state = module.__dict__
+        found.append(id(module))
+        for p in state["_parameters"].values():
+            if p is not None:
+                found += (id(p), _address(p), p.requires_grad)
+        if state["_buffers"]:
+            found += [_address(b) for b in state["_buffers"].values() if b is not None]
+        for name in HOOKS:
+            if state[name]:
+                found += map(id, state[name].values())
+        if "forward" in state:
+            found.append(id(state["forward"]))
+        scales = state.get("scaling")
+        if isinstance(scales, dict):  # a layer of PEFT's
+            active = state.get("_active_adapter")
+            found += (tuple(scales.items()), active if isinstance(active, str) else tuple(active or ()))
+            found += (state.get("_disable_adapters"), tuple(state.get("merged_adapters", ())))
+            found.append(tuple(map(id, state.get("lora_variant", {}).values())))
+    return tuple(found)
+
+
+def _address(tensor: Tensor) -> int:
+    """0 for tensors that are put together of others (DTensors, torchao's)."""
+    return tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else 0
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------

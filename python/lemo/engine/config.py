@@ -284,6 +284,10 @@ class LemoConfig:
         number of layers: the size of a segment; True: the segments that need the least memory; "auto": if
         `memory_budget` needs it, with as few such layers as possible; False: never. The last segment does not run
         again.
+    cuda_graphs: record the layers' forward and backward pass as CUDA graphs when a shape of batches comes a second
+        time, and run those from then on: for models so small that the host launches kernels more slowly than the GPU
+        runs them. What graphs cannot hold runs as usual, and a warning gives the reason (docs/howto/small-models.md).
+        Not with `memory_budget` or `offload`.
     seed: of all random choices, together with the process's rank, the step, the micro-batch and the layer.
     always_first, always_last: blocks at either end of every document that are always kept.
     layers: indices of the layers that eliminate; the others keep everything. None: all of them.
@@ -314,6 +318,7 @@ class LemoConfig:
     memory_budget: int | str | None = None
     offload: bool | int | str = False
     recompute_layers: bool | int | Literal["auto"] = "auto"
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("always_first", 0), ("always_last", 0), ("segment_rows", 0)):
@@ -324,6 +329,7 @@ class LemoConfig:
             raise ValueError(f"LemoConfig.seed must be an integer; got {self.seed!r}")
         _flag("LemoConfig.return_logits", self.return_logits)
         _flag("LemoConfig.deterministic", self.deterministic)
+        _flag("LemoConfig.cuda_graphs", self.cuda_graphs)
         if self.layers is not None:
             self.layers = _layer_indices(self.layers)
         if self.calibration is not None and not isinstance(self.calibration, (str, os.PathLike)):
@@ -377,6 +383,12 @@ class LemoConfig:
             raise ValueError(
                 'LemoConfig.recompute_layers must be True, False, "auto" or the number of layers of a segment, at '
                 f"least 2; got {again!r}"
+            )
+        if self.cuda_graphs and (self.memory_budget is not None or self.offload):
+            given = "memory_budget" if self.memory_budget is not None else "offload"
+            raise ValueError(
+                f"LemoConfig.cuda_graphs keeps what layers save in separate memory, which {given} neither counts nor "
+                f"moves: give cuda_graphs or {given}"
             )
 
     def _check_offload(self) -> None:

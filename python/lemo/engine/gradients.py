@@ -120,3 +120,8 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for registered, before in hooks:
             registered.update(before)
+
+
+def handed_out(param: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """What no kept row reached has no gradient, but hooks cannot take None."""
+    return torch.zeros_like(param) if gradient is None and param._backward_hooks else gradient

@@ -213,7 +213,7 @@ def select(
         raise FloatingPointError(f"{chosen_by}: {error}" if chosen_by else str(error)) from None
     kept, slots, row_offsets, cu_seqlens, rows, row_slots, weights, info = outputs
     pending = None
-    if mode in ("budget", "sample") and scores.is_cuda and all(n % b == 0 for n in blocks.lengths):
+    if mode in ("budget", "sample") and _waiting_costs(scores) and all(n % b == 0 for n in blocks.lengths):
         counts = kept_per_document(blocks, keep, always_first, always_last)
         num_blocks, num_rows, max_seqlen = sum(counts), sum(counts) * b, max(counts) * b
         pending = info
@@ -235,6 +235,20 @@ def select(
         info=pending,
         chosen_by=chosen_by,
     )
+
+
+def raise_on_faults(lists: Sequence[Kept]) -> None:
+    """`Kept.raise_on_fault` of several lists, with one synchronisation for all."""
+    pending = [(kept, kept.info) for kept in lists if kept.info is not None]
+    if pending:
+        read = torch.stack([info for _, info in pending]).cpu()
+        for (kept, _), info in zip(pending, read, strict=True):
+            _raise_fault(ops.SelectInfo.read(info).fault, kept.chosen_by)
+
+
+def _waiting_costs(scores: Tensor) -> bool:
+    """Whether what a selection reports is read later, if sizes are known without it."""
+    return scores.is_cuda
 
 
 def _raise_fault(fault: int, chosen_by: str) -> None:

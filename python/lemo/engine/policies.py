@@ -108,6 +108,8 @@ class Policy(ABC):
     select_mode: SelectMode = "budget"
     # Whether all layers of a step share the first layer's choice, as one object.
     shared: bool = False
+    # Whether scores depend on nothing that layers compute.
+    blind: bool = False
 
     def __init__(self, predictors: BlockScorer | None = None) -> None:
         """Policies are made with the run's predictors, which most ignore, and their options as keyword arguments."""
@@ -125,6 +127,15 @@ class Policy(ABC):
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
         """norms: float32 [M], length of what the layer added to every kept row."""
         return None
+
+    def draw(self, device: torch.device) -> Tensor | None:
+        """What the host draws for the first layer's scores of this pass; None: nothing. The policy draws the same by
+        itself unless `use` has given it: so a recorded pass can have other numbers each time."""
+        return None
+
+    def use(self, drawn: Tensor) -> None:
+        """`drawn`: of `draw`."""
+        raise NotImplementedError
 
     def seed(self, layer: int) -> int:
         return mix_seed(self.context.seed, 0 if self.shared else layer)
@@ -239,15 +250,22 @@ class UpdateNorm(Policy):
     def begin(self, context: StepContext) -> None:
         super().begin(context)
         self._last: Tensor | None = None
+        self._drawn: Tensor | None = None
+
+    def draw(self, device: torch.device, layer: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed(layer))
+        drawn = torch.rand(self.context.blocks.num_blocks, generator=generator, dtype=torch.float32)
+        return drawn.to(device)
+
+    def use(self, drawn: Tensor) -> None:
+        self._drawn = drawn
 
     def keep(self, layer: int) -> float:
         return 1.0 if layer < self.dense_layers else super().keep(layer)
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
         if self._last is None:
-            generator = torch.Generator().manual_seed(self.seed(layer))
-            drawn = torch.rand(self.context.blocks.num_blocks, generator=generator, dtype=torch.float32)
-            return drawn.to(x.device)
+            return self.draw(x.device, layer) if self._drawn is None or layer else self._drawn
         return self.context.of_all(self._last)
 
     def observe(self, layer: int, norms: Tensor, kept: Kept) -> None:
@@ -264,6 +282,7 @@ class Random(Policy):
 
     name = "random"
     select_mode = "sample"
+    blind = True
 
     def __init__(self, predictors: BlockScorer | None = None, *, shared: bool = False) -> None:
         self.shared = shared

@@ -33,7 +33,7 @@ from torch.autograd import Function
 
 from lemo.engine.backward import backward
 from lemo.engine.forward import forward
-from lemo.engine.gradients import without_hooks
+from lemo.engine.gradients import handed_out, without_hooks
 from lemo.engine.step import Step
 from lemo.ops._autograd import first_order
 
@@ -68,13 +68,15 @@ class Stack(Function):
         worked = step.working
         with step.autocast(), without_hooks(ctx.params):
             grads = backward(step, dx, ctx.params)
+        # Read only now that the device has done the work anyway, and before any gradient is handed out.
+        step.raise_on_fault()
         if step.share is not None and not step.weights.divided:
             grads.sum_over(step.share.group)
         if step.weighted:  # a layer for which nothing was drawn has an estimate too: zero
             grads.add_zeros([layer for i, layer in enumerate(step.layers) if i not in worked])
         if step.when_done is not None:
             step.when_done()
-        out = (_handed_out(p, grads.of(p)) for p in ctx.params)
+        out = (handed_out(p, grads.of(p)) for p in ctx.params)
         return dx if ctx.needs_input_grad[0] else None, None, *out
 
 
@@ -84,8 +86,3 @@ def run(step: Step, x: Tensor, params: Sequence[Tensor]) -> Tensor:
     x, total = output if isinstance(output, tuple) else (output, None)
     step.statistics.total = total if step.share is None or total is None else step.share.sum(total)
     return x
-
-
-def _handed_out(param: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """What no kept row reached has no gradient, but hooks cannot take None."""
-    return torch.zeros_like(param) if gradient is None and param._backward_hooks else gradient

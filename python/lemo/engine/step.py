@@ -20,7 +20,7 @@ from lemo.engine.attend import Attention, PackedRows, TileChoice
 from lemo.engine.config import Mode, Recompute
 from lemo.engine.families.base import Family
 from lemo.engine.gradients import Handover
-from lemo.engine.layout import Blocks, Kept, KeptPair
+from lemo.engine.layout import Blocks, Kept, KeptPair, raise_on_faults
 from lemo.engine.participation import Participation
 from lemo.engine.randomness import Generators
 from lemo.engine.records import Records, SavedList
@@ -179,8 +179,7 @@ class Step:
 
     def raise_on_fault(self) -> None:
         """Raises FloatingPointError if a selection of this step failed. Waits for the device if any is unchecked."""
-        for kept in self.unchecked:
-            kept.raise_on_fault()
+        raise_on_faults(self.unchecked)
 
     def chunks(self, rows: int) -> Iterator[slice]:
         """Slices of `rows` rows, for an MLP whose activations are not kept."""

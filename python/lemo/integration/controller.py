@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.engine import stack
-from lemo.engine.checks import check_modules, check_randomness, loose_modules, trained_parameters
+from lemo.engine.checks import check_modules, check_randomness, fingerprint, loose_modules, trained_parameters
 from lemo.engine.config import LemoConfig, Phase, Recompute
 from lemo.engine.cost import PassShares, cost_ratio
 from lemo.engine.families.base import Family
@@ -29,6 +29,7 @@ from lemo.integration.callback import LemoCallback
 from lemo.integration.checks_peft import check_adapters, check_device, check_weights
 from lemo.integration.entries import controller_of
 from lemo.integration.evaluation import LossOnly
+from lemo.integration.graphs import Graphs
 from lemo.integration.reference import Pass, Passes, adapters_disabled
 from lemo.integration.replay import Draw, Draws
 from lemo.integration.saving import Savings
@@ -90,9 +91,12 @@ class Controller:
         self.loss_only_passes = LossOnly()
         self._covered_forward: Any = None
         self._notes: set[str] = set()
+        # Fingerprint, trained parameters and loose modules of the layers when they were looked at last.
+        self._looked: tuple[tuple[Any, ...], list[Tensor], list[nn.Module]] | None = None
         self._tiled_phases: set[int] = set()  # in mode "sparse", that have had a pass
         self._skipping_phases: set[int] = set()  # that leave tokens out, and have had a pass
         self.savings = Savings(family, model, config, self.note)
+        self.graphs = Graphs(self.note)
 
     def _make_policies(self) -> list[Policy | None]:
         return [
@@ -109,12 +113,13 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """The controller of a copy of the model: at the same step, with policies that remember no batch."""
         twin = memo[id(self)] = object.__new__(type(self))
-        anew = ("_policies", "_tile_policies", "_tiles", "_watched", "savings")
+        anew = ("_policies", "_tile_policies", "_tiles", "_watched", "savings", "graphs", "_looked")
         plain = {name: value for name, value in self.__dict__.items() if name not in anew}
         twin.__dict__.update(copy.deepcopy(plain, memo))
         twin._policies, twin._tile_policies = twin._make_policies(), twin._make_tile_policies()
-        twin._tiles = twin._watched = None
+        twin._tiles = twin._watched = twin._looked = None
         twin.savings = Savings(twin.family, twin.model, twin.config, twin.note)
+        twin.graphs = Graphs(twin.note)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -305,10 +310,13 @@ class Controller:
         decoder = self.family.decoder(self.model)
         layers = self.family.layers(decoder)
         self.family.check_kernels(self.model.config, inputs.batch.device)
+        weights = fingerprint(layers) if self.config.cuda_graphs else ()
+        if self._looked is not None and self._looked[0] != weights:
+            self._looked = None
         if self.micro_batch == 0:
             self._check_surroundings(layers, inputs.batch)
         check_modules(self.family, self.model)
-        params, loose = trained_parameters(self.family, decoder), loose_modules(self.family, layers)
+        params, loose = self._trained_and_loose(decoder, layers, weights)
         draw, again, earlier = self._which_pass(inputs)
         index = self.schedule.index(draw.step, self.total_steps)
         self._warn_of_empty_phases()
@@ -340,7 +348,9 @@ class Controller:
             share=share,
             when_done=None if ended is None else functools.partial(self._end_pass, ended),
         )
-        x, step, lists, tiles = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
+        begun = training_pass.begin(self.family, self.model, self.config, layers, inputs, plan)
+        made = begun.make(begun.tables)
+        step, lists, tiles = made.step, made.lists, made.tiles
         if not again:  # a recomputation may end half-way, and has nothing new to report
             self.micro_batch += 1
             self.kept_ratios, self.mlp_kept_ratios = lists.kept_ratios, lists.mlp_kept_ratios
@@ -350,7 +360,10 @@ class Controller:
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
         self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
         self._again = sum(step.segments[:-1])
-        stream = stack.run(step, x, params)
+        if self.config.cuda_graphs and not again and not self._watching:
+            stream = self.graphs.run(begun, made, params, weights)
+        else:
+            stream = stack.run(step, begun.x, params)
         if tiles is not None and earlier is None and index not in self._tiled_phases:
             self._tiled_phases.add(index)
             self._note_complete_tiles(phase, tiles, step)
@@ -358,6 +371,17 @@ class Controller:
             self._skipping_phases.add(index)
             self._note_kept_blocks(phase, lists.kept_ratios + lists.mlp_kept_ratios, blocks.lengths)
         return stream, step
+
+    def _trained_and_loose(
+        self, decoder: Any, layers: list[nn.Module], weights: tuple[Any, ...]
+    ) -> tuple[list[Tensor], list[nn.Module]]:
+        """Those of `lemo.engine.checks`. weights: the layers' fingerprint, if it is taken: as long as it is the same,
+        so are they."""
+        if self._looked is not None:
+            return self._looked[1:]
+        params, loose = trained_parameters(self.family, decoder), loose_modules(self.family, layers)
+        self._looked = (weights, params, loose) if weights else None
+        return params, loose
 
     def _end_pass(self, of: Pass) -> None:
         """A training pass's backward pass is done."""
@@ -402,7 +426,8 @@ class Controller:
         check_adapters(self.model)
         embedding = self.model.get_input_embeddings()
         check_device(batch, embedding.weight.device)
-        check_weights(layers)
+        if self._looked is None:
+            check_weights(layers)
         if any(sharded(m) for m in (self.model, embedding)) and not any(sharded(layer) for layer in layers):
             self.note(
                 "FSDP2 divides the model, but no decoder layer by itself, so every process gathers the whole model for "

@@ -286,5 +286,6 @@ def remove(model: Any) -> None:
     if not isinstance(controller, Controller):
         raise ValueError("lemo is not applied to this model; nothing to remove")
     controller.warn_of_unreached()
+    controller.graphs.clear()
     detach(controller.family.decoder(inner))
     detach(inner)

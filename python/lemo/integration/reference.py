@@ -25,7 +25,8 @@ _REMEMBERED = 8  # passes of one step
 @dataclass(eq=False)
 class Pass:
     """Kept blocks, int32 [K], of every layer's attention and MLP in one training pass; None: nothing kept. tiles: of
-    the layers that attended to a part of the tiles; over: they are gone. draw: the pass's, if others may repeat it."""
+    the layers that attended to a part of the tiles; over: they are gone. in_graph: a CUDA graph chose, and overwrites
+    its lists with those of the next pass. draw: the pass's, if others may repeat it."""
 
     batch: Tensor
     lengths: tuple[int, ...]
@@ -33,6 +34,7 @@ class Pass:
     tiles: dict[int, Tiles] = field(default_factory=dict)
     draw: Draw | None = None
     over: bool = False
+    in_graph: bool = False
 
     def add(self, kept: KeptPair) -> None:
         attention, mlp = (None if k is None else k.blocks for k in kept)
@@ -94,6 +96,11 @@ class Passes:
         for earlier in reversed(self._passes):
             same = earlier.batch.shape == batch.shape and earlier.lengths == tuple(blocks.lengths)
             if same and torch.equal(earlier.batch, batch):
+                if earlier.in_graph:
+                    raise RuntimeError(
+                        "controller.reference_pass(): the training pass over this batch ran as a CUDA graph, which "
+                        "overwrites the lists that it chose: set LemoConfig(cuda_graphs=False)"
+                    )
                 if earlier.over:
                     raise RuntimeError(
                         "controller.reference_pass(): the training pass over this batch has had its backward pass, "

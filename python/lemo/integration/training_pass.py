@@ -70,70 +70,106 @@ class Plan:
     when_done: Callable[[], None] | None = None
 
 
-def begin(
-    family: Family, model: Any, config: LemoConfig, layers: list[nn.Module], inputs: Inputs, plan: Plan
-) -> tuple[Tensor, Step, ChosenLists, TileChooser | None]:
-    """The residual stream [T, d] before the first layer, the step that takes it through the layers, and what chooses
-    for it."""
-    packed, phase, share = inputs.packed, plan.phase, plan.share
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A step, and what chooses its lists and tiles."""
+
+    step: Step
+    lists: ChosenLists
+    tiles: TileChooser | None
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A pass whose layers have not run. x [T, d]: the stream before the first layer; tables: of its tokens' positions;
+    borrowed: x belongs to someone else. trained: something trains before the layers. required: see `StepContext`."""
+
+    family: Family
+    model: Any
+    config: LemoConfig
+    layers: list[nn.Module]
+    packed: Packed
+    plan: Plan
+    x: Tensor
+    tables: Tables
+    borrowed: bool
+    trained: bool
+    required: Tensor | None
+
+    def make(self, tables: Tables, *, remember: bool = True) -> Made:
+        """The step that takes the stream through the layers, with these tables in place of the pass's own. remember:
+        so that other passes can repeat it."""
+        packed, plan, config, layers = self.packed, self.plan, self.config, self.layers
+        phase, share = plan.phase, plan.share
+        remembered = plan.remembered if remember else None
+        attention = _attention(self.family, layers, packed, tables, config, share)
+        participation = Participation(not phase.skips or self.trained)
+        lists = ChosenLists(
+            plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, remembered, share
+        )
+        if plan.policy is not None:
+            plan.policy.begin(self._context(attention))
+        tiles = _tile_chooser(config, plan, len(layers), remembered)
+        saving = Saving.full(len(layers))
+        if plan.saving is not None:
+            saving = plan.saving.of(phase, packed.blocks.lengths, self.x.element_size(), self.required is not None)
+        step = Step(
+            family=self.family,
+            layers=layers,
+            blocks=packed.blocks if share is None else share.own,
+            attention=attention,
+            mode=phase.mode,
+            recompute=saving.recompute,
+            segments=saving.segments,
+            records=saving.records(),
+            weighted=phase.weighted,
+            random=plan.random,
+            general=plan.general,
+            choose=lists.choose,
+            tiles=None if tiles is None else _tiles_of_layers(tiles, attention, layers),
+            observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
+            share=share,
+            borrowed=self.borrowed,
+            autocast=_autocast(self.x),
+            participation=participation,
+            when_done=plan.when_done,
+        )
+        return Made(step, lists, tiles)
+
+    def _context(self, attention: Attention) -> StepContext:
+        layers, config = self.layers, self.config
+        return StepContext(
+            blocks=self.packed.blocks,
+            phase=self.plan.phase,
+            seed=self.plan.seed,
+            always_first=config.always_first,
+            always_last=config.always_last,
+            queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
+            attention=lambda i: attention.options(layers[i]),
+            required=self.required,
+            share=self.plan.share,
+        )
+
+
+def begin(family: Family, model: Any, config: LemoConfig, layers: list[nn.Module], inputs: Inputs, plan: Plan) -> Begun:
+    """Embeds a batch."""
+    packed, share = inputs.packed, plan.share
     decoder, embedding = family.decoder(model), model.get_input_embeddings()
     with outputs_of(embedding) as embedded:
         # Hooks on the embedding (NEFTune) see the batch as it is.
         given = decoder.embed_tokens(inputs.ids) if inputs.embeddings is None else inputs.embeddings
         x = family.embed(decoder, None, packed.take(given), packed.positions)
     trained = trains_before_layers(x, embedded)
-    participation = Participation(not phase.skips or trained)
     embedded.clear()
     x = x.to(_compute_dtype(x))
     tables = family.tables(decoder, x.detach(), packed.positions)
     if share is not None:
         x, tables = share.take(x if trained else x.detach()), share.cut(tables)
-    attention = _attention(family, layers, packed, tables, config, share)
-    lists = ChosenLists(
-        plan.policy, phase, packed.blocks, config.layers, participation, plan.earlier, plan.remembered, share
-    )
     required = None
     if plan.policy is not None:
-        required = required_blocks(config.keep_labelled, phase, packed.blocks, inputs.labelled)
-        plan.policy.begin(
-            StepContext(
-                blocks=packed.blocks,
-                phase=phase,
-                seed=plan.seed,
-                always_first=config.always_first,
-                always_last=config.always_last,
-                queries_keys=lambda i, x: attention.queries_keys(layers[i], x),
-                attention=lambda i: attention.options(layers[i]),
-                required=required,
-                share=share,
-            )
-        )
-    tiles = _tile_chooser(config, plan, len(layers))
-    saving = Saving.full(len(layers))
-    if plan.saving is not None:
-        saving = plan.saving.of(phase, packed.blocks.lengths, x.element_size(), required is not None)
-    step = Step(
-        family=family,
-        layers=layers,
-        blocks=packed.blocks if share is None else share.own,
-        attention=attention,
-        mode=phase.mode,
-        recompute=saving.recompute,
-        segments=saving.segments,
-        records=saving.records(),
-        weighted=phase.weighted,
-        random=plan.random,
-        general=plan.general,
-        choose=lists.choose,
-        tiles=None if tiles is None else _tiles_of_layers(tiles, attention, layers),
-        observe=plan.policy.observe if plan.policy is not None and plan.policy.needs_update else None,
-        share=share,
-        borrowed=inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding),
-        autocast=_autocast(x),
-        participation=participation,
-        when_done=plan.when_done,
-    )
-    return x, step, lists, tiles
+        required = required_blocks(config.keep_labelled, plan.phase, packed.blocks, inputs.labelled)
+    borrowed = inputs.embeddings is not None or x.requires_grad or may_keep_output(embedding)
+    return Begun(family, model, config, layers, packed, plan, x, tables, borrowed, trained, required)
 
 
 def _attention(
@@ -155,7 +191,7 @@ def _attention(
     return kind(family, tables, config.deterministic, gaps, longest=longest)
 
 
-def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChooser | None:
+def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int, remembered: Pass | None) -> TileChooser | None:
     if plan.tile_policy is None:
         return None
     layers = None if config.layers is None else frozenset(config.layers)
@@ -165,7 +201,7 @@ def _tile_chooser(config: LemoConfig, plan: Plan, num_layers: int) -> TileChoose
         num_layers,
         layers,
         earlier=None if plan.earlier is None else plan.earlier.tiles,
-        remembered=None if plan.remembered is None else plan.remembered.tiles,
+        remembered=None if remembered is None else remembered.tiles,
         share=plan.share,
     )
 

@@ -34,7 +34,7 @@ class FinetuneSettings:
     lora_targets: module names (those the model lacks are skipped), or "all-linear"; None: the attention projections of
     the model's family. The adapter is always float32. dora, rslora: as PEFT's use_dora and use_rslora; modules_to_save:
     names of modules that train as a whole and are saved with the adapter, in the model's dtype.
-    memory_budget, offload, recompute_layers: as in `lemo.LemoConfig`; a budget needs recompute "auto".
+    memory_budget, offload, recompute_layers, cuda_graphs: as in `lemo.LemoConfig`; a budget needs recompute "auto".
     """
 
     context: int = 4096
@@ -50,6 +50,7 @@ class FinetuneSettings:
     memory_budget: int | None = None
     offload: bool | int | str = False
     recompute_layers: bool | int | Literal["auto"] = "auto"
+    cuda_graphs: bool = False
     lr: float = 2e-4
     lr_schedule: LearningRateSchedule = "constant"
     warmup: int = 20
@@ -122,6 +123,7 @@ class FinetuneSettings:
             memory_budget=self.memory_budget,
             offload=self.offload,
             recompute_layers=self.recompute_layers,
+            cuda_graphs=self.cuda_graphs,
             phases=self.phases(),
         )
 
@@ -145,7 +147,7 @@ class FinetuneSettings:
 
 
 _LISTS = ("lora_targets", "modules_to_save")
-_LATER = ("dora", "rslora", "modules_to_save")
+_LATER = ("dora", "rslora", "modules_to_save", "cuda_graphs")
 
 # Skipping is cheap but trains for a model that is not served; an exact phase corrects this (docs/guide/modes.md).
 _EXACT_SHARE = default_phases()[-1].share
