@@ -35,7 +35,8 @@ def settings(**options):
 
 def test_every_family_is_tested():
     assert {family.model_class for family in KNOWN} == {tiny.model.__name__ for tiny in FAMILIES.values()}
-    assert [family.model_type for family in KNOWN] == [tiny.config.model_type for tiny in FAMILIES.values()]
+    kinds = dict.fromkeys(tiny.config.model_type for tiny in FAMILIES.values())  # OPT has two kinds of layers
+    assert [family.model_type for family in KNOWN] == list(kinds)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -67,7 +68,7 @@ def test_shape(name, biases):
 
 
 def test_other_models_are_refused_by_name():
-    expected = "(, | or )".join(tiny.model.__name__ for tiny in FAMILIES.values())
+    expected = "(, | or )".join(dict.fromkeys(tiny.model.__name__ for tiny in FAMILIES.values()))
     with pytest.raises(
         UnsupportedModelError, match=rf"support GemmaConfig \(model_type 'gemma'\): expected.*{expected}"
     ):

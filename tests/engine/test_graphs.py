@@ -14,6 +14,7 @@ import lemo
 import pytest
 import torch
 from lemo.engine import layout
+from lemo.engine.segments import Segment
 from lemo.integration import graphs
 from lemo.integration.graphs import Graphs
 from peft import LoraConfig, get_peft_model
@@ -118,6 +119,30 @@ def test_families(family: str) -> None:
     expected = "how many rows an expert has is known on the device alone" if family == "gpt_oss" else None
     assert controller.graphs.reason == expected and controller.graphs.replays == (0 if expected else 2)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("case", ["shared", "dense-full", "segments"])
+def test_recorded_graphs_end_at_leaves_that_nothing_used_before(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd would wait on the stream of leaves that an earlier step's graph still holds, which CUDA forbids."""
+    phase, settings = CASES[case]
+    model = tiny(3 if "recompute_layers" in settings else 2)
+    controller = train(model, [phase], True, **settings)
+    own, found = {id(p) for p in trained(model)}, []
+    real = Segment.backward
+
+    def looked_at(self: Segment, dy: Tensor, params: Any, *more: Any) -> Any:
+        found[-1] += [id(p) in own for p in params]
+        return real(self, dy, params, *more)
+
+    monkeypatch.setattr(Segment, "backward", looked_at)
+    losses = []
+    for i in range(3):
+        found.append([])
+        losses.append(model(**batch(i)).loss)  # kept, with its graph
+        losses[-1].backward()
+    eager, recorded, replayed = found
+    assert all(eager) and eager and recorded and not any(recorded) and not replayed
+    assert controller.graphs.replays == 2 and {id(p) for p in trained(model)} == own
 
 
 def test_tiles_are_chosen_anew_and_reported() -> None:

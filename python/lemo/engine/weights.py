@@ -115,6 +115,41 @@ class ShardedWeights(Weights):
         return self._pairs
 
 
+class AliasedWeights(Weights):
+    """While a layer is worked on, what trains in it are other leaves with the same memory.
+
+    Autograd waits for the stream on which a leaf was first used, which is usually CUDA's legacy stream, for as long as
+    any graph with that leaf lives: an earlier step's loss is enough. A stream that records a graph must not be waited
+    for there. These leaves are first used while the graph is recorded.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        super().__init__(layers)
+        self._aliases: dict[int, nn.Parameter] = {}
+
+    @contextmanager
+    def layer(self, i: int) -> Iterator[nn.Module]:
+        replaced = [
+            (module._parameters, name, p)
+            for module in self.layers[i].modules()
+            for name, p in module._parameters.items()
+            if p is not None and p.requires_grad
+        ]
+        for held, name, p in replaced:
+            held[name] = self._alias(p)
+        try:
+            yield self.layers[i]
+        finally:
+            for held, name, p in replaced:
+                held[name] = p
+
+    def _alias(self, p: nn.Parameter) -> nn.Parameter:
+        if id(p) not in self._aliases:
+            alias = self._aliases[id(p)] = nn.Parameter(p.detach())
+            self._origins[id(alias)] = alias, p
+        return self._aliases[id(p)]
+
+
 def _apart(module: nn.Module) -> bool:
     return any(sharded_tensor(p) for p in module.parameters(recurse=False))
 

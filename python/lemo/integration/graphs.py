@@ -27,6 +27,7 @@ from lemo.engine.linear import projection
 from lemo.engine.policies import Policy
 from lemo.engine.records import Records
 from lemo.engine.step import Step
+from lemo.engine.weights import AliasedWeights
 from lemo.integration.training_pass import Begun, Made
 
 # Shapes that are recorded; the buffers of each stay in memory.
@@ -124,6 +125,7 @@ class Graphs:
         blocks = begun.packed.blocks
         _ = blocks.cu_seqlens, blocks.num_tokens  # made before, so that they lie outside of the graphs' memory
         twin = begun.make(buffers.tables, remember=False)
+        twin.step.weights = AliasedWeights(begun.layers)
         if policy is not None and buffers.drawn is not None:
             policy.use(buffers.drawn)
         try:
