@@ -432,6 +432,8 @@ def test_the_schedule_of_a_run_that_names_none(
 ) -> None:
     """By its context, which is below the limit, then at it; a resumed run keeps its own."""
     assert [default_schedule(n, None, None, None) for n in (32767, 32768)] == ["default", "long-context"]
+    assert [default_schedule(n, None, None, None, True) for n in (32767, 32768)] == ["default", "extension"]
+    assert [default_schedule(32768, keep, None, None, True) for keep in (0.5,)] == ["default"]
     assert [s.phase.mode for s in FinetuneSettings(schedule="long-context").stages()] == ["sparse", "dense"]
 
     def schedule(name: str, *options: str) -> str:

@@ -154,6 +154,8 @@ _EXACT_SHARE = default_phases()[-1].share
 PRESETS = {
     "default": f"skip@{1 - _EXACT_SHARE:g},dense@{_EXACT_SHARE:g}",
     "long-context": f"sparse:0.25@{1 - _EXACT_SHARE:g},dense@{_EXACT_SHARE:g}",
+    # Most of the cost goes into windows; of the steps, even more.
+    "extension": "sparse:0.25:window=1/4@0.95,sparse:0.25@0.05",
     "low-memory": f"skip@{1 - 1.5 * _EXACT_SHARE:g},backward:weighted@{1.5 * _EXACT_SHARE:g}",
     "skip": "skip",
     "backward": "backward:weighted",
@@ -166,11 +168,16 @@ PRESETS = {
 LONG_CONTEXT = 32768
 
 
-def default_schedule(context: int, keep: float | None, policy: str | None, calibration: str | None) -> str:
+def default_schedule(
+    context: int, keep: float | None, policy: str | None, calibration: str | None, stretched: bool = False
+) -> str:
     """The preset of a command that names none: of our ways of training, the one that did best in the quality study at
-    the costs of long contexts (docs/results.md); "default" below, or if an option asks for tokens to be left out."""
+    the costs of long contexts (docs/results.md), another if positions are stretched to reach the context; "default"
+    below, or if an option asks for tokens to be left out."""
     asked = any(option is not None for option in (keep, policy, calibration))
-    return "long-context" if context >= LONG_CONTEXT and not asked else "default"
+    if context < LONG_CONTEXT or asked:
+        return "default"
+    return "extension" if stretched else "long-context"
 
 
 def _window(text: str) -> Fraction:
