@@ -1,4 +1,5 @@
-"""Tables of one LoRA step: the headline, all rows, long contexts, several GPUs; `summary.py` puts them into pages."""
+"""Tables of one LoRA step: the headline, all rows, long contexts, several GPUs, small models; `summary.py` puts
+them into the pages."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memory_pages import saved
-from page_tables import RESULTS, in_thousands, left_out, markdown, source
+from page_tables import RESULTS, Table, in_thousands, left_out, markdown, source
 
 SHOWN = ("peer", "dense", "sparse-8k-keys", "skip-0.5", "skip-0.3", "backward-0.5")
 
@@ -213,3 +214,36 @@ def several_gpus() -> list[str]:
     )
     header = ["", "step", "tokens", "GPUs", "time", "tokens per second", "rate", "of a GPU's share", "largest peak"]
     return [title, "", *markdown(header, rows), "", *itertools.chain(*zip(sources, [""] * len(sources), strict=True))]
+
+
+def small(result: dict[str, Any]) -> Table:
+    """benchmarks/small.py: steps with and without CUDA graphs. The time of one that did not fit or run is its error."""
+
+    def times(row: dict[str, Any], key: str) -> str:
+        return f"{row[key]:.2f} x" if key in row else ""
+
+    def mib(row: dict[str, Any], key: str) -> str:
+        return f"{row[key]:,} MiB" if key in row else ""
+
+    rows = [
+        [
+            row["shape"],
+            in_thousands(row["context"]),
+            row["row"] if "PEFT" in row["row"] else f"lemo, {row['row']}",
+            f"{row['step_ms']:.1f} ms" if "step_ms" in row else row["error"],
+            f"{row['step_ms_min']:.1f} - {row['step_ms_max']:.1f}" if "step_ms" in row else "",
+            f"{row['host_ms']:.1f} ms" if "step_ms" in row else "",
+            times(row, "graph_ratio"),
+            times(row, "time_ratio"),
+            mib(row, "peak_mib"),
+            mib(row, "reserved_mib"),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["shape", "tokens", "", "step", "least - most", "host", "without graphs / with", "peer's time / ours"]
+    title = (
+        "**Small models, nothing recomputed, keep 0.5 in mode `skip`** (peer: transformers + PEFT; host: CPU time of "
+        "the thread that runs the step, waiting for the GPU included; what graphs hold counts as reserved memory, not "
+        "as allocated)"
+    )
+    return title, [*header, "allocated", "reserved"], rows

@@ -205,6 +205,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
         *step_pages.several_gpus(),
+        *measured_table("small-h200", step_pages.small),
         *itertools.chain(*map(attention_pages.in_short, ATTENTION)),
         *quality(),
         *quality_pages.tables(),
