@@ -172,6 +172,31 @@ def test_estimate(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["estimate", "--model", "/nowhere", "--context", "256", "--schedule", "sparse", "--keep", "0.3"]) != 0
 
 
+def test_without_a_schedule_it_depends_on_whether_positions_are_stretched(
+    new_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lemo.cli import build_parser
+    from lemo.cli.finetune import _settings
+
+    def schedules(positions: int, *options: str) -> tuple[str, list[tuple[str, int]]]:
+        """What a run takes, and mode and tokens of the estimate's phases."""
+        model = tmp_path / str(positions)
+        if not model.exists():
+            new_model(model, positions=positions)
+        common = ["--model", str(model), "--context", "32768", *options]
+        args = build_parser().parse_args(["finetune", "--out", "none", "--data", "none", *common])
+        assert main(["estimate", *common, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return _settings(args).schedule, [(p["mode"], p["tokens"]) for p in found["phases"]]
+
+    stretched, plain = [("sparse", 8192), ("sparse", 32768)], [("sparse", 32768), ("dense", 32768)]
+    assert schedules(256, "--interpolate-positions") == ("extension", stretched)
+    assert schedules(32768, "--interpolate-positions") == ("long-context", plain)  # nothing to stretch
+    assert schedules(32768) == ("long-context", plain)
+    assert schedules(256, "--interpolate-positions", "--keep", "0.5")[0] == "default"
+    assert schedules(256, "--interpolate-positions", "--dense")[0] == "dense"
+
+
 def test_estimate_of_shorter_windows(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A phase has the memory of its windows: of a run with so short a context."""
 
@@ -257,6 +282,7 @@ def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixtur
         (["--context", "64", "--block-size", "65"], "context 64 is shorter than one block of 65 tokens"),
         (["--context", "64", "--dense", "--schedule", "skip"], "contradict each other"),
         (["--context", "64", "--lora-targets", "nowhere"], "lora_targets ['nowhere']"),
+        (["--gpu", "h100", "--interpolate-positions"], "--interpolate-positions: no effect"),
         (["--context", "64", "--memory-budget", "1GiB", "--recompute", "full"], 'leave recompute at "auto"'),
     ],
 )
@@ -268,7 +294,7 @@ def test_estimate_refuses(model_folder: Path, options: list[str], expected: str,
 # Options of lemo finetune that do not change the memory of a step, as far as an estimate knows (it does not know what
 # CUDA graphs keep for themselves).
 NO_MEMORY = {
-    *("out", "resume", "debug", "quiet", "device", "tokenizer", "interpolate_positions"),
+    *("out", "resume", "debug", "quiet", "device", "tokenizer"),
     *("data", "text_field", "answers_only", "token_dtype", "special_tokens_in_text", "joined", "held_out"),
     *("steps", "accumulate", "seed", "lr", "lr_schedule", "warmup", "weight_decay", "max_grad_norm"),
     *("lora_alpha", "rslora", "save_every", "keep_checkpoints", "log_every", "evaluate_every", "maps", "cuda_graphs"),

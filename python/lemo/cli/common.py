@@ -135,6 +135,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+INTERPOLATE = (
+    "stretch rotary positions linearly if --context exceeds the model's own; give the same whenever the adapter is used"
+)
+
+
 def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -151,8 +156,7 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--interpolate-positions",
         action="store_true",
         default=None,
-        help="stretch rotary positions linearly if --context exceeds the model's own; give the same whenever the "
-        "adapter is used",
+        help=INTERPOLATE,
     )
 
 
@@ -283,6 +287,12 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     config.rope_parameters = {**rope, "full_attention": far} if by_kind else far
     config.max_position_embeddings = context
     return config
+
+
+def stretches(where: str, context: int) -> bool:
+    """Whether a context takes more positions than the model has."""
+    longest = getattr(load_config(where, None, False), "max_position_embeddings", None)
+    return longest is not None and context > longest
 
 
 def check_supported(config: Any, device: Any = None, scored: int | None = None) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from lemo.cli.common import DTYPES, Formatter, add_common, load_config, path_name
+from lemo.cli.common import DTYPES, INTERPOLATE, Formatter, add_common, load_config, path_name
 from lemo.cli.finetune import MEMORY, add_settings, complete_settings, given_settings
 from lemo.engine.sizes import GPUS, gpu_bytes
 from lemo.training.settings import FinetuneSettings
@@ -61,6 +61,7 @@ def add(subparsers: Any) -> None:
         choices=DTYPES,
         help="of weights and activations (default: bfloat16, as on a GPU; on the CPU a run takes float32)",
     )
+    parser.add_argument("--interpolate-positions", action="store_true", default=None, help=INTERPOLATE)
     add_settings(parser, lambda name: name in MEMORY and name != "context", _TEXTS)
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_common(parser)
@@ -69,10 +70,11 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    model = load_config(args.model, None, False)
-    result = [_longest(args, model)] if args.gpu is not None else []
+    result = [_longest(args, load_config(args.model, None, False))] if args.gpu is not None else []
     if args.context is not None:
-        result.append(_estimate(args, model))
+        # Without the option, the estimate says that what lies beyond the model's positions needs it.
+        stretched = bool(args.interpolate_positions)
+        result.append(_estimate(args, load_config(args.model, args.context if stretched else None, stretched)))
     if args.json:
         print(json.dumps(result[0] if len(result) == 1 else {"longest": result[0], "estimate": result[1]}, indent=1))
     else:
@@ -84,7 +86,10 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that are missing, or that would have no effect."""
     if args.context is None and args.gpu is None:
         raise ValueError("give --context (the memory of its steps), --gpu (the longest context that fits), or both")
-    names = ("recompute", "memory_budget", "offload", "recompute_layers", "calibration", "policy", "lora_dropout")
+    names = (
+        *("recompute", "memory_budget", "offload", "recompute_layers", "calibration", "policy", "lora_dropout"),
+        "interpolate_positions",
+    )
     useless = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
     if useless and args.context is None:
         raise ValueError(

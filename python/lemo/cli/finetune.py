@@ -26,6 +26,7 @@ from lemo.cli.common import (
     recompute_layers,
     say,
     size,
+    stretches,
 )
 from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule
 
@@ -173,11 +174,10 @@ def complete_settings(given: dict[str, Any], args: argparse.Namespace) -> None:
     """Adds what a new run takes if the options do not say it. Raises ValueError for options that change nothing."""
     if "memory_budget" in given:
         given.setdefault("recompute", "auto")
-    context = given.get("context", FinetuneSettings.context)
-    given.setdefault(
-        "schedule",
-        default_schedule(context, args.keep, args.policy, args.calibration, bool(args.interpolate_positions)),
-    )
+    if "schedule" not in given:
+        context = given.get("context", FinetuneSettings.context)
+        stretched = bool(args.interpolate_positions) and stretches(args.model, context)
+        given["schedule"] = default_schedule(context, args.keep, args.policy, args.calibration, stretched)
     check_defaults_matter(given["schedule"], args.keep, args.policy)
 
 
@@ -217,14 +217,14 @@ _INPUTS = ("model", "tokenizer", "data", *DATA_OPTIONS, "interpolate_positions",
 def _settings(args: argparse.Namespace) -> FinetuneSettings:
     given = given_settings(args, (*_SETTINGS, *_SWITCHES, *_LISTS))
     if not args.resume:
+        missing = [f"--{n}" for n in ("model", "data") if getattr(args, n) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} needed to start a run (see lemo finetune --help)")
         complete_settings(given, args)
     if "calibration" in given:
         given["calibration"] = os.path.abspath(given["calibration"])
     if args.resume:
         return _resumed_settings(args, given)
-    missing = [f"--{n}" for n in ("model", "data") if getattr(args, n) is None]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} needed to start a run (see lemo finetune --help)")
     return FinetuneSettings(**given)
 
 
