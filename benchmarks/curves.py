@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from figure import ROOT, STYLE, text
-from memory_pages import in_thousands
+from page_tables import RESULTS, in_thousands
 from publish import publish
-from summary import RESULTS
 
 OUT = ROOT / "docs" / "images" / "contexts.svg"
 GPU, MODEL = "NVIDIA H200", "llama3-8b"

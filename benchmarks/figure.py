@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from page_tables import ROOT
 from publish import publish
-from summary import ROOT, Headline, headline
+from step_pages import Headline, headline
 
 OUT = ROOT / "docs" / "images" / "step.svg"
 

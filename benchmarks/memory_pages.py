@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
-
-
-def in_thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+from page_tables import Table, in_thousands, load, markdown, source
 
 
 def saved(row: dict[str, Any]) -> str:
@@ -40,6 +36,22 @@ def paper(result: dict[str, Any]) -> Table:
         "**The paper's models, nothing recomputed** (against transformers + PEFT; the paper's ratios: from its logs)"
     )
     return title, header, rows
+
+
+def paper_models() -> list[str]:
+    """One table of several results files: a model's rows are those of the last file that has it."""
+    known = {name: result for name in ("paper-h200", "paper-opt-h200") if (result := load(name)) is not None}
+    if not known:
+        return []
+    last = {row["model"]: name for name, result in known.items() for row in result["rows"]}
+    by_model: dict[str, list[dict[str, Any]]] = {model: [] for model in last}
+    for name, result in known.items():
+        for row in result["rows"]:
+            if last[row["model"]] == name:
+                by_model[row["model"]].append(row)
+    title, header, rows = paper({"rows": [row for found in by_model.values() for row in found]})
+    sources = [line for name, result in known.items() if name in last.values() for line in (source(name, result), "")]
+    return [title, "", *markdown(header, rows), "", *sources]
 
 
 def estimates(result: dict[str, Any]) -> Table:

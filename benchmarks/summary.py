@@ -10,287 +10,22 @@ figure between markers is typed by hand, and a test fails if a page and the resu
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import attention_pages
 import memory_pages
 import quality_pages
-from memory_pages import in_thousands, saved
+import step_pages
+from page_tables import ROOT, in_thousands, left_out, load, markdown, measured_table, peer_cells, source
 from publish import publish
 
-ROOT = Path(__file__).resolve().parents[1]
 ATTENTION = ("attention-h200", "attention-h100")
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def load(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
-
-
-def source(name: str, result: dict[str, Any]) -> str:
-    gpu, versions = result["gpu"], result["versions"]
-    return (
-        f"`benchmarks/results/{name}.json`: {gpu}, torch {versions['torch']}, commit {result['commit']}, "
-        f"{result['date'][:10]}; `{result['command']}`" + (f". {result['note']}" if "note" in result else "")
-    )
-
-
-# --- one LoRA step ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The rows that README and the figure show. Ratios are better for lemo above 1 (faster) and below 1 (memory).
-
-    bars: label, milliseconds, MiB, times faster than the first bar, share of its memory.
-    """
-
-    title: str
-    memory: str
-    bars: list[tuple[str, float, int, float, float]]
-    source: str
-
-
 # Drawn by curves.py.
 CONTEXTS = [
     "![A LoRA step by context, from 8K to 1M tokens: time, peak memory and tokens per second](images/contexts.svg)",
     "",
 ]
-SHOWN = ("peer", "dense", "sparse-8k-keys", "skip-0.5", "skip-0.3", "backward-0.5")
-
-
-def label(row: dict[str, Any]) -> str:
-    """What a row of a step is called in tables and the figure."""
-    if row["method"] != "lemo":
-        return row["method"]
-    if row["mode"] == "dense":
-        return "lemo, nothing eliminated"
-    if row["mode"] == "sparse":
-        limit = f"{in_thousands(row['keys'])} keys" if row["keys"] else f"{row['density']:g}"
-        return f"lemo, `sparse` {limit}" + (f", keep {row['keep']:g}" if row["keep"] < 1 else "")
-    return f"lemo, `{row['mode']}` {row['keep']:g}" + " weighted" * row.get("weighted", False)
-
-
-def step_results() -> dict[str, dict[str, Any]]:
-    """By name, the newest first."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step-*.json"))}
-    return dict(sorted(found.items(), key=lambda item: item[1]["date"], reverse=True))
-
-
-def headline() -> Headline | None:
-    """Steps of an 8B model at 64K tokens, everything recomputed: of the file with the most rows, the newest of them."""
-    found: list[tuple[int, Headline]] = []
-    for name, result in step_results().items():
-        rows = {
-            row["row"]: row
-            for row in result["rows"]
-            if (row["context"], row["recompute"], row["model"]) == (65536, "full", "llama3-8b")
-            and not row.get("offload")
-            and "Liger" in row.get("peer", "")
-            and {"time_ratio", "memory_ratio"} <= row.keys()
-        }
-        if {"peer", "dense"} <= rows.keys():
-            bars = [
-                (label(row), row["step_ms"], row["peak_mib"], row["time_ratio"], row["memory_ratio"])
-                for row in (rows[name] for name in SHOWN if name in rows)
-            ]
-            title = "One LoRA step of a Llama-3-8B shape at 64K tokens, everything recomputed"
-            found.append((len(bars), Headline(title, "peak memory", bars, source(name, result))))
-    return max(found, key=lambda item: item[0])[1] if found else None  # the first of equals is the newest
-
-
-def offloaded() -> list[str]:
-    """The headline's rows with attention's output, or everything, saved in host memory, in a separate run."""
-    for name, result in step_results().items():
-        rows = [
-            row
-            for row in result["rows"]
-            if (row["context"], row["model"]) == (65536, "llama3-8b")
-            and ("Liger" in row["method"] or (row["recompute"] in ("attention", "none") and row.get("offload")))
-            and {"time_ratio", "memory_ratio"} <= row.keys()
-        ]
-        if {"peer", "dense"} <= {row["row"] for row in rows}:
-            cells = [
-                [
-                    label(row) + ', `recompute="none"`' * (row["method"] == "lemo" and row["recompute"] == "none"),
-                    f"{row['step_ms'] / 1000:.2f} s",
-                    f"{row['time_ratio']:.2f} x",
-                    f"{row['peak_mib'] / 1024:.1f} GiB",
-                    f"{row['memory_ratio']:.2f} x",
-                    f"{row['host_mib'] / 1024:.1f} GiB" if row.get("host_mib") else "",
-                ]
-                for row in (row for name in SHOWN for row in rows if row["row"] == name)
-            ]
-            title = "**The same with attention's output saved, and saved rows in pinned host memory** (`offload=True`, "
-            title += '`recompute="attention"`; the peer as above)'
-            header = ["", "step", "faster", "peak memory", "of the peer's", "host memory"]
-            return [title, "", *markdown(header, cells), "", source(name, result), ""]
-    return []
-
-
-def alike(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What steps have in common whose times are compared."""
-    return row["context"], row["recompute"], bool(row.get("offload")) and row["method"] == "lemo"
-
-
-def long_contexts() -> list[str]:
-    """Mode "sparse" with a fixed number of keys, from 64K tokens on, against the steps of the same run.
-
-    Of files that measured the same step the first counts: those with a peer come before those of costs."""
-    results = step_results() | {
-        path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("costs-*.json"))
-    }
-    rows, sources, shown = [], [], set()
-    for name, result in results.items():
-        of = [r for r in result["rows"] if "step_ms" in r and r["model"] == "llama3-8b"]
-        for row in of:
-            where = bool(row.get("offload"))
-            setting = (row["context"], row["keep"], row["keys"], where) if row.get("keys") else None
-            if row["mode"] != "sparse" or setting is None or row["context"] < 65536 or setting in shown:
-                continue
-            shown.add(setting)
-            same = [r for r in of if alike(r) == alike(row)]
-            peer = next((r for r in same if "Liger" in r["method"] and "step_ms" in r), None)
-            dense = next((r for r in same if r["method"] == "lemo" and r["mode"] == "dense"), None)
-            ratios = [f"{r['step_ms'] / row['step_ms']:.2f} x" if r else "" for r in (peer, dense)]
-            tokens = in_thousands(row["context"]) if row["context"] < 1 << 20 else f"{row['context'] >> 20}M"
-            what = label(row) + ", saved rows in host memory" * where
-            cells = [tokens, what, f"{row['step_ms'] / 1000:.1f} s", *ratios, f"{row['peak_mib'] / 1024:.0f} GiB"]
-            rows.append((row["context"], row["keep"] < 1, where, cells))
-            sources.append(source(name, result))
-    if not rows:
-        return []
-    header = ["tokens", "", "step", "faster than Liger", "than dense lemo", "peak memory"]
-    cells = [cells for *_, cells in sorted(rows, key=lambda row: row[:3])]
-    lines = ["**The longer the context, the more `sparse` saves** (8K keys a query, one step of the same shape)", ""]
-    return [*lines, *markdown(header, cells), "", *(line for s in dict.fromkeys(sources) for line in (s, ""))]
-
-
-def headline_table() -> list[str]:
-    if (found := headline()) is None:
-        return []
-    rows = [
-        [name, f"{ms / 1000:.2f} s", f"{faster:.2f} x", f"{mib / 1024:.1f} GiB", f"{share:.2f} x"]
-        for name, ms, mib, faster, share in found.bars
-    ]
-    header = ["", "step", "faster", found.memory, "of the peer's"]
-    return [f"**{found.title}**", "", *markdown(header, rows), "", found.source]
-
-
-def steps() -> list[str]:
-    """Every row of benchmarks/step.py, a table per file."""
-    lines = []
-    for name, result in step_results().items():
-        rows = [
-            [
-                in_thousands(row["context"]),
-                saved(row),
-                label(row),
-                row["policy"] or "",
-                "out of memory" if "error" in row else f"{row['step_ms']:,.0f} ms",
-                f"{row['time_ratio']:.2f} x" if "time_ratio" in row else "",
-                f"{row['dense_ratio']:.2f} x" if "dense_ratio" in row else "",
-                f"{row['peak_mib']:,} MiB" if "peak_mib" in row else "",
-                f"{row['memory_ratio']:.2f} x" if "memory_ratio" in row else "",
-                f"{row['peak_mib'] - row['before_mib']:,} MiB" if {"peak_mib", "before_mib"} <= row.keys() else "",
-            ]
-            for row in result["rows"]
-        ]
-        models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
-        header = [
-            "tokens",
-            "recomputed",
-            "",
-            "policy",
-            "step",
-            "peer's time / ours",
-            "dense lemo's / ours",
-            "peak",
-            "ours / peer's",
-            "peak - weights",
-        ]
-        lines += [f"**One LoRA step, {models}, {result['gpu']}** (forward, backward, AdamW; in one process)", ""]
-        checked = result["check"]
-        what = ""
-        if checked is not None:
-            what = (
-                f"With nothing eliminated, loss and gradients differed from the peer's by {checked['loss_error']:.1e} "
-                f"and {checked['gradient_error']:.1e} at {in_thousands(checked['context'])} tokens."
-            )
-        lines += [
-            *markdown(header, rows),
-            "",
-            " ".join(filter(None, [what, *left_out(result), source(name, result)])),
-            "",
-        ]
-    return lines
-
-
-def left_out(result: dict[str, Any]) -> list[str]:
-    """Rows and peers that the file lacks, with the reasons; those with the same reason are named together."""
-    reasons: dict[str, list[str]] = {}
-    for row in result.get("left_out", []):
-        reasons.setdefault(row["reason"].rstrip("."), []).append(row["row"])
-    return [f"Left out: {', '.join(rows)}: {reason}." for reason, rows in reasons.items()]
-
-
-def measured_table(name: str, make: Callable[[dict[str, Any]], memory_pages.Table]) -> list[str]:
-    """A table of a results file, if it exists."""
-    if (result := load(name)) is None:
-        return []
-    title, header, rows = make(result)
-    return [title, "", *markdown(header, rows), "", " ".join([*left_out(result), source(name, result)]), ""]
-
-
-def paper_models() -> list[str]:
-    """One table of several results files: a model's rows are those of the last file that has it."""
-    known = {name: result for name in ("paper-h200", "paper-opt-h200") if (result := load(name)) is not None}
-    if not known:
-        return []
-    last = {row["model"]: name for name, result in known.items() for row in result["rows"]}
-    by_model: dict[str, list[dict[str, Any]]] = {model: [] for model in last}
-    for name, result in known.items():
-        for row in result["rows"]:
-            if last[row["model"]] == name:
-                by_model[row["model"]].append(row)
-    title, header, rows = memory_pages.paper({"rows": [row for found in by_model.values() for row in found]})
-    sources = [line for name, result in known.items() if name in last.values() for line in (source(name, result), "")]
-    return [title, "", *markdown(header, rows), "", *sources]
-
-
-def several_gpus() -> list[str]:
-    """All files of benchmarks/scaling.py as one table."""
-    parts = {"ddp": "DDP, a document each", "fsdp": "FSDP2, a document each", "sequence": "one document, divided"}
-    rows, sources = [], []
-    for path in sorted(RESULTS.glob("scaling-*.json")):
-        result = json.loads(path.read_text())
-        sources.append(source(path.stem, result))
-        for row in result["rows"]:
-            cells = [parts[row["part"]], f"`{row['row']}`", in_thousands(row["context"]), str(row["processes"])]
-            cells += [f"{row['step_ms']:,.0f} ms", f"{row['tokens_per_second']:,.0f}"]
-            cells += [f"{row['speedup']:.2f} x", f"{row['efficiency']:.1%}", f"{row['peak_mib']:,} MiB"]
-            rows.append(cells)
-    if not rows:
-        return []
-    title = (
-        "**Several GPUs of one host**, a Llama-3-8B shape, everything recomputed (tokens of a document; the "
-        "rate of all GPUs against that of one in the same run)"
-    )
-    header = ["", "step", "tokens", "GPUs", "time", "tokens per second", "rate", "of a GPU's share", "largest peak"]
-    return [title, "", *markdown(header, rows), "", *itertools.chain(*zip(sources, [""] * len(sources), strict=True))]
-
-
-# --- everything else --------------------------------------------------------------------------------------------------
 
 
 def equivalence() -> list[str]:
@@ -458,135 +193,20 @@ def operations(name: str, only: str | None = None) -> list[str]:
     return [*markdown(header, rows), "", text, ""]
 
 
-def peer_cells(row: dict[str, Any]) -> list[str]:
-    return [row["peer"], f"{row['peer_ms']:.3f}", f"{row['ratio']:.2f}"]
-
-
-def attention(name: str) -> list[str]:
-    """The cases of benchmarks/attention.py, each as a table; kept shares of 10 % to 100 % as one row per block size."""
-    if (result := load(name)) is None:
-        return []
-    rows = result["rows"]
-    lines = [f"### Attention, {result['gpu']}, bf16, 32/8 heads", ""]
-    titles = {
-        "packed": "One causal document, everything kept",
-        "fallback": "The same by the kernels for sm_80, on this GPU",
-        "padded": "One causal document (peers also: lemo at a wider head_dim, inputs filled up with zeros before)",
-        "deterministic": "One causal document, deterministic backward pass",
-        "given": "Backward over kept queries and keys, output and LSE given, key weights (peers: dense backward)",
-        "lists": "Key lists per tile of queries (keep: share of the causal tiles)",
-        "scores": "Block scores (peer: half the time of our forward pass, which does twice the operations)",
-    }
-    header = ["tokens", "head_dim", "keep", "pass", "ms", "TFLOP/s", "peer", "peer ms", "ratio"]
-    for case, title in titles.items():
-        chosen = [
-            [
-                f"{row['n']:,}",
-                str(row["head_dim"]),
-                f"{row['keep']:g}",
-                row["pass"],
-                f"{row['ms']:.3f}",
-                f"{row['tflops']:.0f}",
-                *peer_cells(row),
-            ]
-            for row in rows
-            if row["case"] == case
-        ]
-        if chosen:
-            lines += [f"**{title}**", "", *markdown(header, chosen), ""]
-    found = [row for row in rows if row["case"] == "blocks"]
-    if found:
-        lines += blocks_table(found, name)
-    text = " ".join(["Ratio above 1: ours is faster.", *left_out(result), source(name, result)])
-    return [*lines, text, ""]
-
-
-def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:
-    """Speed-up over dense cuDNN by kept share, with the ideal; then the other peers."""
-    keeps = sorted({row["keep"] for row in rows})
-    lines = ["**Blocks kept at random, at original offsets, 16K tokens, head_dim 128: speed-up over dense cuDNN**", ""]
-    table = [["ideal, 1 / keep²", "", *(f"{keep**-2:.1f}" for keep in keeps)]]
-    for kind in ("forward", "backward"):
-        for block in sorted({row["block"] for row in rows}):
-            ratio = {
-                row["keep"]: row["ratio"]
-                for row in rows
-                if (row["pass"], row["block"], row["peer"]) == (kind, block, "cudnn")
-            }
-            table.append([kind, str(block), *(f"{ratio[keep]:.2f}" if keep in ratio else "" for keep in keeps)])
-    lines += [*markdown(["pass", "block", *(f"keep {keep:g}" for keep in keeps)], table), ""]
-    if (RESULTS / f"{name}.png").exists():
-        lines += [f"![Speed-up over dense cuDNN by kept share](../benchmarks/results/{name}.png)", ""]
-    others = [
-        [row["pass"], str(row["block"]), f"{row['keep']:g}", f"{row['ms']:.3f}", *peer_cells(row)]
-        for row in rows
-        if row["peer"] != "cudnn" and row["keep"] in (0.5, 1.0)
-    ]
-    return [*lines, *markdown(["pass", "block", "keep", "ms", "peer", "peer ms", "ratio"], others), ""]
-
-
-def tiles() -> list[str]:
-    """What benchmarks/tune.py measured, a table per kernel and head_dim."""
-    lines: list[str] = []
-    for path in sorted(RESULTS.glob("tune-*.json")):
-        result = json.loads(path.read_text())
-        sizes = [key for key in result["rows"][0] if key not in ("row", "library", "share")]
-        rows = [
-            [
-                f"{row['row']} (the library's)" if row["library"] else row["row"],
-                *(f"{row[size]:.0f}" for size in sizes),
-                f"{row['share']:.3f}",
-            ]
-            for row in result["rows"]
-        ]
-        lines += [f"**Tiles, attention {result['kind']}, head_dim {result['head_dim']}: {result['rates']}**", ""]
-        lines += [*markdown(["row", *sizes, "least share of the best"], rows), "", source(path.stem, result), ""]
-    return lines
-
-
-def attention_in_short(name: str) -> list[str]:
-    """Both passes against the faster dense peer of PyTorch and FlashAttention-4, one line per size."""
-    if (result := load(name)) is None:
-        return []
-    titles = {
-        ("packed", None, 1.0): "everything kept",
-        ("padded", None, 1.0): "everything kept",
-        ("blocks", 64, 1.0): "blocks of 64 at original offsets, all kept",
-        ("blocks", 64, 0.5): "blocks of 64 at original offsets, half kept at random",
-        ("given", 64, 0.5): "mode `backward`, half kept, weighted",
-    }
-    lines = []
-    for (case, block, keep), title in titles.items():
-        chosen = [row for row in result["rows"] if (row["case"], row.get("block"), row["keep"]) == (case, block, keep)]
-        for head_dim, n in dict.fromkeys((row["head_dim"], row["n"]) for row in chosen):
-            cells = [title, f"{n:,}", str(head_dim)]
-            for kind in ("forward", "backward"):
-                found = [r for r in chosen if (r["head_dim"], r["n"], r["pass"]) == (head_dim, n, kind)]
-                torch = [row for row in found if row["peer"] in ("cudnn", "flash")]
-                best = min(torch, key=lambda row: row["peer_ms"], default=None)
-                cells += [f"{best['ms']:.2f} ms", f"{best['ratio']:.2f} x"] if best else ["", ""]
-                cells.append(next((f"{row['ratio']:.2f} x" for row in found if row["peer"] == "flash 4"), ""))
-            lines.append(cells)
-    header = ["attention", "tokens", "head_dim", *(c for p in ("forward", "backward") for c in (p, "torch", "FA4"))]
-    title = (
-        "**Attention, bf16, 32/8 heads, causal.** Ratios above 1: lemo is faster than dense attention, torch being the "
-        "faster of its cuDNN and FlashAttention-2 backends and FA4 the Hopper kernels of FlashAttention-4, in one run"
-    )
-    return [title, "", *markdown(header, lines), "", source(name, result), ""]
-
-
 def pages() -> list[tuple[Path, str, list[str]]]:
     """Page, kind of marker, and the lines between."""
-    found = headline()
+    found = step_pages.headline()
+    head = [*step_pages.headline_table(), "", *step_pages.offloaded()]
     everything = [
         *([] if found is None else [f"![{found.title}: time and {found.memory}](images/step.svg)", ""]),
         *CONTEXTS,
-        *steps(),
-        *paper_models(),
+        *step_pages.steps(),
+        *memory_pages.paper_models(),
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
-        *several_gpus(),
-        *itertools.chain(*map(attention_in_short, ATTENTION)),
+        *step_pages.several_gpus(),
+        *measured_table("small-h200", step_pages.small),
+        *itertools.chain(*map(attention_pages.in_short, ATTENTION)),
         *quality(),
         *quality_pages.tables(),
         *recall(),
@@ -596,12 +216,12 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *equivalence(),
         *operations("ops-h200"),
         *operations("ops-loss-h200", "linear_cross_entropy"),
-        *itertools.chain(*map(attention, ATTENTION)),
+        *itertools.chain(*map(attention_pages.cases, ATTENTION)),
         *measured_table("attention-options-h200", attention_pages.options),
-        *tiles(),
+        *attention_pages.tiles(),
     ]
     return [
-        (ROOT / "README.md", "headline", [*headline_table(), "", *offloaded(), *long_contexts()]),
+        (ROOT / "README.md", "headline", [*head, *step_pages.long_contexts()]),
         (ROOT / "docs" / "results.md", "measured", everything),
     ]
 

@@ -38,7 +38,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Modules of benchmarks/ by name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("summary", "figure", "step", "common")
+    names = ("summary", "step_pages", "figure", "step", "common")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -163,7 +163,7 @@ def write_result(folder: Path, name: str, context: int, date: str, fits: bool = 
 
 @pytest.fixture
 def results(benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(benchmarks.summary, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmarks.step_pages, "RESULTS", tmp_path)
     return tmp_path
 
 
@@ -172,7 +172,7 @@ def test_headline_and_figure(benchmarks: Any, results: Path) -> None:
     write_result(results, "step-h200", 65536, "2026-11-28T10:00:00+00:00")
     write_result(results, "step-a", 65536, "2026-11-27T10:00:00+00:00")
     write_result(results, "step-b", 16384, "2026-11-29T10:00:00+00:00")
-    lines = benchmarks.summary.headline_table()
+    lines = benchmarks.step_pages.headline_table()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert cells[2:] == [
         [LIGER, "14.00 s", "1.00 x", "40.0 GiB", "1.00 x"],
@@ -183,8 +183,8 @@ def test_headline_and_figure(benchmarks: Any, results: Path) -> None:
     ]
     assert "64K tokens" in lines[0] and "step-h200.json" in lines[-1]
 
-    drawn = benchmarks.figure.picture(benchmarks.summary.headline())
-    assert drawn == benchmarks.figure.picture(benchmarks.summary.headline())
+    drawn = benchmarks.figure.picture(benchmarks.step_pages.headline())
+    assert drawn == benchmarks.figure.picture(benchmarks.step_pages.headline())
     bars = [
         e for e in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}rect") if e.get("class") != "ground"
     ]
@@ -206,7 +206,7 @@ def test_offloaded_rows_follow_the_headline(benchmarks: Any, results: Path) -> N
     backward = next(row for row in result["rows"] if row["mode"] == "backward")
     result["rows"].append(backward | {"recompute": "none", "step_ms": 5600.0, "time_ratio": 2.5})
     path.write_text(json.dumps(result))
-    found = [line for line in benchmarks.summary.offloaded() if line.startswith("| lemo, `backward`")]
+    found = [line for line in benchmarks.step_pages.offloaded() if line.startswith("| lemo, `backward`")]
     assert [line.split("|")[1:4] for line in found] == [
         [" lemo, `backward` 0.5 weighted ", " 7.00 s ", " 2.00 x "],
         [' lemo, `backward` 0.5 weighted, `recompute="none"` ', " 5.60 s ", " 2.50 x "],
@@ -214,16 +214,16 @@ def test_offloaded_rows_follow_the_headline(benchmarks: Any, results: Path) -> N
 
 
 def test_without_a_peer_there_is_no_headline(benchmarks: Any, results: Path) -> None:
-    assert benchmarks.summary.headline() is None
+    assert benchmarks.step_pages.headline() is None
     write_result(results, "step-h100", 65536, "2026-11-28T10:00:00+00:00", fits=False)
-    assert benchmarks.summary.headline() is None  # no ratio to a peer that did not fit
+    assert benchmarks.step_pages.headline() is None  # no ratio to a peer that did not fit
 
 
 def test_full_tables(benchmarks: Any, results: Path, smoke: tuple[dict[str, Any], str]) -> None:
     """Of a real file, without memory, and of one with rows that did not fit."""
     (results / "step-cpu.json").write_text(json.dumps(smoke[0]))
     write_result(results, "step-h100", 524288, "2026-11-28T10:00:00+00:00", fits=False)
-    text = "\n".join(benchmarks.summary.steps())
+    text = "\n".join(benchmarks.step_pages.steps())
     assert "| 512K | full | transformers + PEFT + Liger |  | out of memory |" in text
     assert "| 512K | full | lemo, `skip` 0.3 | update_norm | 2,000 ms |  |  | 20,480 MiB |  | " in text
     assert "| 320 | full | lemo, `skip` 0.5 | sampled shared |" in text
@@ -289,8 +289,8 @@ def test_what_is_saved_and_where(tmp_path: Path, benchmarks: Any) -> None:
         found = [row for row in (*dense.values(), *backward.values()) if row["recompute"] == recompute]
         assert found and all(row["peer_step_ms"] == by["peer", of, 0]["step_ms"] for row in found)
     assert "TRL activation offloading" in result["left_out"][0]["row"]
-    assert benchmarks.summary.saved(dense["attention", "all"]) == "attention, all layers offloaded"
-    assert benchmarks.summary.saved(by["peer", "full", 0]) == "full"
+    assert benchmarks.step_pages.saved(dense["attention", "all"]) == "attention, all layers offloaded"
+    assert benchmarks.step_pages.saved(by["peer", "full", 0]) == "full"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_what_a_budget_leaves_to_say(benchmarks: Any) -> None:
     }
     config = step.settings(step.ROWS["dense"], auto, Path())
     assert (config.recompute, config.offload, config.budget, config.recompute_layers) == ("auto", "auto", 40 << 30, 4)
-    assert benchmarks.summary.saved(auto.fields) == "by budget, offload auto"
+    assert benchmarks.step_pages.saved(auto.fields) == "by budget, offload auto"
     assert step.settings(step.ROWS["dense"], step.Saving("full", "all"), Path()).offload is True
 
 

@@ -127,7 +127,8 @@ def test_recorded_graphs_end_at_leaves_that_nothing_used_before(case: str, monke
     phase, settings = CASES[case]
     model = tiny(3 if "recompute_layers" in settings else 2)
     controller = train(model, [phase], True, **settings)
-    own, found = {id(p) for p in trained(model)}, []
+    own = {id(p) for p in trained(model)}
+    found: list[list[bool]] = []
     real = Segment.backward
 
     def looked_at(self: Segment, dy: Tensor, params: Any, *more: Any) -> Any:
