@@ -330,6 +330,24 @@ def test_without_a_gpu_layers_run_as_usual(caplog: pytest.LogCaptureFixture) -> 
     assert "not on a CUDA device" in caplog.text
 
 
+def test_watched_passes_say_why_no_graph_will_run(caplog: pytest.LogCaptureFixture) -> None:
+    """A run shorter than the number of its maps has no other passes."""
+    controller = lemo.apply(model := tiny(), lemo.LemoConfig(block_size=4, phases=[UPDATES], cuda_graphs=True))
+    controller.watch(True)
+    backward(model, 0)
+    assert "not on a CUDA device" in caplog.text
+    assert controller.watch(False) is not None
+
+
+def test_watched_passes_run_without_a_graph() -> None:
+    controller = train(model := tiny(), [UPDATES])
+    for i in range(3):
+        backward(model, i)
+    controller.watch(True)
+    backward(model, 3)
+    assert controller.graphs.replays == 2 and controller.watch(False) is not None
+
+
 def test_required_blocks_and_several_adapters_run_as_usual(caplog: pytest.LogCaptureFixture) -> None:
     controller = train(model := tiny(), [UPDATES], keep_labelled=True)
     backward(model, 0)

@@ -278,6 +278,8 @@ def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixtur
     [
         ([], "--context"),
         (["--gpu", "h1000"], "'h1000' is neither a size like 80GiB"),
+        (["--gpu", "0GiB"], "at least 1GiB; got '0GiB'\n"),
+        (["--gpu", "80"], "got '80' (a number without a unit like GiB is bytes)"),
         (["--gpu", "h100", "--offload", "all", "--lora-dropout", "0.1"], "--offload, --lora-dropout: no effect"),
         (["--context", "64", "--block-size", "65"], "context 64 is shorter than one block of 65 tokens"),
         (["--context", "64", "--dense", "--schedule", "skip"], "contradict each other"),

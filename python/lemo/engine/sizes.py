@@ -65,7 +65,8 @@ def gpu_bytes(text: str) -> int:
     except ValueError:
         raise ValueError(f"{text!r} is neither a size like 80GiB nor one of {', '.join(sorted(GPUS))}") from None
     if size < 1 << 30:
-        raise ValueError(f"a GPU has at least 1GiB; got {text!r}, which is bytes without a unit like GiB")
+        bare = " (a number without a unit like GiB is bytes)" if text.strip().isdecimal() else ""
+        raise ValueError(f"expected the memory of a GPU, at least 1GiB; got {text!r}{bare}")
     return size
 
 

@@ -360,8 +360,8 @@ class Controller:
         self._tokens, self._blocks, self._last_phase = blocks.num_tokens, blocks.num_blocks, index
         self._lengths, self._recomputed = tuple(blocks.lengths), step.recompute
         self._again = sum(step.segments[:-1])
-        if self.config.cuda_graphs and not again and not self._watching:
-            stream = self.graphs.run(begun, made, params, weights)
+        if self.config.cuda_graphs and not again:
+            stream = self.graphs.run(begun, made, params, weights, self._watching)
         else:
             stream = stack.run(step, begun.x, params)
         if tiles is not None and earlier is None and index not in self._tiled_phases:

@@ -53,14 +53,24 @@ class Graphs:
         self._readable, self._routed = False, False
         self._records = record
 
-    def run(self, begun: Begun, made: Made, params: Sequence[Tensor], weights: tuple[Any, ...]) -> Tensor:
-        """As `lemo.engine.stack.run`, of a pass that no other repeats. weights: their `fingerprint`."""
+    def run(
+        self,
+        begun: Begun,
+        made: Made,
+        params: Sequence[Tensor],
+        weights: tuple[Any, ...],
+        watched: bool = False,
+    ) -> Tensor:
+        """As `lemo.engine.stack.run`, of a pass that no other repeats. weights: their `fingerprint`. watched: a report
+        needs the pass's lists, so it runs without a graph; what no graph can do is noted all the same, since a short
+        run may have no other passes."""
         step, x = made.step, begun.x
         if weights != self._weights:
             self._forget(weights, begun)
         self.reason = self._reason(begun, step)
         if self.reason is not None:
             self.note(f"cuda_graphs: layers run without graphs: {self.reason}")
+        if self.reason is not None or watched:
             return stack.run(step, x, params)
         policy = begun.plan.policy
         drawn, pairs = None, None
