@@ -124,6 +124,11 @@ def valid_calls() -> list[tuple[Any, tuple]]:
     return found + calls_of(select_everywhere)
 
 
+def filled(like: Tensor, value: int) -> Tensor:
+    """With the value, or what is nearest to it in bytes."""
+    return like.new_full(like.shape, min(max(value, 0), 255) if like.dtype == torch.uint8 else value)
+
+
 def spoil(data: st.DataObject, value: Any) -> Any:
     """An argument that is most often wrong."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
@@ -145,8 +150,8 @@ def spoil(data: st.DataObject, value: Any) -> Any:
         "one more": lambda t: t + 1,
         "one less": lambda t: t - 1,
         "reversed": lambda t: t.flip(0) if t.dim() else t,
-        "huge": lambda t: t.new_full(t.shape, (1 << 31) - 1),
-        "negative": lambda t: t.new_full(t.shape, -(1 << 31)),
+        "huge": lambda t: filled(t, (1 << 31) - 1),
+        "negative": lambda t: filled(t, -(1 << 31)),
     }
     return changes[data.draw(st.sampled_from(sorted(changes)))](value)
 
