@@ -28,7 +28,8 @@ from lemo.cli.common import (
     size,
     stretches,
 )
-from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule
+from lemo.cli.recorded import AS_CALIBRATED, calibrated, say_calibrated
+from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule, uses_default_keep
 
 _EPILOG = """\
 examples:
@@ -36,7 +37,8 @@ examples:
       half of the blocks skipped for most of the steps, then an exact phase; no calibration needed
 
   lemo finetune --model MODEL --data books/ --context 16384 --calibration calibration --out run
-      blocks chosen by the predictors that `lemo calibrate` trained
+      blocks chosen by the predictors that `lemo calibrate` trained; --block-size and --keep, and --context if left
+      out, are those of the calibration
 
   lemo finetune --model MODEL --data notes.jsonl --context 65536 --keep 0.3 --schedule low-memory --out run
       nothing ever needs a dense step's memory
@@ -147,6 +149,8 @@ def add_settings(
             groups[group] = parser.add_argument_group(group)
         if wanted(name):
             shown = "" if defaults[name] in (None, False) or name == "schedule" else f" (default: {defaults[name]})"
+            if name in ("context", "block_size", "keep"):
+                shown = f" (default: {AS_CALIBRATED}, else {defaults[name]})"
             groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=texts.get(name, text + shown))
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
     for name, (text, group) in _SWITCHES.items():
@@ -171,7 +175,10 @@ def given_settings(
 
 
 def complete_settings(given: dict[str, Any], args: argparse.Namespace) -> None:
-    """Adds what a new run takes if the options do not say it. Raises ValueError for options that change nothing."""
+    """Adds what a new run takes if the options do not say it. Raises ValueError for options that change nothing, and
+    CalibrationError."""
+    taken = calibrated(args, ("context", "block_size", "keep"))
+    given |= {name: taken[name] for name in ("context", "block_size") if name in taken}
     if "memory_budget" in given:
         given.setdefault("recompute", "auto")
     if "schedule" not in given:
@@ -179,6 +186,12 @@ def complete_settings(given: dict[str, Any], args: argparse.Namespace) -> None:
         stretched = bool(args.interpolate_positions) and stretches(args.model, context)
         given["schedule"] = default_schedule(context, args.keep, args.policy, args.calibration, stretched)
     check_defaults_matter(given["schedule"], args.keep, args.policy)
+    if args.policy not in (None, "predictors", "sampled") or not uses_default_keep(given["schedule"]):
+        taken.pop("keep", None)
+    given |= taken
+    for name, value in taken.items():
+        setattr(args, name, value)
+    say_calibrated(args, taken)
 
 
 def add(subparsers: Any) -> None:
