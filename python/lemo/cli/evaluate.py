@@ -13,6 +13,7 @@ from lemo.cli.common import (
     add_common,
     add_data,
     add_model,
+    device_of,
     load_config,
     load_data,
     load_model,
@@ -155,7 +156,8 @@ def _take_recorded(args: argparse.Namespace) -> None:
     args.stretched = agreed_positions(args.runs)
     if args.stretched is not None:
         args.interpolate_positions = True
-    for name in ("tokenizer", "dtype"):
+    on_cpu = device_of(args.device).type == "cpu"  # which computes in float32, whatever the run's GPU did
+    for name in ("tokenizer",) if on_cpu else ("tokenizer", "dtype"):
         if getattr(args, name) is None and (value := agreed(args.runs, name, f"--{name}")) is not None:
             setattr(args, name, value)
             _say_taken(args, f"--{name} {value}")
