@@ -13,6 +13,7 @@ import torch
 from lemo.cli import build_parser, main
 from lemo.cli.evaluate import _take_recorded
 from lemo.cli.finetune import _settings
+from lemo.training.finetune import finetune as train
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +177,36 @@ def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: P
     assert (made.context, made.block_size, made.steps, made.held_out) == (64, 8, 60, 0.1)
     args = build_parser().parse_args(["sweep", "--model", "none", "--data", "none", "--out", str(tmp_path / "new")])
     assert sweep._plan(args).settings.context == 4096
+
+
+def test_a_resumed_run_saves_as_it_began(
+    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that an interrupted run names has none of its options; runs of an earlier lemo take the defaults."""
+    out, given = tmp_path / "run", []
+    command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--context", "64", "--steps", "2"]
+    command += ["--held-out", "0.1", "--evaluate-every", "1", "--save-every", "1", "--keep-checkpoints", "3", "--quiet"]
+    assert main([*command, "--maps", "1", "--out", str(out)]) == 0
+    saving = {"save_every": 1, "keep_checkpoints": 3, "log_every": 1, "evaluate_every": 1, "maps": 1}
+    assert json.loads((out / "run.json").read_text())["saving"] == saving
+
+    real = train
+
+    def finetune(*args: Any, **options: Any) -> Any:
+        given.append({name: options[name] for name in saving})
+        return real(*args, **options)
+
+    monkeypatch.setattr("lemo.training.finetune.finetune", finetune)
+    resume = ["finetune", "--out", str(out), "--resume", "--quiet"]
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "checkpoint-2")
+    assert main(resume) == 0 and given.pop() == saving
+    assert main([*resume, "--save-every", "2", "--log-every", "3"]) == 0
+    assert given.pop() == saving | {"save_every": 2, "log_every": 3}
+    assert json.loads((out / "run.json").read_text())["saving"] == saving
+
+    run = json.loads((out / "run.json").read_text())
+    del run["saving"]
+    (out / "run.json").write_text(json.dumps(run))
+    assert main(resume) == 0
+    assert given.pop() == {"save_every": 50, "keep_checkpoints": 2, "log_every": 1, "evaluate_every": 0, "maps": 8}

@@ -138,6 +138,17 @@ _LISTS = {
 }
 
 
+# What is written during a run, and how often: text, default and least value. Unset ones keep the run's value on
+# --resume, as settings do, but others may be given, since they do not decide the result.
+_SAVING = {
+    "save_every": ("steps between checkpoints, 0 = none", 50, 0),
+    "keep_checkpoints": ("complete checkpoints that stay on the disk", 2, 1),
+    "log_every": ("steps per line of the log", 1, 1),
+    "evaluate_every": ("steps between held-out evaluations, 0 = at the end", 0, 0),
+    "maps": ("steps whose kept blocks are recorded for lemo report --html, 0 = none", 8, 0),
+}
+
+
 def add_settings(
     parser: argparse.ArgumentParser, wanted: Callable[[str], bool], texts: Mapping[str, str] = MappingProxyType({})
 ) -> None:
@@ -210,15 +221,8 @@ def add(subparsers: Any) -> None:
     add_data(parser, required=False)
     add_settings(parser, lambda name: True)
     saving = parser.add_argument_group("saving")
-    saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")
-    saving.add_argument("--keep-checkpoints", type=int, default=2, help="complete checkpoints that stay on the disk")
-    saving.add_argument("--log-every", type=int, default=1, help="steps per line of the log")
-    saving.add_argument(
-        "--evaluate-every", type=int, default=0, help="steps between held-out evaluations, 0 = at the end"
-    )
-    saving.add_argument(
-        "--maps", type=int, default=8, help="steps whose kept blocks are recorded for lemo report --html, 0 = none"
-    )
+    for name, (text, default, _) in _SAVING.items():
+        saving.add_argument("--" + name.replace("_", "-"), type=int, help=f"{text} (default: {default})")
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -242,7 +246,7 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
 
 
 def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> FinetuneSettings:
-    """The run's own settings and inputs, except for new places of model, data and calibration.
+    """The run's own settings and inputs, and what it saves, except for new places of model, data and calibration.
 
     Their contents are compared with the run's fingerprints once they have been read.
     """
@@ -252,6 +256,10 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
 
     saved = run_settings(args.out)
     before = saved_settings(saved, args.out)
+    saving = saved.get("saving", {})
+    for name in _SAVING:
+        if getattr(args, name) is None and isinstance(saving.get(name), int):
+            setattr(args, name, saving[name])
     calibration = given.pop("calibration", before.calibration)
     accumulate = accumulate_in(world_size(), before, saved)
     if given.get("accumulate") == accumulate:
@@ -291,31 +299,23 @@ def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import finetune
     from lemo.training.processes import Processes
 
-    for name, least in (
-        ("save_every", 0),
-        ("keep_checkpoints", 1),
-        ("log_every", 1),
-        ("evaluate_every", 0),
-        ("maps", 0),
-    ):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    for name, (*_, least) in _SAVING.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     processes = Processes.join(device_of(args.device))
     args.quiet = args.quiet or not processes.first
     model, documents, settings = processes.together(lambda: _load(args))
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
+    saving = {name: getattr(args, name) for name in _SAVING}
     result = finetune(
         model,
         documents,
         settings,
         args.out,
-        identity={"inputs": {n: getattr(args, n) for n in _INPUTS}},
+        identity={"inputs": {n: getattr(args, n) for n in _INPUTS}, "saving": saving},
         resume=args.resume,
-        save_every=args.save_every,
-        keep_checkpoints=args.keep_checkpoints,
-        log_every=args.log_every,
-        evaluate_every=args.evaluate_every,
-        maps=args.maps,
+        **saving,
         progress=not args.quiet,
         report=say,
     )
@@ -335,6 +335,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, FinetuneSettings]:
     if args.data is not None:
         args.data = [absolute(source) for source in args.data]
     settings = _settings(args)
+    for name, (_, default, _) in _SAVING.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.resume is False:
         if (Path(args.out) / "run.json").exists():
             raise ValueError(
