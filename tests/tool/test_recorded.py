@@ -92,6 +92,8 @@ def test_evaluate_takes_the_positions_of_the_run(trained: Path, like: Any, evalu
     assert "stretched positions to 512" in evaluate(stretched, options="--context 1024")[1]
     said = evaluate(stretched, trained / "adapter", options="--context 64")[1]
     assert "stretched to 512 tokens" in said and f"{trained}: not stretched" in said and "separate calls" in said
+    both = evaluate(stretched, trained / "adapter", options="--context 64 --interpolate-positions")[0]["rows"]
+    assert [row["model"] for row in both] == ["base", "stretched", "run"] and both[0] == far[0]["rows"][0]
     # The model has as many positions: there was nothing to stretch.
     same = like("same", {"interpolate_positions": True}) / "adapter"
     assert evaluate(same)[0]["rows"][0]["perplexity"] == plain[0]["rows"][0]["perplexity"]

@@ -153,7 +153,7 @@ def _take_recorded(args: argparse.Namespace) -> None:
     """
     folders = dict.fromkeys(folder for adapter in args.adapter if (folder := run_of(adapter)) is not None)
     args.runs = [trained(folder, args.model) for folder in folders]
-    args.stretched = agreed_positions(args.runs)
+    args.stretched = agreed_positions(args.runs, bool(args.interpolate_positions))
     if args.stretched is not None:
         args.interpolate_positions = True
     on_cpu = device_of(args.device).type == "cpu"  # which computes in float32, whatever the run's GPU did

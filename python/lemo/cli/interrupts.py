@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -59,26 +61,28 @@ def _sent_again(arm: Callable[[], None]) -> Iterator[None]:
     arm: what makes SIGTERM raise once more.
     """
     before, main = sys.unraisablehook, threading.get_ident()
-    waiting: list[tuple[threading.Timer, type[KeyboardInterrupt]]] = []
+    waiting: list[type[KeyboardInterrupt]] = []
+
+    def send() -> None:
+        time.sleep(_AGAIN)
+        with contextlib.suppress(IndexError):  # whoever takes it out raises it
+            kind = waiting.pop()
+            signal.pthread_kill(main, signal.SIGTERM if kind is Terminated else signal.SIGINT)
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        error = unraisable.exc_value
-        if not isinstance(error, KeyboardInterrupt):
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
             before(unraisable)
             return
         arm()
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        timer = threading.Timer(_AGAIN, signal.pthread_kill, (main, number))
-        timer.daemon = True
-        waiting[:] = [(timer, type(error))]
-        timer.start()
+        waiting.append(type(unraisable.exc_value))
+        # Not threading.Thread: the finalizer may have interrupted one of its methods, which holds a lock.
+        _thread.start_new_thread(send, ())
 
     sys.unraisablehook = hook
     try:
         yield
-        if waiting and waiting[0][0].is_alive():
-            raise waiting[0][1]  # the command was done before the signal came again
+        if waiting:
+            raise waiting.pop()  # the command was done before the signal came again
     finally:
         sys.unraisablehook = before
-        for timer, _ in waiting:
-            timer.cancel()
+        waiting.clear()

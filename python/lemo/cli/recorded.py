@@ -66,8 +66,10 @@ def agreed(runs: Sequence[Trained], field: str, option: str) -> Any:
     return values[0] if values else None
 
 
-def agreed_positions(runs: Sequence[Trained]) -> int | None:
-    """The context to which all runs stretched the model's positions, or None. Raises ValueError if they differ."""
+def agreed_positions(runs: Sequence[Trained], asked: bool) -> int | None:
+    """The context to which all runs stretched the model's positions, or None. Raises ValueError if they differ. asked:
+    for stretched positions, so that runs which did not stretch them are measured with those of the others."""
+    runs = [run for run in runs if run.stretched is not None] if asked else runs
     if len({run.stretched for run in runs}) > 1:
         text = ", ".join(
             f"{run.folder}: {f'stretched to {run.stretched} tokens' if run.stretched else 'not stretched'}"
@@ -75,6 +77,7 @@ def agreed_positions(runs: Sequence[Trained]) -> int | None:
         )
         raise ValueError(
             f"the runs of the adapters differ in the positions of the model ({text}): measure them in separate calls"
+            f"{'' if asked else ', or all with those that are stretched (--interpolate-positions)'}"
         )
     return runs[0].stretched if runs else None
 

@@ -108,7 +108,7 @@ def _complete(args: argparse.Namespace) -> None:
     from lemo.study.sweep import plan_of
 
     there = {name: value for name, value in plan_of(Path(args.out)).items() if value is not None}
-    missing = [name for name in (*_DEFAULTS, "max_tokens") if getattr(args, name) is None]
+    missing = [name for name in (*_DEFAULTS, "max_tokens", "calibration") if getattr(args, name) is None]
     taken = {name: there[name] for name in missing if name in there}
     if taken:
         say(f"{as_options(taken)}: as the study {args.out} has it")

@@ -116,7 +116,7 @@ def plan_of(out: Path) -> dict[str, Any]:
     there = json.loads(path.read_text())
     identity = there["identity"]
     values = {**identity["settings"], **{name: identity[name] for name in ("context", "held_out", "max_tokens")}}
-    return values | {name: there[name] for name in ("steps", "equal") if name in there}
+    return values | {name: there[name] for name in ("steps", "equal", "calibration") if name in there}
 
 
 class Study:
@@ -181,8 +181,10 @@ class Study:
         self._write()
 
     def _write(self) -> None:
-        values = {"identity": self.identity, "times": self.times, "steps": self.plan.settings.steps}
-        write_text(self.out / STUDY_FILE, json.dumps(values | {"equal": self.plan.equal}, indent=1))
+        settings = self.plan.settings
+        values: dict[str, Any] = {"identity": self.identity, "times": self.times, "steps": settings.steps}
+        values |= {"equal": self.plan.equal, "calibration": settings.calibration}
+        write_text(self.out / STUDY_FILE, json.dumps(values, indent=1))
 
     def result(self, settings: FinetuneSettings) -> dict[str, Any] | None:
         path = self._folder(settings) / "result.json"
