@@ -221,7 +221,13 @@ def step_times(device: torch.device, calibration: Path, repeats: int = 4) -> dic
     seconds = {"plain": shortest_seconds(step, device, repeats)}
     phases = {"dense": library.Phase("dense"), "skip": library.Phase("skip", keep=KEEP)}
     for name, phase in phases.items():
-        settings = library.LemoConfig(block_size=BLOCK, phases=[phase], recompute="none", calibration=calibration)
+        settings = library.LemoConfig(
+            block_size=BLOCK,
+            phases=[phase],
+            recompute="none",
+            calibration=calibration,
+            cuda_graphs=device.type == "cuda",
+        )
         library.apply(model, settings)
         seconds[name] = shortest_seconds(step, device, repeats)
         library.remove(model)
@@ -367,6 +373,7 @@ def main() -> None:
         "none",
     )
     training += ("--save-every", 0, "--block-size", BLOCK, "--lora-targets", *TARGETS)
+    training += ("--cuda-graphs",) * (device.type == "cuda")
     with timed(times, "dense"):
         lemo("finetune", *common, *training, "--steps", plan.dense_steps, "--dense", "--out", out / "dense")
     for policy in POLICIES:

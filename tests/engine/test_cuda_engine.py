@@ -19,9 +19,9 @@ BLOCK, LENGTHS, LONG = 64, (200, 312), (700, 130, 513)  # LONG: of several tiles
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2}
 
 
-def model(family):
+def model(family, dora=False):
     """Weights that are exact in bf16, and small enough for its rounding to stay small."""
-    m = lora(base(family, **SHAPE, **FAMILIES[family].kernels), ATTENTION[family]).train()
+    m = lora(base(family, **SHAPE, **FAMILIES[family].kernels), ATTENTION[family], use_dora=dora).train()
     for name, p in m.named_parameters():
         scale = 0.2 if p.dim() > 1 else 1.0
         p.data = (p.data * scale).bfloat16().float() if "lora_" not in name else p.data * 0.5
@@ -76,18 +76,21 @@ def test_what_has_no_kernels_is_refused(options, phase, words):
 
 
 @pytest.mark.parametrize(
-    ("family", "phase"),
-    [(family, phase) for family in FAMILIES for phase in PHASES if family in LAYERS or phase in OF_A_FAMILY],
+    ("family", "phase", "dora"),
+    [
+        *((name, phase, False) for name in FAMILIES for phase in PHASES if name in LAYERS or phase in OF_A_FAMILY),
+        *(("llama", phase, True) for phase in OF_A_FAMILY),
+    ],
 )
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("labelled", [1.0, 0.2])
-def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase):
+def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase, dora):
     settings = lemo.LemoConfig(
         block_size=BLOCK, recompute=recompute, phases=[lemo.Phase(**PHASES[phase])], seed=5, always_first=1
     )
     inputs = batch(labelled, LONG if phase.startswith("sparse") else LENGTHS)
     found = {}
-    plain = model(family)
+    plain = model(family, dora)
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         m = copy.deepcopy(plain)
         m.get_base_model().to(device=device, dtype=dtype)
@@ -114,13 +117,13 @@ def test_gradients_are_those_of_the_cpu(family, recompute, labelled, phase):
     total = torch.cat([g.flatten() for g in grads.values()])
     error = torch.cat([(theirs[n] - g).flatten() for n, g in grads.items()])
     # bf16: up to 0.065 measured where few labels decide, and twice transformers' own error in families that amplify it.
-    assert error.norm() / total.norm() < max(0.1, 2 * rounding(family, labelled))
+    assert error.norm() / total.norm() < max(0.1, 2 * rounding(family, labelled, dora))
 
 
 @functools.cache
-def rounding(family, labelled):
+def rounding(family, labelled, dora):
     """The relative error of the gradients that transformers' own layers have in bf16, on the CPU."""
-    plain, found = model(family), []
+    plain, found = model(family, dora), []
     for dtype in (torch.float32, torch.bfloat16):
         m = copy.deepcopy(plain)
         m.get_base_model().to(dtype=dtype)
