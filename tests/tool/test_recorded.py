@@ -156,6 +156,11 @@ def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: 
     assert main([*command, str(calibration), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {p["keep"] for p in found["longest"]["phases"]} == {0.25, 1.0} and found["estimate"]["tokens"] == 128
+    assert main(["estimate", "--model", model, "--gpu", "2GiB", "--calibration", str(calibration), "--json"]) == 0
+    alone = capsys.readouterr()
+    assert json.loads(alone.out) == found["longest"] and alone.err.startswith("--block-size 8, --keep 0.25: as ")
+    assert main([*command[:-3], "--calibration", str(calibration), "--schedule", "skip", "--json"]) == 0
+    assert [p["keep"] for p in json.loads(capsys.readouterr().out)["phases"]] == [0.25]
     assert main([*command, str(tmp_path / "later")]) == 0
     assert "later does not exist yet: --block-size and --keep are the defaults" in capsys.readouterr().err
 

@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.context is None and args.gpu is None:
         raise ValueError("give --context (the memory of its steps), --gpu (the longest context that fits), or both")
     names = (
-        *("recompute", "memory_budget", "offload", "recompute_layers", "calibration", "policy", "lora_dropout"),
+        *("recompute", "memory_budget", "offload", "recompute_layers", "policy", "lora_dropout"),
         "interpolate_positions",
     )
     useless = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
@@ -123,9 +123,12 @@ def _longest(args: argparse.Namespace, config: Any) -> Any:
 
     given = given_settings(args, set(MEMORY) - {"context", "recompute", "memory_budget", "offload", "recompute_layers"})
     if "schedule" in given:
-        complete_settings(given, args)
+        complete_settings(given, args, ("block_size", "keep"))
     else:
-        given |= calibrated(args, ("block_size", "keep"))
+        taken = calibrated(args, ("block_size", "keep"))
+        given |= taken
+        if args.context is None:  # or the estimate says it
+            say_calibrated(args, taken)
         given["schedule"] = _MODES.format(keep=given.get("keep", FinetuneSettings.keep))
     # A context in which every phase has windows of a block: the longest is looked for.
     settings = FinetuneSettings(context=1 << 30, **given | _CALIBRATED)

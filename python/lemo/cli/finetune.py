@@ -185,10 +185,12 @@ def given_settings(
     return given | {name: tuple(given[name]) for name in _LISTS if name in given}
 
 
-def complete_settings(given: dict[str, Any], args: argparse.Namespace) -> None:
-    """Adds what a new run takes if the options do not say it. Raises ValueError for options that change nothing, and
-    CalibrationError."""
-    taken = calibrated(args, ("context", "block_size", "keep"))
+def complete_settings(
+    given: dict[str, Any], args: argparse.Namespace, of_calibration: Iterable[str] = ("context", "block_size", "keep")
+) -> None:
+    """Adds what a new run takes if the options do not say it. of_calibration: what --calibration decides, then. Raises
+    ValueError for options that change nothing, and CalibrationError."""
+    taken = calibrated(args, of_calibration)
     given |= {name: taken[name] for name in ("context", "block_size") if name in taken}
     if "memory_budget" in given:
         given.setdefault("recompute", "auto")
