@@ -14,7 +14,8 @@ which needs no calibration. The adapters, and the model without one, are evaluat
 ON A GPU layers run as CUDA graphs, and windows are cut from all source files in a row. Still, this model can be too
 small for seconds to say anything: launching kernels takes the time, not what they compute. Where a skipped step takes
 more than 0.8 x a dense one there, equal cost means EQUAL OPERATIONS: those of a step of each kind are counted from the
-model's shapes, both runs get the same number, and the longest takes --seconds. The text printed and results.json ("unit") say which of the two it was.
+model's shapes, both runs get the same number, and the longest takes --seconds. The text printed and results.json
+("unit") say which of the two it was.
 """
 
 from __future__ import annotations
