@@ -3,6 +3,7 @@ version is the headers', which state it for everything else. Several processes (
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,12 @@ def pytest_runtest_setup() -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def pytest_collection_finish() -> None:
+    """Trainers collect garbage after every run, which took half a second for the modules alone: they stay anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
