@@ -113,6 +113,10 @@ format: $(VENV)/.dev
 
 # Processes on one GPU would see each other's memory.
 TESTERS ?= $(if $(GPU),0,$(JOBS))
+# For the CPU, what pip has built is what tests/consumers installs.
+ifeq ($(LEMO_CUDA),OFF)
+check: export LEMO_TEST_BUILD_DIR := $(LEMO_BUILD_DIR)
+endif
 check: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --numprocesses $(TESTERS)
 
