@@ -14,7 +14,7 @@
 #                    make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 #            LEMO_CUDA  AUTO, ON or OFF (default: AUTO where a GPU is present)
 #            WHEELS  cpu, cuda or both: what make wheels builds
-#            JOBS    compilers at a time
+#            JOBS    compilers at a time, and processes that share the tests (one where there is a GPU)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -82,9 +82,10 @@ $(VENV)/.demo: $(VENV)/.tools $(SOURCES)
 	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) ".[plots]"
 	@touch $@
 
+EXTRAS ?= dev,test,plots,datasets
 $(VENV)/.dev: $(VENV)/.tools $(SOURCES)
 	@echo "building and installing lemo with its development tools (CUDA: $(LEMO_CUDA))"
-	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) ".[dev,test,plots,datasets]"
+	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) ".[$(EXTRAS)]"
 	@touch $@ $(VENV)/.demo
 
 setup build: $(VENV)/.dev
@@ -110,8 +111,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
+# Processes on one GPU would see each other's memory.
+TESTERS ?= $(if $(GPU),0,$(JOBS))
+# For the CPU, what pip has built is what tests/consumers installs.
+ifeq ($(LEMO_CUDA),OFF)
+check: export LEMO_TEST_BUILD_DIR := $(LEMO_BUILD_DIR)
+endif
 check: $(VENV)/.dev
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --numprocesses $(TESTERS)
 
 # Other seeds each time; a fault names its seed: build/fuzz-long/fuzz SEED 1 repeats it. `make test` has a short run with
 # fixed seeds. FUZZ_SANITIZE=thread looks for data races instead.

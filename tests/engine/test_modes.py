@@ -20,8 +20,10 @@ from support.models import (
     reference_gradients,
     tuned,
 )
+from support.pairs import pairs
 
 BLOCK = 8
+RECOMPUTE = ("none", "attention", "full")
 
 
 def layers_of(family, model, inputs):
@@ -41,9 +43,7 @@ def blocks_of(kept: Kept) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(kept.source.num_blocks), sizes.long())
 
 
-@pytest.mark.parametrize("family", NORM_PLACES)
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
-@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+@pytest.mark.parametrize(("family", "recompute", "kind"), pairs(NORM_PLACES, RECOMPUTE, ("right", "left", "packed")))
 def test_skip(family, recompute, kind, chosen):
     model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
     plain = clone(model)
@@ -61,9 +61,9 @@ def test_skip(family, recompute, kind, chosen):
     assert_close(got, reference_gradients(plain, expected_loss))
 
 
-@pytest.mark.parametrize("family", NORM_PLACES)
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
-@pytest.mark.parametrize("keeps", [(0.5, 0.25), (0.5, 1.0), (0.5, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("family", "recompute", "keeps"), pairs(NORM_PLACES, RECOMPUTE, [(0.5, 0.25), (0.5, 1.0), (0.5, 0.0), (0.0, 0.5)])
+)
 def test_skip_with_a_list_for_the_mlp(family, recompute, keeps, chosen):
     model, inputs = lora(base(family), LINEARS[family]).train(), batch("right")
     plain = clone(model)
@@ -81,11 +81,10 @@ def test_skip_with_a_list_for_the_mlp(family, recompute, keeps, chosen):
     assert_close(got, reference_gradients(plain, expected_loss))
 
 
-@pytest.mark.parametrize("family", NORM_PLACES)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("policy", ["random", "sampled"])
-@pytest.mark.parametrize("recompute", ["none", "attention"])
-@pytest.mark.parametrize("kind", ["right", "packed"])
+@pytest.mark.parametrize(
+    ("family", "weighted", "policy", "recompute", "kind"),
+    pairs(NORM_PLACES, [False, True], ["random", "sampled"], ["none", "attention"], ["right", "packed"], of=3),
+)
 def test_backward(family, weighted, policy, recompute, kind, chosen):
     model, inputs = lora(base(family), LINEARS[family]).train(), batch(kind)
     plain = clone(model)

@@ -11,6 +11,7 @@ import torch
 from lemo.engine.families import UnsupportedModelError
 from support import reference
 from support.models import assert_close, batch, clone, gradients, reference_gradients
+from support.pairs import pairs
 from support.toy import Reference, balance, toy
 from torch import nn
 
@@ -18,7 +19,10 @@ __all__ = ["toy"]
 BLOCK = 8
 
 
-@pytest.fixture(params=[8192, 16], ids=["whole", "pieces"])
+MLP_ROWS = (8192, 16)  # the whole, pieces
+
+
+@pytest.fixture
 def mlp_rows(request, monkeypatch):
     monkeypatch.setattr(lemo.engine.step, "MLP_ROWS", request.param)
 
@@ -36,8 +40,11 @@ def packed(inputs):
     return inputs["input_ids"][mask], targets, torch.arange(mask.shape[1]).expand(mask.shape)[mask], document
 
 
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
-@pytest.mark.parametrize("keeps", [(0.5, None), (0.5, 0.25), (0.5, 1.0), (1.0, None)])
+@pytest.mark.parametrize(
+    ("recompute", "keeps", "mlp_rows"),
+    pairs(["none", "attention", "full"], [(0.5, None), (0.5, 0.25), (0.5, 1.0), (1.0, None)], MLP_ROWS),
+    indirect=["mlp_rows"],
+)
 def test_skip(toy, recompute, keeps, mlp_rows, chosen):
     """Value and every gradient, the router's included, with the balance over the rows that the MLPs computed."""
     model, inputs = toy(), batch("right")
@@ -61,6 +68,7 @@ def test_skip(toy, recompute, keeps, mlp_rows, chosen):
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("mlp_rows", MLP_ROWS, indirect=True)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_backward(toy, weighted, mlp_rows, chosen):
     """The balance is over all rows; its gradient reaches the kept ones, weighted like everything else."""

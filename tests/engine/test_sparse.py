@@ -15,6 +15,7 @@ from lemo.engine.config import _TILE, TILE_OPTIONS
 from lemo.engine.tiles import TILE, LayerRows, TileChooser, budget, make_tile_policy
 from support import reference
 from support.models import LAYERS, LINEARS, assert_close, base, clone, gradients, lora, reference_gradients, tuned
+from support.pairs import pairs
 from support.tile_pairs import pairs_of
 from torch.utils.checkpoint import checkpoint
 
@@ -92,9 +93,9 @@ def everything(ids):
     return [(torch.arange(len(ids)),) * 2] * 3
 
 
-@pytest.mark.parametrize("family", LAYERS)
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
-@pytest.mark.parametrize("kind", ["packed", "right", "left"])
+@pytest.mark.parametrize(
+    ("family", "recompute", "kind"), pairs(LAYERS, ["none", "attention", "full"], ["packed", "right", "left"])
+)
 def test_sparse(family, recompute, kind, chosen):
     inputs = batch(kind)
     model = lora(base(family, **long(family)), LINEARS[family]).train()
@@ -112,17 +113,20 @@ def test_sparse(family, recompute, kind, chosen):
     assert all(0.5 < d < 1 and d < c < 1 for d, c in zip(report["density"], report["covered"], strict=True))
 
 
-@pytest.mark.parametrize("family", LAYERS)
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
-@pytest.mark.parametrize("limits", [{"keys": 256}, {"mass": 0.6}, {"density": 0.9, "mass": 0.5, "local": 0}])
+@pytest.mark.parametrize(
+    ("family", "recompute", "limits"),
+    pairs(
+        LAYERS,
+        ["none", "attention", "full"],
+        [{"density": None, "keys": 256}, {"density": None, "mass": 0.6}, {"density": 0.9, "mass": 0.5, "local": 0}],
+    ),
+)
 def test_limits_and_kept_tokens(family, recompute, limits, chosen):
     """Lists among the tokens that are kept, other ones in every layer."""
     inputs = batch()
     model = lora(base(family, **long(family)), LINEARS[family]).train()
     plain = clone(model)
-    controller = lemo.apply(
-        model, config(recompute, density=limits.pop("density", None), keep=0.75, policy="random", **limits)
-    )
+    controller = lemo.apply(model, config(recompute, keep=0.75, policy="random", **limits))
     kept = []
     lists = controller._policies[0]._select
     controller._policies[0]._select = lambda *args: kept.append(lists(*args)) or kept[-1]

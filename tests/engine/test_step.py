@@ -18,6 +18,7 @@ from lemo.engine.gradients import Handover
 from lemo.engine.records import Records
 from lemo.engine.step import Step
 from support.models import LAYERS, LINEARS, assert_close, base, batch, gradients, lora
+from support.pairs import pairs
 
 PHASES = {
     "dense": {"mode": "dense"},
@@ -143,9 +144,9 @@ def substitute(monkeypatch, kind):
         monkeypatch.setattr(lemo.ops, name, fail)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
-@pytest.mark.parametrize("kind", [PlainAttention, ChunkedPlain])
+@pytest.mark.parametrize(
+    ("phase", "recompute", "kind"), pairs(list(PHASES), ["none", "attention", "full"], [PlainAttention, ChunkedPlain])
+)
 def test_all_attention_goes_through_one_object(phase, recompute, kind, monkeypatch):
     model = adapted()
     expected = run(model, settings(phase, recompute))
@@ -221,9 +222,7 @@ def test_a_reference_pass_and_the_teacher_enter_layers_too(visits):
     assert visits == ["+0", "-0", "+1", "-1", "+2", "-2"]
 
 
-@pytest.mark.parametrize("family", LAYERS)
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize(("family", "phase", "recompute"), pairs(LAYERS, list(PHASES), ["none", "attention", "full"]))
 def test_weights_are_only_read_inside_their_layer(family, phase, recompute, monkeypatch):
     """Outside of it they are NaN, as if they were sharded or on the host."""
     model = adapted(family)

@@ -40,20 +40,19 @@ def inputs(lengths):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "layers", "keep", "policy", "options", "recompute"),
+    ("family", "lengths", "layers", "keep", "policy", "options", "recompute"),
     [
         # The subsets of every layer are combined with those of every other.
-        ([8], 3, 0.5, "random", {}, "attention"),
-        ([7, 2], 2, 0.5, "random", {}, "none"),
-        ([10], 2, 0.5, "random", {}, "full"),
-        ([11], 2, 0.4, "sampled", {"source": "exact"}, "none"),
+        *((family, [8], 3, 0.5, "random", {}, "attention") for family in LAYERS),
+        *((family, [11], 2, 0.4, "sampled", {"source": "exact"}, "none") for family in LAYERS),
+        ("llama", [7, 2], 2, 0.5, "random", {}, "none"),
+        *((family, [10], 2, 0.5, "random", {}, "full") for family in LAYERS),
         # Documents of one and two blocks, where forced blocks would use up the budget.
-        ([4, 8], 2, 0.5, "random", {}, "none"),
-        ([5], 2, 0.3, "random", {}, "none"),
-        ([16], 1, 0.9, "random", {}, "none"),
+        ("opt", [4, 8], 2, 0.5, "random", {}, "none"),
+        ("opt", [5], 2, 0.3, "random", {}, "none"),
+        ("llama", [16], 1, 0.9, "random", {}, "none"),
     ],
 )
-@pytest.mark.parametrize("family", LAYERS)
 def test_the_expected_gradient_is_the_dense_one(family, lengths, layers, keep, policy, options, recompute, monkeypatch):
     model, batch = lora(base(family, layers), LINEARS[family]).train(), inputs(lengths)
     lemo.apply(model, lemo.LemoConfig(block_size=BLOCK, phases=[lemo.Phase("dense")]))

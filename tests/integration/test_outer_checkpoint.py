@@ -6,6 +6,7 @@ import lemo
 import pytest
 import torch
 from support.models import VOCAB, assert_close, base, tuned
+from support.pairs import pairs
 from torch.utils.checkpoint import checkpoint
 
 PHASES = {
@@ -103,9 +104,10 @@ def without_rng(model, ids):
     sum(checkpointed(model, i, preserve_rng_state=False) for i in ids).backward()
 
 
-@pytest.mark.parametrize("run", [together, in_reverse, one_by_one, in_one_region, nested, offloaded, without_rng])
-@pytest.mark.parametrize("identical", [False, True])
-@pytest.mark.parametrize("recompute", ["auto", "none"])
+WAYS = (together, in_reverse, one_by_one, in_one_region, nested, offloaded, without_rng)
+
+
+@pytest.mark.parametrize(("run", "identical", "recompute"), pairs(WAYS, [False, True], ["auto", "none"]))
 def test_several_batches_in_flight(run, identical, recompute):
     """Every micro-batch has a separate draw, even if the batches are the same."""
     model = tuned("llama")

@@ -13,6 +13,7 @@ from lemo import ops
 from support import oracle
 from support.draws import Draw, grads, leaf
 from support.packings import ATTENTION_PACKINGS, PACKINGS, SPLIT_PACKINGS, Packing
+from support.pairs import pairs
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
@@ -231,6 +232,8 @@ class Attention:
 
 
 DIMS = (64, 80, 96, 128)
+RATIOS = ((2, 2), (8, 2), (4, 1))
+STORED = (("packed", False), ("rows", False), ("rows", True), ("strided", False))  # storage, given
 ATTENTION = [
     *(Attention(p, storage=s) for p, s in zip(PACKINGS, ("packed", "rows", "strided") * 4, strict=False)),
     *(Attention("documents", 4, 1, dim, s) for dim in (64, 80, 96, 128) for s in ("rows", "strided")),
@@ -246,9 +249,8 @@ ATTENTION = [
         Attention(p, hq, hk, dim, storage, given)
         for p in ("gap_64", "gap_128")
         for dim in DIMS
-        for hq, hk in ((2, 2), (8, 2), (4, 1))
-        for storage in ("packed", "rows", "strided")
-        for given in ((False, True) if storage == "rows" else (False,))
+        for hq, hk in RATIOS
+        for storage, given in STORED
     ),
     *(
         Attention(p, 4, 1, dim, storage)
@@ -277,6 +279,11 @@ ATTENTION = [
     *(Attention("chunks", hq, hk, 64) for hq, hk in ((2, 2), (6, 2), (8, 1))),
     *(Attention("more_queries", hq, hk, 64) for hq, hk in ((2, 2), (8, 1))),
 ]
+# CUDA has separate kernels for these. The CPU has one, for which pairs are enough over blocks of 128: over blocks of 64
+# it runs all of them.
+ON_CUDA_ALONE = {Attention("gap_128", *r, d, *s) for d in DIMS for r in RATIOS for s in STORED} - {
+    Attention("gap_128", *r, d, *s) for d, r, s in pairs(DIMS, RATIOS, STORED)
+}
 # What the kernels with options have to prove, which on the CPU a few cases do (CPU_ATTENTION): windows that end within
 # and between tiles, soft-caps that bend scores, sinks; and head_dim 256, which runs the same kernels.
 CUDA_ATTENTION = [

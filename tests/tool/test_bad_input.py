@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -33,7 +34,12 @@ def layout() -> dict[str, Any]:
 
 
 def base(op: str) -> dict[str, Any]:
-    """Valid keyword arguments of an operation."""
+    """Valid keyword arguments of an operation, in memory that nothing else has."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in valid(op).items()}
+
+
+@functools.cache  # what attention gives takes longer than everything that an entry does with it
+def valid(op: str) -> dict[str, Any]:
     draw, rows = Draw("cpu", torch.float32), P.tensor("rows", "cpu")
     if op == "gather":
         return {"x": draw.normal(T, 16), "rows": rows, "weights": torch.ones(NB), "slots": P.tensor("row_slots", "cpu")}
@@ -46,7 +52,7 @@ def base(op: str) -> dict[str, Any]:
         names = {"dy": draw.normal(M, 16), "s": draw.normal(M, 16), "weight": draw.normal(16)}
         return names | {"ds_extra": draw.normal(M, 16), "norm": "rms", "eps": 1e-5}
     if op == "gather_norm_backward_":
-        return {"dx": draw.normal(T, 16), "rows": rows} | base("gather_norm_backward")
+        return {"dx": draw.normal(T, 16), "rows": rows} | valid("gather_norm_backward")
     if op == "rotary":
         angle = draw.normal(T, 8).repeat(1, 2)
         return {"x": draw.normal(M, 4, 16), "cos": angle.cos(), "sin": angle.sin(), "rows": rows}
@@ -77,7 +83,7 @@ def base(op: str) -> dict[str, Any]:
         case = dataclasses.replace(SPLIT, window=70, sinks=True)
         t = case.inputs("cpu", torch.float32)
         options = {"softcap": 5.0} | ({"want_dsinks": True} if "backward" in op else {})
-        return base(op.replace("window", "keys")) | case.key_rows(t) | options
+        return valid(op.replace("window", "keys")) | case.key_rows(t) | options
     if op == "select_blocks":
         rule = {"mode": "budget", "keep": 0.5, "threshold": 0.0, "always_first": 0, "always_last": 0, "seed": 0}
         return {"scores": draw.uniform(NB, low=0.1, high=0.9), "num_tokens": T} | layout() | rule
@@ -119,7 +125,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def content(t: Tensor) -> bytes:
-    return bytes(t.detach().contiguous().view(-1).view(torch.uint8).tolist())
+    return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def state(model: torch.nn.Module) -> dict[str, Any]:
