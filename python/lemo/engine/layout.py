@@ -254,7 +254,7 @@ def start(
     info = made[-1]
     if not info.is_cuda:
         return Selection(blocks, chosen_by, made, None, info)
-    on_host = torch.empty(info.shape, dtype=info.dtype, pin_memory=True).copy_(info, non_blocking=True)
+    on_host = torch.empty(info.shape, dtype=info.dtype, device="cpu", pin_memory=True).copy_(info, non_blocking=True)
     return Selection(blocks, chosen_by, made, None, on_host, torch.cuda.current_stream(info.device).record_event())
 
 

@@ -87,7 +87,7 @@ class HostMemory:
 
     def _allocate(self, pinned: bool) -> Tensor:
         try:
-            chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         except RuntimeError as error:
             kind = "pinned host memory" if pinned else "host memory"
             raise ValueError(

@@ -156,7 +156,8 @@ class Policy(ABC):
         raise ValueError(f'Phase.select "threshold" needs policy "predictors"; got {self.name!r}')
 
     def choose(self, layer: int, x: Tensor) -> KeptPair:
-        """Kept lists of the layer's attention and MLP; None = nothing kept. The same object if they share one."""
+        """Kept lists of the layer's attention and MLP; None = nothing kept. The same object if they share one. Called
+        for one layer after the other."""
         if self._pair is None or not self.shared:
             started = self._started.pop(layer) if layer in self._started else self._start(layer, x)
             attention, mlp = started
