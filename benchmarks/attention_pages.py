@@ -127,7 +127,7 @@ def options(result: dict[str, Any]) -> Table:
         )
     title = (
         f"**Attention with windows, sinks, soft-caps and head_dim 256, {result['gpu']}, bf16, one causal document.** "
-        "Ratio above 1: ours is faster; `lemo sm_80` is our kernels for sm_80, on this GPU"
+        "Ratio above 1: ours is faster; lemo sm_80 is our kernels for sm_80, on this GPU"
     )
     return title, header, rows
 

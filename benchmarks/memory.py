@@ -48,11 +48,12 @@ class Setting:
     budget: str | None = None
     limit: float = 0.05
 
-    def config(self) -> Any:
+    def config(self, layers: int) -> Any:
         import lemo
 
         if self.budget is None:
-            return settings(self.row, Saving(self.recompute, self.offload), Path())
+            offload = min(self.offload, layers) if isinstance(self.offload, int) else self.offload
+            return settings(self.row, Saving(self.recompute, offload), Path())
         plain = settings(self.row, Saving("auto"), Path())
         return lemo.LemoConfig(phases=plain.phases, memory_budget=self.budget, offload=self.offload or False)
 
@@ -93,7 +94,7 @@ def estimated(base: Base, setting: Setting, tokens: int) -> dict[str, Any]:
     """The row of a setting, with its peak where there is a GPU to measure it on."""
     import lemo
 
-    config = setting.config()
+    config = setting.config(base.config.num_hidden_layers)
     expected = lemo.estimate(base.config, config, tokens)["phases"][0]
     row = {
         "setting": setting.row.describe(),

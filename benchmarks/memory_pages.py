@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from page_tables import Table, in_thousands, load, markdown, source
+from page_tables import Table, in_thousands
 
 
 def saved(row: dict[str, Any]) -> str:
@@ -36,22 +36,6 @@ def paper(result: dict[str, Any]) -> Table:
         "**The paper's models, nothing recomputed** (against transformers + PEFT; the paper's ratios: from its logs)"
     )
     return title, header, rows
-
-
-def paper_models() -> list[str]:
-    """One table of several results files: a model's rows are those of the last file that has it."""
-    known = {name: result for name in ("paper-h200", "paper-opt-h200") if (result := load(name)) is not None}
-    if not known:
-        return []
-    last = {row["model"]: name for name, result in known.items() for row in result["rows"]}
-    by_model: dict[str, list[dict[str, Any]]] = {model: [] for model in last}
-    for name, result in known.items():
-        for row in result["rows"]:
-            if last[row["model"]] == name:
-                by_model[row["model"]].append(row)
-    title, header, rows = paper({"rows": [row for found in by_model.values() for row in found]})
-    sources = [line for name, result in known.items() if name in last.values() for line in (source(name, result), "")]
-    return [title, "", *markdown(header, rows), "", *sources]
 
 
 def estimates(result: dict[str, Any]) -> Table:
@@ -89,4 +73,30 @@ def growth(result: dict[str, Any]) -> Table:
     ]
     longest = in_thousands(result["rows"][0]["context"])
     title = f"**Memory over steps of varying lengths up to {longest} tokens** (between the first step and the last)"
+    return title, header, rows
+
+
+def quantized(result: dict[str, Any]) -> Table:
+    """benchmarks/quantized.py: a base of 4 bits, at the longest context that Unsloth publishes for a size of GPU."""
+    header = ["GPU's memory", "tokens", "", "step", "peak", "reserved", "offloaded layers", "host memory"]
+    rows = []
+    for row in result["rows"]:
+        memory = row.get("memory", {})
+        longest = "" if row["context"] == row["unsloth_context"] else " (lemo's longest)"
+        rows.append(
+            [
+                f"{row['gpu_gb']} GB" if row["gpu_gb"] else "",
+                f"{row['context']:,}{longest}",
+                row["phase"] + " 0.5" * (row["phase"] == "skip"),
+                f"{row['step_ms'] / 1000:.1f} s" if "step_ms" in row else row["error"],
+                f"{row['peak_mib']:,} MiB" if "peak_mib" in row else "",
+                f"{row['reserved_mib']:,} MiB" if "reserved_mib" in row else "",
+                str(memory.get("offloaded", "")),
+                f"{memory['host_bytes'] / 2**30:.1f} GiB" if memory.get("host_bytes") else "",
+            ]
+        )
+    shape = f"{result['rows'][0]['model']}, rank {result['rows'][0]['rank']} on every linear layer"
+    title = (
+        f"**A base of 4 bits within a GPU's memory** ({shape}; lengths: the longest that Unsloth publishes, and lemo's)"
+    )
     return title, header, rows

@@ -73,10 +73,11 @@ def change(values: dict[str, Any] | None, digits: int = 2, scale: float = 1.0) -
     return f"{scale * values['gap']:+.{digits}f} ({' to '.join(ends)})"
 
 
-def cells(row: dict[str, Any], setting: str) -> list[str]:
+def cells(row: dict[str, Any], setting: str, seeds: int) -> list[str]:
     dense, rival = row.get("against_dense"), row.get("against_best_rival")
+    ran = len(row.get("seeds", ())) or seeds  # the model without an adapter has none
     line = [
-        row["name"],
+        row["name"] if ran == seeds else f"{row['name']} ({ran} seeds)",
         in_thousands(row["cost_at"]) if "cost_at" in row else "",
         ", ".join(f"{in_thousands(int(n))}: {c:.0f}" for n, c in row.get("cost", {}).items() if c is not None),
         f"{row['steps']:,} x {row['batch']}" if "steps" in row else "",
@@ -105,7 +106,7 @@ def tables() -> list[str]:
         header = ["training", "equal cost at", "cost in dense sequences", "steps x batch", "rate", "loss"]
         header += ["perplexity against dense, %", "against the best rival, %"]
         header += {"A": [], "B": ["elsewhere, %"], "C": ["right answers", "against dense, points"]}[result["setting"]]
-        table = [header, ["---"] * len(header), *(cells(row, result["setting"]) for row in rows)]
+        table = [header, ["---"] * len(header), *(cells(row, result["setting"], len(result["seeds"])) for row in rows)]
         lines += [f"**{title(result)}** (dense model with the adapter; {len(result['seeds'])} seeds)", ""]
         lines += ["| " + " | ".join(line) + " |" for line in table]
         left_out = [f"Left out: {row}: {reason}." for row, reason in result["left_out"].items()]

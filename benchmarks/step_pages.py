@@ -12,6 +12,7 @@ from memory_pages import saved
 from page_tables import RESULTS, Table, in_thousands, left_out, markdown, source
 
 SHOWN = ("peer", "dense", "sparse-8k-keys", "skip-0.5", "skip-0.3", "backward-0.5")
+PEERS = ("peer-liger-offload", "peer-trl")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def offloaded() -> list[str]:
             row
             for row in result["rows"]
             if (row["context"], row["model"]) == (65536, "llama3-8b")
-            and ("Liger" in row["method"] or (row["recompute"] in ("attention", "none") and row.get("offload")))
+            and (row["method"] != "lemo" or (row["recompute"] in ("attention", "none") and row.get("offload")))
             and {"time_ratio", "memory_ratio"} <= row.keys()
         ]
         if {"peer", "dense"} <= {row["row"] for row in rows}:
@@ -98,10 +99,10 @@ def offloaded() -> list[str]:
                     f"{row['memory_ratio']:.2f} x",
                     f"{row['host_mib'] / 1024:.1f} GiB" if row.get("host_mib") else "",
                 ]
-                for row in (row for name in SHOWN for row in rows if row["row"] == name)
+                for row in (row for name in (SHOWN[0], *PEERS, *SHOWN[1:]) for row in rows if row["row"] == name)
             ]
             title = "**The same with attention's output saved, and saved rows in pinned host memory** (`offload=True`, "
-            title += '`recompute="attention"`; the peer as above)'
+            title += '`recompute="attention"`; the first peer as above)'
             header = ["", "step", "faster", "peak memory", "of the peer's", "host memory"]
             return [title, "", *markdown(header, cells), "", source(name, result), ""]
     return []
@@ -142,7 +143,9 @@ def long_contexts() -> list[str]:
     header = ["tokens", "", "step", "faster than Liger", "than dense lemo", "peak memory"]
     cells = [cells for *_, cells in sorted(rows, key=lambda row: row[:3])]
     lines = ["**The longer the context, the more `sparse` saves** (8K keys a query, one step of the same shape)", ""]
-    return [*lines, *markdown(header, cells), "", *(line for s in dict.fromkeys(sources) for line in (s, ""))]
+    files = [f"- {s}" for s in dict.fromkeys(sources)]
+    folded = ["<details><summary>Files and commands of this table</summary>", "", *files, "", "</details>", ""]
+    return [*lines, *markdown(header, cells), "", *folded]
 
 
 def steps() -> list[str]:

@@ -246,11 +246,33 @@ def test_wrong_settings(options, message):
         lemo.LemoConfig(**options)
 
 
-def test_more_layers_than_the_model_has():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload": 4}, r"offload: the model has 3 layers; got 4: give at most 3, or True \(--offload all\)"),
+        ({"recompute_layers": 4}, "recompute_layers: the model has 3 layers; got 4, a single segment"),
+        ({"recompute_layers": 3}, "got 3, a single segment, and the last never runs again: give at most 2, or True"),
+        ({"layers": [1, 3]}, r"layers: the model has layers 0 to 2; got \[3\]"),
+    ],
+)
+def test_more_layers_than_the_model_has(options, message):
+    """Neither a run nor an estimate takes what there is instead, without a word."""
     model = tuned("llama")
-    with pytest.raises(ValueError, match="the model has 3 layers; got 4"):
-        lemo.apply(model, lemo.LemoConfig(offload=4))
-    lemo.apply(model, lemo.LemoConfig(offload=3))
+    with pytest.raises(ValueError, match=message):
+        lemo.apply(model, lemo.LemoConfig(**options))
+    for known in (model, model.config):
+        with pytest.raises(ValueError, match=message):
+            lemo.estimate(known, lemo.LemoConfig(**options), 64)
+    if "layers" in options:
+        with pytest.raises(ValueError, match=message):
+            lemo.longest(tuned("llama").config, 1 << 34, lemo.LemoConfig(**options))
+
+
+def test_as_many_layers_as_the_model_has():
+    model = tuned("llama")
+    config = lemo.LemoConfig(offload=3, recompute_layers=2)
+    assert lemo.estimate(model, config, 64)["phases"][0]["offloaded"] == 3
+    lemo.apply(model, config)
 
 
 def test_settings_survive_json():

@@ -284,6 +284,12 @@ def test_estimate_with_a_budget(model_folder: Path, capsys: pytest.CaptureFixtur
         (["--context", "64", "--block-size", "65"], "context 64 is shorter than one block of 65 tokens"),
         (["--context", "64", "--dense", "--schedule", "skip"], "contradict each other"),
         (["--context", "64", "--lora-targets", "nowhere"], "lora_targets ['nowhere']"),
+        (["--context", "64", "--offload", "99"], "the model has 2 layers; got 99"),
+        (["--context", "64", "--offload", "99", "--memory-budget", "1GiB"], "the model has 2 layers; got 99"),
+        (
+            ["--context", "64", "--recompute-layers", "2"],
+            "the model has 2 layers; got 2, a single segment, and the last never runs again: give True",
+        ),
         (["--gpu", "h100", "--interpolate-positions"], "--interpolate-positions: no effect"),
         (["--context", "64", "--memory-budget", "1GiB", "--recompute", "full"], 'leave recompute at "auto"'),
     ],

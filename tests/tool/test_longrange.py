@@ -1,6 +1,7 @@
 """Documents with questions about what is far away."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,10 @@ def test_a_run_that_stretched_positions(folder: Path, tmp_path: Path, capsys: py
     capsys.readouterr()
     run = (out, "--tasks", "copy", "--count", 1, "--distances", "0.5", "--no-base", "--lengths")
     (loss, _) = (r["loss"] for r in evaluated(capsys, *run, "1K")["rows"])
-    plain = ("--model", folder, "--adapter", out / "adapter", *run[1:], "1K")
+    of_the_run = ("--model", folder, "--adapter", out / "adapter", *run[1:], "1K")
+    assert evaluated(capsys, *of_the_run)["rows"][0]["loss"] == loss
+    alone = shutil.copytree(out / "adapter", tmp_path / "alone")  # nothing says how it was trained
+    plain = ("--model", folder, "--adapter", alone, *run[1:], "1K")
     assert evaluated(capsys, *plain)["rows"][0]["loss"] != loss
     assert main(["evaluate", *map(str, run), "8K", "--quiet"]) == 2
     assert "stretched positions to 4096" in capsys.readouterr().err

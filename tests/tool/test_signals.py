@@ -6,12 +6,16 @@ import contextlib
 import json
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lemo.cli import Terminated, _termination_raises, main
+from lemo.cli import main
+from lemo.cli.interrupts import Terminated, interrupts_raise
 from lemo.data import PackedWindows
+from lemo.training.finetune import finetune as train
 
 SCHEDULE = "skip:0.5:update_norm@0.5,backward:0.5:weighted@0.25,dense@0.25"
 SIZES = "--context 64 --block-size 8 --steps 8 --batch 2 --warmup 2 --lr 1e-2"
@@ -180,13 +184,13 @@ def test_an_interrupted_command_says_what_comes_next(
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
 def test_a_program_that_handles_termination_keeps_its_handler(interruptible, handler: Any) -> None:
     signal.signal(signal.SIGTERM, handler)
-    with _termination_raises():
+    with interrupts_raise():
         assert signal.getsignal(signal.SIGTERM) == handler
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_the_second_termination_and_that_of_a_child_end_the_process(interruptible) -> None:
-    with _termination_raises():
+    with interrupts_raise():
         child = os.fork()
         if not child:
             with contextlib.suppress(BaseException):
@@ -196,3 +200,72 @@ def test_the_second_termination_and_that_of_a_child_end_the_process(interruptibl
         with pytest.raises(Terminated):
             signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Finalized:
+    """An object during whose end a signal arrives."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+@SIGNALS
+def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(
+    interruptible, capsys, number: int, code: int, word: str
+) -> None:
+    """Python can raise nothing from there, and would only report what the handler raised."""
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt) as raised, interrupts_raise():
+        Finalized(number)
+        time.sleep(60)
+    assert (raised.type is Terminated) == (code == 143)
+    with pytest.raises(KeyboardInterrupt), interrupts_raise():  # the work ends before the signal comes again
+        Finalized(number)
+    assert sys.unraisablehook is before and "ignored" not in capsys.readouterr().err
+
+
+def test_other_errors_in_finalizers_are_reported_as_before(interruptible, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_type))
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ZeroDivisionError
+
+    with interrupts_raise():
+        Broken()
+    assert reported == [ZeroDivisionError]
+
+
+@SIGNALS
+def test_a_study_that_a_signal_stops_in_a_finalizer_continues(
+    model_folder: Path, text_folder: Path, tmp_path: Path, capsys, interruptible, number: int, code: int, word: str
+) -> None:
+    """In the middle of its second run, which resumes; the others are not repeated."""
+    out, real, get = tmp_path / "study", train, PackedWindows.__getitem__
+    begun: list[tuple[Path, bool]] = []
+
+    def read(self, i: int):
+        if len(begun) == 2 and i == 1:
+            Finalized(number)
+        return get(self, i)
+
+    def finetune(*args: Any, **kwargs: Any) -> Any:
+        begun.append((args[3], kwargs["resume"]))
+        return real(*args, **kwargs)
+
+    command = ["sweep", "--model", str(model_folder), "--data", str(text_folder), "--context", "64", "--steps", "3"]
+    command += ["--block-size", "8", "--rows", "half=skip:0.5", "--seeds", "1", "--held-out", "0.3", "--equal", "steps"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedWindows, "__getitem__", read)
+        patch.setattr("lemo.study.sweep.finetune", finetune)
+        assert main([*command, "--out", str(out), "--quiet"]) == code
+        assert f"lemo sweep: {word}; the same command continues" in capsys.readouterr().err
+        done = len(list(out.glob("runs/*/result.json")))
+        assert main([*command, "--out", str(out), "--quiet"]) == 0
+    assert begun[:2] == [(begun[0][0], False), (begun[1][0], False)]
+    assert begun[2:] == ([(begun[1][0], True)] if done == 1 else [])
+    assert len(list(out.glob("runs/*/result.json"))) == 2

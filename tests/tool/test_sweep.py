@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,22 @@ def test_a_killed_study_continues_and_repeats_nothing(
     capsys.readouterr()
     assert main(command(out, "--held-out", "0.2")) == 2
     assert "another held_out" in capsys.readouterr().err
+
+
+def test_a_study_continues_as_it_is(
+    study: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the options that its runs share; those that are given are compared with it."""
+    out = shutil.copytree(study, tmp_path / "study")
+    before = results(out)
+    command = ["sweep", "--model", str(model_folder), "--data", str(text_folder), "--rows", "half=skip:0.5"]
+    command += ["--seeds", "1", "2", "--out", str(out), "--quiet"]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "--equal steps" in said and "--context 64" in said and "--steps 3" in said and "as the study" in said
+    assert results(out) == before
+    assert main([*command, "--context", "128"]) == 2
+    assert "another context" in capsys.readouterr().err
 
 
 def test_a_budget_ends_the_study_and_nothing_is_claimed(

@@ -8,18 +8,15 @@ the data or the machine, 130 interrupted (Ctrl-C, SIGINT), 143 terminated (SIGTE
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from lemo.cli.common import Formatter, explain, process
+from lemo.cli.interrupts import Terminated, interrupts_raise
 
 _COMMANDS = ("calibrate", "finetune", "evaluate", "report", "sweep", "profile", "info", "estimate")
 
@@ -71,35 +68,6 @@ def _which_process() -> str:
     return f" (process {rank} of {count})" if rank else ""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as batch systems and `kill` send it: whatever Ctrl-C stops in good order, this stops in the same way."""
-
-
-@contextlib.contextmanager
-def _termination_raises() -> Iterator[None]:
-    """SIGTERM raises Terminated; a second one ends the process at once, wherever it hangs.
-
-    Only in place of the default action, which would end it silently: someone who ignores or handles SIGTERM around
-    `main` keeps doing so. Processes forked later, like those that read data, die of it as before.
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    owner = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != owner:
-            os.kill(os.getpid(), number)
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _hint(args: argparse.Namespace) -> str:
     """What an interrupted command leaves, and how it resumes."""
     if args.command == "finetune":
@@ -124,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Other libraries' notices to their own developers; ours are printed as lines.
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
-            with _termination_raises():
+            with interrupts_raise():
                 return args.run(args)
     except KeyboardInterrupt as error:
         what, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)

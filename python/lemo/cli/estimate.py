@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import DTYPES, INTERPOLATE, Formatter, add_common, load_config, path_name
+from lemo.cli.common import DTYPES, INTERPOLATE, Formatter, add_common, load_config, path_name, say
 from lemo.cli.finetune import MEMORY, add_settings, complete_settings, given_settings
+from lemo.cli.recorded import calibrated, say_calibrated
 from lemo.engine.sizes import GPUS, gpu_bytes
 from lemo.training.settings import FinetuneSettings
 
@@ -38,7 +40,8 @@ _MODES = "dense,backward:{keep}:weighted,skip:{keep},sparse:keys=8192,sparse:key
 _TEXTS = {
     "schedule": "preset or phases, as for lemo finetune (default: as there, by --context; --gpu: each mode)",
     "policy": "how blocks are chosen, as for lemo finetune",
-    "calibration": "folder written by lemo calibrate; it is not read",
+    "calibration": "folder written by lemo calibrate; if it is there, --context, --block-size and --keep are its own "
+    "unless given, as for lemo finetune",
 }
 
 
@@ -54,7 +57,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--model", type=path_name, required=True, help="folder of a transformers causal LM, or its name on the hub"
     )
-    parser.add_argument("--context", type=int, help="tokens per window")
+    parser.add_argument("--context", type=int, help="tokens per window (default: as --calibration was made)")
     parser.add_argument("--gpu", help="a GPU's name or memory: prints the longest context that fits it")
     parser.add_argument(
         "--dtype",
@@ -69,7 +72,12 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.gpu is None and (taken := calibrated(args, ("context",))):
+        args.context = taken["context"]
+        say_calibrated(args, taken)
     _check(args)
+    if args.calibration is not None and not Path(args.calibration).is_dir():
+        say(f"{args.calibration} does not exist yet: --block-size and --keep are the defaults unless given")
     result = [_longest(args, load_config(args.model, None, False))] if args.gpu is not None else []
     if args.context is not None:
         # Without the option, the estimate says that what lies beyond the model's positions needs it.
@@ -87,7 +95,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.context is None and args.gpu is None:
         raise ValueError("give --context (the memory of its steps), --gpu (the longest context that fits), or both")
     names = (
-        *("recompute", "memory_budget", "offload", "recompute_layers", "calibration", "policy", "lora_dropout"),
+        *("recompute", "memory_budget", "offload", "recompute_layers", "policy", "lora_dropout"),
         "interpolate_positions",
     )
     useless = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
@@ -115,8 +123,12 @@ def _longest(args: argparse.Namespace, config: Any) -> Any:
 
     given = given_settings(args, set(MEMORY) - {"context", "recompute", "memory_budget", "offload", "recompute_layers"})
     if "schedule" in given:
-        complete_settings(given, args)
+        complete_settings(given, args, ("block_size", "keep"))
     else:
+        taken = calibrated(args, ("block_size", "keep"))
+        given |= taken
+        if args.context is None:  # or the estimate says it
+            say_calibrated(args, taken)
         given["schedule"] = _MODES.format(keep=given.get("keep", FinetuneSettings.keep))
     # A context in which every phase has windows of a block: the longest is looked for.
     settings = FinetuneSettings(context=1 << 30, **given | _CALIBRATED)

@@ -13,6 +13,7 @@ from lemo.cli.common import (
     add_common,
     add_data,
     add_model,
+    device_of,
     load_config,
     load_data,
     load_model,
@@ -20,6 +21,10 @@ from lemo.cli.common import (
     path_name,
     say,
 )
+from lemo.cli.recorded import agreed, agreed_positions, run_of, trained
+
+# Tokens of a piece or a document, if no run says.
+_CONTEXT = 4096
 
 _EPILOG = """\
 examples:
@@ -68,7 +73,11 @@ def add(subparsers: Any) -> None:
     )
     add_model(parser, required=False)
     add_data(parser, required=False)
-    parser.add_argument("--context", type=int, help="tokens a piece of text has at most (default: 4096)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        help=f"tokens a piece of text has at most (default: as the run was trained; without a run {_CONTEXT})",
+    )
     parser.add_argument("--adapter", nargs="+", default=[], metavar="[NAME=]FOLDER", help="PEFT adapters to measure")
     parser.add_argument(
         "--reference", help="what changes are measured against (default: the base, or the first adapter)"
@@ -85,7 +94,11 @@ def add(subparsers: Any) -> None:
     )
     group = parser.add_argument_group("long-range tasks, in place of perplexity")
     group.add_argument("--tasks", metavar="TASK,...", help="passkey, multikey, variables, copy, or all")
-    group.add_argument("--lengths", metavar="TOKENS,...", help="lengths of documents, as in 4K,8K (default: 4K)")
+    group.add_argument(
+        "--lengths",
+        metavar="TOKENS,...",
+        help="lengths of documents, as in 4K,8K (default: the context of the run; without a run 4K)",
+    )
     group.add_argument(
         "--distances",
         metavar="SHARE,...",
@@ -106,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
     if args.no_base and not args.adapter:
         raise ValueError("--no-base without --adapter leaves nothing to evaluate")
+    _take_recorded(args)
     if args.tasks is not None:
         return _run_tasks(args)
     for name in ("lengths", "distances", "count", "seed"):
@@ -115,13 +129,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _take_from_run(args: argparse.Namespace) -> None:
-    """Model, tokenizer, positions and adapter of a run folder, unless the arguments name others."""
-    from lemo.training.run_folder import ADAPTER, run_settings, saved_settings
+    """Model and adapter of a run folder, unless the arguments name another model."""
+    from lemo.training.run_folder import ADAPTER, run_settings
 
-    saved = run_settings(args.folder)
-    inputs, context = saved.get("inputs", {}), saved_settings(saved, args.folder).context
+    inputs = run_settings(args.folder).get("inputs", {})
     if args.model is None:
-        args.model, args.tokenizer = inputs.get("model"), args.tokenizer or inputs.get("tokenizer")
+        args.model = inputs.get("model")
         if not isinstance(args.model, str):
             raise ValueError(f"{args.folder}/run.json does not name the model: give --model")
     adapter = Path(args.folder) / ADAPTER
@@ -130,19 +143,52 @@ def _take_from_run(args: argparse.Namespace) -> None:
             f"{args.folder}: the run has no adapter yet; end it with lemo finetune --out {args.folder} --resume"
         )
     args.adapter = [str(adapter), *args.adapter]
-    if inputs.get("interpolate_positions"):
-        args.interpolate_positions, args.stretched_to = True, context
+
+
+def _take_recorded(args: argparse.Namespace) -> None:
+    """What the adapters' runs record, for options that are not given. Raises ValueError if the runs differ in it.
+
+    Sets args.stretched, the context to which they stretched the model's positions, if any. What is measured is taken
+    when it is known whether that is perplexity or tasks.
+    """
+    folders = dict.fromkeys(folder for adapter in args.adapter if (folder := run_of(adapter)) is not None)
+    args.runs = [trained(folder, args.model) for folder in folders]
+    args.stretched = agreed_positions(args.runs, bool(args.interpolate_positions))
+    if args.stretched is not None:
+        args.interpolate_positions = True
+    on_cpu = device_of(args.device).type == "cpu"  # which computes in float32, whatever the run's GPU did
+    for name in ("tokenizer",) if on_cpu else ("tokenizer", "dtype"):
+        if getattr(args, name) is None and (value := agreed(args.runs, name, f"--{name}")) is not None:
+            setattr(args, name, value)
+            _say_taken(args, f"--{name} {value}")
+    others = sorted({name for run in args.runs for name in run.options if getattr(args, name) is None})
+    if args.data is not None and others:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        say(f"the run's own data were read with {names}; --data is read without")
+
+
+def _say_taken(args: argparse.Namespace, what: str) -> None:
+    names = ", ".join(run.folder for run in args.runs)
+    say(f"{what}: as {names} {'was' if len(args.runs) == 1 else 'were'} trained")
+
+
+def _recorded_context(args: argparse.Namespace, option: str) -> int:
+    """Of the adapters' runs; without one, 4096."""
+    context = agreed(args.runs, "context", option)
+    if context is None:
+        return _CONTEXT
+    _say_taken(args, f"{option} {context}")
+    return int(context)
 
 
 def _positions(args: argparse.Namespace, context: int, name: str) -> int:
     """The context for which the model is loaded: that of the run, if it stretched positions."""
-    stretched = getattr(args, "stretched_to", None)
-    if stretched is not None and context > stretched:
+    if args.stretched is not None and context > args.stretched:
         raise ValueError(
-            f"{name}: the run stretched positions to {stretched} tokens, and the adapter is for those; evaluate at "
-            "most that many"
+            f"{name}: the run stretched positions to {args.stretched} tokens, and the adapter is for those; evaluate "
+            "at most that many"
         )
-    return stretched or context
+    return args.stretched or context
 
 
 # ---- perplexity ------------------------------------------------------------------------------------------------------
@@ -156,7 +202,7 @@ def _run_perplexity(args: argparse.Namespace) -> int:
 
     if args.data is None:
         raise ValueError("--data is needed to measure perplexity; --tasks measures long-range tasks without it")
-    context = 4096 if args.context is None else args.context
+    context = _recorded_context(args, "--context") if args.context is None else args.context
     if context < 2:
         raise ValueError(f"--context {context}: expected at least 2 tokens")
     if args.max_tokens is not None and args.max_tokens < 2:
@@ -270,13 +316,13 @@ def _run_tasks(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{name.replace('_', '-')} is of perplexity, and --tasks has no use for it: leave it out"
             )
-    tasks, lengths = _tasks(args.tasks), _lengths(args.lengths or "4K")
+    tasks, lengths = _tasks(args.tasks), _lengths(args.lengths or str(_recorded_context(args, "--lengths")))
     distances = list(DISTANCES) if args.distances is None else _distances(args.distances)
     count, seed = 20 if args.count is None else args.count, args.seed or 0
     if count < 1 or seed < 0:
         raise ValueError(f"--count {count}, --seed {seed}: expected at least one document, and a seed from 0")
     model_labels(args.adapter, not args.no_base)
-    positions = _positions(args, max(lengths), f"--lengths {args.lengths}")
+    positions = _positions(args, max(lengths), f"--lengths {max(lengths)}")
     source = _question_source(args, load_config(args.model, positions, bool(args.interpolate_positions)))
     documents = [document(source, n, seed, i, tasks, distances) for n in lengths for i in range(count)]
     model = load_model(args, positions)

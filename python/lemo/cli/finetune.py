@@ -28,7 +28,8 @@ from lemo.cli.common import (
     size,
     stretches,
 )
-from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule
+from lemo.cli.recorded import AS_CALIBRATED, calibrated, say_calibrated
+from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule, uses_default_keep
 
 _EPILOG = """\
 examples:
@@ -36,7 +37,8 @@ examples:
       half of the blocks skipped for most of the steps, then an exact phase; no calibration needed
 
   lemo finetune --model MODEL --data books/ --context 16384 --calibration calibration --out run
-      blocks chosen by the predictors that `lemo calibrate` trained
+      blocks chosen by the predictors that `lemo calibrate` trained; --block-size and --keep, and --context if left
+      out, are those of the calibration
 
   lemo finetune --model MODEL --data notes.jsonl --context 65536 --keep 0.3 --schedule low-memory --out run
       nothing ever needs a dense step's memory
@@ -136,6 +138,17 @@ _LISTS = {
 }
 
 
+# What is written during a run, and how often: text, default and least value. Unset ones keep the run's value on
+# --resume, as settings do, but others may be given, since they do not decide the result.
+_SAVING = {
+    "save_every": ("steps between checkpoints, 0 = none", 50, 0),
+    "keep_checkpoints": ("complete checkpoints that stay on the disk", 2, 1),
+    "log_every": ("steps per line of the log", 1, 1),
+    "evaluate_every": ("steps between held-out evaluations, 0 = at the end", 0, 0),
+    "maps": ("steps whose kept blocks are recorded for lemo report --html, 0 = none", 8, 0),
+}
+
+
 def add_settings(
     parser: argparse.ArgumentParser, wanted: Callable[[str], bool], texts: Mapping[str, str] = MappingProxyType({})
 ) -> None:
@@ -147,6 +160,8 @@ def add_settings(
             groups[group] = parser.add_argument_group(group)
         if wanted(name):
             shown = "" if defaults[name] in (None, False) or name == "schedule" else f" (default: {defaults[name]})"
+            if name in ("context", "block_size", "keep"):
+                shown = f" (default: {AS_CALIBRATED}, else {defaults[name]})"
             groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=texts.get(name, text + shown))
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
     for name, (text, group) in _SWITCHES.items():
@@ -170,8 +185,13 @@ def given_settings(
     return given | {name: tuple(given[name]) for name in _LISTS if name in given}
 
 
-def complete_settings(given: dict[str, Any], args: argparse.Namespace) -> None:
-    """Adds what a new run takes if the options do not say it. Raises ValueError for options that change nothing."""
+def complete_settings(
+    given: dict[str, Any], args: argparse.Namespace, of_calibration: Iterable[str] = ("context", "block_size", "keep")
+) -> None:
+    """Adds what a new run takes if the options do not say it. of_calibration: what --calibration decides, then. Raises
+    ValueError for options that change nothing, and CalibrationError."""
+    taken = calibrated(args, of_calibration)
+    given |= {name: taken[name] for name in ("context", "block_size") if name in taken}
     if "memory_budget" in given:
         given.setdefault("recompute", "auto")
     if "schedule" not in given:
@@ -179,6 +199,12 @@ def complete_settings(given: dict[str, Any], args: argparse.Namespace) -> None:
         stretched = bool(args.interpolate_positions) and stretches(args.model, context)
         given["schedule"] = default_schedule(context, args.keep, args.policy, args.calibration, stretched)
     check_defaults_matter(given["schedule"], args.keep, args.policy)
+    if args.policy not in (None, "predictors", "sampled") or not uses_default_keep(given["schedule"]):
+        taken.pop("keep", None)
+    given |= taken
+    for name, value in taken.items():
+        setattr(args, name, value)
+    say_calibrated(args, taken)
 
 
 def add(subparsers: Any) -> None:
@@ -197,15 +223,8 @@ def add(subparsers: Any) -> None:
     add_data(parser, required=False)
     add_settings(parser, lambda name: True)
     saving = parser.add_argument_group("saving")
-    saving.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 = none")
-    saving.add_argument("--keep-checkpoints", type=int, default=2, help="complete checkpoints that stay on the disk")
-    saving.add_argument("--log-every", type=int, default=1, help="steps per line of the log")
-    saving.add_argument(
-        "--evaluate-every", type=int, default=0, help="steps between held-out evaluations, 0 = at the end"
-    )
-    saving.add_argument(
-        "--maps", type=int, default=8, help="steps whose kept blocks are recorded for lemo report --html, 0 = none"
-    )
+    for name, (text, default, _) in _SAVING.items():
+        saving.add_argument("--" + name.replace("_", "-"), type=int, help=f"{text} (default: {default})")
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -229,7 +248,7 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
 
 
 def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> FinetuneSettings:
-    """The run's own settings and inputs, except for new places of model, data and calibration.
+    """The run's own settings and inputs, and what it saves, except for new places of model, data and calibration.
 
     Their contents are compared with the run's fingerprints once they have been read.
     """
@@ -239,6 +258,10 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
 
     saved = run_settings(args.out)
     before = saved_settings(saved, args.out)
+    saving = saved.get("saving", {})
+    for name in _SAVING:
+        if getattr(args, name) is None and isinstance(saving.get(name), int):
+            setattr(args, name, saving[name])
     calibration = given.pop("calibration", before.calibration)
     accumulate = accumulate_in(world_size(), before, saved)
     if given.get("accumulate") == accumulate:
@@ -278,31 +301,23 @@ def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import finetune
     from lemo.training.processes import Processes
 
-    for name, least in (
-        ("save_every", 0),
-        ("keep_checkpoints", 1),
-        ("log_every", 1),
-        ("evaluate_every", 0),
-        ("maps", 0),
-    ):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    for name, (*_, least) in _SAVING.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     processes = Processes.join(device_of(args.device))
     args.quiet = args.quiet or not processes.first
     model, documents, settings = processes.together(lambda: _load(args))
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
+    saving = {name: getattr(args, name) for name in _SAVING}
     result = finetune(
         model,
         documents,
         settings,
         args.out,
-        identity={"inputs": {n: getattr(args, n) for n in _INPUTS}},
+        identity={"inputs": {n: getattr(args, n) for n in _INPUTS}, "saving": saving},
         resume=args.resume,
-        save_every=args.save_every,
-        keep_checkpoints=args.keep_checkpoints,
-        log_every=args.log_every,
-        evaluate_every=args.evaluate_every,
-        maps=args.maps,
+        **saving,
         progress=not args.quiet,
         report=say,
     )
@@ -322,6 +337,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, FinetuneSettings]:
     if args.data is not None:
         args.data = [absolute(source) for source in args.data]
     settings = _settings(args)
+    for name, (_, default, _) in _SAVING.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.resume is False:
         if (Path(args.out) / "run.json").exists():
             raise ValueError(

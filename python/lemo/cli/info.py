@@ -192,7 +192,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
         values["what layers save"] = steps[-1]["memory"]
     if found.ignored or found.stopping:
         values["not used"] = found.ignored + found.stopping
-    values.update({k: saved[k] for k in ("settings", "inputs", "events") if saved.get(k)})
+    values.update({k: saved[k] for k in ("settings", "inputs", "saving", "events") if saved.get(k)})
     return values
 
 

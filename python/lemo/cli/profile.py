@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, path_name, say
+from lemo.cli.recorded import AS_CALIBRATED, calibrated, say_calibrated
 from lemo.storage import write_text
 from lemo.training.settings import FinetuneSettings, parse_schedule
+
+_DEFAULTS = FinetuneSettings()
 
 _EPILOG = """\
 examples:
@@ -37,12 +40,21 @@ def add(subparsers: Any) -> None:
     )
     add_model(parser)
     add_data(parser, required=False)
-    parser.add_argument("--context", type=int, default=4096, help="tokens per window")
+    parser.add_argument(
+        "--context", type=int, help=f"tokens per window (default: {AS_CALIBRATED}, else {_DEFAULTS.context})"
+    )
     parser.add_argument("--batch", type=int, default=1, help="windows per step")
-    parser.add_argument("--modes", nargs="+", default=["dense", "skip:0.5"], metavar="PHASE", help="of lemo")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="PHASE",
+        help=f"of lemo (default: dense, and skip with what the calibration keeps, else {_DEFAULTS.keep:g})",
+    )
     parser.add_argument("--no-peer", action="store_true", help="leave transformers and PEFT out")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, and as many recorded")
-    parser.add_argument("--block-size", type=int, default=64, help="tokens per block")
+    parser.add_argument(
+        "--block-size", type=int, help=f"tokens per block (default: {AS_CALIBRATED}, else {_DEFAULTS.block_size})"
+    )
     parser.add_argument("--recompute", default="full", help="none, attention or full (of the peer: none or all layers)")
     parser.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter")
     parser.add_argument("--calibration", type=path_name, help="folder written by lemo calibrate")
@@ -63,11 +75,23 @@ def _documents(args: argparse.Namespace, config: Any) -> Any:
     return Documents.from_arrays([tokens[i::4] for i in range(4)], [0] * 4, ["random tokens"])
 
 
+def _complete(args: argparse.Namespace) -> None:
+    """Options that are not given: as the calibration was made, or the defaults."""
+    taken = calibrated(args, ("context", "block_size") if args.modes else ("context", "block_size", "keep"))
+    say_calibrated(args, taken)
+    keep = taken.pop("keep", _DEFAULTS.keep)
+    for name in ("context", "block_size"):
+        if getattr(args, name) is None:
+            setattr(args, name, taken.get(name, getattr(_DEFAULTS, name)))
+    args.modes = args.modes or ["dense", f"skip:{keep:g}"]
+
+
 def run(args: argparse.Namespace) -> int:
     from lemo.study.profile import profile_modes
     from lemo.study.profile_page import as_text, profile_page
     from lemo.training.run_folder import environment
 
+    _complete(args)
     for mode in args.modes:
         if len(parse_schedule(mode)) != 1:
             raise ValueError(

@@ -20,8 +20,16 @@ from lemo.cli.common import (
     path_name,
     say,
 )
+from lemo.cli.recorded import AS_CALIBRATED, as_options, calibrated, say_calibrated
 from lemo.storage import write_text
 from lemo.training.settings import FinetuneSettings
+
+_D = FinetuneSettings(steps=60, held_out=0.1)
+# Of the options that a study folder records.
+_DEFAULTS: dict[str, Any] = {"equal": "cost"} | {
+    name: getattr(_D, name)
+    for name in ("context", "steps", "held_out", "batch", "block_size", "recompute", "lora_rank", "lora_alpha")
+}
 
 _EPILOG = """\
 examples:
@@ -46,7 +54,8 @@ and random are what one could do without lemo or without choosing: if they win, 
 --equal steps compares equally many steps instead: then the cheapest row within --tolerance of dense is recommended.
 
 --out is a study folder: finished runs are kept and never repeated, an interrupted one resumes from its checkpoint, and
-more rows, seeds or minutes may be given later. Each run in it is a run folder: lemo report shows it.
+more rows, seeds or minutes may be given later; --context, --steps and what else all runs share are then those of the
+study, unless given. Each run in it is a run folder: lemo report shows it.
 """
 
 
@@ -64,14 +73,14 @@ def add(subparsers: Any) -> None:
     add_model(parser)
     add_data(parser)
     study = parser.add_argument_group("study")
-    study.add_argument("--context", type=int, default=4096, help="tokens per window")
-    study.add_argument("--steps", type=int, default=60, help="optimizer steps of a dense run")
-    study.add_argument("--equal", choices=("cost", "steps"), default="cost", help="what all rows have the same of")
+    study.add_argument("--context", type=int, help=f"tokens per window (default: {AS_CALIBRATED}, else {_D.context})")
+    study.add_argument("--steps", type=int, help=f"optimizer steps of a dense run (default: {_DEFAULTS['steps']})")
+    study.add_argument("--equal", choices=("cost", "steps"), help="what all rows have the same of (default: cost)")
     study.add_argument("--rows", nargs="+", metavar="[NAME=]SCHEDULE", help="ways of training (default: see --plan)")
     study.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these, and dense")
     study.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of adapters and data order")
     study.add_argument("--lr", nargs="+", type=float, default=[2e-4], help="learning rates; each row gets its best one")
-    study.add_argument("--held-out", type=float, default=0.1, help="fraction of the data that judges")
+    study.add_argument("--held-out", type=float, help="fraction of the data that judges (default: 0.1)")
     study.add_argument("--max-tokens", type=int, help="held-out tokens at most")
     study.add_argument("--tolerance", type=float, default=0.01, help="with --equal steps: perplexity that may be lost")
     study.add_argument(
@@ -79,20 +88,41 @@ def add(subparsers: Any) -> None:
     )
     study.add_argument("--plan", action="store_true", help="measure steps, print costs and times, train nothing")
     run = parser.add_argument_group("runs")
-    run.add_argument("--batch", type=int, default=1, help="windows per step")
-    run.add_argument("--block-size", type=int, default=64, help="tokens per block")
-    run.add_argument("--recompute", default="full", help="none, attention or full")
-    run.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter")
-    run.add_argument("--lora-alpha", type=float, default=16.0, help="scale of the adapter is alpha / rank")
+    run.add_argument("--batch", type=int, help=f"windows per step (default: {_D.batch})")
+    run.add_argument(
+        "--block-size", type=int, help=f"tokens per block (default: {AS_CALIBRATED}, else {_D.block_size})"
+    )
+    run.add_argument("--recompute", help=f"none, attention or full (default: {_D.recompute})")
+    run.add_argument("--lora-rank", type=int, help=f"rank of the adapter (default: {_D.lora_rank})")
+    run.add_argument(
+        "--lora-alpha", type=float, help=f"scale of the adapter is alpha / rank (default: {_D.lora_alpha:g})"
+    )
     run.add_argument("--calibration", type=path_name, help="folder written by lemo calibrate")
     run.add_argument("--html", type=path_name, metavar="FILE", help="page to write (default: STUDY/sweep.html)")
     add_common(parser)
     parser.set_defaults(run=run_command)
 
 
+def _complete(args: argparse.Namespace) -> None:
+    """Options that are not given: those of the study in --out, as the calibration was made, or the defaults."""
+    from lemo.study.sweep import plan_of
+
+    there = {name: value for name, value in plan_of(Path(args.out)).items() if value is not None}
+    missing = [name for name in (*_DEFAULTS, "max_tokens", "calibration") if getattr(args, name) is None]
+    taken = {name: there[name] for name in missing if name in there}
+    if taken:
+        say(f"{as_options(taken)}: as the study {args.out} has it")
+    else:
+        taken = calibrated(args, ("context", "block_size"))
+        say_calibrated(args, taken)
+    for name in missing:
+        setattr(args, name, taken.get(name, _DEFAULTS.get(name)))
+
+
 def _plan(args: argparse.Namespace) -> Any:
     from lemo.study.sweep import DENSE, ROWS, Plan, Row, parse_row
 
+    _complete(args)
     rows = tuple(map(parse_row, args.rows)) if args.rows else ROWS
     if all(row.name != DENSE for row in rows):
         rows = (Row(DENSE, "dense", rival=True), *rows)

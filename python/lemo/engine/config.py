@@ -416,6 +416,26 @@ class LemoConfig:
                 'or "full", or leave it at "auto"'
             )
 
+    def check_layers(self, count: int) -> None:
+        """Raises ValueError for settings that name layers, or numbers of them, that a model of `count` layers lacks."""
+        outside = [i for i in self.layers or () if not 0 <= i < count]
+        if outside:
+            raise ValueError(f"LemoConfig.layers: the model has layers 0 to {count - 1}; got {outside}")
+        if not isinstance(self.offload, (bool, str)) and self.offload > count:
+            raise ValueError(
+                f"LemoConfig.offload: the model has {count} layers; got {self.offload}: give at most {count}, or True "
+                "(--offload all) for all of them"
+            )
+        again = self.recompute_layers
+        if isinstance(again, (bool, str)) or again < count:
+            return
+        # The last segment does not run again, and a single one is the last.
+        fewer = f"at most {count - 1}, or " if count > 2 else ""
+        raise ValueError(
+            f"LemoConfig.recompute_layers: the model has {count} layers; got {again}, a single segment, and the last "
+            f"never runs again: give {fewer}True (--recompute-layers least) for the least memory"
+        )
+
     @property
     def plans_memory(self) -> bool:
         """Whether what layers save, and where, follows from the shapes of a batch, not from `recompute` alone."""

@@ -140,13 +140,14 @@ def estimate(
     weighted phases, where the number of kept blocks varies and three standard deviations are added, with thresholds,
     which may keep everything, and with `Phase.mass`, where the lists of tiles are counted as long as the other limits
     let them become; `working` is an estimate. Raises UnsupportedModelError for a model that lemo does not know,
-    ValueError for windows without a token or not of every phase, and BudgetError (a ValueError), naming every phase
-    that does not fit, for a memory_budget that is too small.
+    ValueError for windows without a token or not of every phase and for layers that the model lacks, and BudgetError (a
+    ValueError), naming every phase that does not fit, for a memory_budget that is too small.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context and batch must be at least 1; got {context} and {batch}")
     config = LemoConfig() if config is None else config
     known = _Model.of(model, element, lora_rank, lora_targets)
+    config.check_layers(len(known.shapes))
     phases = tuple(config.phases or ())
     lengths = [int(context * share) for share in _shares(windows, phases)]
     if min(lengths) < 1:
@@ -243,14 +244,15 @@ def longest(
     Everything is recomputed, whatever `config` says of it, and `batch` documents make a step; the other arguments are
     those of `estimate`. A context is a multiple of 1024 tokens, and longer in phases whose documents are a share of it.
     Raises UnsupportedModelError for a model whose attention CUDA kernels do not compute, and ValueError for windows
-    that are not shares of every phase.
+    that are not shares of every phase and for layers that the model lacks.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
     config = LemoConfig() if config is None else config
     known, left = _Model.of(model, element, lora_rank, lora_targets), left_for_steps(gpu)
-    families.of(known.config).check_kernels(known.config, torch.device("cuda"))
     base = dataclasses.replace(config, recompute="full", memory_budget=None, offload=False, recompute_layers=False)
+    base.check_layers(len(known.shapes))
+    families.of(known.config).check_kernels(known.config, torch.device("cuda"))
     rows = []
     phases = tuple(config.phases or ())
     for phase, share in zip(phases, _shares(windows, phases), strict=True):

@@ -261,14 +261,7 @@ def apply(model: nn.Module, config: LemoConfig | None = None, *, sequence_group:
             f"lemo needs the whole model on one device; its weights are on {names}: load it without a device_map, or "
             'with device_map={"": 0}'
         )
-    count = len(layers)
-    outside = [i for i in config.layers or () if not 0 <= i < count]
-    if outside:
-        raise ValueError(f"LemoConfig.layers: the model has layers 0 to {count - 1}; got {outside}")
-    if not isinstance(config.offload, (bool, str)) and config.offload > count:
-        raise ValueError(f"LemoConfig.offload: the model has {count} layers; got {config.offload}")
-    if not isinstance(config.recompute_layers, (bool, str)) and config.recompute_layers > count:
-        raise ValueError(f"LemoConfig.recompute_layers: the model has {count} layers; got {config.recompute_layers}")
+    config.check_layers(len(layers))
     group = None if sequence_group is None else Group.of(sequence_group)
     if group is not None:
         check_sequence(group, family, inner, config)

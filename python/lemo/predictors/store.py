@@ -99,8 +99,7 @@ class PredictorSet:
     @property
     def calibrated_keep(self) -> float:
         """The share of blocks that the calibration aimed to keep, to which thresholds and budgets belong."""
-        keep = self.report.get("keep")
-        return float(keep) if isinstance(keep, (int, float)) else sum(self.keep) / len(self.keep)
+        return _calibrated_keep(self.keep, self.report)
 
     def scores(self, layer: int, x: Tensor, blocks: Blocks, share: Share | None = None) -> Tensor:
         """Predicted informativeness float32 [nb] of layer ``layer`` from residual rows x [T, d] (the layer's input).
@@ -275,6 +274,24 @@ class PredictorSet:
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         return predictors.to(device=device, dtype=dtype)
+
+
+def calibrated_with(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """{"target", "context", "block_size", "keep"} with which a calibration was made; with target "mass", whose tiles
+    are not blocks, the last two are None. Reads no weights. Raises CalibrationError."""
+    config = _read_config(Path(folder))
+    blocks = config["target"] == "importance"
+    return {
+        "target": config["target"],
+        "context": config["context"],
+        "block_size": config["block_size"] if blocks else None,
+        "keep": _calibrated_keep(config["keep"], config.get("report")) if blocks else None,
+    }
+
+
+def _calibrated_keep(keep: Sequence[float], report: Any) -> float:
+    aimed = report.get("keep") if isinstance(report, dict) else None
+    return float(aimed) if isinstance(aimed, (int, float)) else sum(keep) / len(keep)
 
 
 def calibration_digest(folder: str | os.PathLike[str]) -> str:

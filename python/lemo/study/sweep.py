@@ -33,6 +33,7 @@ from lemo.training.finetune import LOG_FILE, finetune, read_log
 from lemo.training.settings import PRESETS, FinetuneSettings, Stage, parse_stages
 
 DENSE = "dense"
+STUDY_FILE = "study.json"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,17 @@ class Plan:
             raise ValueError(f"the shortest windows have {smallest} tokens, fewer than a block; give a longer context")
 
 
+def plan_of(out: Path) -> dict[str, Any]:
+    """What the plan of the study in a folder says, by the names of the options of `lemo sweep`; {} if there is none."""
+    path = out / STUDY_FILE
+    if not path.exists():
+        return {}
+    there = json.loads(path.read_text())
+    identity = there["identity"]
+    values = {**identity["settings"], **{name: identity[name] for name in ("context", "held_out", "max_tokens")}}
+    return values | {name: there[name] for name in ("steps", "equal", "calibration") if name in there}
+
+
 class Study:
     """A study folder: step times, and the runs that are finished."""
 
@@ -152,7 +164,7 @@ class Study:
 
     def open(self) -> None:
         """Makes the folder, or checks that it holds a study of the same. Raises ValueError."""
-        path = self.out / "study.json"
+        path = self.out / STUDY_FILE
         if path.exists():
             there = json.loads(path.read_text())
             if different := sorted(k for k in self.identity if self.identity[k] != there["identity"].get(k)):
@@ -161,6 +173,7 @@ class Study:
                     "options, or choose another folder"
                 )
             self.times = there["times"]
+            self._write()
             return
         if self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
             raise ValueError(f"--out {self.out} is not empty and not a study; choose another folder")
@@ -168,7 +181,10 @@ class Study:
         self._write()
 
     def _write(self) -> None:
-        write_text(self.out / "study.json", json.dumps({"identity": self.identity, "times": self.times}, indent=1))
+        settings = self.plan.settings
+        values: dict[str, Any] = {"identity": self.identity, "times": self.times, "steps": settings.steps}
+        values |= {"equal": self.plan.equal, "calibration": settings.calibration}
+        write_text(self.out / STUDY_FILE, json.dumps(values, indent=1))
 
     def result(self, settings: FinetuneSettings) -> dict[str, Any] | None:
         path = self._folder(settings) / "result.json"

@@ -3,7 +3,7 @@
 The identity is what decides the numbers: the settings, and fingerprints of model, data and calibration. The paths
 of model, data and calibration do not: a run may resume from other places with the same content. Nor do the versions of
 the libraries and the number of threads, except in the last bits: resuming with others is allowed, but reported and
-recorded.
+recorded. What is saved, and how often, is recorded for a resumed run to take unless it is given something else.
 
 `run.json` carries a digest of itself, and checkpoints hold the identity under which they were written, so that a run is
 never continued under settings that were changed in the file.
@@ -105,8 +105,9 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: it is not JSON{_copy_of_settings(Path(folder))}") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
         raise CheckpointError(f"{path} is damaged: it has no settings{_copy_of_settings(Path(folder))}")
-    if not isinstance(saved.get("inputs", {}), dict) or not isinstance(saved.get("events", []), list):
-        raise CheckpointError(f"{path} is damaged: inputs or events are not what lemo writes")
+    parts = (("inputs", dict), ("saving", dict), ("events", list))
+    if damaged := [name for name, kind in parts if not isinstance(saved.get(name, kind()), kind)]:
+        raise CheckpointError(f"{path} is damaged: {' and '.join(damaged)} not as lemo writes it")
     processes = processes_of(saved)
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
         raise CheckpointError(f"{path} is damaged: processes is {processes!r}, expected a number of at least 1")
@@ -143,7 +144,7 @@ def _part(identity: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _what_must_be_equal(identity: dict[str, Any]) -> dict[str, Any]:
     """The identity as one level of names, so that an error can name the field; places and versions are left out."""
-    nested = ("settings", "inputs", "environment", "model_fingerprint")
+    nested = ("settings", "inputs", "saving", "environment", "model_fingerprint")
     flat = {k: v for k, v in identity.items() if k not in nested}
     flat |= {f"model_fingerprint.{k}": v for k, v in _part(identity, "model_fingerprint").items()}
     flat |= {k: v for k, v in _part(identity, "settings").items() if k != "calibration"}
@@ -304,5 +305,5 @@ def _record_changes(
     event: dict[str, Any] = {"event": "resume", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     event |= {"step": last.step if last else 0, "moved": places, "environment": versions}
     event |= {"processes": {"was": was, "now": count}} if was != count else {}
-    kept = {k: v for k, v in saved.items() if k == "environment" or k not in ("digest", *now)}
+    kept = {k: v for k, v in saved.items() if k in ("environment", "saving") or k not in ("digest", *now)}
     write_run(out, {**now, **kept, "events": [*saved.get("events", []), event]})

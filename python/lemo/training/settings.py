@@ -288,13 +288,18 @@ def _stage(mode: Mode, options: list[str], share: float, keep: float, policy: st
     return Stage(Phase(mode=mode, share=share, **values), window)
 
 
+def uses_default_keep(text: str) -> bool:
+    """Whether a phase of the schedule keeps the share of the blocks that `FinetuneSettings.keep` says."""
+    return parse_stages(text, keep=0.25) != parse_stages(text, keep=0.75)
+
+
 def check_defaults_matter(text: str, keep: float | None, policy: str | None) -> None:
     """Raises ValueError if a kept fraction or a policy that was asked for reaches no phase of a schedule with "sparse",
     where either is easily taken for one of its own settings. (In the others, baselines take both without using them.)
     """
     if all(stage.phase.mode != "sparse" for stage in parse_stages(text)):
         return
-    if keep is not None and parse_stages(text, keep=0.25) == parse_stages(text, keep=0.75):
+    if keep is not None and not uses_default_keep(text):
         raise ValueError(
             f"--keep {keep:g} has no effect: every phase of --schedule {text} names its own, or keeps all tokens. "
             "Leave it out, or write it in the schedule, as in skip:0.3 or sparse:keep=0.3"

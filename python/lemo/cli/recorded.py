@@ -1,0 +1,111 @@
+"""What folders named on the command line record, for options that are not given: a run's, or a calibration's.
+
+A constant in their place would measure or train something else than the folder is about, without a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lemo.cli.common import DATA_OPTIONS, say, stretches
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run trained its adapter. stretched: the context to which it stretched the model's positions, or None;
+    tokenizer, dtype: None if they are what they would be anyway; options: those that decided how its data were read."""
+
+    folder: str
+    context: int
+    stretched: int | None
+    tokenizer: str | None
+    dtype: str | None
+    options: tuple[str, ...]
+
+
+def run_of(adapter: str) -> Path | None:
+    """The run folder of the adapter `[NAME=]FOLDER`, which is then RUN/adapter or RUN/checkpoint-N."""
+    from lemo.training.adapters import adapter_name
+    from lemo.training.run_folder import ADAPTER, RUN_FILE
+
+    folder = Path(adapter_name(adapter)[1]).resolve()
+    of_a_run = folder.name == ADAPTER or folder.name.startswith("checkpoint-")
+    return folder.parent if of_a_run and (folder.parent / RUN_FILE).is_file() else None
+
+
+def trained(run: Path, model: str) -> Trained:
+    """What the run records. model: that of the command. Raises CheckpointError for a damaged run.json."""
+    from lemo.training.run_folder import run_settings, saved_settings
+
+    saved = run_settings(run)
+    inputs, context = saved.get("inputs", {}), saved_settings(saved, run).context
+    tokenizer, dtype = inputs.get("tokenizer"), inputs.get("dtype")
+    return Trained(
+        folder=str(run),
+        context=context,
+        stretched=context if inputs.get("interpolate_positions") and stretches(model, context) else None,
+        tokenizer=None if tokenizer == inputs.get("model") else tokenizer,
+        dtype=None if dtype == "auto" else dtype,
+        options=tuple(name for name in DATA_OPTIONS if inputs.get(name)),
+    )
+
+
+def agreed(runs: Sequence[Trained], field: str, option: str) -> Any:
+    """The value of a field that all runs have, None without runs. Raises ValueError, asking for the option, if they
+    differ."""
+    values = [getattr(run, field) for run in runs]
+    if len(set(values)) > 1:
+        text = ", ".join(f"{run.folder}: {value or 'none'}" for run, value in zip(runs, values, strict=True))
+        raise ValueError(f"the runs of the adapters differ in {option} ({text}): give {option}")
+    return values[0] if values else None
+
+
+def agreed_positions(runs: Sequence[Trained], asked: bool) -> int | None:
+    """The context to which all runs stretched the model's positions, or None. Raises ValueError if they differ. asked:
+    for stretched positions, so that runs which did not stretch them are measured with those of the others."""
+    runs = [run for run in runs if run.stretched is not None] if asked else runs
+    if len({run.stretched for run in runs}) > 1:
+        text = ", ".join(
+            f"{run.folder}: {f'stretched to {run.stretched} tokens' if run.stretched else 'not stretched'}"
+            for run in runs
+        )
+        raise ValueError(
+            f"the runs of the adapters differ in the positions of the model ({text}): measure them in separate calls"
+            f"{'' if asked else ', or all with those that are stretched (--interpolate-positions)'}"
+        )
+    return runs[0].stretched if runs else None
+
+
+# ---- calibrations ----------------------------------------------------------------------------------------------------
+
+AS_CALIBRATED = "as --calibration was made"  # in the help of options, as their default
+
+
+def calibrated(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those options among context, block_size and keep that are not given, as the calibration of --calibration was made
+    with; none if there is no such folder, or for what it does not record. Raises CalibrationError for a damaged one."""
+    from lemo.predictors.store import calibrated_with
+
+    if args.calibration is None or not Path(args.calibration).is_dir():
+        return {}
+    values = calibrated_with(args.calibration)
+    return {name: values[name] for name in names if getattr(args, name, None) is None and values[name] is not None}
+
+
+def say_calibrated(args: argparse.Namespace, taken: Mapping[str, Any]) -> None:
+    if taken:
+        say(f"{as_options(taken)}: as {args.calibration} was calibrated")
+
+
+def as_options(values: Mapping[str, Any]) -> str:
+    """As they would be written on the command line, with commas."""
+    return ", ".join(
+        f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
+    )

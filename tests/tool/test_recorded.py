@@ -1,0 +1,219 @@
+"""Options that are not given: what the run, the calibration or the study on the command line says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lemo.cli import build_parser, main
+from lemo.cli.evaluate import _take_recorded
+from lemo.cli.finetune import _settings
+from lemo.training.finetune import finetune as train
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recorded") / "run"
+    command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--context", "64", "--quiet"]
+    assert main([*command, "--block-size", "8", "--steps", "1", "--warmup", "0", "--lr", "1", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def like(trained: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the run that says it was trained otherwise."""
+
+    def copy(name: str, inputs: dict[str, Any] | None = None, **settings: Any) -> Path:
+        folder = shutil.copytree(trained, tmp_path / name)
+        saved = json.loads((folder / "run.json").read_text())
+        saved["settings"].update(settings)
+        saved["inputs"].update(inputs or {})
+        (folder / "run.json").write_text(json.dumps(saved))
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def evaluate(model_folder: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """(result, what was said) of adapters of the model on the text; the result is None if it was refused."""
+
+    def call(*adapters: Path, options: str = "") -> tuple[Any, str]:
+        command = ["evaluate", "--model", str(model_folder), "--data", str(text_folder / "d0[0-3].txt")]
+        command += ["--adapter", *map(str, adapters), "--json", "-", "--quiet", *options.split()]
+        code, said = main(command), capsys.readouterr()
+        assert code in (0, 2), said.err
+        return (json.loads(said.out) if code == 0 else None), said.err
+
+    return call
+
+
+def test_evaluate_takes_the_context_of_the_run(
+    trained: Path, evaluate: Any, text_folder: Path, like: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, said = evaluate(trained / "adapter")
+    assert found["context"] == 64 and f"--context 64: as {trained} was trained" in said
+    other, said = evaluate(trained / "adapter", options="--context 16")
+    assert other["context"] == 16 and "as " not in said
+    assert main(["evaluate", str(trained), "--data", str(text_folder / "d0[0-3].txt"), "--json", "-", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rows"] == found["rows"] and f"--context 64: as {trained} was trained" in said.err
+
+    # A checkpoint of a run; and an adapter that lies elsewhere, of which nothing is known.
+    assert evaluate(like("other", context=32) / "checkpoint-1")[0]["context"] == 32
+    elsewhere = shutil.copytree(trained / "adapter", tmp_path / "elsewhere")
+    found, said = evaluate(elsewhere)
+    assert found is None and "--context 4096 exceeds" in said
+
+    found, said = evaluate(trained / "adapter", like("shorter", context=32) / "adapter")
+    assert found is None and "differ in --context" in said
+    assert f"{trained}: 64" in said and "shorter: 32" in said and "give --context" in said
+    assert evaluate(trained / "adapter", tmp_path / "shorter" / "adapter", options="--context 16")[0]["context"] == 16
+
+
+def test_tasks_take_the_context_of_the_run_as_their_length(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(trained), "--tasks", "all", "--quiet"]) == 2
+    assert f"--lengths 64: as {trained} was trained" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_positions_of_the_run(trained: Path, like: Any, evaluate: Any) -> None:
+    """Stretched to 512, twice those of the model, whatever the context of the evaluation; or not."""
+    stretched = like("stretched", {"interpolate_positions": True}, context=512) / "adapter"
+    plain, far = evaluate(trained / "adapter"), evaluate(stretched, options="--context 64")
+    whole, said = evaluate(stretched)
+    assert whole["context"] == 512 and "--context 512: as " in said
+    assert far[0]["context"] == plain[0]["context"] == 64
+    assert far[0]["rows"][0]["perplexity"] != plain[0]["rows"][0]["perplexity"]
+    assert "stretched positions to 512" in evaluate(stretched, options="--context 1024")[1]
+    said = evaluate(stretched, trained / "adapter", options="--context 64")[1]
+    assert "stretched to 512 tokens" in said and f"{trained}: not stretched" in said and "separate calls" in said
+    both = evaluate(stretched, trained / "adapter", options="--context 64 --interpolate-positions")[0]["rows"]
+    assert [row["model"] for row in both] == ["base", "stretched", "run"] and both[0] == far[0]["rows"][0]
+    # The model has as many positions: there was nothing to stretch.
+    same = like("same", {"interpolate_positions": True}) / "adapter"
+    assert evaluate(same)[0]["rows"][0]["perplexity"] == plain[0]["rows"][0]["perplexity"]
+
+
+def test_evaluate_takes_tokenizer_and_dtype_of_the_run(
+    trained: Path, like: Any, evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = like("gone", {"tokenizer": str(tmp_path / "nowhere")}) / "adapter"
+    found, said = evaluate(gone)
+    assert found is None and f"--tokenizer {tmp_path / 'nowhere'}: cannot be loaded" in said
+    found, said = evaluate(gone, trained / "adapter")
+    assert found is None and "differ in --tokenizer" in said and "give --tokenizer" in said
+
+    other = like("other", {"dtype": "float16", "answers_only": True}) / "adapter"
+    found, said = evaluate(other)
+    assert "--answers-only; --data is read without" in said and "float16" not in said  # the CPU has float32 alone
+    assert found["rows"][0] == evaluate(trained / "adapter")[0]["rows"][0]
+    args = build_parser().parse_args(["evaluate", "--model", "none", "--adapter", str(other)])
+    monkeypatch.setattr("lemo.cli.evaluate.device_of", lambda name: torch.device("cuda"))
+    _take_recorded(args)
+    assert args.dtype == "float16"
+
+
+@pytest.fixture
+def calibration(calibration_folder: Path, tmp_path: Path) -> Path:
+    """For windows of 64 tokens and blocks of 8, of which 0.25 are kept."""
+    folder = shutil.copytree(calibration_folder, tmp_path / "calibration")
+    config = json.loads((folder / "lemo_config.json").read_text())
+    config["report"]["keep"] = 0.25
+    (folder / "lemo_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_run_is_of_the_calibration(calibration: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", str(model_folder), "--calibration", str(calibration)]
+
+    def run(*options: str) -> tuple[tuple[int, int, float], str]:
+        made = _settings(build_parser().parse_args(["finetune", "--out", "none", "--data", "none", *common, *options]))
+        said = capsys.readouterr().err.partition(": as ")[0]
+        if "--memory-budget" not in options:
+            assert main(["estimate", *common, "--json", *options]) == 0
+            found = json.loads(capsys.readouterr().out)
+            keeps = [1.0 if phase.keep is None else phase.keep for phase in made.phases()]
+            assert found["tokens"] == made.context and [p["keep"] for p in found["phases"]] == keeps
+        return (made.context, made.block_size, made.keep), said
+
+    assert run() == ((64, 8, 0.25), "--context 64, --block-size 8, --keep 0.25")
+    assert run("--context", "128", "--keep", "0.3") == ((128, 8, 0.3), "--block-size 8")
+    assert run("--context", "128", "--keep", "0.3", "--block-size", "16") == ((128, 16, 0.3), "")
+    # What the schedule says, or what no predictor chooses, is not the calibration's to decide.
+    assert run("--schedule", "skip:0.4,dense")[0] == (64, 8, 0.5)
+    assert run("--policy", "random")[0] == (64, 8, 0.5)
+    assert run("--schedule", "low-memory")[0] == (64, 8, 0.25)
+
+
+def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: Path, capsys: Any) -> None:
+    model = str(new_model(tmp_path / "model", hidden=256))
+    command = ["estimate", "--model", model, "--gpu", "2GiB", "--context", "128", "--calibration"]
+    assert main([*command, str(calibration), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {p["keep"] for p in found["longest"]["phases"]} == {0.25, 1.0} and found["estimate"]["tokens"] == 128
+    assert main(["estimate", "--model", model, "--gpu", "2GiB", "--calibration", str(calibration), "--json"]) == 0
+    alone = capsys.readouterr()
+    assert json.loads(alone.out) == found["longest"] and alone.err.startswith("--block-size 8, --keep 0.25: as ")
+    assert main([*command[:-3], "--calibration", str(calibration), "--schedule", "skip", "--json"]) == 0
+    assert [p["keep"] for p in json.loads(capsys.readouterr().out)["phases"]] == [0.25]
+    assert main([*command, str(tmp_path / "later")]) == 0
+    assert "later does not exist yet: --block-size and --keep are the defaults" in capsys.readouterr().err
+
+
+def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: Path) -> None:
+    from lemo.cli import profile, sweep
+
+    common = ["--model", "none", "--calibration", str(calibration)]
+    args = build_parser().parse_args(["profile", *common])
+    profile._complete(args)
+    assert (args.context, args.block_size, args.modes) == (64, 8, ["dense", "skip:0.25"])
+    args = build_parser().parse_args(["profile", *common, "--context", "96", "--modes", "skip"])
+    profile._complete(args)
+    assert (args.context, args.block_size, args.modes) == (96, 8, ["skip"])
+    args = build_parser().parse_args(["profile", "--model", "none"])
+    profile._complete(args)
+    assert (args.context, args.block_size, args.modes) == (4096, 64, ["dense", "skip:0.5"])
+
+    args = build_parser().parse_args(["sweep", *common, "--data", "none", "--out", str(tmp_path / "new")])
+    made = sweep._plan(args).settings
+    assert (made.context, made.block_size, made.steps, made.held_out) == (64, 8, 60, 0.1)
+    args = build_parser().parse_args(["sweep", "--model", "none", "--data", "none", "--out", str(tmp_path / "new")])
+    assert sweep._plan(args).settings.context == 4096
+
+
+def test_a_resumed_run_saves_as_it_began(
+    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that an interrupted run names has none of its options; runs of an earlier lemo take the defaults."""
+    out, given = tmp_path / "run", []
+    command = ["finetune", "--model", str(model_folder), "--data", str(text_folder), "--context", "64", "--steps", "2"]
+    command += ["--held-out", "0.1", "--evaluate-every", "1", "--save-every", "1", "--keep-checkpoints", "3", "--quiet"]
+    assert main([*command, "--maps", "1", "--out", str(out)]) == 0
+    saving = {"save_every": 1, "keep_checkpoints": 3, "log_every": 1, "evaluate_every": 1, "maps": 1}
+    assert json.loads((out / "run.json").read_text())["saving"] == saving
+
+    real = train
+
+    def finetune(*args: Any, **options: Any) -> Any:
+        given.append({name: options[name] for name in saving})
+        return real(*args, **options)
+
+    monkeypatch.setattr("lemo.training.finetune.finetune", finetune)
+    resume = ["finetune", "--out", str(out), "--resume", "--quiet"]
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "checkpoint-2")
+    assert main(resume) == 0 and given.pop() == saving
+    assert main([*resume, "--save-every", "2", "--log-every", "3"]) == 0
+    assert given.pop() == saving | {"save_every": 2, "log_every": 3}
+    assert json.loads((out / "run.json").read_text())["saving"] == saving
+
+    run = json.loads((out / "run.json").read_text())
+    del run["saving"]
+    (out / "run.json").write_text(json.dumps(run))
+    assert main(resume) == 0
+    assert given.pop() == {"save_every": 50, "keep_checkpoints": 2, "log_every": 1, "evaluate_every": 0, "maps": 8}
