@@ -1,7 +1,7 @@
 """Every test starts with one thread."""
 
-import lemo.engine.policies
 import pytest
+from lemo.engine.layout import Selection
 from support.fixtures import one_thread
 
 __all__ = ["one_thread"]
@@ -11,11 +11,11 @@ __all__ = ["one_thread"]
 def chosen(monkeypatch):
     """Every kept list as it was chosen."""
     lists = []
-    original = lemo.engine.policies.select  # type: ignore[attr-defined]
+    original = Selection.finish
 
-    def record(*args, **kwargs):
-        lists.append(original(*args, **kwargs))
+    def record(selection):
+        lists.append(original(selection))
         return lists[-1]
 
-    monkeypatch.setattr(lemo.engine.policies, "select", record)
+    monkeypatch.setattr(Selection, "finish", record)
     return lists

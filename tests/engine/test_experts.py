@@ -63,14 +63,10 @@ def test_the_routers_loss(family, recompute, trained):
     assert (ours - gradients(model, inputs)[0]) > 1  # the balance is about its coefficient
 
 
-def test_the_routers_loss_is_over_kept_rows(monkeypatch):
+def test_the_routers_loss_is_over_kept_rows(chosen):
     """In mode "skip": of the router's statistics over the rows that its layer kept."""
     model, inputs = tuned(FAMILY, **ROUTED), batch("plain")
     controller = lemo.apply(model, settings("skip", keep=0.5, policy="random"))
-    lists, select = [], lemo.engine.policies.select  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        lemo.engine.policies, "select", lambda *args, **kwargs: lists.append(select(*args, **kwargs)) or lists[-1]
-    )
     with_router, _ = gradients(model, inputs)
     lemo.remove(model)
     plain = clone(model)
@@ -84,9 +80,9 @@ def test_the_routers_loss_is_over_kept_rows(monkeypatch):
     positions, document = torch.arange(37).repeat(3), torch.arange(3).repeat_interleave(37)
     m = own_layers.Model(plain, positions, document)
     with torch.no_grad():
-        expected = own_layers.skip(m, ids, targets, [k.rows.long() for k in lists])
+        expected = own_layers.skip(m, ids, targets, [k.rows.long() for k in chosen])
     logits = torch.cat(seen[2:4])  # after those of the embedding's run, before those of the loss
-    assert len(logits) == sum(lists[i].num_rows for i in (0, 2))
+    assert len(logits) == sum(chosen[i].num_rows for i in (0, 2))
     p = logits.softmax(-1)
     chosen = F.one_hot(p.topk(2).indices, 5).sum(1).float()
     balance = 3.0 * 5 * (p.mean(0) * chosen.mean(0)).sum()

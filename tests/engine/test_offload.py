@@ -4,6 +4,7 @@ import gc
 import itertools
 
 import lemo
+import lemo.engine.forward
 import lemo.engine.offload as offload
 import lemo.engine.stack
 import pytest
@@ -11,7 +12,9 @@ import torch
 from lemo.engine.forward import forward
 from lemo.engine.memory import saved_bytes
 from lemo.engine.offload import HostMemory, OffloadedRecords, _Meter
+from lemo.engine.records import Stream
 from lemo.engine.segments import address
+from lemo.integration.kept_lists import ChosenLists
 from support.models import FAMILIES, LINEARS, base, batch, gradients, lora, tuned
 
 LAYERS, BLOCK = 4, 8
@@ -46,6 +49,8 @@ def host(controller):
         *((phase, {}) for phase in PHASES if phase != "backward"),
         ("backward", {"recompute": "none"}),
         ("backward", {"recompute": "none", "recompute_layers": 2}),
+        ("skip", {"recompute": "attention", "recompute_layers": 2}),
+        ("two-lists", {"recompute": "full", "recompute_layers": 2}),
     ],
     ids=str,
 )
@@ -62,6 +67,58 @@ def test_results_are_those_without(phase, options):
     for other, theirs in others:
         assert torch.equal(loss, other)
         assert all(torch.equal(theirs[n], g) for n, g in grads.items())
+
+
+def by_layer(first, *following):
+    """Events of a pass: of the first layer, and of every following one i after the layer j before it."""
+    return [*first, *(event.format(i=i, j=i - 1) for i in range(1, LAYERS) for event in following)]
+
+
+ONE_LIST = by_layer(["choose 0", "put 0"], "choose {i}", "copy {j}", "put {i}")
+TWO_LISTS = by_layer(
+    ["choose 0", "put 0", "copy 0", "put 0"], "choose {i}", "copy {j}", "put {i}", "copy {i}", "put {i}"
+)
+SEGMENTS = [
+    *("put stream 0", "choose 0", "copy stream 0", "choose 1"),
+    *("choose 2", "put 2", "choose 3", "copy 2", "put 3"),
+    *("put 0", "copy 0", "put 1"),  # again
+]
+
+
+@pytest.mark.parametrize(
+    ("phase", "expected", "options"),
+    [
+        ("skip", ONE_LIST, {"recompute": "attention"}),
+        ("backward", ONE_LIST, {"recompute": "attention"}),
+        ("backward", ONE_LIST, {"recompute": "none"}),
+        ("two-lists", TWO_LISTS, {"recompute": "full"}),
+        ("skip", SEGMENTS, {"recompute": "full", "recompute_layers": 2}),
+    ],
+    ids=["skip", "backward", "backward-none", "two-lists", "segments"],
+)
+def test_a_copy_starts_once_the_next_layer_has_its_lists(phase, expected, options, monkeypatch):
+    """So that no size of a list waits for rows on their way to the host. The last rows stay where they are."""
+    events: list[str] = []
+
+    def name(record):
+        return f"{'stream ' if isinstance(record, Stream) else ''}{record.layer}"
+
+    def spy(owner, method, event):
+        original = getattr(owner, method)
+
+        def logged(self, *args):
+            events.extend(event(self, *args))
+            return original(self, *args)
+
+        monkeypatch.setattr(owner, method, logged)
+
+    spy(ChosenLists, "choose", lambda _, layer, x: [f"choose {layer}"])
+    for method in ("put", "put_stream"):
+        spy(OffloadedRecords, method, lambda _, record: [f"put {name(record)}"])
+    spy(offload._Moved, "send", lambda moved: [] if moved.sent else [f"copy {name(moved.record)}"])
+    lemo.apply(model := tuned("llama", layers=LAYERS), settings(phase, offload=True, **options))
+    gradients(model, batch("packed"))
+    assert events == expected
 
 
 def on_device(*records):
@@ -187,6 +244,28 @@ def test_a_pass_without_backward_gives_its_memory_back():
     del second
 
 
+@pytest.mark.parametrize("options", [{"recompute": "attention"}, {"recompute": "full", "recompute_layers": 2}], ids=str)
+def test_a_pass_that_fails_gives_its_memory_back(options, monkeypatch):
+    controller = lemo.apply(model := tuned("llama", layers=LAYERS), settings("dense", offload=True, **options))
+    inputs, taken = batch("plain"), []
+    expected = gradients(model, inputs)[1]
+    step = lemo.engine.forward._kept_layer
+
+    def fail(step_, i, *args):
+        if i == 2:
+            taken.append(host(controller).chunks - len(host(controller)._free))
+            raise RuntimeError("layer 2 fails")
+        step(step_, i, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="layer 2 fails"):
+        patched.setattr(lemo.engine.forward, "_kept_layer", fail)
+        gradients(model, inputs)
+    gc.collect()
+    assert taken[0] > 0 and len(host(controller)._free) == host(controller).chunks
+    again = gradients(model, inputs)[1]
+    assert all(torch.equal(again[n], g) for n, g in expected.items())
+
+
 def test_no_more_host_memory(monkeypatch):
     empty, count = torch.empty, []
 
@@ -197,12 +276,14 @@ def test_no_more_host_memory(monkeypatch):
                 raise RuntimeError("CUDA error: out of memory\nmore")
         return empty(*args, **options)
 
-    lemo.apply(model := tuned("llama"), settings(offload=True))
+    controller = lemo.apply(model := tuned("llama"), settings(offload=True))
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(
         ValueError, match=r"offload: the host gave no more host memory after .*MiB \(CUDA error: out of"
     ):
         gradients(model, batch("plain"))
+    gc.collect()
+    assert len(host(controller)._free) == host(controller).chunks > 0
 
 
 def test_inside_an_activation_checkpoint_offload_is_off(caplog):

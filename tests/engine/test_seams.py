@@ -9,6 +9,7 @@ import lemo.engine.step
 import pytest
 import torch
 from lemo.engine.families import UnsupportedModelError
+from lemo.engine.layout import select
 from support import reference
 from support.models import assert_close, batch, clone, gradients, reference_gradients
 from support.pairs import pairs
@@ -107,17 +108,16 @@ def test_the_expected_gradient_of_a_weighted_draw_is_the_dense_one(toy, monkeypa
     lemo.remove(model)
     lemo.apply(model, settings("attention", block=4, mode="backward", weighted=True))
     plan: list[tuple[bool, ...]] = []
-    original = lemo.engine.policies.select  # type: ignore[attr-defined]
 
-    def select(scores, blocks, **_):
+    def start(scores, blocks, **_):
         drawn = torch.tensor(plan.pop(0))
         if not drawn.any():
-            return types.SimpleNamespace(num_blocks=0, is_everything=False, info=None)
-        kept = original(drawn.float(), blocks, mode="threshold", threshold=0.5, always_first=0)
+            return types.SimpleNamespace(finish=lambda: types.SimpleNamespace(num_blocks=0))
+        kept = select(drawn.float(), blocks, mode="threshold", threshold=0.5, always_first=0)
         object.__setattr__(kept, "weights", torch.full((kept.blocks.shape[0],), 2.0))
-        return kept
+        return types.SimpleNamespace(finish=lambda: kept)
 
-    monkeypatch.setattr(lemo.engine.policies, "select", select)
+    monkeypatch.setattr(lemo.engine.policies, "start", start)
     mean = {name: torch.zeros_like(g) for name, g in expected.items()}
     for first, second in itertools.product(itertools.product([False, True], repeat=2), repeat=2):
         plan[:] = [first, second]

@@ -128,8 +128,8 @@ def test_limits_and_kept_tokens(family, recompute, limits, chosen):
     plain = clone(model)
     controller = lemo.apply(model, config(recompute, keep=0.75, policy="random", **limits))
     kept = []
-    lists = controller._policies[0]._select
-    controller._policies[0]._select = lambda *args: kept.append(lists(*args)) or kept[-1]
+    lists = controller._policies[0]._finish
+    controller._policies[0]._finish = lambda *args: kept.append(lists(*args)) or kept[-1]
     loss, got = gradients(model, inputs)
     ids, targets, positions, document = packed(family, inputs)
     rows = [(k.rows.long(), k.rows.long()) for k in kept]

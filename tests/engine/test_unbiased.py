@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import lemo
 import lemo.engine.policies
@@ -16,20 +17,22 @@ BLOCK = 4
 
 
 class Draws:
-    """Stands in for `select`: layer after layer the subsets it is given, and the probability that they are drawn."""
+    """Stands in for `start`: layer after layer the subsets it is given, and the probability that they are drawn."""
 
     def __init__(self) -> None:
         self.plan: list[tuple[bool, ...]] = []
         self.probability = 1.0
 
-    def __call__(self, scores: torch.Tensor, blocks: Blocks, *, mode: str, **_: object) -> Kept:
+    def __call__(self, scores: torch.Tensor, blocks: Blocks, *, mode: str, **_: object) -> SimpleNamespace:
         assert mode == "poisson"
         drawn = torch.tensor(self.plan.pop(0))
         self.probability *= float(torch.where(drawn, scores.double(), 1 - scores.double()).prod())
         if not drawn.any():
-            return dataclasses.replace(Kept.everything(blocks), num_blocks=0)
+            nothing = dataclasses.replace(Kept.everything(blocks), num_blocks=0)
+            return SimpleNamespace(finish=lambda: nothing)
         kept = select(drawn.float(), blocks, mode="threshold", threshold=0.5, always_first=0)
-        return dataclasses.replace(kept, weights=1 / scores[kept.blocks.long()])
+        weighted = dataclasses.replace(kept, weights=1 / scores[kept.blocks.long()])
+        return SimpleNamespace(finish=lambda: weighted)
 
 
 def inputs(lengths):
@@ -61,7 +64,7 @@ def test_the_expected_gradient_is_the_dense_one(family, lengths, layers, keep, p
     phase = lemo.Phase("backward", keep=keep, weighted=True, policy=policy, policy_options=options)
     lemo.apply(model, lemo.LemoConfig(block_size=BLOCK, phases=[phase], recompute=recompute))
     draws = Draws()
-    monkeypatch.setattr(lemo.engine.policies, "select", draws)
+    monkeypatch.setattr(lemo.engine.policies, "start", draws)
     blocks = Blocks.from_lengths(lengths, BLOCK).num_blocks
     mean = {name: torch.zeros_like(g, dtype=torch.float64) for name, g in expected.items()}
     total = 0.0

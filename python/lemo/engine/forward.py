@@ -59,6 +59,7 @@ def _first_run(step: Step, i: int, x: Tensor, saves: Recompute | None) -> LayerR
 
 def _run(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: KeptPair) -> None:
     """Layer i on its lists. kept: the same lists, for whoever observes the layer."""
+    step.records.send()
     if step.mode == "backward":
         # What a layer that runs again saves then decides now, too: its numbers are those of the first time.
         in_parts = step.recompute_of(i) == "none" and run.attention is not None
@@ -72,6 +73,7 @@ def _run(step: Step, i: int, layer: nn.Module, x: Tensor, run: LayerRun, kept: K
         if run.attention is not None:
             _kept_attention(step, i, layer, x, run, kept[0])
         if run.mlp is not None:
+            step.records.send()
             _kept_mlp(step, i, layer, x, run)
 
 

@@ -178,6 +178,86 @@ def kept_counts(blocks: Sequence[int], keep: float, always_first: int = 1, alway
     return tuple(min(n, max(math.floor(share * n + 0.5), min(n, always_first + always_last), 1)) for n in blocks)
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A selection that has been started, and that the device may not have made yet.
+
+    made: what the operator gave, or its error. sizes: blocks, rows and the longest document in rows if they are known
+    beforehand; None: `info` has them, on the host once `arrived`.
+    """
+
+    source: Blocks
+    chosen_by: str
+    made: Sequence[Tensor] | FloatingPointError
+    sizes: tuple[int, int, int] | None = None
+    info: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+    def finish(self) -> Kept:
+        """The list. Waits for the device if only that knows the sizes; raises what `select` raises."""
+        if isinstance(self.made, FloatingPointError):
+            raise FloatingPointError(f"{self.chosen_by}: {self.made}" if self.chosen_by else str(self.made)) from None
+        kept, slots, row_offsets, cu_seqlens, rows, row_slots, weights, info = self.made
+        if self.sizes is not None:
+            num_blocks, num_rows, max_seqlen = self.sizes
+        else:
+            assert self.info is not None
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            num_blocks, num_rows, max_seqlen, fault = ops.SelectInfo.read(self.info)
+            _raise_fault(fault, self.chosen_by)
+        return Kept(
+            blocks=kept[:num_blocks],
+            slots=slots,
+            row_offsets=row_offsets[: num_blocks + 1],
+            cu_seqlens=cu_seqlens,
+            rows=rows[:num_rows],
+            row_slots=row_slots[:num_rows],
+            weights=weights[:num_blocks],
+            num_blocks=num_blocks,
+            num_rows=num_rows,
+            max_seqlen=max_seqlen,
+            source=self.source,
+            info=info if self.sizes is not None else None,
+            chosen_by=self.chosen_by,
+        )
+
+
+def sizes_known(mode: SelectMode, blocks: Blocks) -> bool:
+    """Whether the size of a list follows from the lengths of documents."""
+    return mode in ("budget", "sample") and all(n % blocks.block_size == 0 for n in blocks.lengths)
+
+
+def start(
+    scores: Tensor,
+    blocks: Blocks,
+    *,
+    mode: SelectMode,
+    keep: float = 1.0,
+    threshold: float = 0.0,
+    always_first: int = 1,
+    always_last: int = 0,
+    seed: int = 0,
+    chosen_by: str = "",
+) -> Selection:
+    """As `select`, without waiting for the device, and without errors: `Selection.finish` does and has these. (As many
+    arguments as `select`.)"""
+    b = blocks.block_size
+    how = (mode, keep, threshold, always_first, always_last, seed)
+    try:
+        made = ops.select_blocks(scores, blocks.offsets, blocks.documents, b, blocks.num_tokens, *how)
+    except FloatingPointError as error:
+        return Selection(blocks, chosen_by, error)
+    if sizes_known(mode, blocks) and _waiting_costs(scores):
+        counts = kept_per_document(blocks, keep, always_first, always_last)
+        return Selection(blocks, chosen_by, made, (sum(counts), sum(counts) * b, max(counts) * b))
+    info = made[-1]
+    if not info.is_cuda:
+        return Selection(blocks, chosen_by, made, None, info)
+    on_host = torch.empty(info.shape, dtype=info.dtype, device="cpu", pin_memory=True).copy_(info, non_blocking=True)
+    return Selection(blocks, chosen_by, made, None, on_host, torch.cuda.current_stream(info.device).record_event())
+
+
 def select(
     scores: Tensor,
     blocks: Blocks,
@@ -205,36 +285,17 @@ def select(
     sample over documents whose lengths are multiples of the block size): faults are then reported by
     ``Kept.raise_on_fault``. (Nine arguments: they are those of the operator.)
     """
-    b = blocks.block_size
-    how = (mode, keep, threshold, always_first, always_last, seed)
-    try:
-        outputs = ops.select_blocks(scores, blocks.offsets, blocks.documents, b, blocks.num_tokens, *how)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{chosen_by}: {error}" if chosen_by else str(error)) from None
-    kept, slots, row_offsets, cu_seqlens, rows, row_slots, weights, info = outputs
-    pending = None
-    if mode in ("budget", "sample") and _waiting_costs(scores) and all(n % b == 0 for n in blocks.lengths):
-        counts = kept_per_document(blocks, keep, always_first, always_last)
-        num_blocks, num_rows, max_seqlen = sum(counts), sum(counts) * b, max(counts) * b
-        pending = info
-    else:
-        num_blocks, num_rows, max_seqlen, fault = ops.SelectInfo.read(info)
-        _raise_fault(fault, chosen_by)
-    return Kept(
-        blocks=kept[:num_blocks],
-        slots=slots,
-        row_offsets=row_offsets[: num_blocks + 1],
-        cu_seqlens=cu_seqlens,
-        rows=rows[:num_rows],
-        row_slots=row_slots[:num_rows],
-        weights=weights[:num_blocks],
-        num_blocks=num_blocks,
-        num_rows=num_rows,
-        max_seqlen=max_seqlen,
-        source=blocks,
-        info=pending,
+    return start(
+        scores,
+        blocks,
+        mode=mode,
+        keep=keep,
+        threshold=threshold,
+        always_first=always_first,
+        always_last=always_last,
+        seed=seed,
         chosen_by=chosen_by,
-    )
+    ).finish()
 
 
 def raise_on_faults(lists: Sequence[Kept]) -> None:

@@ -1,9 +1,17 @@
 """Saved rows in host memory between a layer's forward and its backward pass.
 
-`OffloadedRecords.put` starts the copy of a layer's rows; they stay on the device until the next layer is done,
-and are dropped then. `pop` starts the copy of the next record it will be asked for, so that it arrives while the
-layer before it is worked on. Thus at most two layers' rows are on the device, in either direction. Streams, from which
-segments of layers run again, travel the same way; one is fetched while the first layer after it is worked on.
+`OffloadedRecords.put` takes a layer's rows; `send` starts their copy once the next layer has chosen its lists. They
+stay on the device until that layer is done, and are dropped then. `pop` starts the copy of the next record it will be
+asked for, so that it arrives while the layer before it is worked on. Thus at most two layers' rows are on the device,
+in either direction; those of the last layer never leave it. Streams, from which segments of layers run again, travel
+the same way; one is fetched while the first layer after it is worked on.
+
+Why copies wait for the next layer's choice: the host reads a list's size, a few bytes, before it can queue the layer.
+All copies from the device to the host share one copy engine, which serves them in order whatever their streams are.
+Behind a layer's rows, the few bytes arrive when those have, and until then the GPU has nothing to do. So whatever the
+host reads to choose lists comes first. What it reads within a layer still queues behind the rows of the layer before:
+experts' loads if there are no grouped products (`lemo.engine.experts`), and the ends of documents in a new list, of
+which `lemo.engine.tiles.PredictedTiles` cuts tiles. Then the GPU idles for what is left of that copy.
 
 On CUDA all copies run on a separate stream, into pinned memory. Two hazards, and how they are avoided:
 
@@ -64,9 +72,13 @@ class HostMemory:
 
     def take(self, nbytes: int, pinned: bool) -> list[Tensor]:
         """Chunks for so many bytes. Raises ValueError if the host has no more."""
-        taken = []
-        for _ in range(-(-nbytes // CHUNK_BYTES)):
-            taken.append(self._free.pop() if self._free else self._allocate(pinned))
+        taken: list[Tensor] = []
+        try:
+            for _ in range(-(-nbytes // CHUNK_BYTES)):
+                taken.append(self._free.pop() if self._free else self._allocate(pinned))
+        except ValueError:
+            self.give_back(taken)
+            raise
         return taken
 
     def give_back(self, chunks: list[Tensor]) -> None:
@@ -75,7 +87,7 @@ class HostMemory:
 
     def _allocate(self, pinned: bool) -> Tensor:
         try:
-            chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         except RuntimeError as error:
             kind = "pinned host memory" if pinned else "host memory"
             raise ValueError(
@@ -184,8 +196,8 @@ class _Copies:
 
 
 class _Moved:
-    """What a record or a stream has in host memory: its rows, and what its graphs hold. tensors: the bytes on the
-    device while they are there, by the rows' name or by number."""
+    """What a record or a stream has to have in host memory: its rows, and what its graphs hold. tensors: the bytes on
+    the device while they are there, by the rows' name or by number. chunks: in host memory, from `send` on."""
 
     def __init__(self, copies: _Copies, record: Record | Stream) -> None:
         self.copies, self.record = copies, record
@@ -208,12 +220,9 @@ class _Moved:
             one.memory = []
         self.sizes = {name: t.nbytes for name, t in self.tensors.items()}
         self.nbytes = sum(self.sizes.values())
-        self.chunks = copies.host.take(self.nbytes, pinned=copies.stream is not None)
-        with copies.running(self.nbytes):
-            for device, host in self._pieces():
-                host.copy_(device, non_blocking=True)
-        self.mark = copies.mark()
-        self.fetched = False
+        self.chunks: list[Tensor] = []
+        self.mark: torch.cuda.Event | None = None
+        self.sent = self.fetched = False
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The bytes on the device, piece by piece, and the part of a chunk that each belongs to."""
@@ -226,8 +235,20 @@ class _Moved:
                 yield flat[first : first + size], self.chunks[chunk][offset : offset + size]
                 first, at = first + size, at + size
 
+    def send(self) -> None:
+        """Starts the copy to the host, once."""
+        if self.sent:
+            return
+        self.chunks = self.copies.host.take(self.nbytes, pinned=self.copies.stream is not None)
+        self.sent = True
+        with self.copies.running(self.nbytes):
+            for device, host in self._pieces():
+                host.copy_(device, non_blocking=True)
+        self.mark = self.copies.mark()
+
     def leave(self) -> None:
         """Drops what is on the device once it is copied."""
+        self.send()
         self.copies.wait(self.mark)
         self.tensors.clear()
 
@@ -245,7 +266,7 @@ class _Moved:
     def restore(self) -> None:
         """The record is as it was put."""
         self.fetch()
-        if self.fetched:  # if not, nothing ever left: nobody reads the copy that may still be made of it
+        if self.fetched:  # if not, nothing ever left: nobody reads the copy that was perhaps started
             self.copies.wait(self.mark)
         for i, (held, count) in enumerate(self.held):
             held.memory = [self.tensors[i, j] for j in range(count)]
@@ -264,7 +285,7 @@ class _Moved:
     def __del__(self) -> None:
         # A pass without its backward pass, or one that failed: a copy may still run.
         if getattr(self, "chunks", None):
-            self.copies.wait(getattr(self, "mark", None))
+            self.copies.wait(self.mark)
             self.close()
 
 
@@ -288,6 +309,10 @@ class OffloadedRecords(Records):
     def put_stream(self, stream: Stream) -> None:
         super().put_stream(stream)
         self._move(stream)
+
+    def send(self) -> None:
+        if self._leaving is not None:
+            self._leaving.send()
 
     def _move(self, record: Record | Stream) -> None:
         if self._leaving is not None:  # its copy had the time that this layer took

@@ -23,7 +23,7 @@ from torch import Tensor
 from lemo import ops
 from lemo.engine.config import Phase, PolicyName
 from lemo.engine.families.base import AttentionOptions
-from lemo.engine.layout import Blocks, Kept, KeptPair, SelectMode, select
+from lemo.engine.layout import Blocks, Kept, KeptPair, Selection, SelectMode, select, sizes_known, start
 from lemo.engine.sequence import Share
 
 _MASK = 2**64 - 1
@@ -59,6 +59,10 @@ class BlockScorer(Protocol):
     def to(self, *, device: torch.device, dtype: torch.dtype) -> BlockScorer: ...
 
 
+# A list, or the selection that makes it; None: nothing kept.
+_Chosen = Kept | Selection | None
+
+
 class _Forced(TypedDict):
     """Arguments of `select` that are the same for all lists of a layer."""
 
@@ -76,6 +80,7 @@ class StepContext:
     q [T, Hq, D] and k [T, Hk, D] for residual rows x [T, d], position embedding applied; attention(layer): its options;
     required: bool [nb], blocks that are kept whatever their score and the budget (mode "skip": those with labels).
     share: what this process holds of them, if several share the batch: it is given x [T, d] of its own tokens.
+    layers: those that lists are chosen for, in order, if they are known.
     """
 
     blocks: Blocks
@@ -87,6 +92,7 @@ class StepContext:
     attention: Callable[[int], AttentionOptions]
     required: Tensor | None = None
     share: Share | None = None
+    layers: Sequence[int] = ()
 
     @property
     def own_blocks(self) -> Blocks:
@@ -119,6 +125,7 @@ class Policy(ABC):
         """A new forward pass; forgets the last one."""
         self.context = context
         self._pair: KeptPair | None = None
+        self._started: dict[int, tuple[_Chosen, _Chosen]] = {}
 
     @abstractmethod
     def scores(self, layer: int, x: Tensor) -> Tensor:
@@ -149,12 +156,34 @@ class Policy(ABC):
         raise ValueError(f'Phase.select "threshold" needs policy "predictors"; got {self.name!r}')
 
     def choose(self, layer: int, x: Tensor) -> KeptPair:
-        """Kept lists of the layer's attention and MLP; None = nothing kept. The same object if they share one."""
+        """Kept lists of the layer's attention and MLP; None = nothing kept. The same object if they share one. Called
+        for one layer after the other."""
         if self._pair is None or not self.shared:
-            self._pair = self._choose(layer, x)
+            started = self._started.pop(layer) if layer in self._started else self._start(layer, x)
+            attention, mlp = started
+            first = self._finish(attention)
+            self._pair = first, first if mlp is attention else self._finish(mlp)
+            following = self._following(layer)
+            if following is not None:
+                self._started[following] = self._start(following, x)
         return self._pair
 
-    def _choose(self, layer: int, x: Tensor) -> KeptPair:
+    def _following(self, layer: int) -> int | None:
+        """The next layer, if its lists can be selected already and only the device knows their sizes. The host reads
+        these one layer later: the device has made the lists by then, and does not wait for the host meanwhile."""
+        context = self.context
+        mode = "poisson" if context.phase.weighted else self.select_mode
+        if not self.blind or self.shared or context.required is not None or sizes_known(mode, context.blocks):
+            return None
+        return next((i for i in context.layers if i > layer), None)
+
+    def _finish(self, chosen: _Chosen) -> Kept | None:
+        if chosen is None or isinstance(chosen, Kept):
+            return chosen
+        kept = chosen.finish()
+        return None if self.context.phase.weighted and not kept.num_blocks else kept
+
+    def _start(self, layer: int, x: Tensor) -> tuple[_Chosen, _Chosen]:
         phase = self.context.phase
         if phase.select == "threshold":
             scores = self.scores(layer, x)
@@ -167,7 +196,7 @@ class Policy(ABC):
         shared = self._budget(layer, known, keep)
         return shared, shared if phase.mlp_keep is None else self._budget(layer, known, phase.mlp_keep)
 
-    def _budget(self, layer: int, scores: Tensor | None, keep: float) -> Kept | None:
+    def _budget(self, layer: int, scores: Tensor | None, keep: float) -> _Chosen:
         if keep == 0.0:
             required = self.context.required
             # Nothing but what is required; there is a required block, or there would be no list of them.
@@ -176,7 +205,7 @@ class Policy(ABC):
             return Kept.everything(self.context.blocks)
         return self._select(layer, scores, self.select_mode, keep, 0.0)
 
-    def _select(self, layer: int, scores: Tensor, mode: SelectMode, keep: float, threshold: float) -> Kept | None:
+    def _select(self, layer: int, scores: Tensor, mode: SelectMode, keep: float, threshold: float) -> Kept | Selection:
         context = self.context
         options: _Forced = {
             "always_first": context.always_first,
@@ -187,15 +216,14 @@ class Policy(ABC):
         if context.phase.weighted:
             # Certain blocks have probability 1 already; see `inclusion_probabilities`.
             options |= {"always_first": 0, "always_last": 0}
-            kept = select(scores, context.blocks, mode="poisson", **options)
-            return kept if kept.num_blocks else None
+            return start(scores, context.blocks, mode="poisson", **options)
         required = context.required
         if required is None:
-            return select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
+            return start(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
         # Required blocks come first within the budget; if they exceed it, the list grows by what is missing.
         if mode != "sample":
             scores = torch.where(required & scores.isfinite(), torch.finfo(scores.dtype).max, scores)
-        kept = select(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options)
+        kept = start(scores, context.blocks, mode=mode, keep=keep, threshold=threshold, **options).finish()
         return self._only(layer, (kept.slots >= 0) | required)
 
     def _only(self, layer: int, chosen: Tensor) -> Kept:

@@ -96,7 +96,8 @@ class Stream:
 
 
 class Records:
-    """The records of one step. All go through `put` and `pop`: override these to keep saved rows elsewhere meanwhile.
+    """The records of one step. All go through `put` and `pop`: override these to keep saved rows elsewhere meanwhile,
+    and `send` to copy them there.
 
     Layers are put in ascending order and popped in descending order, a layer's own records last in, first out. With
     segments of layers that run again (`Step.segments`), streams are put and popped likewise: all records of a segment
@@ -119,6 +120,11 @@ class Records:
         """Called once the record of a layer (or of its attention or MLP, if their lists differ) is complete, which may
         be taken apart at once."""
         self._records.append(record)
+
+    def send(self) -> None:
+        """Called when a layer has its lists and nothing of it has been queued yet; and before its MLP, if that has
+        another list than its attention. What was put last may be copied elsewhere from now on. Not before: the host
+        reads the lists' sizes, and what it reads from a device arrives behind all copies that were started earlier."""
 
     def pop(self, layer: int) -> Record | None:
         """Removes and returns the last record of this layer; None if it has no more."""

@@ -148,6 +148,7 @@ class Begun:
             attention=lambda i: attention.options(layers[i]),
             required=self.required,
             share=self.plan.share,
+            layers=[i for i in range(len(layers)) if config.layers is None or i in config.layers],
         )
 
 
