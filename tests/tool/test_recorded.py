@@ -111,6 +111,7 @@ def test_evaluate_takes_tokenizer_and_dtype_of_the_run(
     assert found is None and f"--tokenizer {tmp_path / 'nowhere'}: cannot be loaded" in said
     found, said = evaluate(gone, trained / "adapter")
     assert found is None and "differ in --tokenizer" in said and "give --tokenizer" in said
+    assert f"{trained}: the default" in said
 
     other = like("other", {"dtype": "float16", "answers_only": True}) / "adapter"
     found, said = evaluate(other)
