@@ -87,12 +87,16 @@ def test_evaluate_takes_the_positions_of_the_run(trained: Path, like: Any, evalu
     plain, far = evaluate(trained / "adapter"), evaluate(stretched, options="--context 64")
     whole, said = evaluate(stretched)
     assert whole["context"] == 512 and "--context 512: as " in said
+    taken = f"positions stretched to 512 tokens: as {stretched.parent} was trained"
+    assert taken in said and taken in far[1] and "positions" not in plain[1]
     assert far[0]["context"] == plain[0]["context"] == 64
     assert far[0]["rows"][0]["perplexity"] != plain[0]["rows"][0]["perplexity"]
     assert "stretched positions to 512" in evaluate(stretched, options="--context 1024")[1]
     said = evaluate(stretched, trained / "adapter", options="--context 64")[1]
     assert "stretched to 512 tokens" in said and f"{trained}: not stretched" in said and "separate calls" in said
-    both = evaluate(stretched, trained / "adapter", options="--context 64 --interpolate-positions")[0]["rows"]
+    both, said = evaluate(stretched, trained / "adapter", options="--context 64 --interpolate-positions")
+    assert taken in said  # only those that stretched them
+    both = both["rows"]
     assert [row["model"] for row in both] == ["base", "stretched", "run"] and both[0] == far[0]["rows"][0]
     # The model has as many positions: there was nothing to stretch.
     same = like("same", {"interpolate_positions": True}) / "adapter"
@@ -116,6 +120,20 @@ def test_evaluate_takes_tokenizer_and_dtype_of_the_run(
     monkeypatch.setattr("lemo.cli.evaluate.device_of", lambda name: torch.device("cuda"))
     _take_recorded(args)
     assert args.dtype == "float16"
+
+
+def test_a_damaged_record_is_named_and_what_to_do(like: Any, evaluate: Any, tmp_path: Path) -> None:
+    """What an adapter's run did not tell may not be guessed: positions could be stretched."""
+    names = like("names", {"tokenizer": ["a", "b"]})
+    cut = like("cut")
+    (cut / "run.json").write_text((cut / "run.json").read_text()[:100])
+    later = like("later", of_a_later_lemo=1)
+    for folder, text in ((names, "not names"), (cut, "not JSON"), (later, "of_a_later_lemo")):
+        found, said = evaluate(folder / "adapter", options="--context 64")
+        assert found is None and f"{folder / 'run.json'}" in said and text in said
+        assert "copy it out of the run folder" in said
+        copied = shutil.copytree(folder / "adapter", tmp_path / f"{folder.name}-adapter")
+        assert evaluate(copied, options="--context 64")[0] is not None
 
 
 @pytest.fixture
@@ -148,6 +166,15 @@ def test_a_run_is_of_the_calibration(calibration: Path, model_folder: Path, caps
     assert run("--schedule", "skip:0.4,dense")[0] == (64, 8, 0.5)
     assert run("--policy", "random")[0] == (64, 8, 0.5)
     assert run("--schedule", "low-memory")[0] == (64, 8, 0.25)
+
+
+def test_a_calibration_without_layers_is_named(calibration: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = calibration / "lemo_config.json"
+    config = json.loads(path.read_text())
+    del config["report"]["keep"]
+    path.write_text(json.dumps(config | {"sizes": [], "thresholds": [], "keep": []}))
+    assert main(["estimate", "--model", "none", "--calibration", str(calibration)]) == 2
+    assert f"{path}: there are no layers in it" in capsys.readouterr().err
 
 
 def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: Path, capsys: Any) -> None:

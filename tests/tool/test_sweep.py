@@ -82,7 +82,7 @@ def test_a_killed_study_continues_and_repeats_nothing(
     assert main(command(out, "--seeds", "2", "1")) == 0 and len(begun) == done
     capsys.readouterr()
     assert main(command(out, "--held-out", "0.2")) == 2
-    assert "another held_out" in capsys.readouterr().err
+    assert "another --held-out;" in capsys.readouterr().err
 
 
 def test_a_study_continues_as_it_is(
@@ -98,7 +98,34 @@ def test_a_study_continues_as_it_is(
     assert "--equal steps" in said and "--context 64" in said and "--steps 3" in said and "as the study" in said
     assert results(out) == before
     assert main([*command, "--context", "128"]) == 2
-    assert "another context" in capsys.readouterr().err
+    assert "another --context;" in capsys.readouterr().err
+    assert main([*command, "--block-size", "16", "--lr", "1e-4", "1e-3"]) == 2
+    assert "another --block-size, --lr (one or several);" in capsys.readouterr().err
+
+
+def test_a_plan_does_not_change_what_a_study_continues_with(
+    study: Path, model_folder: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(study, tmp_path / "study")
+    command = ["sweep", "--model", str(model_folder), "--data", str(text_folder), "--out", str(out), "--quiet"]
+    command += ["--rows", "half=skip:0.5", "--plan", "--steps", "9", "--equal", "cost"]
+    assert main(command) == 0
+    found = json.loads((out / "study.json").read_text())
+    assert (found["steps"], found["equal"]) == (3, "steps")
+
+    # A study of an earlier lemo, which did not record it: a plan does not decide it either.
+    for name in ("steps", "equal", "calibration"):
+        del found[name]
+    (out / "study.json").write_text(json.dumps(found))
+    assert main(command) == 0 and "steps" not in json.loads((out / "study.json").read_text())
+
+
+@pytest.mark.parametrize("text", ['{"identity": {', "{}", "[]", '{"identity": {"settings": {}}}'])
+def test_a_damaged_study_is_named(study: Path, command: Command, tmp_path: Path, capsys: Any, text: str) -> None:
+    out = shutil.copytree(study, tmp_path / "study", ignore=shutil.ignore_patterns("runs"))
+    (out / "study.json").write_text(text)
+    assert main(command(out)) == 2
+    assert f"{out / 'study.json'} is damaged" in capsys.readouterr().err
 
 
 def test_a_budget_ends_the_study_and_nothing_is_claimed(

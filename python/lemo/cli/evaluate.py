@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lemo.cli.common import (
     path_name,
     say,
 )
-from lemo.cli.recorded import agreed, agreed_positions, run_of, trained
+from lemo.cli.recorded import Trained, agreed, agreed_positions, run_of, trained
 
 # Tokens of a piece or a document, if no run says.
 _CONTEXT = 4096
@@ -156,20 +157,22 @@ def _take_recorded(args: argparse.Namespace) -> None:
     args.stretched = agreed_positions(args.runs, bool(args.interpolate_positions))
     if args.stretched is not None:
         args.interpolate_positions = True
+        stretched = [run for run in args.runs if run.stretched is not None]
+        _say_taken(stretched, f"positions stretched to {args.stretched} tokens")
     on_cpu = device_of(args.device).type == "cpu"  # which computes in float32, whatever the run's GPU did
     for name in ("tokenizer",) if on_cpu else ("tokenizer", "dtype"):
         if getattr(args, name) is None and (value := agreed(args.runs, name, f"--{name}")) is not None:
             setattr(args, name, value)
-            _say_taken(args, f"--{name} {value}")
+            _say_taken(args.runs, f"--{name} {value}")
     others = sorted({name for run in args.runs for name in run.options if getattr(args, name) is None})
     if args.data is not None and others:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         say(f"the run's own data were read with {names}; --data is read without")
 
 
-def _say_taken(args: argparse.Namespace, what: str) -> None:
-    names = ", ".join(run.folder for run in args.runs)
-    say(f"{what}: as {names} {'was' if len(args.runs) == 1 else 'were'} trained")
+def _say_taken(runs: Sequence[Trained], what: str) -> None:
+    names = ", ".join(run.folder for run in runs)
+    say(f"{what}: as {names} {'was' if len(runs) == 1 else 'were'} trained")
 
 
 def _recorded_context(args: argparse.Namespace, option: str) -> int:
@@ -177,7 +180,7 @@ def _recorded_context(args: argparse.Namespace, option: str) -> int:
     context = agreed(args.runs, "context", option)
     if context is None:
         return _CONTEXT
-    _say_taken(args, f"{option} {context}")
+    _say_taken(args.runs, f"{option} {context}")
     return int(context)
 
 

@@ -41,11 +41,19 @@ def run_of(adapter: str) -> Path | None:
 
 def trained(run: Path, model: str) -> Trained:
     """What the run records. model: that of the command. Raises CheckpointError for a damaged run.json."""
-    from lemo.training.run_folder import run_settings, saved_settings
+    from lemo.training.checkpoint import CheckpointError
+    from lemo.training.run_folder import RUN_FILE, run_settings, saved_settings
 
-    saved = run_settings(run)
-    inputs, context = saved.get("inputs", {}), saved_settings(saved, run).context
-    tokenizer, dtype = inputs.get("tokenizer"), inputs.get("dtype")
+    try:
+        saved = run_settings(run)
+        inputs, context = saved.get("inputs", {}), saved_settings(saved, run).context
+        tokenizer, dtype = inputs.get("tokenizer"), inputs.get("dtype")
+        if not all(value is None or isinstance(value, str) for value in (tokenizer, dtype)):
+            raise CheckpointError(f"{run / RUN_FILE} is damaged: tokenizer and dtype of inputs are not names")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. To measure an adapter without what its run records, copy it out of the run folder"
+        ) from error
     return Trained(
         folder=str(run),
         context=context,

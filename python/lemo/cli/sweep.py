@@ -158,7 +158,7 @@ def run_command(args: argparse.Namespace) -> int:
     study = Study(model, load_data(args, model.config), plan, Path(args.out), say)
     if args.plan:
         with locked(study.out):
-            study.open()
+            study.open(training=False)
             study.measure()
         print(_costs(study))
         return 0

@@ -341,6 +341,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise CalibrationError(f"{path}: {name} is missing or of the wrong kind: calibrate again")
     if not len(config["sizes"]) == len(config["thresholds"]) == len(config["keep"]):
         raise CalibrationError(f"{path}: sizes, thresholds and keep differ in their number of layers: calibrate again")
+    if not config["sizes"]:
+        raise CalibrationError(f"{path}: there are no layers in it: calibrate again")
     if config["norm"] not in NORMS or config["pool"] not in POOLS:
         raise CalibrationError(f"{path}: unknown norm {config['norm']!r} or pool {config['pool']!r}: calibrate again")
     if not _has_shapes(config["sizes"]) or not all(

@@ -108,15 +108,53 @@ class Plan:
             raise ValueError(f"the shortest windows have {smallest} tokens, fewer than a block; give a longer context")
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What a study file holds. Raises ValueError if it is damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        values = None
+    identity = values.get("identity") if isinstance(values, dict) else None
+    if not isinstance(identity, dict) or not all(
+        isinstance(part, dict) for part in (identity.get("settings"), values.get("times"))
+    ):
+        raise ValueError(
+            f"{path} is damaged: it does not hold what lemo sweep writes; restore it, or begin the study in another "
+            "folder"
+        )
+    return dict(values)
+
+
 def plan_of(out: Path) -> dict[str, Any]:
-    """What the plan of the study in a folder says, by the names of the options of `lemo sweep`; {} if there is none."""
+    """What the plan of the study in a folder says, by the names of the options of `lemo sweep`; {} if there is none.
+    Raises ValueError for a damaged one."""
     path = out / STUDY_FILE
     if not path.exists():
         return {}
-    there = json.loads(path.read_text())
+    there = _read(path)
     identity = there["identity"]
-    values = {**identity["settings"], **{name: identity[name] for name in ("context", "held_out", "max_tokens")}}
-    return values | {name: there[name] for name in ("steps", "equal", "calibration") if name in there}
+    values = {**identity["settings"], **{name: identity.get(name) for name in ("context", "held_out", "max_tokens")}}
+    return values | {name: there[name] for name in _VARIED if name in there}
+
+
+# What runs of one study may differ in: recorded as the last command that trained had it.
+_VARIED = ("steps", "equal", "calibration")
+# What decides whether runs may be compared, as the command line calls it.
+_CALLED = {
+    "calibration_sha256": "--calibration",
+    "data_sha256": "--data",
+    "model": "--model",
+    "several_rates": "--lr (one or several)",
+    "split_seed": "seed of the held-out part",
+}
+
+
+def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """In what two studies' identities differ, as the command line calls it."""
+    names = [name for name in ours if name != "settings" and ours[name] != theirs.get(name)]
+    a, b = ours["settings"], theirs["settings"]
+    names += [name for name in a | b if a.get(name) != b.get(name)]
+    return sorted({_CALLED.get(name, "--" + name.replace("_", "-")) for name in names})
 
 
 class Study:
@@ -140,6 +178,8 @@ class Study:
         self.choose = held.cut(spans[::2])
         self.times: dict[str, float | None] = {}  # None: the step did not fit into memory
         self.identity = json.loads(json.dumps(self._identity(documents, fraction)))
+        of = plan.settings
+        self.varied: dict[str, Any] = {"steps": of.steps, "equal": plan.equal, "calibration": of.calibration}
 
     def _identity(self, documents: Documents, fraction: float) -> dict[str, Any]:
         """What all runs of a folder have in common, so that they may be compared."""
@@ -162,17 +202,20 @@ class Study:
 
     # ---- files
 
-    def open(self) -> None:
-        """Makes the folder, or checks that it holds a study of the same. Raises ValueError."""
+    def open(self, training: bool = True) -> None:
+        """Makes the folder, or checks that it holds a study of the same. training: what runs may differ in is recorded
+        as this command has it. Raises ValueError."""
         path = self.out / STUDY_FILE
         if path.exists():
-            there = json.loads(path.read_text())
-            if different := sorted(k for k in self.identity if self.identity[k] != there["identity"].get(k)):
+            there = _read(path)
+            if different := _different(self.identity, there["identity"]):
                 raise ValueError(
                     f"--out {self.out} holds a study with another {', '.join(different)}; continue it with the same "
                     "options, or choose another folder"
                 )
             self.times = there["times"]
+            if not training:
+                self.varied = {name: there[name] for name in _VARIED if name in there}
             self._write()
             return
         if self.out.exists() and any(p.name != ".lock" for p in self.out.iterdir()):
@@ -181,9 +224,7 @@ class Study:
         self._write()
 
     def _write(self) -> None:
-        settings = self.plan.settings
-        values: dict[str, Any] = {"identity": self.identity, "times": self.times, "steps": settings.steps}
-        values |= {"equal": self.plan.equal, "calibration": settings.calibration}
+        values = {"identity": self.identity, "times": self.times, **self.varied}
         write_text(self.out / STUDY_FILE, json.dumps(values, indent=1))
 
     def result(self, settings: FinetuneSettings) -> dict[str, Any] | None:
