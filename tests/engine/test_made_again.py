@@ -115,3 +115,20 @@ def test_peaks_are_those_of_the_estimate(phase, targets, monkeypatch):
     model.zero_grad()
     found = lemo.estimate(model, config, 2048, element=4, lora_rank=4, lora_targets=targets)["phases"][0]
     assert peak_bytes(run) == pytest.approx(found["saved"] + found["working"], rel=0.05)
+
+
+@pytest.mark.parametrize("phase", ["dense", "skip", "backward", "sparse"])
+def test_the_first_step_takes_no_more_memory_than_later_ones(phase):
+    """A run does not fail in its first step for what it needs only once."""
+    model = lora(base("llama", layers=3, hidden_size=256, max_position_embeddings=1024), ATTENTION["llama"]).train()
+    lemo.apply(model, lemo.LemoConfig(phases=[lemo.Phase(phase, **({"keys": 256} if phase == "sparse" else {}))]))
+    ids = torch.randint(3, 80, (1, 1024))
+
+    def run():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    first, later = peak_bytes(run), peak_bytes(run)
+    kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    kept += 2 * 1024 * model.config.head_dim * 4  # positions' cosines and sines
+    assert first - kept <= 1.01 * later

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -240,8 +240,8 @@ def start(
     seed: int = 0,
     chosen_by: str = "",
 ) -> Selection:
-    """As `select`, without waiting for the device, and without errors: `Selection.finish` does and has these. (As many
-    arguments as `select`.)"""
+    """As `select`, without waiting for the device, and without errors: `Selection.finish` does and has these. (Nine
+    arguments: they are those of the operator.)"""
     b = blocks.block_size
     how = (mode, keep, threshold, always_first, always_last, seed)
     try:
@@ -258,18 +258,19 @@ def start(
     return Selection(blocks, chosen_by, made, None, on_host, torch.cuda.current_stream(info.device).record_event())
 
 
-def select(
-    scores: Tensor,
-    blocks: Blocks,
-    *,
-    mode: SelectMode,
-    keep: float = 1.0,
-    threshold: float = 0.0,
-    always_first: int = 1,
-    always_last: int = 0,
-    seed: int = 0,
-    chosen_by: str = "",
-) -> Kept:
+class How(TypedDict, total=False):
+    """The arguments of `start` and `select` after scores and blocks, with the defaults of `start`."""
+
+    mode: Required[SelectMode]
+    keep: float
+    threshold: float
+    always_first: int
+    always_last: int
+    seed: int
+    chosen_by: str
+
+
+def select(scores: Tensor, blocks: Blocks, **how: Unpack[How]) -> Kept:
     """Chooses blocks by score (paper section 4.2) and returns tensors of exact size.
 
     scores: float32 [nb]; for modes "sample" and "poisson" probabilities in (0, 1].
@@ -283,19 +284,9 @@ def select(
     Raises FloatingPointError, naming the block, for a score that is not finite (or not a valid probability), and if a
     threshold keeps nothing. Costs one host synchronisation on a GPU, unless sizes are known beforehand (a budget or
     sample over documents whose lengths are multiples of the block size): faults are then reported by
-    ``Kept.raise_on_fault``. (Nine arguments: they are those of the operator.)
+    ``Kept.raise_on_fault``.
     """
-    return start(
-        scores,
-        blocks,
-        mode=mode,
-        keep=keep,
-        threshold=threshold,
-        always_first=always_first,
-        always_last=always_last,
-        seed=seed,
-        chosen_by=chosen_by,
-    ).finish()
+    return start(scores, blocks, **how).finish()
 
 
 def raise_on_faults(lists: Sequence[Kept]) -> None:
