@@ -215,7 +215,7 @@ def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: P
 
 
 def test_a_resumed_run_saves_as_it_began(
-    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The command that an interrupted run names has none of its options; runs of an earlier lemo take the defaults."""
     out, given = tmp_path / "run", []
@@ -241,6 +241,11 @@ def test_a_resumed_run_saves_as_it_began(
     assert json.loads((out / "run.json").read_text())["saving"] == saving
 
     run = json.loads((out / "run.json").read_text())
+    for value in (0, True, "1"):
+        run["saving"]["log_every"] = value
+        (out / "run.json").write_text(json.dumps(run))
+        assert main(resume) == 2 and f"log_every of saving is {value!r}" in capsys.readouterr().err
+    assert main([*resume, "--log-every", "1"]) == 0 and given.pop() == saving
     del run["saving"]
     (out / "run.json").write_text(json.dumps(run))
     assert main(resume) == 0
