@@ -22,6 +22,8 @@ def test_help_teaches_with_examples(command: str, capsys: pytest.CaptureFixture[
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "examples:" in text and text.count(f"lemo {command}") >= 3
+    # Only evaluate takes model options from runs.
+    assert (" ".join(text.split()).count("as the adapters' runs were trained") == 3) == (command == "evaluate")
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

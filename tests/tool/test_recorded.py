@@ -111,6 +111,7 @@ def test_evaluate_takes_tokenizer_and_dtype_of_the_run(
     assert found is None and f"--tokenizer {tmp_path / 'nowhere'}: cannot be loaded" in said
     found, said = evaluate(gone, trained / "adapter")
     assert found is None and "differ in --tokenizer" in said and "give --tokenizer" in said
+    assert f"{trained}: the default" in said
 
     other = like("other", {"dtype": "float16", "answers_only": True}) / "adapter"
     found, said = evaluate(other)
@@ -214,7 +215,7 @@ def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: P
 
 
 def test_a_resumed_run_saves_as_it_began(
-    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The command that an interrupted run names has none of its options; runs of an earlier lemo take the defaults."""
     out, given = tmp_path / "run", []
@@ -240,6 +241,11 @@ def test_a_resumed_run_saves_as_it_began(
     assert json.loads((out / "run.json").read_text())["saving"] == saving
 
     run = json.loads((out / "run.json").read_text())
+    for value in (0, True, "1"):
+        run["saving"]["log_every"] = value
+        (out / "run.json").write_text(json.dumps(run))
+        assert main(resume) == 2 and f"log_every of saving is {value!r}" in capsys.readouterr().err
+    assert main([*resume, "--log-every", "1"]) == 0 and given.pop() == saving
     del run["saving"]
     (out / "run.json").write_text(json.dumps(run))
     assert main(resume) == 0

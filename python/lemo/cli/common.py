@@ -140,23 +140,27 @@ INTERPOLATE = (
 )
 
 
-def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser, required: bool = True, of_runs: bool = False) -> None:
+    """of_runs: options that are not given are those of the adapters' runs (`lemo.cli.recorded`)."""
+    runs = "as the adapters' runs were trained"
+    default = f" (default: {runs})" if of_runs else ""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", type=path_name, required=required, help="folder of a transformers causal LM, or its name on the hub"
     )
     group.add_argument(
-        "--tokenizer", type=path_name, help="folder or name of the tokenizer, if it is not the model's own"
+        "--tokenizer",
+        type=path_name,
+        help="folder or name of the tokenizer, if it is not the model's own" + default,
     )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, else float32)"
-    )
+    on_gpu = f"on a GPU {runs}, without a run bfloat16" if of_runs else "bfloat16 on a GPU"
+    group.add_argument("--dtype", choices=DTYPES, help=f"of the frozen weights (default: {on_gpu}, else float32)")
     group.add_argument(
         "--interpolate-positions",
         action="store_true",
         default=None,
-        help=INTERPOLATE,
+        help=INTERPOLATE + default,
     )
 
 

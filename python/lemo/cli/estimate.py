@@ -57,7 +57,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--model", type=path_name, required=True, help="folder of a transformers causal LM, or its name on the hub"
     )
-    parser.add_argument("--context", type=int, help="tokens per window (default: as --calibration was made)")
+    parser.add_argument(
+        "--context", type=int, help="tokens per window (default: as --calibration was made; none with --gpu)"
+    )
     parser.add_argument("--gpu", help="a GPU's name or memory: prints the longest context that fits it")
     parser.add_argument(
         "--dtype",

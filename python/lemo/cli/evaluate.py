@@ -72,7 +72,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "folder", nargs="?", type=path_name, metavar="RUN", help="a run folder: its model and its adapter are measured"
     )
-    add_model(parser, required=False)
+    add_model(parser, required=False, of_runs=True)
     add_data(parser, required=False)
     parser.add_argument(
         "--context",

@@ -247,6 +247,23 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
     return FinetuneSettings(**given)
 
 
+def _take_saving(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """How often the run saves, logs and evaluates, for options that are not given. saved: see `run_settings`."""
+    from lemo.training.checkpoint import CheckpointError
+    from lemo.training.run_folder import RUN_FILE
+
+    for name, value in saved.get("saving", {}).items():
+        if name not in _SAVING or getattr(args, name) is not None:
+            continue
+        least = _SAVING[name][2]
+        if type(value) is not int or value < least:
+            raise CheckpointError(
+                f"{Path(args.out) / RUN_FILE} is damaged: {name} of saving is {value!r}, expected a number of at least "
+                f"{least}; give --{name.replace('_', '-')}"
+            )
+        setattr(args, name, value)
+
+
 def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> FinetuneSettings:
     """The run's own settings and inputs, and what it saves, except for new places of model, data and calibration.
 
@@ -258,10 +275,7 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
 
     saved = run_settings(args.out)
     before = saved_settings(saved, args.out)
-    saving = saved.get("saving", {})
-    for name in _SAVING:
-        if getattr(args, name) is None and isinstance(saving.get(name), int):
-            setattr(args, name, saving[name])
+    _take_saving(args, saved)
     calibration = given.pop("calibration", before.calibration)
     accumulate = accumulate_in(world_size(), before, saved)
     if given.get("accumulate") == accumulate:

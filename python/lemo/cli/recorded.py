@@ -69,7 +69,7 @@ def agreed(runs: Sequence[Trained], field: str, option: str) -> Any:
     differ."""
     values = [getattr(run, field) for run in runs]
     if len(set(values)) > 1:
-        text = ", ".join(f"{run.folder}: {value or 'none'}" for run, value in zip(runs, values, strict=True))
+        text = ", ".join(f"{run.folder}: {value or 'the default'}" for run, value in zip(runs, values, strict=True))
         raise ValueError(f"the runs of the adapters differ in {option} ({text}): give {option}")
     return values[0] if values else None
 
