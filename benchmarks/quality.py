@@ -180,6 +180,8 @@ class Study:
         --widen times.
         """
         args = self.args
+        if taken := self.taken(way.row):
+            return self._further(way, taken, results)
         first = [(b, args.rates[0]) for b in args.batches]
         open_ = [s for s in first if not self.sweep_run(way, s, results)]
         if open_:
@@ -199,6 +201,25 @@ class Study:
             if not self.sweep_run(way, beyond, results):
                 return done, [beyond]
             done.append(beyond)
+        return done, []
+
+    def _further(
+        self, way: Way, taken: dict[str, Any], results: dict[str, Any]
+    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """The same of a sweep that another study ended at its edge. Its choice is run once more, to compare losses that
+        were measured on the same text."""
+        done: list[tuple[int, float]] = []
+        if "rate" not in taken["at_edge"] or not self.args.widen_further:
+            return done, []
+        batch, edge = taken["batch"], taken["rate"]
+        factor = 2.0 if edge == max(s["rate"] for s in taken["sweep"] if s["batch"] == batch) else 0.5
+        for i in range(self.args.widen_further):
+            both = [*done, (batch, edge * factor ** (i + 1))] if done else [(batch, edge), (batch, edge * factor)]
+            if open_ := [s for s in both if not self.sweep_run(way, s, results)]:
+                return [s for s in both if s not in open_], open_
+            done = both
+            if self._best(way, done, results) != done[-1]:
+                break
         return done, []
 
     def sweep_run(self, way: Way, setting: tuple[int, float], results: dict[str, Any]) -> dict[str, Any] | None:
@@ -225,19 +246,26 @@ class Study:
         settings, way = self.args.settings, self.sweeps_at(row)
         return None if settings is None else settings.of(row, way.sequences, way.cost_at)
 
+    def rows(self) -> list[Row]:
+        return list(dict.fromkeys(way.row for way in self.ways))
+
     def swept(self) -> list[Row]:
-        """Rows with a sweep in this study."""
-        rows = dict.fromkeys(way.row for way in self.ways)
-        return [row for row in rows if self.args.sweep and self.taken(row) is None]
+        """Rows with a sweep of their own in this study."""
+        return [row for row in self.rows() if self.args.sweep and self.taken(row) is None]
+
+    def widened(self) -> list[Row]:
+        """Rows whose sweep another study made, and this one may widen."""
+        known = [(row, self.taken(row)) for row in self.rows() if self.args.widen_further]
+        return [row for row, taken in known if taken and "rate" in taken["at_edge"]]
 
     def chosen(self, row: Row, results: dict[str, Any]) -> tuple[int, float] | None:
         """Batch size and learning rate of a row; None while its sweep is not finished."""
         if not self.args.sweep:
             return self.args.batches[0], self.args.rates[0]
-        if taken := self.taken(row):
-            return taken["batch"], taken["rate"]
-        way = self.sweeps_at(row)
+        way, taken = self.sweeps_at(row), self.taken(row)
         done, open_ = self.tried(way, results)
+        if taken and not (done or open_):
+            return taken["batch"], taken["rate"]
         return None if open_ else self._best(way, done, results)
 
     def finals(self, way: Way, results: dict[str, Any]) -> list[Spec]:
@@ -247,7 +275,7 @@ class Study:
     def wanted(self, results: dict[str, Any]) -> list[Spec]:
         """Runs that can start now: sweeps, then a seed of every row before the next seed."""
         found = [self.base]
-        for row in self.swept():
+        for row in self.swept() + self.widened():
             way = self.sweeps_at(row)
             found += [way.spec(*s, SWEEP_SEED, "sweep") for s in self.tried(way, results)[1]]
         finals = [spec for way in self.ways for spec in self.finals(way, results)]
@@ -358,13 +386,15 @@ def plan(study: Study) -> str:
     swept = study.swept()
     sweeps = len(swept) * (len(study.args.batches) + len(study.args.rates) - 1)
     wider = len(swept) * study.args.widen if len(study.args.rates) > 1 else 0
+    sweeps += 2 * len(study.widened())  # what the other study chose, and one beyond it
+    wider += len(study.widened()) * (study.args.widen_further - 1)
     out = [
         table(lines, ("row", "cost at", "sequences", "rates", "steps")),
         f"{sweeps} runs to sweep" + f", up to {wider} more at the edges" * bool(wider) + f", {finals} final runs",
     ]
     if study.args.settings is not None:
-        rows = dict.fromkeys(w.row for w in study.ways)
-        out.append(f"settings of {study.args.settings.source['file']}: {len(rows) - len(swept)} of {len(rows)} rows")
+        rows = len(study.rows())
+        out.append(f"settings of {study.args.settings.source['file']}: {rows - len(swept)} of {rows} rows")
         out += [f"not in it as it is now, so swept: {row.name}" for row in swept]
     chains = {(w.row.name, chain): None for w in study.ways for chain in study.costs.chained(w.row, w.cost_at)}
     out += [f"chained: {name}: {chain}" for name, chain in chains]
@@ -401,6 +431,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="results file of a study of the same kind: rows that it has with the same schedule and cost take its "
         "batch size and rate instead of a sweep",
     )
+    parser.add_argument(
+        "--widen-further",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sweeps of --settings that ended at their largest or smallest rate go on beyond it, at most N times "
+        "(default: 0)",
+    )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these, and dense")
     parser.add_argument("--items", type=int, default=8, help="windows per domain or documents in an evaluation")
     parser.add_argument("--calibration-steps", type=int, default=300)
@@ -434,8 +472,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--only: no row's name contains {unknown[0]!r}; there are {', '.join(row.name for row in ROWS)}")
     if missing := [path for path in args.costs if not Path(path).is_file()]:
         parser.error(f"--costs: {missing[0]} does not exist")
-    if args.widen < 0:
-        parser.error(f"--widen: expected 0 or more, got {args.widen}")
+    for name in ("widen", "widen_further"):
+        if (value := getattr(args, name)) < 0:
+            parser.error(f"--{name.replace('_', '-')}: expected 0 or more, got {value}")
+    if args.widen_further and args.settings is None:
+        parser.error(
+            "--widen-further: goes on with the sweeps of --settings, which is not given; --widen is for others"
+        )
     args.study = args.study or f"runs/quality-{Path(args.model).name}-{args.setting}"
     if args.settings is not None:
         if not args.sweep:
@@ -482,7 +525,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(shown, ("row", "cost at", "sequences", "seeds", "loss", "gap %", "low %", "high %")))
     left = len(study.wanted(study.results()))
     failed = [r["error"] for r in study.results().values() if "error" in r]
-    print(f"{path}: {left} runs to come" + " at least: sweeps decide which" * bool(left and study.swept()))
+    print(
+        f"{path}: {left} runs to come"
+        + " at least: sweeps decide which" * bool(left and (study.swept() or study.widened()))
+    )
     if failed:
         print(f"{len(failed)} runs failed, and are tried again next time: {failed[0]}", file=sys.stderr)
     return int(bool(failed))

@@ -192,28 +192,32 @@ def describe(
         "train_s": round(statistics.mean(run["train_s"] for run in done.values()), 1),
     }
     row |= stats.absolute(task.setting, task.adapt, {seed: run["losses"] for seed, run in done.items()})
-    if taken := study.taken(way.row):
-        row |= {name: taken[name] for name in ("sweep", "at_edge", "settings_from")}
-    elif args.sweep:
-        at = study.sweeps_at(way.row)
-        tried = study.tried(at, results)[0]
-        row["sweep"] = [
-            {
-                "batch": b,
-                "rate": r,
-                "loss": round(x, 5) if math.isfinite(x := study.sweep_loss(at, (b, r), results)) else None,
-            }
-            for b, r in tried
-        ]
-        row["at_edge"] = [
-            name
-            for name, value, values in (
-                ("batch", spec.batch, args.batches),
-                ("rate", spec.rate, [r for b, r in tried if b == spec.batch]),
-            )
-            if len(values) > 1 and value in (min(values), max(values)) and not (name == "batch" and value == 1)
-        ]
-    return row
+    if not args.sweep:
+        return row
+    at, taken = study.sweeps_at(way.row), study.taken(way.row)
+    tried = study.tried(at, results)[0]
+    here = [
+        {
+            "batch": b,
+            "rate": r,
+            "loss": round(x, 5) if math.isfinite(x := study.sweep_loss(at, (b, r), results)) else None,
+        }
+        for b, r in tried
+    ]
+    if taken and not here:
+        return row | {name: taken[name] for name in ("sweep", "at_edge", "settings_from")}
+    edges = {name for name in ("batch", "rate") if at_edge(name, spec, here)}
+    if taken:  # the choice of the other study is the first that was tried here: what is beyond it is its only edge
+        edges = {"batch"} & set(taken["at_edge"]) | {"rate" for s in here[-1:] if s["rate"] == spec.rate}
+        row["settings_from"] = taken["settings_from"] | {"sweep": taken["sweep"]}
+    return row | {"sweep": here, "at_edge": sorted(edges)}
+
+
+def at_edge(name: str, spec: Spec, tried: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a wider sweep of batch sizes or rates might choose otherwise."""
+    chosen = getattr(spec, name)
+    values = {s[name] for s in tried if name == "batch" or s["batch"] == spec.batch}
+    return len(values) > 1 and chosen in (min(values), max(values)) and not (name == "batch" and chosen == 1)
 
 
 def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:

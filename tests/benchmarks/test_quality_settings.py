@@ -1,6 +1,7 @@
 """What the results file of a quality study keeps: settings that another study takes, and what every run measured."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -136,11 +137,38 @@ def test_files_that_hold_no_settings_for_the_study(
     assert f"--settings: {path} {message}" in capsys.readouterr().err and world.trained == []
 
 
+def test_a_sweep_that_ended_at_its_edge_goes_on(world: Any, found: Path, q: Any, monkeypatch: Any) -> None:
+    """From the rate that the file chose, which is run once more, until one is worse or the number is used up."""
+    tried = [{"batch": 1, "rate": r, "loss": 1.0} for r in (1e-3, 2e-3)] + [{"batch": 2, "rate": 1e-3, "loss": None}]
+
+    def at_its_edge(result: dict[str, Any]) -> None:
+        for row in result["rows"][1:]:
+            row |= {"batch": 1, "rate": 2e-3 if row["name"] == "dense" else 1e-3, "at_edge": ["rate"], "sweep": tried}
+
+    changed(found, at_its_edge)
+    best = {"dense": 4e-3, "skip": 1e-3 / 4}
+
+    def loss(study: Any, way: Any, setting: tuple[int, float], results: Any) -> float:
+        return abs(math.log(setting[1] / best[way.row.stages[0].phase["mode"]]))
+
+    monkeypatch.setattr(q.quality.Study, "sweep_loss", loss)
+    words = (*SMALL, *SWEEP, "--settings", found, "--study", world.folder / "second")
+    result = world.command(*words, "--widen-further", 2)
+    swept = sorted(spec.rate for spec in world.trained if spec.purpose == "sweep")
+    assert swept == [1e-3 / 4, 1e-3 / 2, 1e-3, 2e-3, 4e-3, 8e-3] and {spec.batch for spec in world.trained} == {1}
+    dense, other = row_of(result, "dense"), row_of(result, NAME)
+    assert (dense["rate"], dense["at_edge"]) == (4e-3, []) and (other["rate"], other["at_edge"]) == (1e-3 / 4, ["rate"])
+    for row in (dense, other):
+        assert len(row["sweep"]) == 3 and row["settings_from"]["sweep"] == tried
+
+
 def test_settings_that_contradict_themselves(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """No sweep to replace; or the file would be written over, and what it settled be lost for the next command."""
     for words, message in (
         (("--settings", world.folder / "found.json", "--no-sweep"), "--no-sweep gives every row one setting"),
         (("--settings", world.folder / "quality.json"), "is the file that this study writes"),
+        (("--widen-further", 1), "goes on with the sweeps of --settings, which is not given"),
+        (("--widen-further", -1), "expected 0 or more, got -1"),
     ):
         with pytest.raises(SystemExit):
             world.command(*SMALL, *words)
