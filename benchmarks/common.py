@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -77,13 +78,27 @@ def command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", *words])
 
 
-def write_results(name: str | Path, rows: Sequence[dict[str, Any]], **more: Any) -> Path:
-    """Writes ``rows`` under the header. name: a path ending in .json, or a name within benchmarks/results."""
+def results_path(name: str | Path) -> Path:
+    """name: a path ending in .json, or a name within benchmarks/results."""
     path = Path(name)
-    if path.suffix != ".json":
-        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return path if path.suffix == ".json" else ROOT / "benchmarks" / "results" / f"{name}.json"
+
+
+def readable(values: Any) -> str:
+    """JSON with an entry on each line, but for lists of numbers, which have one line each."""
+    # A line break is never inside a string of JSON, so what begins with a bracket and a break is a list.
+    return re.sub(
+        r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]",
+        lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]",
+        json.dumps(values, indent=1),
+    )
+
+
+def write_results(name: str | Path, rows: Sequence[dict[str, Any]], **more: Any) -> Path:
+    """Writes ``rows`` under the header. name: as of ``results_path``."""
+    path = results_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(header() | more | {"rows": list(rows)}, indent=1)
+    text = readable(header() | more | {"rows": list(rows)})
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n")
     part.replace(path)

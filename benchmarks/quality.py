@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -38,26 +37,10 @@ from typing import Any
 
 import quality_stats as stats
 import torch
-from common import ROOT, header, table, write_results
-from quality_schedules import CONTEXTS, MODEL, ROWS, Costs, Row, cost, segments, unavailable
-from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, train
-
-BASE = "not adapted"
-MADE_BY = ("commit", "gpu", "versions")  # what every run says of itself
-
-
-def digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def finite(loss: float) -> float:
-    """A loss to choose by: infinite if the run diverged."""
-    return loss if math.isfinite(loss) else math.inf
-
-
-def name_of(spec: Spec) -> str:
-    """Of the run's file: everything that decides its result."""
-    return digest(spec.to_dict())
+from common import ROOT, header, results_path, table
+from quality_results import BASE, MADE_BY, Settings, finite, publish, results_name, scope
+from quality_schedules import CONTEXTS, MODEL, ROWS, Costs, Row, segments, unavailable
+from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, name_of, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +180,8 @@ class Study:
         --widen times.
         """
         args = self.args
+        if taken := self.taken(way.row):
+            return self._further(way, taken, results)
         first = [(b, args.rates[0]) for b in args.batches]
         open_ = [s for s in first if not self.sweep_run(way, s, results)]
         if open_:
@@ -218,6 +203,25 @@ class Study:
             done.append(beyond)
         return done, []
 
+    def _further(
+        self, way: Way, taken: dict[str, Any], results: dict[str, Any]
+    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """The same of a sweep that another study ended at its edge. Its choice is run once more, to compare losses that
+        were measured on the same text."""
+        done: list[tuple[int, float]] = []
+        if "rate" not in taken["at_edge"] or not self.args.widen_further:
+            return done, []
+        batch, edge = taken["batch"], taken["rate"]
+        factor = 2.0 if edge == max(s["rate"] for s in taken["sweep"] if s["batch"] == batch) else 0.5
+        for i in range(self.args.widen_further):
+            both = [*done, (batch, edge * factor ** (i + 1))] if done else [(batch, edge), (batch, edge * factor)]
+            if open_ := [s for s in both if not self.sweep_run(way, s, results)]:
+                return [s for s in both if s not in open_], open_
+            done = both
+            if self._best(way, done, results) != done[-1]:
+                break
+        return done, []
+
     def sweep_run(self, way: Way, setting: tuple[int, float], results: dict[str, Any]) -> dict[str, Any] | None:
         return results.get(name_of(way.spec(*setting, SWEEP_SEED, "sweep")))
 
@@ -237,12 +241,31 @@ class Study:
         mine = [w for w in self.ways if w.row is row]
         return max((w for w in mine if w.cost_at == mine[0].cost_at), key=lambda w: w.sequences)
 
+    def taken(self, row: Row) -> dict[str, Any] | None:
+        """What the file of --settings holds of the row's sweep: of the very schedule, at the same cost."""
+        settings, way = self.args.settings, self.sweeps_at(row)
+        return None if settings is None else settings.of(row, way.sequences, way.cost_at)
+
+    def rows(self) -> list[Row]:
+        return list(dict.fromkeys(way.row for way in self.ways))
+
+    def swept(self) -> list[Row]:
+        """Rows with a sweep of their own in this study."""
+        return [row for row in self.rows() if self.args.sweep and self.taken(row) is None]
+
+    def widened(self) -> list[Row]:
+        """Rows whose sweep another study made, and this one may widen."""
+        known = [(row, self.taken(row)) for row in self.rows() if self.args.widen_further]
+        return [row for row, taken in known if taken and "rate" in taken["at_edge"]]
+
     def chosen(self, row: Row, results: dict[str, Any]) -> tuple[int, float] | None:
         """Batch size and learning rate of a row; None while its sweep is not finished."""
         if not self.args.sweep:
             return self.args.batches[0], self.args.rates[0]
-        way = self.sweeps_at(row)
+        way, taken = self.sweeps_at(row), self.taken(row)
         done, open_ = self.tried(way, results)
+        if taken and not (done or open_):
+            return taken["batch"], taken["rate"]
         return None if open_ else self._best(way, done, results)
 
     def finals(self, way: Way, results: dict[str, Any]) -> list[Spec]:
@@ -252,10 +275,9 @@ class Study:
     def wanted(self, results: dict[str, Any]) -> list[Spec]:
         """Runs that can start now: sweeps, then a seed of every row before the next seed."""
         found = [self.base]
-        if self.args.sweep:
-            for row in dict.fromkeys(w.row for w in self.ways):
-                way = self.sweeps_at(row)
-                found += [way.spec(*s, SWEEP_SEED, "sweep") for s in self.tried(way, results)[1]]
+        for row in self.swept() + self.widened():
+            way = self.sweeps_at(row)
+            found += [way.spec(*s, SWEEP_SEED, "sweep") for s in self.tried(way, results)[1]]
         finals = [spec for way in self.ways for spec in self.finals(way, results)]
         found += sorted(finals, key=lambda spec: self.args.seeds.index(spec.seed))
         return list({name_of(spec): spec for spec in found if name_of(spec) not in results}.values())
@@ -338,139 +360,19 @@ def run(study: Study, args: argparse.Namespace) -> None:
         print(f"{sum(map(bool, codes))} of {len(codes)} workers failed; finished runs are kept", file=sys.stderr)
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def published(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the results file, and what is still to come."""
-    results = study.results()
-    task, missing, found = study.task, [], []
-    losses: dict[Way, dict[int, Any]] = {}
-    for way in study.ways:
-        specs = study.finals(way, results)
-        done = {s.seed: results[name_of(s)] for s in specs if "losses" in results.get(name_of(s), {})}
-        losses[way] = {seed: run["losses"] for seed, run in done.items()}
-        if len(done) < len(study.args.seeds):
-            missing.append(f"{way.row.name}, {way.sequences:g} sequences at {way.cost_at}: {len(done)} seeds")
-        if len(done) >= min(2, len(study.args.seeds)):  # one seed of several has no interval
-            found.append(describe(study, way, specs[0], done, results))
-    largest = max(study.args.sequences)
-    rows = []
-    for row in found:
-        way = row.pop("way")
-        for name, other in references(study, way, losses, largest).items():
-            if set(losses[way]) & set(losses[other]):
-                row[name] = stats.compared(task.setting, task.adapt, losses[way], losses[other])
-                row[name]["to"] = other.row.name
-        rows.append(row)
-    base = results.get(name_of(study.base))
-    if base and "losses" in base:
-        rows.insert(0, {"name": BASE} | stats.absolute(task.setting, task.adapt, {0: base["losses"]}))
-    return rows, missing
-
-
-def references(study: Study, way: Way, losses: dict[Way, dict[int, Any]], largest: float) -> dict[str, Way]:
-    """What a way is compared with: dense and the best rival at equal cost, and dense at the largest budget."""
-    task = study.task
-    equal = [w for w in study.ways if (w.sequences, w.cost_at) == (way.sequences, way.cost_at) and losses[w]]
-    rivals = [w for w in equal if w.row.rival]
-    found = {}
-    if dense := [w for w in equal if w.row.name == "dense"]:
-        found["against_dense"] = dense[0]
-    if rivals:
-        found["against_best_rival"] = min(
-            rivals, key=lambda w: finite(stats.absolute(task.setting, task.adapt, losses[w])["mean_loss"])
-        )
-    most = [w for w in study.ways if (w.row.name, w.sequences, w.cost_at) == ("dense", largest, way.cost_at)]
-    if most and losses[most[0]]:
-        found["against_largest_dense"] = most[0]
-    return found
-
-
-def describe(
-    study: Study, way: Way, spec: Spec, done: dict[int, dict[str, Any]], results: dict[str, Any]
-) -> dict[str, Any]:
-    task, args = study.task, study.args
-    costs = {str(n): cost(list(spec.segments), way.row, study.costs, n, spec.batch) for n in CONTEXTS}
-    if way.cost_at not in CONTEXTS:
-        costs = {str(way.cost_at): cost(list(spec.segments), way.row, study.costs, way.cost_at, spec.batch)}
-    row = {
-        "way": way,
-        "name": way.row.name,
-        "schedule": way.row.text + "; first and last layer full" * way.row.edges,
-        "rival": way.row.rival,
-        "sequences": way.sequences,
-        "cost_at": way.cost_at,
-        "cost": {n: None if c is None else round(c, 2) for n, c in costs.items()},
-        "chained": [chain for n in costs for chain in study.costs.chained(way.row, int(n))],
-        "batch": spec.batch,
-        "rate": spec.rate,
-        "steps": sum(s.steps for s in spec.segments),
-        "seeds": sorted(done),
-        "train_s": round(statistics.mean(run["train_s"] for run in done.values()), 1),
-    }
-    row |= stats.absolute(task.setting, task.adapt, {seed: run["losses"] for seed, run in done.items()})
-    if args.sweep:
-        at = study.sweeps_at(way.row)
-        tried = study.tried(at, results)[0]
-        row["sweep"] = [
-            {
-                "batch": b,
-                "rate": r,
-                "loss": round(x, 5) if math.isfinite(x := study.sweep_loss(at, (b, r), results)) else None,
-            }
-            for b, r in tried
-        ]
-        row["at_edge"] = [
-            name
-            for name, value, values in (
-                ("batch", spec.batch, args.batches),
-                ("rate", spec.rate, [r for b, r in tried if b == spec.batch]),
-            )
-            if len(values) > 1 and value in (min(values), max(values)) and not (name == "batch" and value == 1)
-        ]
-    return row
-
-
-def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:
-    args = study.args
-    rows, missing = published(study)
-    runs = [r for r in study.results().values() if "losses" in r]
-    where = {name: r[name] for r in runs[-1:] for name in MADE_BY}  # not of the machine that writes the table
-    path = write_results(
-        args.out or f"quality-{Path(args.model).name}-{args.setting}",
-        rows,
-        **where,
-        setting=args.setting,
-        model=Path(args.model).name,
-        context=args.context,
-        adapt=args.adapt if args.setting == "B" else None,
-        items=args.items,
-        sequences=sorted(args.sequences),
-        seeds=args.seeds,
-        interval="95 %, t over seeds x documents (Welch-Satterthwaite), paired",
-        costs={name: len(found) for name, found in study.costs.files.items()},
-        runs={
-            "count": len(runs),
-            "commits": sorted({r["commit"] for r in runs}),
-            "gpus": sorted({r["gpu"] for r in runs}),
-            "hours": round(sum(r["wall_s"] for r in runs) / 3600, 2),
-        },
-        left_out=study.left_out,
-        missing=missing,
-        failed=sorted(r["error"] for r in study.results().values() if "error" in r),
-    )
-    return path, rows
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def plan(study: Study) -> str:
-    """Every row at every length of reference: its rates, its steps at the first batch size, or why it is left out."""
+    """Every row at every length of reference: its rates, its steps, or why it is left out.
+
+    Steps at the batch size of --settings, or at the first one that is tried.
+    """
     lines = []
     for way in study.ways:
-        steps = sum(s.steps for s in way.spec(study.args.batches[0], 0.0, 0, "final").segments)
+        taken = study.taken(way.row)
+        batch = taken["batch"] if taken else study.args.batches[0]
+        steps = sum(s.steps for s in way.spec(batch, 0.0, 0, "final").segments)
         lines.append(
             {
                 "row": way.row.name,
@@ -481,13 +383,19 @@ def plan(study: Study) -> str:
             }
         )
     finals = len({name_of(w.spec(1, 0.0, s, "final")) for w in study.ways for s in study.args.seeds})
-    rows = len({w.row for w in study.ways})
-    sweeps = rows * (len(study.args.batches) + len(study.args.rates) - 1) if study.args.sweep else 0
-    wider = rows * study.args.widen if study.args.sweep and len(study.args.rates) > 1 else 0
+    swept = study.swept()
+    sweeps = len(swept) * (len(study.args.batches) + len(study.args.rates) - 1)
+    wider = len(swept) * study.args.widen if len(study.args.rates) > 1 else 0
+    sweeps += 2 * len(study.widened())  # what the other study chose, and one beyond it
+    wider += len(study.widened()) * (study.args.widen_further - 1)
     out = [
         table(lines, ("row", "cost at", "sequences", "rates", "steps")),
         f"{sweeps} runs to sweep" + f", up to {wider} more at the edges" * bool(wider) + f", {finals} final runs",
     ]
+    if study.args.settings is not None:
+        rows = len(study.rows())
+        out.append(f"settings of {study.args.settings.source['file']}: {rows - len(swept)} of {rows} rows")
+        out += [f"not in it as it is now, so swept: {row.name}" for row in swept]
     chains = {(w.row.name, chain): None for w in study.ways for chain in study.costs.chained(w.row, w.cost_at)}
     out += [f"chained: {name}: {chain}" for name, chain in chains]
     return "\n".join([*out, *(f"left out: {name}: {reason}" for name, reason in study.left_out.items())])
@@ -517,6 +425,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="while a row's best rate is the largest or smallest tried, double or halve it, at most N times",
     )
     parser.add_argument("--no-sweep", dest="sweep", action="store_false", help="the first batch size and rate for all")
+    parser.add_argument(
+        "--settings",
+        metavar="FILE",
+        help="results file of a study of the same kind: rows that it has with the same schedule and cost take its "
+        "batch size and rate instead of a sweep",
+    )
+    parser.add_argument(
+        "--widen-further",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sweeps of --settings that ended at their largest or smallest rate go on beyond it, at most N times "
+        "(default: 0)",
+    )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these, and dense")
     parser.add_argument("--items", type=int, default=8, help="windows per domain or documents in an evaluation")
     parser.add_argument("--calibration-steps", type=int, default=300)
@@ -550,9 +472,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--only: no row's name contains {unknown[0]!r}; there are {', '.join(row.name for row in ROWS)}")
     if missing := [path for path in args.costs if not Path(path).is_file()]:
         parser.error(f"--costs: {missing[0]} does not exist")
-    if args.widen < 0:
-        parser.error(f"--widen: expected 0 or more, got {args.widen}")
+    for name in ("widen", "widen_further"):
+        if (value := getattr(args, name)) < 0:
+            parser.error(f"--{name.replace('_', '-')}: expected 0 or more, got {value}")
+    if args.widen_further and args.settings is None:
+        parser.error(
+            "--widen-further: goes on with the sweeps of --settings, which is not given; --widen is for others"
+        )
     args.study = args.study or f"runs/quality-{Path(args.model).name}-{args.setting}"
+    if args.settings is not None:
+        if not args.sweep:
+            parser.error("--settings: takes the place of sweeps, and --no-sweep gives every row one setting; name one")
+        if Path(args.settings).resolve() == results_path(results_name(args)).resolve():
+            parser.error(f"--settings: {args.settings} is the file that this study writes; name another with --out")
+        try:
+            args.settings = Settings.read(Path(args.settings), scope(args))
+        except ValueError as error:
+            parser.error(f"--settings: {error}")
     return args
 
 
@@ -589,7 +525,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(shown, ("row", "cost at", "sequences", "seeds", "loss", "gap %", "low %", "high %")))
     left = len(study.wanted(study.results()))
     failed = [r["error"] for r in study.results().values() if "error" in r]
-    print(f"{path}: {left} runs to come" + " at least: sweeps decide which" * bool(left and args.sweep))
+    print(
+        f"{path}: {left} runs to come"
+        + " at least: sweeps decide which" * bool(left and (study.swept() or study.widened()))
+    )
     if failed:
         print(f"{len(failed)} runs failed, and are tried again next time: {failed[0]}", file=sys.stderr)
     return int(bool(failed))

@@ -42,6 +42,11 @@ def plain(value: tuple[float, float | None]) -> dict[str, float | None]:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+def losses_of(row: Mapping[str, Any]) -> dict[int, Losses]:
+    """What the final runs of a results file's row measured, by seed: `compared` makes the intervals of it again."""
+    return {int(seed): losses for seed, losses in row["losses"].items()}
+
+
 def measured_groups(setting: str, adapt: str, losses: Losses) -> list[str]:
     """The groups that a setting is about: in B the domain that is adapted to."""
     return [adapt] if setting == "B" else sorted(losses)

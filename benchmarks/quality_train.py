@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -58,6 +60,11 @@ class Spec:
         values = dataclasses.asdict(self)
         values["segments"] = [[s.steps, dict(s.phase), str(s.window)] for s in self.segments]
         return values
+
+
+def name_of(spec: Spec) -> str:
+    """Of the run's file: everything that decides its result."""
+    return hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def device() -> torch.device:

@@ -14,37 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support import tiny
-
-ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("quality", "quality_data", "quality_pages", "quality_schedules", "quality_stats", "quality_train", "summary")
-
-
-@pytest.fixture
-def q(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return SimpleNamespace(**{name.removeprefix("quality_"): importlib.import_module(name) for name in NAMES})
-
-
-def cost_file(path: Path, steps: dict[int, dict[tuple[str, float, bool], float]], gpu: str | None = None) -> Path:
-    """As benchmarks/step.py writes it. steps: by tokens, milliseconds of (mode, keep, weighted)."""
-    same = {"method": "lemo", "recompute": "full", "model": "llama3-8b", "density": None}
-    rows: list[dict[str, Any]] = [{"method": "the peer", "recompute": "full", "model": "llama3-8b", "context": 65536}]
-    rows[0] |= {"mode": "dense", "keep": 1.0, "step_ms": 1.0}
-    for context, of in steps.items():
-        for (mode, keep, weighted), ms in of.items():
-            rows.append(same | {"context": context, "mode": mode, "keep": keep, "weighted": weighted, "step_ms": ms})
-    path.write_text(json.dumps({"gpu": gpu, "rows": rows}))
-    return path
-
-
-DENSE, HALF, BACKWARD = ("dense", 1.0, False), ("skip", 0.5, False), ("backward", 0.5, True)
-
-
-@pytest.fixture
-def costs(tmp_path: Path) -> Path:
-    at = {65536: {DENSE: 1000.0, HALF: 250.0, BACKWARD: 500.0}, 16384: {DENSE: 125.0}}
-    return cost_file(tmp_path / "step-a.json", at | {262144: {DENSE: 10000.0, HALF: 2000.0}})
-
+from support.quality_study import BACKWARD, DENSE, HALF, SMALL, cost_file
 
 # ---- schedules and costs ---------------------------------------------------------------------------------------------
 
@@ -300,38 +270,6 @@ def test_text_of_installed_packages(q: Any, tmp_path: Path, monkeypatch: pytest.
 
 
 # ---- whole studies ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def world(q: Any, tmp_path: Path, costs: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model, token files and a command; `trained` lists the runs that were really made."""
-    model: Any = tiny.build()
-    model.save_pretrained(tmp_path / "model")
-    rng = np.random.default_rng(0)
-    for name, n in (("train", 8000), ("adapt_code", 8000), ("dev_code", 2100), ("dev_law", 2100)):
-        (tmp_path / "tokens").mkdir(exist_ok=True)
-        rng.integers(0, 64, n).astype(np.uint16).tofile(tmp_path / "tokens" / f"{name}.bin")
-    trained: list[Any] = []
-    real = q.quality.train
-
-    def train(task: Any, spec: Any, deadline: float) -> Any:
-        trained.append(spec)
-        return real(task, spec, deadline)
-
-    monkeypatch.setattr(q.quality, "train", train)
-
-    def command(*words: Any, setting: str = "B") -> dict[str, Any]:
-        given = ["--model", tmp_path / "model", "--setting", setting, "--costs", costs, "--study", tmp_path / "study"]
-        given += ["--out", tmp_path / "quality.json", "--items", 2, *words]
-        if "--tokens" not in words and setting != "C":
-            given += ["--tokens", tmp_path / "tokens", "--adapt", "code"]
-        assert q.quality.main(list(map(str, given))) == 0
-        return json.loads((tmp_path / "quality.json").read_text())
-
-    return SimpleNamespace(command=command, trained=trained, folder=tmp_path)
-
-
-SMALL = ("--context", 256, "--only", "random subset 0.5", "--seeds", 1, 2, "--sequences", 4, "--cost-at", 65536, 262144)
 
 
 def test_a_study_with_its_sweep(world: Any) -> None:
