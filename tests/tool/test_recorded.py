@@ -81,6 +81,52 @@ def test_tasks_take_the_context_of_the_run_as_their_length(trained: Path, capsys
     assert f"--lengths 64: as {trained} was trained" in capsys.readouterr().err
 
 
+def test_evaluate_takes_the_model_of_the_adapters(
+    trained: Path, like: Any, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """As the run says, else as PEFT wrote it; the same folder, however it is named."""
+
+    def evaluate(*arguments: object) -> tuple[Any, str]:
+        command = ["--data", str(text_folder / "d0[0-3].txt"), "--context", "64", "--json", "-", "--quiet"]
+        code, said = main(["evaluate", *map(str, arguments), *command]), capsys.readouterr()
+        return (json.loads(said.out) if code == 0 else None), said.err
+
+    expected = evaluate("--model", model_folder, "--adapter", trained / "adapter")[0]["rows"]
+    found, said = evaluate("--adapter", trained / "adapter")
+    assert found["rows"] == expected and f"--model {model_folder}: as {trained / 'run.json'} names it" in said
+    assert evaluate("--adapter", trained / "checkpoint-1")[0]["rows"][1]["perplexity"] == expected[1]["perplexity"]
+    found, said = evaluate(trained)
+    assert found["rows"] == expected and f"{trained / 'run.json'} names it" in said
+
+    elsewhere = shutil.copytree(trained / "adapter", tmp_path / "elsewhere")
+    found, said = evaluate("--adapter", f"run={elsewhere}")
+    assert found["rows"] == expected and f"as {elsewhere / 'adapter_config.json'} names it" in said
+    (tmp_path / "link").symlink_to(model_folder)
+    linked = like("linked", {"model": str(tmp_path / "link")})
+    assert len(evaluate("--adapter", trained / "adapter", linked / "adapter")[0]["rows"]) == 3
+
+    other = like("other", {"model": "/nowhere/else"})
+    found, said = evaluate("--adapter", trained / "adapter", other / "adapter")
+    assert found is None and "different models" in said and "give --model" in said
+    assert f"{other / 'run.json'}: /nowhere/else" in said and f"{trained / 'run.json'}: {model_folder}" in said
+    assert len(evaluate(trained, "--adapter", other / "adapter")[0]["rows"]) == 3  # the run folder decides
+    unnamed = like("unnamed", {"model": None})
+    assert evaluate("--adapter", unnamed / "adapter")[0]["rows"][0] == expected[0]
+    path = elsewhere / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    found, said = evaluate("--adapter", elsewhere)
+    assert found is None and f"{elsewhere} does not name the model" in said and "give --model" in said
+    assert "no adapter_config.json" in evaluate("--adapter", tmp_path / "nowhere")[1]
+    assert "--model" in evaluate()[1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "finetune --resume --out"])
+def test_a_part_of_a_run_is_not_a_run(command: str, trained: Path, capsys: Any) -> None:
+    for part in ("adapter", "checkpoint-1"):
+        assert main([*command.split(), str(trained / part)]) == 2
+        assert f"did you mean {trained}?" in capsys.readouterr().err
+
+
 def test_evaluate_takes_the_positions_of_the_run(trained: Path, like: Any, evaluate: Any) -> None:
     """Stretched to 512, twice those of the model, whatever the context of the evaluation; or not."""
     stretched = like("stretched", {"interpolate_positions": True}, context=512) / "adapter"
