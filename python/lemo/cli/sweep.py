@@ -109,6 +109,8 @@ def _complete(args: argparse.Namespace) -> None:
 
     there = {name: value for name, value in plan_of(Path(args.out)).items() if value is not None}
     missing = [name for name in (*_DEFAULTS, "max_tokens", "calibration") if getattr(args, name) is None]
+    if there:
+        _check_recorded(args.out, [name for name in missing if name in _DEFAULTS and name not in there])
     taken = {name: there[name] for name in missing if name in there}
     if taken:
         say(f"{as_options(taken)}: as the study {args.out} has it")
@@ -117,6 +119,20 @@ def _complete(args: argparse.Namespace) -> None:
         say_calibrated(args, taken)
     for name in missing:
         setattr(args, name, taken.get(name, _DEFAULTS.get(name)))
+
+
+def _check_recorded(out: str, lacking: list[str]) -> None:
+    """Raises ValueError for options that neither the command nor the study has: a default would begin other runs."""
+    from lemo.study.sweep import STUDY_FILE, dense_steps
+
+    if not lacking:
+        return
+    options = " and ".join(f"--{name.replace('_', '-')}" for name in lacking)
+    steps = " or ".join(map(str, dense_steps(Path(out)))) if "steps" in lacking else ""
+    raise ValueError(
+        f"{Path(out) / STUDY_FILE} does not record {options} (an earlier lemo wrote it): give {options} as the study "
+        f"was begun with{f'; its dense runs have {steps} steps' if steps else ''}"
+    )
 
 
 def _plan(args: argparse.Namespace) -> Any:

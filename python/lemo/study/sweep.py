@@ -137,6 +137,21 @@ def plan_of(out: Path) -> dict[str, Any]:
     return values | {name: there[name] for name in _VARIED if name in there}
 
 
+def dense_steps(out: Path) -> list[int]:
+    """Steps that finished dense runs of the study in a folder have; those that cannot be read are left out."""
+    found = set()
+    for path in out.glob("runs/*/result.json"):
+        try:
+            settings = json.loads(path.read_bytes())["settings"]
+            # Windows of a part of the context are dense as well, and their steps are not the study's.
+            if settings["schedule"] == DENSE:
+                found.add((int(settings["context"]), int(settings["steps"])))
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            continue
+    longest = max((context for context, _ in found), default=0)
+    return sorted(steps for context, steps in found if context == longest)
+
+
 # What runs of one study may differ in: recorded as the last command that trained had it.
 _VARIED = ("steps", "equal", "calibration")
 # What decides whether runs may be compared, as the command line calls it.
