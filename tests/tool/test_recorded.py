@@ -224,8 +224,38 @@ def test_a_calibration_without_layers_is_named(calibration: Path, capsys: pytest
     assert f"{path}: there are no layers in it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "estimate --context 64",
+        "estimate --gpu 2GiB",
+        "estimate --gpu 2GiB --schedule dense",
+        "profile --context 64 --modes dense",
+        "finetune --data TEXT --out OUT --context 64",
+        "sweep --data TEXT --out OUT --context 64 --rows dense --held-out 0.3",
+        "sweep --data TEXT --out OUT --context 64 --rows dense --held-out 0.3 --plan",
+    ],
+)
+def test_a_calibration_of_another_model_is_refused(
+    command: str, calibration_folder: Path, text_folder: Path, new_model: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """By every command that takes one, and before it has done anything else."""
+    model = new_model(tmp_path / "model", layers=3, hidden=64)
+    words = command.replace("TEXT", str(text_folder)).replace("OUT", str(tmp_path / "out")).split()
+    assert main([*words, "--model", str(model), "--calibration", str(calibration_folder)]) == 2
+    said = capsys.readouterr()
+    assert "the calibration belongs to another model" in said.err and "run `lemo calibrate`" in said.err
+    assert "hidden_size: calibrated for 32, the model has 64" in said.err
+    assert "num_hidden_layers: calibrated for 2, the model has 3" in said.err
+    assert "profiling" not in said.err and said.out == "" and not list((tmp_path / "out").glob("[!.]*"))
+
+
 def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: Path, capsys: Any) -> None:
     model = str(new_model(tmp_path / "model", hidden=256))
+    path = calibration / "lemo_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["config"] |= {"hidden_size": 256, "head_dim": 64}
+    path.write_text(json.dumps(config))
     command = ["estimate", "--model", model, "--gpu", "2GiB", "--context", "128", "--calibration"]
     assert main([*command, str(calibration), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

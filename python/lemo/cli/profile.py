@@ -87,6 +87,8 @@ def _complete(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from lemo.predictors import model_fingerprint
+    from lemo.predictors.store import check_calibrated_for
     from lemo.study.profile import profile_modes
     from lemo.study.profile_page import as_text, profile_page
     from lemo.training.run_folder import environment
@@ -108,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         calibration=args.calibration,
     )
     model = load_model(args, args.context, to_train=True)
+    if args.calibration is not None:  # before the peer is profiled, which has no use for it
+        check_calibrated_for(args.calibration, model_fingerprint(model))
     documents = _documents(args, model.config)
     peer = not args.no_peer
     profiles = profile_modes(model, documents, settings, args.modes, peer=peer, steps=args.steps, report=say)
