@@ -68,7 +68,7 @@ def test_evaluate_takes_the_context_of_the_run(
     assert evaluate(like("other", context=32) / "checkpoint-1")[0]["context"] == 32
     elsewhere = shutil.copytree(trained / "adapter", tmp_path / "elsewhere")
     found, said = evaluate(elsewhere)
-    assert found is None and "--context 4096 exceeds" in said
+    assert found["context"] == 256 and "--context 256: the model has no more positions" in said
 
     found, said = evaluate(trained / "adapter", like("shorter", context=32) / "adapter")
     assert found is None and "differ in --context" in said
@@ -227,6 +227,48 @@ def test_a_calibration_without_layers_is_named(calibration: Path, capsys: pytest
 @pytest.mark.parametrize(
     "command",
     [
+        "evaluate --data TEXT --no-base --adapter ADAPTER",
+        "calibrate --data TEXT --joined --block-size 8 --steps 1 --out OUT",
+        "finetune --data TEXT --dense --steps 1 --out OUT",
+        "profile --no-peer --modes dense --steps 1",
+        "sweep --data TEXT --rows dense --seeds 1 --steps 1 --held-out 0.4 --plan --out OUT",
+    ],
+)
+def test_a_context_that_nobody_gave_is_one_that_the_model_has(
+    command: str, trained: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "elsewhere")
+    places = {"TEXT": text_folder, "OUT": tmp_path / "out", "ADAPTER": adapter}
+    words = [str(places.get(word, word)) for word in command.split()]
+    words += ["--model", str(model_folder), "--quiet"]
+    assert main([*words, "--context", "512"]) == 2
+    assert "--context 512 exceeds the model's 256 positions" in capsys.readouterr().err
+    assert main(words) == 0
+    assert capsys.readouterr().err.count("--context 256: the model has no more positions") == 1
+
+
+def test_lengths_that_nobody_gave_are_ones_that_the_model_has(model_folder: Path, capsys: Any) -> None:
+    words = ["evaluate", "--model", str(model_folder), "--tasks", "all"]
+    main(words)  # the tiny model's tokenizer has no numbers to ask for
+    said = capsys.readouterr().err
+    assert said.count("--lengths 256: the model has no more positions") == 1 and "exceeds" not in said
+    assert main([*words, "--lengths", "4K"]) == 2 and "exceeds" in capsys.readouterr().err
+
+
+def test_stretched_positions_keep_the_usual_context(
+    model_folder: Path, text_folder: Path, new_model: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """They were asked for; and a model with more positions than that is not trained on all of them."""
+    long = new_model(tmp_path / "long", positions=8192)
+    for model, *options in ((model_folder, "--interpolate-positions"), (long,)):
+        words = ["finetune", "--model", str(model), "--data", str(text_folder), "--out", "none", *options]
+        assert _settings(build_parser().parse_args(words)).context == 4096
+        assert "positions" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
         "estimate --context 64",
         "estimate --gpu 2GiB",
         "estimate --gpu 2GiB --schedule dense",
@@ -269,8 +311,10 @@ def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: 
     assert "later does not exist yet: --block-size and --keep are the defaults" in capsys.readouterr().err
 
 
-def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: Path) -> None:
+def test_profile_and_sweep_are_of_the_calibration(calibration: Path, new_model: Any, tmp_path: Path) -> None:
     from lemo.cli import profile, sweep
+
+    model = str(new_model(tmp_path / "long", positions=8192))
 
     common = ["--model", "none", "--calibration", str(calibration)]
     args = build_parser().parse_args(["profile", *common])
@@ -279,14 +323,14 @@ def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: P
     args = build_parser().parse_args(["profile", *common, "--context", "96", "--modes", "skip"])
     profile._complete(args)
     assert (args.context, args.block_size, args.modes) == (96, 8, ["skip"])
-    args = build_parser().parse_args(["profile", "--model", "none"])
+    args = build_parser().parse_args(["profile", "--model", model])
     profile._complete(args)
     assert (args.context, args.block_size, args.modes) == (4096, 64, ["dense", "skip:0.5"])
 
     args = build_parser().parse_args(["sweep", *common, "--data", "none", "--out", str(tmp_path / "new")])
     made = sweep._plan(args).settings
     assert (made.context, made.block_size, made.steps, made.held_out) == (64, 8, 60, 0.1)
-    args = build_parser().parse_args(["sweep", "--model", "none", "--data", "none", "--out", str(tmp_path / "new")])
+    args = build_parser().parse_args(["sweep", "--model", model, "--data", "none", "--out", str(tmp_path / "new")])
     assert sweep._plan(args).settings.context == 4096
 
 

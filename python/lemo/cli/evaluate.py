@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lemo.cli.common import (
+    AS_THE_MODEL,
     Formatter,
     add_common,
     add_data,
     add_model,
+    default_context,
     device_of,
     load_config,
     load_data,
@@ -77,7 +79,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--context",
         type=int,
-        help=f"tokens a piece of text has at most (default: as the run was trained; without a run {_CONTEXT})",
+        help=f"tokens a piece of text has at most (default: as the run was trained; without a run {_CONTEXT}, "
+        f"{AS_THE_MODEL})",
     )
     parser.add_argument("--adapter", nargs="+", default=[], metavar="[NAME=]FOLDER", help="PEFT adapters to measure")
     parser.add_argument(
@@ -98,7 +101,7 @@ def add(subparsers: Any) -> None:
     group.add_argument(
         "--lengths",
         metavar="TOKENS,...",
-        help="lengths of documents, as in 4K,8K (default: the context of the run; without a run 4K)",
+        help=f"lengths of documents, as in 4K,8K (default: the context of the run; without a run 4K, {AS_THE_MODEL})",
     )
     group.add_argument(
         "--distances",
@@ -179,10 +182,10 @@ def _say_taken(runs: Sequence[Trained], what: str) -> None:
 
 
 def _recorded_context(args: argparse.Namespace, option: str) -> int:
-    """Of the adapters' runs; without one, 4096."""
+    """Of the adapters' runs; without one, 4096 or what the model has."""
     context = agreed(args.runs, "context", option)
     if context is None:
-        return _CONTEXT
+        return default_context(args, _CONTEXT, option)
     _say_taken(args.runs, f"{option} {context}")
     return int(context)
 

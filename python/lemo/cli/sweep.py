@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lemo.cli.common import (
+    AS_THE_MODEL,
     Formatter,
     add_common,
     add_data,
     add_model,
+    default_context,
     device_of,
     load_data,
     load_model,
@@ -73,7 +75,11 @@ def add(subparsers: Any) -> None:
     add_model(parser)
     add_data(parser)
     study = parser.add_argument_group("study")
-    study.add_argument("--context", type=int, help=f"tokens per window (default: {AS_CALIBRATED}, else {_D.context})")
+    study.add_argument(
+        "--context",
+        type=int,
+        help=f"tokens per window (default: {AS_CALIBRATED}, else {_D.context}, {AS_THE_MODEL})",
+    )
     study.add_argument("--steps", type=int, help=f"optimizer steps of a dense run (default: {_DEFAULTS['steps']})")
     study.add_argument("--equal", choices=("cost", "steps"), help="what all rows have the same of (default: cost)")
     study.add_argument("--rows", nargs="+", metavar="[NAME=]SCHEDULE", help="ways of training (default: see --plan)")
@@ -117,6 +123,8 @@ def _complete(args: argparse.Namespace) -> None:
     else:
         taken = calibrated(args, ("context", "block_size"))
         say_calibrated(args, taken)
+        if "context" in missing and "context" not in taken:
+            taken["context"] = default_context(args, _D.context)
     for name in missing:
         setattr(args, name, taken.get(name, _DEFAULTS.get(name)))
 
