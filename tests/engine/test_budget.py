@@ -144,9 +144,9 @@ def test_mode_backward_saves_attention_at_least_and_everything_if_it_fits():
     assert budget.choose(n, 1 << 40, 1).recompute == ("full", "none", "none", "none")
     assert budget.fixed(n, "none", 1).recompute == ("attention", "none", "none", "none")
     moved = budget.fixed(n, "none", True, graphs=True)
-    assert moved.recompute == none.recompute and moved.host == none.saved - sum(
-        n.of(i, "none").others for i in range(4)
-    )
+    assert moved.recompute == none.recompute
+    # The last layer's rows stay: they are needed back at once.
+    assert moved.host == (LAYERS - 1) * n.of(0, "none").rows
     assert moved.saved == none.saved - (LAYERS - 2) * n.of(0, "none").rows
     assert n.of(0, "none").others == 4 * 8192 + 8
     assert budget.fixed(needs(), "none", True, graphs=True) == budget.fixed(needs(), "none", True)  # other modes

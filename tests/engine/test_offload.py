@@ -176,7 +176,38 @@ def test_at_most_two_layers_are_on_the_device(phase, recompute, layers, monkeypa
     ends = sizes[-1].rows if offloaded == LAYERS else 0
     assert after_forward == [stay + ends]
     assert max(most) <= plan.saved - others
-    assert plan.host == sum(sizes[i].rows for i in plan.offloaded)
+    assert plan.host == sum(sizes[i].rows for i in plan.offloaded) - ends
+
+
+@pytest.mark.parametrize("layers", [True, 1, 3], ids=str)
+@pytest.mark.parametrize(
+    ("phase", "options"),
+    [
+        *itertools.product(
+            ["dense", "skip", "two-lists", "nothing-for-attention", "sparse", "nothing-for-the-mlp"],
+            [{"recompute": "attention"}, {"recompute": "full"}, {"recompute": "full", "recompute_layers": 2}],
+        ),
+        ("exact", {"recompute": "attention"}),
+        ("exact", {"recompute": "none"}),
+        ("exact", {"recompute": "none", "recompute_layers": 2}),
+        ("skip", {"recompute": "attention", "recompute_layers": 3}),
+    ],
+    ids=str,
+)
+def test_the_plan_has_the_host_memory_that_a_step_takes(phase, options, layers, monkeypatch):
+    """To the byte: what the last layer, or the last of a segment, has put is never copied."""
+    monkeypatch.setattr(offload, "CHUNK_BYTES", 32)  # divides the rows of a block
+    added = {
+        "nothing-for-the-mlp": {"policy": "random", "mlp_keep": 0.0},
+        "exact": {"mode": "backward", "policy": "random"},
+    }
+    config = lemo.LemoConfig(
+        block_size=BLOCK, phases=[lemo.Phase(**{**PHASES, **added}[phase])], seed=3, offload=layers, **options
+    )
+    controller = lemo.apply(model := tuned("llama", layers=LAYERS), config)
+    ids = torch.randint(3, 80, (2, 64))  # of whole blocks, so that all lists are equally long
+    gradients(model, {"input_ids": ids, "labels": ids})
+    assert host(controller).nbytes == controller.savings.plan.host > 0
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_evaluate_takes_the_context_of_the_run(
     assert evaluate(like("other", context=32) / "checkpoint-1")[0]["context"] == 32
     elsewhere = shutil.copytree(trained / "adapter", tmp_path / "elsewhere")
     found, said = evaluate(elsewhere)
-    assert found is None and "--context 4096 exceeds" in said
+    assert found["context"] == 256 and "--context 256: the model has no more positions" in said
 
     found, said = evaluate(trained / "adapter", like("shorter", context=32) / "adapter")
     assert found is None and "differ in --context" in said
@@ -79,6 +79,52 @@ def test_evaluate_takes_the_context_of_the_run(
 def test_tasks_take_the_context_of_the_run_as_their_length(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained), "--tasks", "all", "--quiet"]) == 2
     assert f"--lengths 64: as {trained} was trained" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_model_of_the_adapters(
+    trained: Path, like: Any, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """As the run says, else as PEFT wrote it; the same folder, however it is named."""
+
+    def evaluate(*arguments: object) -> tuple[Any, str]:
+        command = ["--data", str(text_folder / "d0[0-3].txt"), "--context", "64", "--json", "-", "--quiet"]
+        code, said = main(["evaluate", *map(str, arguments), *command]), capsys.readouterr()
+        return (json.loads(said.out) if code == 0 else None), said.err
+
+    expected = evaluate("--model", model_folder, "--adapter", trained / "adapter")[0]["rows"]
+    found, said = evaluate("--adapter", trained / "adapter")
+    assert found["rows"] == expected and f"--model {model_folder}: as {trained / 'run.json'} names it" in said
+    assert evaluate("--adapter", trained / "checkpoint-1")[0]["rows"][1]["perplexity"] == expected[1]["perplexity"]
+    found, said = evaluate(trained)
+    assert found["rows"] == expected and f"{trained / 'run.json'} names it" in said
+
+    elsewhere = shutil.copytree(trained / "adapter", tmp_path / "elsewhere")
+    found, said = evaluate("--adapter", f"run={elsewhere}")
+    assert found["rows"] == expected and f"as {elsewhere / 'adapter_config.json'} names it" in said
+    (tmp_path / "link").symlink_to(model_folder)
+    linked = like("linked", {"model": str(tmp_path / "link")})
+    assert len(evaluate("--adapter", trained / "adapter", linked / "adapter")[0]["rows"]) == 3
+
+    other = like("other", {"model": "/nowhere/else"})
+    found, said = evaluate("--adapter", trained / "adapter", other / "adapter")
+    assert found is None and "different models" in said and "give --model" in said
+    assert f"{other / 'run.json'}: /nowhere/else" in said and f"{trained / 'run.json'}: {model_folder}" in said
+    assert len(evaluate(trained, "--adapter", other / "adapter")[0]["rows"]) == 3  # the run folder decides
+    unnamed = like("unnamed", {"model": None})
+    assert evaluate("--adapter", unnamed / "adapter")[0]["rows"][0] == expected[0]
+    path = elsewhere / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    found, said = evaluate("--adapter", elsewhere)
+    assert found is None and f"{elsewhere} does not name the model" in said and "give --model" in said
+    assert "no adapter_config.json" in evaluate("--adapter", tmp_path / "nowhere")[1]
+    assert "--model" in evaluate()[1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "finetune --resume --out"])
+def test_a_part_of_a_run_is_not_a_run(command: str, trained: Path, capsys: Any) -> None:
+    for part in ("adapter", "checkpoint-1"):
+        assert main([*command.split(), str(trained / part)]) == 2
+        assert f"did you mean {trained}?" in capsys.readouterr().err
 
 
 def test_evaluate_takes_the_positions_of_the_run(trained: Path, like: Any, evaluate: Any) -> None:
@@ -178,8 +224,80 @@ def test_a_calibration_without_layers_is_named(calibration: Path, capsys: pytest
     assert f"{path}: there are no layers in it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --data TEXT --no-base --adapter ADAPTER",
+        "calibrate --data TEXT --joined --block-size 8 --steps 1 --out OUT",
+        "finetune --data TEXT --dense --steps 1 --out OUT",
+        "profile --no-peer --modes dense --steps 1",
+        "sweep --data TEXT --rows dense --seeds 1 --steps 1 --held-out 0.4 --plan --out OUT",
+    ],
+)
+def test_a_context_that_nobody_gave_is_one_that_the_model_has(
+    command: str, trained: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "elsewhere")
+    places = {"TEXT": text_folder, "OUT": tmp_path / "out", "ADAPTER": adapter}
+    words = [str(places.get(word, word)) for word in command.split()]
+    words += ["--model", str(model_folder), "--quiet"]
+    assert main([*words, "--context", "512"]) == 2
+    assert "--context 512 exceeds the model's 256 positions" in capsys.readouterr().err
+    assert main(words) == 0
+    assert capsys.readouterr().err.count("--context 256: the model has no more positions") == 1
+
+
+def test_lengths_that_nobody_gave_are_ones_that_the_model_has(model_folder: Path, capsys: Any) -> None:
+    words = ["evaluate", "--model", str(model_folder), "--tasks", "all"]
+    main(words)  # the tiny model's tokenizer has no numbers to ask for
+    said = capsys.readouterr().err
+    assert said.count("--lengths 256: the model has no more positions") == 1 and "exceeds" not in said
+    assert main([*words, "--lengths", "4K"]) == 2 and "exceeds" in capsys.readouterr().err
+
+
+def test_stretched_positions_keep_the_usual_context(
+    model_folder: Path, text_folder: Path, new_model: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """They were asked for; and a model with more positions than that is not trained on all of them."""
+    long = new_model(tmp_path / "long", positions=8192)
+    for model, *options in ((model_folder, "--interpolate-positions"), (long,)):
+        words = ["finetune", "--model", str(model), "--data", str(text_folder), "--out", "none", *options]
+        assert _settings(build_parser().parse_args(words)).context == 4096
+        assert "positions" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "estimate --context 64",
+        "estimate --gpu 2GiB",
+        "estimate --gpu 2GiB --schedule dense",
+        "profile --context 64 --modes dense",
+        "finetune --data TEXT --out OUT --context 64",
+        "sweep --data TEXT --out OUT --context 64 --rows dense --held-out 0.3",
+        "sweep --data TEXT --out OUT --context 64 --rows dense --held-out 0.3 --plan",
+    ],
+)
+def test_a_calibration_of_another_model_is_refused(
+    command: str, calibration_folder: Path, text_folder: Path, new_model: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """By every command that takes one, and before it has done anything else."""
+    model = new_model(tmp_path / "model", layers=3, hidden=64)
+    words = command.replace("TEXT", str(text_folder)).replace("OUT", str(tmp_path / "out")).split()
+    assert main([*words, "--model", str(model), "--calibration", str(calibration_folder)]) == 2
+    said = capsys.readouterr()
+    assert "the calibration belongs to another model" in said.err and "run `lemo calibrate`" in said.err
+    assert "hidden_size: calibrated for 32, the model has 64" in said.err
+    assert "num_hidden_layers: calibrated for 2, the model has 3" in said.err
+    assert "profiling" not in said.err and said.out == "" and not list((tmp_path / "out").glob("[!.]*"))
+
+
 def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: Path, capsys: Any) -> None:
     model = str(new_model(tmp_path / "model", hidden=256))
+    path = calibration / "lemo_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["config"] |= {"hidden_size": 256, "head_dim": 64}
+    path.write_text(json.dumps(config))
     command = ["estimate", "--model", model, "--gpu", "2GiB", "--context", "128", "--calibration"]
     assert main([*command, str(calibration), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -193,8 +311,10 @@ def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: 
     assert "later does not exist yet: --block-size and --keep are the defaults" in capsys.readouterr().err
 
 
-def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: Path) -> None:
+def test_profile_and_sweep_are_of_the_calibration(calibration: Path, new_model: Any, tmp_path: Path) -> None:
     from lemo.cli import profile, sweep
+
+    model = str(new_model(tmp_path / "long", positions=8192))
 
     common = ["--model", "none", "--calibration", str(calibration)]
     args = build_parser().parse_args(["profile", *common])
@@ -203,14 +323,14 @@ def test_profile_and_sweep_are_of_the_calibration(calibration: Path, tmp_path: P
     args = build_parser().parse_args(["profile", *common, "--context", "96", "--modes", "skip"])
     profile._complete(args)
     assert (args.context, args.block_size, args.modes) == (96, 8, ["skip"])
-    args = build_parser().parse_args(["profile", "--model", "none"])
+    args = build_parser().parse_args(["profile", "--model", model])
     profile._complete(args)
     assert (args.context, args.block_size, args.modes) == (4096, 64, ["dense", "skip:0.5"])
 
     args = build_parser().parse_args(["sweep", *common, "--data", "none", "--out", str(tmp_path / "new")])
     made = sweep._plan(args).settings
     assert (made.context, made.block_size, made.steps, made.held_out) == (64, 8, 60, 0.1)
-    args = build_parser().parse_args(["sweep", "--model", "none", "--data", "none", "--out", str(tmp_path / "new")])
+    args = build_parser().parse_args(["sweep", "--model", model, "--data", "none", "--out", str(tmp_path / "new")])
     assert sweep._plan(args).settings.context == 4096
 
 

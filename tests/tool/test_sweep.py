@@ -120,6 +120,35 @@ def test_a_plan_does_not_change_what_a_study_continues_with(
     assert main(command) == 0 and "steps" not in json.loads((out / "study.json").read_text())
 
 
+@pytest.mark.parametrize("plan", [False, True])
+def test_what_an_earlier_study_does_not_record_is_asked_for(
+    study: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any, plan: bool
+) -> None:
+    """The default would begin runs of another length, or compare at another cost, next to those that are there."""
+    out = shutil.copytree(study, tmp_path / "study")
+    found, before = json.loads((out / "study.json").read_text()), results(out)
+    for name in ("steps", "equal", "calibration"):
+        del found[name]
+    (out / "study.json").write_text(json.dumps(found))
+    part = shutil.copytree(next(iter(out.glob("runs/*"))), out / "runs" / "part") / "result.json"
+    of_part = {"schedule": "dense", "context": 32, "steps": 7}  # as many steps as cost the same
+    part.write_text(json.dumps({"settings": of_part, "judge": {}}))
+    (shutil.copytree(part.parent, out / "runs" / "cut") / "result.json").write_text('{"settings": {')
+    command = ["sweep", "--model", str(model_folder), "--data", str(text_folder), "--out", str(out), "--quiet"]
+    command += ["--rows", "half=skip:0.5", "--seeds", "1", "2", *(["--plan"] if plan else [])]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"{out / 'study.json'} does not record --equal and --steps" in said and "give --equal and --steps" in said
+    assert "its dense runs have 3 steps" in said
+    assert main([*command, "--steps", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "does not record --equal (" in said and "dense runs" not in said
+    shutil.rmtree(part.parent)
+    shutil.rmtree(out / "runs" / "cut")
+    assert main([*command, "--steps", "3", "--equal", "steps"]) == 0 and results(out) == before
+    assert plan or main(command) == 0  # recorded now
+
+
 @pytest.mark.parametrize("text", ['{"identity": {', "{}", "[]", '{"identity": {"settings": {}}}'])
 def test_a_damaged_study_is_named(study: Path, command: Command, tmp_path: Path, capsys: Any, text: str) -> None:
     out = shutil.copytree(study, tmp_path / "study", ignore=shutil.ignore_patterns("runs"))

@@ -7,11 +7,23 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, path_name, say
+from lemo.cli.common import (
+    AS_THE_MODEL,
+    Formatter,
+    add_common,
+    add_data,
+    add_model,
+    default_context,
+    load_data,
+    load_model,
+    path_name,
+    say,
+)
 
 if TYPE_CHECKING:
     from lemo.predictors import CalibrationSettings
 
+_CONTEXT = 4096
 # Documents of a whole context that the frozen model reads.
 _DOCUMENTS = 128
 
@@ -60,7 +72,7 @@ def add(subparsers: Any) -> None:
         default="importance",
         help="what to predict: importance of blocks (modes skip and backward), or attention mass of key tiles (sparse)",
     )
-    group.add_argument("--context", type=int, default=4096, help="tokens per window")
+    group.add_argument("--context", type=int, help=f"tokens per window (default: {_CONTEXT}, {AS_THE_MODEL})")
     group.add_argument(
         "--block-size", type=int, help="tokens per block (default: 64; --target mass has tiles of 128, as the kernels)"
     )
@@ -90,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
     from lemo.predictors import CalibrationError, calibrate, format_coverage, format_report
     from lemo.predictors.store import check_target
 
+    usual = args.context is None
+    if usual:
+        args.context = _CONTEXT
     settings = _settings(args)
     if args.answers_only:
         raise ValueError("--answers-only has no meaning here: calibration reads whole documents and uses no labels")
@@ -99,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and any(out.iterdir()) and not args.overwrite:
         raise CalibrationError(f"{out} exists already: choose another --out or add --overwrite")
     check_target(out, args.overwrite)  # not after the training
+    if usual:
+        args.context = default_context(args, _CONTEXT)
+        settings = _settings(args)
     scored = args.context if args.target == "importance" else None
     model = load_model(args, args.context, to_train=True, scored=scored)
     documents = load_data(args, model.config)

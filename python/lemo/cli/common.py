@@ -293,6 +293,21 @@ def load_config(where: str, context: int | None, interpolate: bool) -> Any:
     return config
 
 
+AS_THE_MODEL = "or all positions of a model that has fewer"  # in the help of a context, after its default
+
+
+def default_context(args: argparse.Namespace, usual: int, option: str = "--context") -> int:
+    """The context of a command that was given none: `usual`, or what the model has if that is less, which is said. With
+    --interpolate-positions `usual`: positions are to be stretched."""
+    if args.interpolate_positions:
+        return usual
+    longest = getattr(load_config(args.model, None, False), "max_position_embeddings", None)
+    if longest is None or longest >= usual:
+        return usual
+    say(f"{option} {longest}: the model has no more positions")
+    return int(longest)
+
+
 def stretches(where: str, context: int) -> bool:
     """Whether a context takes more positions than the model has."""
     longest = getattr(load_config(where, None, False), "max_position_embeddings", None)

@@ -78,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
         args.context = taken["context"]
         say_calibrated(args, taken)
     _check(args)
-    if args.calibration is not None and not Path(args.calibration).is_dir():
-        say(f"{args.calibration} does not exist yet: --block-size and --keep are the defaults unless given")
-    result = [_longest(args, load_config(args.model, None, False))] if args.gpu is not None else []
+    config = load_config(args.model, None, False)
+    _check_calibration(args, config)
+    result = [_longest(args, config)] if args.gpu is not None else []
     if args.context is not None:
         # Without the option, the estimate says that what lies beyond the model's positions needs it.
         stretched = bool(args.interpolate_positions)
@@ -90,6 +90,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join(str(r) for r in result))
     return 0
+
+
+def _check_calibration(args: argparse.Namespace, config: Any) -> None:
+    """Raises CalibrationError for one of another model, as far as its shapes tell: no weights are read here."""
+    from lemo.predictors.fingerprint import config_fingerprint
+    from lemo.predictors.store import check_calibrated_for
+
+    if args.calibration is None:
+        return
+    if not Path(args.calibration).is_dir():
+        say(f"{args.calibration} does not exist yet: --block-size and --keep are the defaults unless given")
+        return
+    check_calibrated_for(args.calibration, config_fingerprint(config))
 
 
 def _check(args: argparse.Namespace) -> None:

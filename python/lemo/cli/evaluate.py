@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lemo.cli.common import (
+    AS_THE_MODEL,
     Formatter,
     add_common,
     add_data,
     add_model,
+    default_context,
     device_of,
     load_config,
     load_data,
@@ -22,15 +24,15 @@ from lemo.cli.common import (
     path_name,
     say,
 )
-from lemo.cli.recorded import Trained, agreed, agreed_positions, run_of, trained
+from lemo.cli.recorded import Trained, agreed, agreed_positions, run_of, trained, trained_model
 
 # Tokens of a piece or a document, if no run says.
 _CONTEXT = 4096
 
 _EPILOG = """\
 examples:
-  lemo evaluate --model MODEL --data dev/ --context 8192 --adapter run/adapter
-      the base model and one adapter, side by side
+  lemo evaluate --data dev/ --context 8192 --adapter run/adapter
+      the base model that the adapter was trained on, and the adapter, side by side
 
   lemo evaluate --model MODEL --data code=src.jsonl law=law.txt --context 8192 \\
                 --adapter dense=runs/dense/adapter skip=runs/skip/adapter --reference dense --json table.json
@@ -77,7 +79,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--context",
         type=int,
-        help=f"tokens a piece of text has at most (default: as the run was trained; without a run {_CONTEXT})",
+        help=f"tokens a piece of text has at most (default: as the run was trained; without a run {_CONTEXT}, "
+        f"{AS_THE_MODEL})",
     )
     parser.add_argument("--adapter", nargs="+", default=[], metavar="[NAME=]FOLDER", help="PEFT adapters to measure")
     parser.add_argument(
@@ -98,7 +101,7 @@ def add(subparsers: Any) -> None:
     group.add_argument(
         "--lengths",
         metavar="TOKENS,...",
-        help="lengths of documents, as in 4K,8K (default: the context of the run; without a run 4K)",
+        help=f"lengths of documents, as in 4K,8K (default: the context of the run; without a run 4K, {AS_THE_MODEL})",
     )
     group.add_argument(
         "--distances",
@@ -115,7 +118,14 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is not None:
         _take_from_run(args)
     if args.model is None:
-        raise ValueError("name what to evaluate: --model MODEL, or the folder of a run (see lemo evaluate --help)")
+        if not args.adapter:
+            raise ValueError(
+                "name what to evaluate: --model MODEL, or the folder of a run, or an --adapter that names its model "
+                "(see lemo evaluate --help)"
+            )
+        # That of the run folder, if one is given, wherever adapters next to it found theirs.
+        args.model, source = trained_model(args.adapter if args.folder is None else args.adapter[:1])
+        say(f"--model {args.model}: as {source} names it")
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
     if args.no_base and not args.adapter:
@@ -130,14 +140,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _take_from_run(args: argparse.Namespace) -> None:
-    """Model and adapter of a run folder, unless the arguments name another model."""
+    """The adapter of a run folder, before those of --adapter."""
     from lemo.training.run_folder import ADAPTER, run_settings
 
-    inputs = run_settings(args.folder).get("inputs", {})
-    if args.model is None:
-        args.model = inputs.get("model")
-        if not isinstance(args.model, str):
-            raise ValueError(f"{args.folder}/run.json does not name the model: give --model")
+    run_settings(args.folder)  # first: a folder that is no run is named as such
     adapter = Path(args.folder) / ADAPTER
     if not adapter.is_dir():
         raise ValueError(
@@ -176,10 +182,10 @@ def _say_taken(runs: Sequence[Trained], what: str) -> None:
 
 
 def _recorded_context(args: argparse.Namespace, option: str) -> int:
-    """Of the adapters' runs; without one, 4096."""
+    """Of the adapters' runs; without one, 4096 or what the model has."""
     context = agreed(args.runs, "context", option)
     if context is None:
-        return _CONTEXT
+        return default_context(args, _CONTEXT, option)
     _say_taken(args.runs, f"{option} {context}")
     return int(context)
 

@@ -12,12 +12,14 @@ from types import MappingProxyType
 from typing import Any
 
 from lemo.cli.common import (
+    AS_THE_MODEL,
     DATA_OPTIONS,
     Formatter,
     absolute,
     add_common,
     add_data,
     add_model,
+    default_context,
     device_of,
     load_data,
     load_model,
@@ -161,7 +163,8 @@ def add_settings(
         if wanted(name):
             shown = "" if defaults[name] in (None, False) or name == "schedule" else f" (default: {defaults[name]})"
             if name in ("context", "block_size", "keep"):
-                shown = f" (default: {AS_CALIBRATED}, else {defaults[name]})"
+                fewer = f", {AS_THE_MODEL}" if name == "context" else ""
+                shown = f" (default: {AS_CALIBRATED}, else {defaults[name]}{fewer})"
             groups[group].add_argument("--" + name.replace("_", "-"), type=kind, help=texts.get(name, text + shown))
     groups["elimination"].add_argument("--dense", action="store_true", help="the same run without elimination")
     for name, (text, group) in _SWITCHES.items():
@@ -244,7 +247,10 @@ def _settings(args: argparse.Namespace) -> FinetuneSettings:
         given["calibration"] = os.path.abspath(given["calibration"])
     if args.resume:
         return _resumed_settings(args, given)
-    return FinetuneSettings(**given)
+    settings = FinetuneSettings(**given)
+    if "context" not in given:
+        settings = dataclasses.replace(settings, context=default_context(args, settings.context))
+    return settings
 
 
 def _take_saving(args: argparse.Namespace, saved: dict[str, Any]) -> None:

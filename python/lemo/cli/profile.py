@@ -6,7 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lemo.cli.common import Formatter, add_common, add_data, add_model, load_data, load_model, path_name, say
+from lemo.cli.common import (
+    AS_THE_MODEL,
+    Formatter,
+    add_common,
+    add_data,
+    add_model,
+    default_context,
+    load_data,
+    load_model,
+    path_name,
+    say,
+)
 from lemo.cli.recorded import AS_CALIBRATED, calibrated, say_calibrated
 from lemo.storage import write_text
 from lemo.training.settings import FinetuneSettings, parse_schedule
@@ -41,7 +52,9 @@ def add(subparsers: Any) -> None:
     add_model(parser)
     add_data(parser, required=False)
     parser.add_argument(
-        "--context", type=int, help=f"tokens per window (default: {AS_CALIBRATED}, else {_DEFAULTS.context})"
+        "--context",
+        type=int,
+        help=f"tokens per window (default: {AS_CALIBRATED}, else {_DEFAULTS.context}, {AS_THE_MODEL})",
     )
     parser.add_argument("--batch", type=int, default=1, help="windows per step")
     parser.add_argument(
@@ -80,13 +93,16 @@ def _complete(args: argparse.Namespace) -> None:
     taken = calibrated(args, ("context", "block_size") if args.modes else ("context", "block_size", "keep"))
     say_calibrated(args, taken)
     keep = taken.pop("keep", _DEFAULTS.keep)
-    for name in ("context", "block_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, taken.get(name, getattr(_DEFAULTS, name)))
+    if args.context is None:
+        args.context = taken.get("context") or default_context(args, _DEFAULTS.context)
+    if args.block_size is None:
+        args.block_size = taken.get("block_size", _DEFAULTS.block_size)
     args.modes = args.modes or ["dense", f"skip:{keep:g}"]
 
 
 def run(args: argparse.Namespace) -> int:
+    from lemo.predictors import model_fingerprint
+    from lemo.predictors.store import check_calibrated_for
     from lemo.study.profile import profile_modes
     from lemo.study.profile_page import as_text, profile_page
     from lemo.training.run_folder import environment
@@ -108,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         calibration=args.calibration,
     )
     model = load_model(args, args.context, to_train=True)
+    if args.calibration is not None:  # before the peer is profiled, which has no use for it
+        check_calibrated_for(args.calibration, model_fingerprint(model))
     documents = _documents(args, model.config)
     peer = not args.no_peer
     profiles = profile_modes(model, documents, settings, args.modes, peer=peer, steps=args.steps, report=say)

@@ -6,7 +6,9 @@ A constant in their place would measure or train something else than the folder 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,21 +41,69 @@ def run_of(adapter: str) -> Path | None:
     return folder.parent if of_a_run and (folder.parent / RUN_FILE).is_file() else None
 
 
-def trained(run: Path, model: str) -> Trained:
-    """What the run records. model: that of the command. Raises CheckpointError for a damaged run.json."""
+def trained_model(adapters: Sequence[str]) -> tuple[str, str]:
+    """(the model that the adapters `[NAME=]FOLDER` were trained on, what says so): their runs, or what PEFT wrote into
+    their settings. Raises ValueError, asking for --model, if they name none or differ in it."""
+    named: dict[str, tuple[str, str]] = {}  # by where it is, however it is written
+    for adapter in adapters:
+        model, source = _model_of(adapter)
+        named.setdefault(os.path.realpath(model) if os.path.exists(model) else model, (model, source))
+    if len(named) > 1:
+        text = ", ".join(f"{source}: {model}" for model, source in named.values())
+        raise ValueError(f"the adapters were trained on different models ({text}): give --model")
+    return next(iter(named.values()))
+
+
+def _model_of(adapter: str) -> tuple[str, str]:
+    from lemo.training.adapters import adapter_name, base_model
+    from lemo.training.run_folder import RUN_FILE
+
+    if (run := run_of(adapter)) is not None:
+        with _damage_explained():
+            model = _inputs(run)[1].get("model")
+        if isinstance(model, str):
+            return model, str(run / RUN_FILE)
+    folder = adapter_name(adapter)[1]
+    model = base_model(folder)
+    if model is None:
+        raise ValueError(f"{folder} does not name the model that it was trained on: give --model")
+    return model, os.path.join(folder, "adapter_config.json")
+
+
+@contextlib.contextmanager
+def _damage_explained() -> Iterator[None]:
+    """A damaged record of an adapter's run is an error, and the message says how to do without it."""
     from lemo.training.checkpoint import CheckpointError
-    from lemo.training.run_folder import RUN_FILE, run_settings, saved_settings
 
     try:
-        saved = run_settings(run)
-        inputs, context = saved.get("inputs", {}), saved_settings(saved, run).context
-        tokenizer, dtype = inputs.get("tokenizer"), inputs.get("dtype")
-        if not all(value is None or isinstance(value, str) for value in (tokenizer, dtype)):
-            raise CheckpointError(f"{run / RUN_FILE} is damaged: tokenizer and dtype of inputs are not names")
+        yield
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. To measure an adapter without what its run records, copy it out of the run folder"
         ) from error
+
+
+def _inputs(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what run.json holds, its inputs). Raises CheckpointError if the names among them are none."""
+    from lemo.training.checkpoint import CheckpointError
+    from lemo.training.run_folder import RUN_FILE, run_settings
+
+    saved = run_settings(run)
+    inputs = saved.get("inputs", {})
+    names = ("model", "tokenizer", "dtype")
+    if damaged := [n for n in names if not (inputs.get(n) is None or isinstance(inputs[n], str))]:
+        raise CheckpointError(f"{run / RUN_FILE} is damaged: among its inputs are not names: {', '.join(damaged)}")
+    return saved, inputs
+
+
+def trained(run: Path, model: str) -> Trained:
+    """What the run records. model: that of the command. Raises CheckpointError for a damaged run.json."""
+    from lemo.training.run_folder import saved_settings
+
+    with _damage_explained():
+        saved, inputs = _inputs(run)
+        context = saved_settings(saved, run).context
+    tokenizer, dtype = inputs.get("tokenizer"), inputs.get("dtype")
     return Trained(
         folder=str(run),
         context=context,

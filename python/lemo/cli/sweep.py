@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lemo.cli.common import (
+    AS_THE_MODEL,
     Formatter,
     add_common,
     add_data,
     add_model,
+    default_context,
     device_of,
     load_data,
     load_model,
@@ -73,7 +75,11 @@ def add(subparsers: Any) -> None:
     add_model(parser)
     add_data(parser)
     study = parser.add_argument_group("study")
-    study.add_argument("--context", type=int, help=f"tokens per window (default: {AS_CALIBRATED}, else {_D.context})")
+    study.add_argument(
+        "--context",
+        type=int,
+        help=f"tokens per window (default: {AS_CALIBRATED}, else {_D.context}, {AS_THE_MODEL})",
+    )
     study.add_argument("--steps", type=int, help=f"optimizer steps of a dense run (default: {_DEFAULTS['steps']})")
     study.add_argument("--equal", choices=("cost", "steps"), help="what all rows have the same of (default: cost)")
     study.add_argument("--rows", nargs="+", metavar="[NAME=]SCHEDULE", help="ways of training (default: see --plan)")
@@ -109,14 +115,32 @@ def _complete(args: argparse.Namespace) -> None:
 
     there = {name: value for name, value in plan_of(Path(args.out)).items() if value is not None}
     missing = [name for name in (*_DEFAULTS, "max_tokens", "calibration") if getattr(args, name) is None]
+    if there:
+        _check_recorded(args.out, [name for name in missing if name in _DEFAULTS and name not in there])
     taken = {name: there[name] for name in missing if name in there}
     if taken:
         say(f"{as_options(taken)}: as the study {args.out} has it")
     else:
         taken = calibrated(args, ("context", "block_size"))
         say_calibrated(args, taken)
+        if "context" in missing and "context" not in taken:
+            taken["context"] = default_context(args, _D.context)
     for name in missing:
         setattr(args, name, taken.get(name, _DEFAULTS.get(name)))
+
+
+def _check_recorded(out: str, lacking: list[str]) -> None:
+    """Raises ValueError for options that neither the command nor the study has: a default would begin other runs."""
+    from lemo.study.sweep import STUDY_FILE, dense_steps
+
+    if not lacking:
+        return
+    options = " and ".join(f"--{name.replace('_', '-')}" for name in lacking)
+    steps = " or ".join(map(str, dense_steps(Path(out)))) if "steps" in lacking else ""
+    raise ValueError(
+        f"{Path(out) / STUDY_FILE} does not record {options} (an earlier lemo wrote it): give {options} as the study "
+        f"was begun with{f'; its dense runs have {steps} steps' if steps else ''}"
+    )
 
 
 def _plan(args: argparse.Namespace) -> Any:

@@ -116,10 +116,12 @@ def _list(config: LemoConfig, phase: Phase, keep: float | None, lengths: Sequenc
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What a layer saves. rows: what offload moves, activations of kept rows; others: lists, and graphs."""
+    """What a layer saves. rows: what offload moves, activations of kept rows; others: lists, and graphs. last: those of
+    the rows that are in its last record: all, unless its MLP has a list of its own."""
 
     rows: int
     others: int
+    last: int
 
     @property
     def total(self) -> int:
@@ -145,18 +147,20 @@ def layer_bytes(shape: LayerShape, lists: LayerLists, phase: Phase, recompute: R
             everything=a.everything,
             tiles=tiles,
         )
-    moved = s.element * a.count * s.hidden
+    moved, of_mlp = s.element * a.count * s.hidden, 0
     if recompute == "attention" or (recompute == "full" and phase.mode == "backward"):
         moved += s.element * a.count * s.heads * s.head_dim + 4 * s.heads * a.count
     if m is not None:  # a second record, with its list; with "none", the MLP's graph has its rows, not attention's
-        moved += s.element * m.count * s.hidden
+        of_mlp = s.element * m.count * s.hidden
+        moved += of_mlp
         total += 0 if m.everything or not m.count else 4 * m.count + 4 * (m.documents + 1)
         none = _mlp_bytes(s, m.count) - _mlp_bytes(s, a.count)
         none += s.element * m.count * s.hidden if s.post_norm else 0  # what the MLP reads: here not what attention left
         total += none if recompute == "none" else s.element * m.count * s.hidden
     if recompute == "none":  # only mode "backward" moves graphs, with all that they save
         moved = total - layer_bytes(shape, lists, phase, "full").others if phase.mode == "backward" else 0
-    return LayerBytes(moved, total - moved)
+        of_mlp = 0
+    return LayerBytes(moved, total - moved, of_mlp or moved)
 
 
 def _mlp_bytes(s: LayerShape, rows: int) -> int:
@@ -316,7 +320,10 @@ class Needs:
             moved = [sizes[i].rows for i in layers if i in offloaded]
             moved = sorted(moved + [self.stream for i in streams if i in offloaded], reverse=True)
             # Of what is offloaded, two layers' rows are on the device at a time: one is worked on, one is being copied.
-            saved, host = max(saved, here + sum(moved[:2])), max(host, sum(moved))
+            saved = max(saved, here + sum(moved[:2]))
+            # What is put last is needed back first, and never leaves.
+            stays = sizes[layers[-1]].last if layers[-1] in offloaded else 0
+            host = max(host, sum(moved) - stays)
             streams.append(start)
             start += count
         working = self.working(recompute, len(segments) > 1)

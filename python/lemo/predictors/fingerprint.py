@@ -23,6 +23,11 @@ _ADAPTER = re.compile(r"(^|\.)(lora_|modules_to_save\.|ia3_|vera_|oft_|boft_|had
 _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 
 
+def config_fingerprint(config: Any) -> dict[str, Any]:
+    """The part of `model_fingerprint` that a model's configuration alone tells."""
+    return {"config": {name: getattr(config, name, None) for name in _CONFIG_FIELDS}}
+
+
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Fingerprint of a transformers causal language model, the same with and without PEFT adapters around it.
 
@@ -30,8 +35,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     weights are quantized}. Values are rounded to bfloat16 first, so that a model stored in 16 or 32 bits and loaded in
     another type keeps its fingerprint. Position settings are left out: extending the context does not change the model.
     """
-    config = model.config
-    fields = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
+    fields = config_fingerprint(model.config)["config"]
     digests = {"embeddings_and_norms": hashlib.sha256(), "linear": hashlib.sha256()}
     quantized = False
     prefix = "base_model.model." if hasattr(model, "get_base_model") else ""

@@ -276,6 +276,12 @@ class PredictorSet:
         return predictors.to(device=device, dtype=dtype)
 
 
+def check_calibrated_for(folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
+    """Raises CalibrationError, naming what differs, unless a calibration was made for the model of this fingerprint:
+    its `model_fingerprint`, or `config_fingerprint`, which knows shapes and no weights. Reads no weights."""
+    _compare(_read_config(Path(folder))["model"], fingerprint)
+
+
 def calibrated_with(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """{"target", "context", "block_size", "keep"} with which a calibration was made; with target "mass", whose tiles
     are not blocks, the last two are None. Reads no weights. Raises CalibrationError."""
@@ -418,7 +424,7 @@ def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     ]
     if not differences:
         for part in ("embeddings_and_norms", "linear"):  # quantized linear weights have no fingerprint to compare
-            if None not in (ours.get(part), theirs[part]) and ours[part] != theirs[part]:
+            if None not in (ours.get(part), theirs.get(part)) and ours[part] != theirs[part]:
                 differences.append(f"weights ({part.replace('_', ' ')}) differ")
     if differences:
         raise CalibrationError(

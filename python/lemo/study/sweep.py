@@ -23,7 +23,7 @@ import torch
 
 from lemo.data import Documents, evaluation_spans, split_held_out
 from lemo.predictors import model_fingerprint
-from lemo.predictors.store import calibration_digest
+from lemo.predictors.store import calibration_digest, check_calibrated_for
 from lemo.storage import write_text
 from lemo.study.steps import step_seconds
 from lemo.training.adapters import loaded_adapter, restored_modules
@@ -137,6 +137,21 @@ def plan_of(out: Path) -> dict[str, Any]:
     return values | {name: there[name] for name in _VARIED if name in there}
 
 
+def dense_steps(out: Path) -> list[int]:
+    """Steps that finished dense runs of the study in a folder have; those that cannot be read are left out."""
+    found = set()
+    for path in out.glob("runs/*/result.json"):
+        try:
+            settings = json.loads(path.read_bytes())["settings"]
+            # Windows of a part of the context are dense as well, and their steps are not the study's.
+            if settings["schedule"] == DENSE:
+                found.add((int(settings["context"]), int(settings["steps"])))
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            continue
+    longest = max((context for context, _ in found), default=0)
+    return sorted(steps for context, steps in found if context == longest)
+
+
 # What runs of one study may differ in: recorded as the last command that trained had it.
 _VARIED = ("steps", "equal", "calibration")
 # What decides whether runs may be compared, as the command line calls it.
@@ -204,15 +219,18 @@ class Study:
 
     def open(self, training: bool = True) -> None:
         """Makes the folder, or checks that it holds a study of the same. training: what runs may differ in is recorded
-        as this command has it. Raises ValueError."""
+        as this command has it. Raises ValueError, and CalibrationError for a calibration of another model."""
         path = self.out / STUDY_FILE
-        if path.exists():
-            there = _read(path)
-            if different := _different(self.identity, there["identity"]):
-                raise ValueError(
-                    f"--out {self.out} holds a study with another {', '.join(different)}; continue it with the same "
-                    "options, or choose another folder"
-                )
+        there = _read(path) if path.exists() else None
+        if there is not None and (different := _different(self.identity, there["identity"])):
+            raise ValueError(
+                f"--out {self.out} holds a study with another {', '.join(different)}; continue it with the same "
+                "options, or choose another folder"
+            )
+        if (calibration := self.plan.settings.calibration) is not None:
+            # Now, and not when the first row that predicts has its turn: rows that do not may take hours.
+            check_calibrated_for(calibration, self.identity["model"])
+        if there is not None:
             self.times = there["times"]
             if not training:
                 self.varied = {name: there[name] for name in _VARIED if name in there}

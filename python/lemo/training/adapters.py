@@ -43,6 +43,14 @@ def check_adapter(folder: str) -> None:
     _read_config(folder)
 
 
+def base_model(folder: str) -> str | None:
+    """The model that an adapter says it was trained on; None if it does not. Raises ValueError if `check_adapter`
+    does."""
+    check_adapter(folder)
+    named = _read_config(folder).base_model_name_or_path
+    return named if isinstance(named, str) and named.strip() else None
+
+
 def _read_config(folder: str) -> Any:
     from peft import PeftConfig
 

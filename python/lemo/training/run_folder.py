@@ -97,10 +97,12 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_bytes())
     except OSError:
-        raise CheckpointError(
-            f"{folder}: no readable {RUN_FILE}, so it is not a run folder; start a run with lemo finetune --out "
-            f"{folder}"
-        ) from None
+        outer = path.parent.parent
+        inside = path.parent.name == ADAPTER or path.parent.name.startswith("checkpoint-")
+        hint = f"start a run with lemo finetune --out {folder}"
+        if inside and (outer / RUN_FILE).is_file():
+            hint = f"did you mean {outer}?"
+        raise CheckpointError(f"{folder}: no readable {RUN_FILE}, so it is not a run folder; {hint}") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON{_copy_of_settings(Path(folder))}") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
