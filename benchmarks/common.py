@@ -67,13 +67,14 @@ def header() -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """How to run it again: no result path, no limit of time, and files by name, wherever this machine had them."""
+    """How to run it again from the root of a checkout: no result path, no limit of time, and files by name, wherever
+    this machine had them, but for what lies in the checkout."""
     words = []
     skip = False
     for word in arguments:
         left_out = word in ("--out", "--budget-minutes")
         if not skip and not left_out:
-            words.append(Path(word).name if Path(word).is_absolute() else word)
+            words.append(portable(Path(word)) if Path(word).is_absolute() else word)
         skip = left_out
     return shlex.join(["python", *words])
 
@@ -92,6 +93,10 @@ def readable(values: Any) -> str:
         lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]",
         json.dumps(values, indent=1),
     )
+
+
+def portable(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def write_results(name: str | Path, rows: Sequence[dict[str, Any]], **more: Any) -> Path:

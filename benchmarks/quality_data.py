@@ -1,8 +1,10 @@
 """Text for the quality study as token files: train*.bin, dev_DOMAIN.bin, adapt_DOMAIN.bin (uint16, as numpy writes it).
 
 Without files of one's own it is the text that is on any machine with this project's dependencies: sources (python),
-documentation (docs) and C++ headers (headers) of the installed packages. One domain is not trained on but adapted to
-(setting B). Files are split into training and held-out text by a hash of their path.
+documentation (docs) and C++ headers (headers) of installed packages, by default of those that `pip install .[dev]` and
+the build bring. Their versions decide the text: they are in FOLDER/packages.json, and the study's results have them
+with the digests of the token files. One domain is not trained on but adapted to (setting B). Files are split into
+training and held-out text, and ordered, by a hash of their path.
 
   python benchmarks/quality_data.py --model smollm2 --out tokens                       # what is installed here
   python benchmarks/quality_data.py --model smollm2 --out tokens --recode OLD --recode-with lm46   # other token files
@@ -12,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
+import json
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +31,44 @@ DOMAINS = {
     "headers": ("*.h", "*.hpp", "*.cuh"),
 }
 ADAPTED = "headers"
+# With most of the text that such an environment has. Not lemo: its text would change with every commit.
+PACKAGES = (
+    "cmake",
+    "cutlass_library",  # of nvidia_cutlass
+    "huggingface_hub",
+    "networkx",
+    "numpy",
+    "nvidia_cutlass",
+    "peft",
+    "sympy",
+    "torch",
+    "transformers",
+)
+PACKAGES_FILE = "packages.json"
 SMALLEST, LARGEST = 8_000, 300_000  # bytes of a file; longer ones are tables
 HELD_OUT_PERCENT = 15
 PIECE = 1 << 17  # tokens of a file that are translated at a time
 
 
+def digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
 def held_out(name: str) -> bool:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < HELD_OUT_PERCENT
+    return int.from_bytes(digest(name)[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
-def files_of(domain: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name and path of the domain's files, in a fixed random order."""
-    found = {p for pattern in DOMAINS[domain] for p in folder.rglob(pattern)}
-    paths = sorted(p for p in found if p.is_file() and SMALLEST <= p.stat().st_size <= LARGEST)
-    random.Random(1).shuffle(paths)
-    for path in paths:
-        yield path.relative_to(folder).as_posix(), path
+def files_of(domain: str, folder: Path, packages: Collection[str]) -> list[tuple[str, Path]]:
+    """Name and path of the domain's files in folders of these packages, in an order that further files do not change.
+    A version in a folder's name does not count."""
+    tops = [top for top in folder.iterdir() if top.is_dir() and top.name.partition("-")[0] in packages]
+    found = {p for pattern in DOMAINS[domain] for top in tops for p in top.rglob(pattern)}
+    named = []
+    for path in found:
+        if path.is_file() and SMALLEST <= path.stat().st_size <= LARGEST:
+            top, *rest = path.relative_to(folder).parts
+            named.append(("/".join([top.partition("-")[0], *rest]), path))
+    return sorted(named, key=lambda file: digest(file[0]))
 
 
 def encoded(tokenizer: Any, texts: Iterator[str], at_most: int) -> np.ndarray:
@@ -65,16 +91,30 @@ def readable(paths: Iterator[Path]) -> Iterator[str]:
             continue
 
 
-def write_installed(tokenizer: Any, out: Path, folder: Path, train_tokens: int, dev_tokens: int) -> None:
+def versions(packages: Collection[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_installed(
+    tokenizer: Any, out: Path, folder: Path, packages: Collection[str], train_tokens: int, dev_tokens: int
+) -> None:
+    """packages: names of folders, without versions."""
     trained = [d for d in DOMAINS if d != ADAPTED]
     for domain in DOMAINS:
-        files = list(files_of(domain, folder))
+        files = files_of(domain, folder, packages)
         dev = encoded(tokenizer, readable(p for name, p in files if held_out(name)), dev_tokens)
         share = train_tokens if domain == ADAPTED else train_tokens // len(trained)
         train = encoded(tokenizer, readable(p for name, p in files if not held_out(name)), share)
         if not len(dev) or not len(train):
             raise SystemExit(
-                f"no text of the domain {domain} below {folder}: are torch and transformers installed there?"
+                f"no text of the domain {domain} below {folder} in {', '.join(sorted(packages))}: are they installed "
+                "there? --only names others"
             )
         name = f"adapt_{domain}" if domain == ADAPTED else f"train_{domain}"
         train.tofile(out / f"{name}.bin")
@@ -135,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder with the tokenizer")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--packages", type=Path, default=Path(sysconfig.get_path("purelib")), help="installed packages")
+    parser.add_argument("--only", nargs="+", default=PACKAGES, metavar="NAME", help="packages to take")
     parser.add_argument("--recode", type=Path, metavar="FOLDER", help="token files to translate instead")
     parser.add_argument("--recode-with", metavar="MODEL", help="folder with the tokenizer of these")
     parser.add_argument("--train-tokens", type=int, default=4_000_000, help="of all training text, and to adapt to")
@@ -153,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def write(folder: Path) -> None:
         if args.recode is None:
-            write_installed(tokenizer, folder, args.packages, args.train_tokens, args.dev_tokens)
+            write_installed(tokenizer, folder, args.packages, args.only, args.train_tokens, args.dev_tokens)
+            (folder / PACKAGES_FILE).write_text(json.dumps(versions(args.only), indent=1) + "\n")
         else:
             other = AutoTokenizer.from_pretrained(args.recode_with)
             write_recoded(tokenizer, other, folder, args.recode, args.train_tokens, args.dev_tokens)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import quality_stats as stats
 from common import write_results
+from quality_data import PACKAGES_FILE
 from quality_schedules import CONTEXTS, Row, cost
 from quality_train import Spec, name_of
 
@@ -220,6 +221,15 @@ def at_edge(name: str, spec: Spec, tried: Sequence[Mapping[str, Any]]) -> bool:
     return len(values) > 1 and chosen in (min(values), max(values)) and not (name == "batch" and chosen == 1)
 
 
+def text_of(study: Study) -> dict[str, Any]:
+    """Digests of the token files, and the packages that the text is of: results of the same are of the same text."""
+    if study.args.tokens is None:
+        return {}
+    packages = Path(study.args.tokens) / PACKAGES_FILE
+    known = {"packages": json.loads(packages.read_text())} if packages.is_file() else {}
+    return {"files": study.identity()["tokens"]} | known
+
+
 def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:
     args = study.args
     found = published(study)
@@ -231,6 +241,7 @@ def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:
         **where,
         **scope(args),
         items=args.items,
+        text=text_of(study),
         sequences=sorted(args.sequences),
         seeds=args.seeds,
         interval="95 %, t over seeds x documents (Welch-Satterthwaite), paired",

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from common import add_output, header, table, write_results
 from memory import Trainer
-from models import SHAPES, Base, make_base, make_model, release
+from models import SHAPES, Base, make_base, make_model
 from step import timed
 from torch import nn
 
@@ -123,6 +123,13 @@ def longest(model: Any, phase: dict[str, Any], gpu: int) -> int:
     return int(found["phases"][0]["context_offload"])
 
 
+def free(base: Base) -> None:
+    """What nothing holds any longer. Not models.release, which would count the weights of 4 bits as left over."""
+    gc.collect()
+    if base.cuda:
+        torch.cuda.empty_cache()
+
+
 def contests(model: Any, args: argparse.Namespace) -> Iterator[tuple[str, int | None, int | None, int]]:
     """Name of a phase, gigabytes of GPU memory, Unsloth's context there, and the context to train at."""
     if args.context:
@@ -152,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     base = make_base(args.model)
     model = quantize(base)
-    release(base)
+    free(base)
     made, rows, path = header(), [], None
     for name, gigabytes, theirs, tokens in contests(model, args):
         row: dict[str, Any] = {"phase": name, "gpu_gb": gigabytes, "context": tokens, "unsloth_context": theirs}
@@ -162,9 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total) if budget else 1.0)
         rows.append(row | measure(base, model, PHASES[name], tokens, budget, args.steps))
-        if base.cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+        free(base)
         shown = ("phase", "gpu_gb", "context", "unsloth_context", "step_ms", "peak_mib", "reserved_mib", "error")
         print(table(rows[-1:], shown).splitlines()[1], flush=True)
         path = write_results(args.out, rows, **made)

@@ -251,11 +251,24 @@ def test_text_of_installed_packages(q: Any, tmp_path: Path, monkeypatch: pytest.
     wrapped = Characters()
     out = tmp_path / "out"
     out.mkdir()
-    q.data.write_installed(wrapped, out, tmp_path / "packages", 40_000, 15_000)
+    domains = ("python", "docs", "headers")
+    q.data.write_installed(wrapped, out, tmp_path / "packages", domains, 40_000, 15_000)
     made = {p.stem: np.fromfile(p, np.uint16) for p in out.iterdir()}
     assert sorted(made) == ["adapt_headers", "dev_docs", "dev_headers", "dev_python", "train_docs", "train_python"]
     texts = {name: set("".join(map(chr, a)).split("\0")[:-1]) for name, a in made.items()}
     assert not texts["train_python"] & texts["dev_python"] and "python" in "".join(map(chr, made["dev_python"][:20]))
+
+    # Neither another package nor another version of one moves what is there.
+    before = {domain: q.data.files_of(domain, tmp_path / "packages", domains) for domain in domains}
+    (tmp_path / "packages" / "docs").rename(tmp_path / "packages" / "docs-2.0.dist-info")
+    (tmp_path / "packages" / "more").mkdir()
+    (tmp_path / "packages" / "more" / "a.py").write_text("more " * 4000)
+    for domain in domains:
+        after = q.data.files_of(domain, tmp_path / "packages", domains)
+        assert [name for name, _ in after] == [name for name, _ in before[domain]] and len(after) > 20
+    assert len(q.data.files_of("python", tmp_path / "packages", [*domains, "more"])) == len(before["python"]) + 1
+    with pytest.raises(SystemExit, match=r"no text of the domain \w+ below .* in more: are they installed"):
+        q.data.write_installed(wrapped, out, tmp_path / "out", ["more"], 40_000, 15_000)
 
     other = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
     again = tmp_path / "again"
@@ -292,6 +305,7 @@ def test_a_study_with_its_sweep(world: Any) -> None:
     assert min(s["loss"] for s in skip["sweep"]) == next(
         s["loss"] for s in skip["sweep"] if (s["batch"], s["rate"]) == (skip["batch"], skip["rate"])
     )
+    assert set(result["text"]["files"]) == {p.name for p in (world.folder / "tokens").glob("*.bin")}
     against = skip["against_dense"]["loss"]
     assert against["low"] < against["gap"] < against["high"]
     expected = 100 * math.expm1(skip["mean_loss"] - dense["mean_loss"])

@@ -255,6 +255,8 @@ def test_without_a_peer(tmp_path: Path) -> None:
 def test_a_command_can_be_pasted(benchmarks: Any) -> None:
     given = ["benchmarks/quality_costs.py", "--out", "/tmp/a.json", "--only", "skip keep 0.5", "--model", "/data/m"]
     assert benchmarks.common.command(given) == ("python benchmarks/quality_costs.py --only 'skip keep 0.5' --model m")
+    script = str(benchmarks.common.ROOT / "benchmarks" / "step.py")  # started from elsewhere
+    assert benchmarks.common.command([script, "--context", "512"]) == "python benchmarks/step.py --context 512"
 
 
 # ---- what is saved, and peers ----------------------------------------------------------------------------------------
