@@ -46,7 +46,7 @@ PACKAGES = (
 )
 PACKAGES_FILE = "packages.json"
 SMALLEST, LARGEST = 8_000, 300_000  # bytes of a file; longer ones are tables
-HELD_OUT_PERCENT = 15
+HELD_OUT_PERCENT = {"python": 15, "headers": 15, "docs": 50}  # a few windows of 32K tokens even of the scarcest
 PIECE = 1 << 17  # tokens of a file that are translated at a time
 
 
@@ -54,8 +54,8 @@ def digest(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def held_out(name: str) -> bool:
-    return int.from_bytes(digest(name)[:4], "big") % 100 < HELD_OUT_PERCENT
+def held_out(domain: str, name: str) -> bool:
+    return int.from_bytes(digest(name)[:4], "big") % 100 < HELD_OUT_PERCENT[domain]
 
 
 def files_of(domain: str, folder: Path, packages: Collection[str]) -> list[tuple[str, Path]]:
@@ -108,9 +108,9 @@ def write_installed(
     trained = [d for d in DOMAINS if d != ADAPTED]
     for domain in DOMAINS:
         files = files_of(domain, folder, packages)
-        dev = encoded(tokenizer, readable(p for name, p in files if held_out(name)), dev_tokens)
+        dev = encoded(tokenizer, readable(p for name, p in files if held_out(domain, name)), dev_tokens)
         share = train_tokens if domain == ADAPTED else train_tokens // len(trained)
-        train = encoded(tokenizer, readable(p for name, p in files if not held_out(name)), share)
+        train = encoded(tokenizer, readable(p for name, p in files if not held_out(domain, name)), share)
         if not len(dev) or not len(train):
             raise SystemExit(
                 f"no text of the domain {domain} below {folder} in {', '.join(sorted(packages))}: are they installed "

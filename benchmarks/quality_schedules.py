@@ -131,6 +131,7 @@ ROWS = (
     Row("windows 1/2, sparse 0.25, then exact", "70% sparse density=0.25 window=1/2; 30% dense"),
     Row("windows 1/4, sparse 0.25, then exact", "70% sparse density=0.25 window=1/4; 30% dense"),
     Row("windows 1/4, sparse 0.25, then sparse 0.25", "70% sparse density=0.25 window=1/4; 30% sparse density=0.25"),
+    Row("windows 1/8, then sparse 0.25", "70% dense window=1/8; 30% sparse density=0.25"),
     Row("windows 1/4, then 1/2, then full", "35% dense window=1/4; 35% dense window=1/2; 30% dense", rival=True),
 )
 

@@ -80,19 +80,19 @@ def headline_table() -> list[str]:
 
 
 def offloaded() -> list[str]:
-    """The headline's rows with attention's output, or everything, saved in host memory, in a separate run."""
+    """The headline's rows with attention's output saved in host memory, in a separate run."""
     for name, result in step_results().items():
         rows = [
             row
             for row in result["rows"]
             if (row["context"], row["model"]) == (65536, "llama3-8b")
-            and (row["method"] != "lemo" or (row["recompute"] in ("attention", "none") and row.get("offload")))
+            and (row["method"] != "lemo" or (row["recompute"] == "attention" and row.get("offload")))
             and {"time_ratio", "memory_ratio"} <= row.keys()
         ]
         if {"peer", "dense"} <= {row["row"] for row in rows}:
             cells = [
                 [
-                    label(row) + ', `recompute="none"`' * (row["method"] == "lemo" and row["recompute"] == "none"),
+                    label(row),
                     f"{row['step_ms'] / 1000:.2f} s",
                     f"{row['time_ratio']:.2f} x",
                     f"{row['peak_mib'] / 1024:.1f} GiB",

@@ -205,6 +205,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *measured_table("memory-estimate-h200", memory_pages.estimates),
         *measured_table("memory-growth-h200", memory_pages.growth),
         *measured_table("quantized-h200", memory_pages.quantized),
+        *measured_table("quantized-40-h200", memory_pages.quantized),
         *step_pages.several_gpus(),
         *measured_table("small-h200", step_pages.small),
         *itertools.chain(*map(attention_pages.in_short, ATTENTION)),
