@@ -39,7 +39,7 @@ import quality_stats as stats
 import torch
 from common import ROOT, header, results_path, table
 from quality_results import BASE, MADE_BY, Settings, finite, publish, results_name, scope
-from quality_schedules import CONTEXTS, MODEL, ROWS, Costs, Row, segments, unavailable
+from quality_schedules import CONTEXTS, MODEL, PREDICTING, ROWS, Costs, Row, segments, unavailable
 from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, name_of, train
 
 
@@ -69,7 +69,7 @@ class Study:
             args.context,
             args.items,
             args.adapt,
-            str(self.folder / "calibration"),
+            str(self.calibration),
         )
         self.costs = Costs.read(map(Path, args.costs), args.cost_model)
         self.left_out: dict[str, str] = {}
@@ -115,6 +115,11 @@ class Study:
             found[path.stem] = json.loads(path.read_text())
         return found
 
+    def failed(self) -> list[str]:
+        """What went wrong, and is tried again by the next command."""
+        found = [self.not_calibrated.read_text()] if self.not_calibrated.exists() else []
+        return found + sorted(r["error"] for r in self.results().values() if "error" in r)
+
     def identity(self) -> dict[str, Any]:
         """What runs of one study must have in common."""
         from lemo.storage import file_digest
@@ -149,21 +154,34 @@ class Study:
             path.write_text(json.dumps(mine, indent=1))
         for claim in (self.folder / "claims").iterdir():
             claim.unlink()
+        self.not_calibrated.unlink(missing_ok=True)
         for name, result in self.results().items():
             if "error" in result:
                 (self.folder / "runs" / f"{name}.json").unlink()
 
-    def claim(self, spec: Spec) -> Path | None:
-        """The claim's file, unless another worker has the run or just finished it."""
-        path = self.folder / "claims" / name_of(spec)
+    def claim(self, name: str, done: Path) -> Path | None:
+        """The claim's file, unless another worker has the work of that name or just finished it, as `done` says."""
+        path = self.folder / "claims" / name
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return None
-        if (self.folder / "runs" / f"{path.name}.json").exists():
+        if done.exists():
             path.unlink()
             return None
         return path
+
+    def claim_run(self, spec: Spec) -> Path | None:
+        return self.claim(name := name_of(spec), self.folder / "runs" / f"{name}.json")
+
+    @property
+    def calibration(self) -> Path:
+        return self.folder / "calibration"
+
+    @property
+    def not_calibrated(self) -> Path:
+        """Says why there are no predictors, if training them failed."""
+        return self.folder / "calibration-error.txt"
 
     def keep(self, spec: Spec, result: dict[str, Any]) -> None:
         from lemo.storage import write_text
@@ -273,7 +291,7 @@ class Study:
         return [] if setting is None else [way.spec(*setting, seed, "final") for seed in self.args.seeds]
 
     def wanted(self, results: dict[str, Any]) -> list[Spec]:
-        """Runs that can start now: sweeps, then a seed of every row before the next seed."""
+        """Runs whose settings are known: sweeps, then a seed of every row before the next seed."""
         found = [self.base]
         for row in self.swept() + self.widened():
             way = self.sweeps_at(row)
@@ -281,6 +299,11 @@ class Study:
         finals = [spec for way in self.ways for spec in self.finals(way, results)]
         found += sorted(finals, key=lambda spec: self.args.seeds.index(spec.seed))
         return list({name_of(spec): spec for spec in found if name_of(spec) not in results}.values())
+
+    def lacks_predictors(self) -> bool:
+        """Whether rows wait for a calibration that nobody has tried yet."""
+        wait = any(s.phase.get("policy") in PREDICTING for way in self.ways for s in way.row.stages)
+        return wait and not (self.calibration.exists() or self.not_calibrated.exists())
 
     def expected(self, spec: Spec, results: dict[str, Any]) -> float:
         """Seconds, from finished runs: of the same phases if there are any; 0 before the first."""
@@ -303,16 +326,34 @@ class Study:
 def work(study: Study, deadline: float) -> None:
     """Trains what is wanted until nothing is left, or no further run would end before the deadline."""
     while time.time() < deadline:
+        if study.lacks_predictors() and (claim := study.claim("calibration", study.calibration)):
+            make_predictors(study, claim)
+            continue
         results = study.results()
-        wanted = study.wanted(results)
-        fitting = [spec for spec in wanted if time.time() + study.expected(spec, results) < deadline]
-        mine = next(((spec, claim) for spec in fitting if (claim := study.claim(spec))), None)
+        calibrated = study.calibration.exists()
+        ready = [spec for spec in study.wanted(results) if calibrated or not spec.predicts]
+        fitting = [spec for spec in ready if time.time() + study.expected(spec, results) < deadline]
+        mine = next(((spec, claim) for spec in fitting if (claim := study.claim_run(spec))), None)
         if mine is not None:
             one(study, *mine, deadline)
         elif fitting or any((study.folder / "claims").iterdir()):
             time.sleep(0.5)  # another worker's run decides what comes next
         else:
             return
+
+
+def make_predictors(study: Study, claim: Path) -> None:
+    """While other workers train what needs none."""
+    start = time.time()
+    try:
+        calibrate(study.task, study.calibration, study.args.calibration_steps)
+        print(f"predictors calibrated in {time.time() - start:.0f} s", flush=True)
+    except (RuntimeError, ValueError) as error:  # rows that need no predictors continue
+        text = f"calibration: {type(error).__name__}: {error}"[:400]
+        study.not_calibrated.write_text(text)
+        print(text, file=sys.stderr, flush=True)
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def one(study: Study, spec: Spec, claim: Path, deadline: float) -> None:
@@ -339,11 +380,6 @@ def one(study: Study, spec: Spec, claim: Path, deadline: float) -> None:
 def run(study: Study, args: argparse.Namespace) -> None:
     """All workers: this process, or --jobs others that share the GPUs."""
     deadline = time.time() + 60 * args.budget_minutes
-    calibration = Path(study.task.calibration or "")
-    if any(way.row.predicts for way in study.ways) and not calibration.exists():
-        start = time.time()
-        calibrate(study.task, calibration, args.calibration_steps)
-        print(f"predictors calibrated in {time.time() - start:.0f} s", flush=True)
     if args.jobs == 1:
         work(study, deadline)
         return
@@ -351,7 +387,7 @@ def run(study: Study, args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, *args.words, "--worker", str(deadline)]
     workers = []
     for i in range(args.jobs):
-        environment = dict(os.environ)
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
         if gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
         workers.append(subprocess.Popen(command, env=environment))
@@ -524,13 +560,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(table(shown, ("row", "cost at", "sequences", "seeds", "loss", "gap %", "low %", "high %")))
     left = len(study.wanted(study.results()))
-    failed = [r["error"] for r in study.results().values() if "error" in r]
+    failed = study.failed()
     print(
         f"{path}: {left} runs to come"
         + " at least: sweeps decide which" * bool(left and (study.swept() or study.widened()))
     )
     if failed:
-        print(f"{len(failed)} runs failed, and are tried again next time: {failed[0]}", file=sys.stderr)
+        print(f"{len(failed)} failed, and are tried again next time: {failed[0]}", file=sys.stderr)
     return int(bool(failed))
 
 

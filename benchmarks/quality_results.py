@@ -255,6 +255,6 @@ def publish(study: Study) -> tuple[Path, list[dict[str, Any]]]:
         left_out=study.left_out,
         missing=found.missing,
         unfinished=found.unfinished,
-        failed=sorted(r["error"] for r in study.results().values() if "error" in r),
+        failed=study.failed(),
     )
     return path, found.rows

@@ -29,6 +29,7 @@ from typing import Any
 REFERENCE_LAYERS = 32  # of the shape whose steps were measured
 CONTEXTS = (65536, 262144)
 MODEL = "llama3-8b"
+PREDICTING = ("predictors", "sampled")  # policies that need a calibration
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,6 @@ class Row:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", parse(self.text))
-
-    @property
-    def predicts(self) -> bool:
-        """Whether it needs predictors."""
-        return any(s.phase.get("policy") in ("predictors", "sampled") for s in self.stages)
 
 
 def parse(text: str) -> tuple[Stage, ...]:

@@ -18,7 +18,7 @@ import torch
 from lemo.data import questions
 from lemo.training import longrange
 from quality_data import sequences, token_files, windows
-from quality_schedules import Segment
+from quality_schedules import PREDICTING, Segment
 from torch import Tensor
 
 BLOCK = 64
@@ -55,6 +55,11 @@ class Spec:
     seed: int
     purpose: str
     edges: bool = False
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it needs predictors."""
+        return any(s.phase.get("policy") in PREDICTING for s in self.segments)
 
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
@@ -181,13 +186,12 @@ def config_of(task: Task, spec: Spec, layers: int) -> Any:
     """Phases by numbers of steps. Exact steps between others make a phase each."""
     import lemo
 
-    predicts = any(s.phase.get("policy") in ("predictors", "sampled") for s in spec.segments)
     recompute = "full" if task.context * spec.batch > 16384 else "none"
     return lemo.LemoConfig(
         block_size=BLOCK,
         seed=spec.seed,
         recompute=recompute,
-        calibration=task.calibration if predicts else None,
+        calibration=task.calibration if spec.predicts else None,
         layers=range(1, layers - 1) if spec.edges else None,
         phases=[lemo.Phase(**{**s.phase, "share": s.steps}) for s in spec.segments],
     )

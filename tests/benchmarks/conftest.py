@@ -71,12 +71,12 @@ def world(q: Any, tmp_path: Path, costs: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(q.quality, "train", train)
 
-    def command(*words: Any, setting: str = "B") -> dict[str, Any]:
+    def command(*words: Any, setting: str = "B", status: int = 0) -> dict[str, Any]:
         given = ["--model", tmp_path / "model", "--setting", setting, "--costs", costs, "--study", tmp_path / "study"]
         given += ["--out", tmp_path / "quality.json", "--items", 2, *words]
         if "--tokens" not in words and setting != "C":
             given += ["--tokens", tmp_path / "tokens", "--adapt", "code"]
-        assert q.quality.main(list(map(str, given))) == 0
+        assert q.quality.main(list(map(str, given))) == status
         return json.loads((tmp_path / "quality.json").read_text())
 
     return SimpleNamespace(command=command, trained=trained, folder=tmp_path)

@@ -285,6 +285,30 @@ def test_text_of_installed_packages(q: Any, tmp_path: Path, monkeypatch: pytest.
 # ---- whole studies ---------------------------------------------------------------------------------------------------
 
 
+def test_rows_that_need_predictors_wait_for_them(world: Any, q: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the other rows. A calibration that failed is said, and tried again by the next command."""
+    words = ["--context", 256, "--only", "drawn by predictors", "--seeds", 1, 2, "--sequences", 4, "--no-sweep"]
+    words += ["--cost-at", 65536, "--calibration-steps", 2]
+    real, order = q.quality.calibrate, []
+
+    def out_of_memory(*given: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    def calibrate(*given: Any) -> None:
+        order.append(len(world.trained))
+        real(*given)
+
+    monkeypatch.setattr(q.quality, "calibrate", out_of_memory)
+    result = world.command(*words, status=1)
+    assert result["failed"] == ["calibration: RuntimeError: out of memory"] and len(world.trained) == 3
+    assert [row["name"] for row in result["rows"]] == ["not adapted", "dense"]
+    monkeypatch.setattr(q.quality, "calibrate", calibrate)
+    world.trained.clear()
+    result = world.command(*words)
+    assert result["failed"] == result["missing"] == [] and order == [0] and len(world.trained) == 2
+    assert all(spec.predicts for spec in world.trained) and len(result["rows"]) == 3
+
+
 def test_a_study_with_its_sweep(world: Any) -> None:
     result = world.command(*SMALL, "--batches", 1, 2, "--rates", 1e-3, 1e-2, "--widen", 1)
     rows = {(r["name"], r.get("cost_at")): r for r in result["rows"]}
