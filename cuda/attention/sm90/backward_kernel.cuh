@@ -4,6 +4,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "attention/sm90/backward_load.cuh"
 #include "attention/sm90/backward_mainloop.cuh"
 #include "attention/sm90/backward_parts.cuh"
 #include "attention/sm90/staged_rows.cuh"
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<kBackwardProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0) Mainloop::load(params, shared, work);
+    if (warp == 0) load_steps<Mainloop>(params, shared, work);
     if (warp >= 1 && warp <= kAdders && threadIdx.x % 32 == 0) Mainloop::add(params, shared, work, warp - 1);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kBackwardConsumerRegisters>();

@@ -1,5 +1,5 @@
-// One key tile against the query tiles that see it: what the producer warp loads, and what the consumer warpgroups
-// compute.
+// One key tile against the query tiles that see it: what the consumer warpgroups compute of what the producer warp loads
+// (backward_load.cuh).
 //
 // Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, with 64 keys per warpgroup: P^T and dS^T are then the
 // left operands of the warpgroup's own dV and dK straight from registers, and no two warpgroups share a sum. Only
@@ -112,50 +112,6 @@ struct BackwardMainloop {
       shared.total = Walk::count_steps(params, work);
     }
   }
-  // The producer warp.
-  static __device__ __forceinline__ void load(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
-    constexpr uint32_t kStatsBytes = 2 * kQueries * 4;
-    {
-      const KeyLoader loader(params.key_documents, work.tile);
-      const auto runs = loader.find(work.key_start);
-      if (cute::elect_one_sync()) shared.keys.arrive_and_expect_tx(2 * KeyLoader::kBytes);
-      uint64_t* barrier = reinterpret_cast<uint64_t*>(&shared.keys);
-      loader.load(runs, params.k, work.key_head, barrier, shared.k);
-      loader.load(runs, params.v, work.key_head, barrier, shared.v);
-    }
-    auto query_state = Ring<kQueryStages>::producer_start();
-    auto dout_state = Ring<kDoutStages>::producer_start();
-    const Tile queries = work.queries();
-    const QueryLoader loader(params.documents, queries);
-    Walk walk = BackwardMainloop::walk(params, shared, work);
-    auto runs = loader.find(walk.query_tile * kQueries);
-    walk.publish(params, work);
-#pragma unroll 1
-    while (walk.steps > 0) {
-      const int head = work.key_head * params.group + walk.head();
-      const int item = item_of(params, work, walk);
-      shared.queries.wait_empty(query_state);
-      uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes, [&] {
-        shared.steps[query_state.index()] = {walk.query_tile, item, walk.entry};
-      });
-      loader.load(runs, params.q, head, barrier, shared.q + query_state.index() * kTile);
-      if (cute::elect_one_sync()) {
-        cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
-                                       shared.stats[query_state.index()], kStatsBytes);
-      }
-      ++query_state;
-      barrier = shared.douts.acquire(dout_state, QueryLoader::kBytes);
-      loader.load(runs, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
-      ++dout_state;
-      walk.advance();
-      // After this step's loads, which would otherwise wait for it.
-      if (walk.head_in_group == 0 && walk.steps > 0) {
-        walk.publish(params, work);
-        runs = loader.find(walk.query_tile * kQueries);
-      }
-    }
-  }
-
   // An adding thread.
   static __device__ __forceinline__ void add(const BackwardKernelParams& params, Shared& shared, const KeyWork& work,
                                              int adder) {

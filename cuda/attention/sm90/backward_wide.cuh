@@ -11,6 +11,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "attention/sm90/backward_load.cuh"
 #include "attention/sm90/backward_walk.cuh"
 #include "attention/sm90/soft_cap.cuh"
 #include "attention/sm90/staged_rows.cuh"
@@ -94,47 +95,8 @@ struct WideBackward {
     shared.keys.init(1);
   }
 
-  // The producer warp.
-  static __device__ __forceinline__ void load(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
-    constexpr uint32_t kStatsBytes = 2 * kQueries * 4;
-    {
-      const KeyLoader loader(params.key_documents, work.tile);
-      const auto runs = loader.find(work.key_start);
-      if (cute::elect_one_sync()) shared.keys.arrive_and_expect_tx(2 * KeyLoader::kBytes);
-      uint64_t* barrier = reinterpret_cast<uint64_t*>(&shared.keys);
-      loader.load(runs, params.k, work.key_head, barrier, shared.k);
-      loader.load(runs, params.v, work.key_head, barrier, shared.v);
-    }
-    auto query_state = Ring<kQueryStages>::producer_start();
-    auto dout_state = Ring<kDoutStages>::producer_start();
-    const Tile queries = work.queries();
-    const QueryLoader loader(params.documents, queries);
-    Walk walk(params, work, shared.start, work.tile.index % params.group, shared.walk);
-    auto runs = loader.find(walk.query_tile * kQueries);
-    walk.publish(params, work);
-#pragma unroll 1
-    while (walk.steps > 0) {
-      const int head = work.key_head * params.group + walk.head();
-      const int item = item_of(params, work, walk);
-      shared.queries.wait_empty(query_state);
-      uint64_t* barrier = shared.queries.expect(query_state, QueryLoader::kBytes + kStatsBytes, [&] {
-        shared.steps[query_state.index()] = {walk.query_tile, item, walk.entry};
-      });
-      loader.load(runs, params.q, head, barrier, shared.q + query_state.index() * kTile);
-      if (cute::elect_one_sync()) {
-        cute::SM90_BULK_COPY_G2S::copy(params.stats + static_cast<int64_t>(item) * (2 * kQueries), barrier,
-                                       shared.stats[query_state.index()], kStatsBytes);
-      }
-      ++query_state;
-      barrier = shared.douts.acquire(dout_state, QueryLoader::kBytes);
-      loader.load(runs, params.dout, head, barrier, shared.dout + dout_state.index() * kTile);
-      ++dout_state;
-      walk.advance();
-      if (walk.head_in_group == 0 && walk.steps > 0) {
-        walk.publish(params, work);
-        runs = loader.find(walk.query_tile * kQueries);
-      }
-    }
+  static __device__ __forceinline__ Walk walk(const BackwardKernelParams& params, Shared& shared, const KeyWork& work) {
+    return Walk(params, work, shared.start, work.tile.index % params.group, shared.walk);
   }
 
   // A consumer warpgroup: computes dk (not yet scaled) and dv of its columns.
@@ -302,7 +264,7 @@ __global__ void __launch_bounds__((kBackwardConsumers + 1) * 128, 1)
 
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<kBackwardProducerRegisters>();
-    if (__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) Wide::load(params, shared, work);
+    if (__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) load_steps<Wide>(params, shared, work);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kBackwardConsumerRegisters>();
     const int consumer = warpgroup - 1;
