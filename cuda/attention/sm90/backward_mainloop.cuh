@@ -1,5 +1,5 @@
-// One key tile against the query tiles that see it: what the consumer warpgroups compute of what the producer warp loads
-// (backward_load.cuh).
+// One key tile against the query tiles that see it: what the consumer warpgroups compute of what the producer warp
+// loads (backward_load.cuh).
 //
 // Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, with 64 keys per warpgroup: P^T and dS^T are then the
 // left operands of the warpgroup's own dV and dK straight from registers, and no two warpgroups share a sum. Only
