@@ -14,6 +14,7 @@ from lemo.cli import build_parser, main
 from lemo.cli.evaluate import _take_recorded
 from lemo.cli.finetune import _settings
 from lemo.training.finetune import finetune as train
+from transformers import LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,42 @@ def test_evaluate_takes_the_context_of_the_run(
 def test_tasks_take_the_context_of_the_run_as_their_length(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained), "--tasks", "all", "--quiet"]) == 2
     assert f"--lengths 64: as {trained} was trained" in capsys.readouterr().err
+
+
+def test_a_model_that_is_gone_or_was_exchanged_since(
+    trained: Path, like: Any, new_model: Any, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run names has to be what it was trained on: an adapter on other weights would be measured in silence."""
+
+    def evaluate(*arguments: object) -> tuple[bool, str]:
+        command = ["--data", str(text_folder / "d0[0-3].txt"), "--context", "64", "--json", "-", "--quiet"]
+        return main(["evaluate", *map(str, arguments), *command]) == 0, capsys.readouterr().err
+
+    place = tmp_path / "base"
+    run = like("run", {"model": str(place)})
+    for given in (("--adapter", run / "adapter"), (run,)):
+        done, said = evaluate(*given)
+        assert not done and f"--model {place}: no such folder. {run / 'run.json'} names it: if the model lies" in said
+
+    new_model(place)
+    assert evaluate(run) == (True, f"--model {place}: as {run / 'run.json'} names it\n")
+    model: Any = LlamaForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.1
+    model.save_pretrained(place)
+    done, said = evaluate(run)
+    assert not done and f"{run} was trained on another model than --model {place} is (weights (linear) differ)" in said
+    assert "the model was exchanged. Give --model" in said
+    done, said = evaluate(run, "--model", place)
+    assert done and "WARNING" in said and f"{run} was trained on another model than --model {place}" in said
+    shutil.copytree(run / "adapter", tmp_path / "elsewhere")  # of which nothing is known
+    assert "WARNING" not in evaluate("--model", place, "--adapter", tmp_path / "elsewhere")[1]
+
+    saved = json.loads((run / "run.json").read_text())
+    unknown: list[Any] = [None, "x", {}]  # an earlier lemo, or damage
+    for fingerprint in unknown:
+        (run / "run.json").write_text(json.dumps(saved | {"model_fingerprint": fingerprint}))
+        assert evaluate(run)[0]
 
 
 def test_evaluate_takes_the_model_of_the_adapters(

@@ -23,7 +23,7 @@ from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
 from lemo.engine.sequence import Share
 from lemo.engine.tiles import TILE
-from lemo.predictors.fingerprint import model_fingerprint
+from lemo.predictors.fingerprint import differences, model_fingerprint
 from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool, informativeness
 from lemo.predictors.tiles import TileStrips
 from lemo.storage import content_digest, file_digest, replaced_name
@@ -415,20 +415,10 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    fields = ours.get("config")
-    fields = fields if isinstance(fields, dict) else {}
-    differences = [
-        f"{name}: calibrated for {fields.get(name)}, the model has {value}"
-        for name, value in theirs["config"].items()
-        if fields.get(name) != value
-    ]
-    if not differences:
-        for part in ("embeddings_and_norms", "linear"):  # quantized linear weights have no fingerprint to compare
-            if None not in (ours.get(part), theirs.get(part)) and ours[part] != theirs[part]:
-                differences.append(f"weights ({part.replace('_', ' ')}) differ")
-    if differences:
+    found = differences(ours, theirs, "calibrated for")
+    if found:
         raise CalibrationError(
-            f"the calibration belongs to another model ({'; '.join(differences)}): run `lemo calibrate` for this one"
+            f"the calibration belongs to another model ({'; '.join(found)}): run `lemo calibrate` for this one"
         )
 
 
