@@ -13,6 +13,7 @@ import torch
 from lemo.cli import build_parser, main
 from lemo.cli.evaluate import _take_recorded
 from lemo.cli.finetune import _settings
+from lemo.storage import content_digest
 from lemo.training.finetune import finetune as train
 from transformers import LlamaForCausalLM
 
@@ -226,8 +227,28 @@ def calibration(calibration_folder: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(calibration_folder, tmp_path / "calibration")
     config = json.loads((folder / "lemo_config.json").read_text())
     config["report"]["keep"] = 0.25
-    (folder / "lemo_config.json").write_text(json.dumps(config))
+    write_calibration(folder, config)
     return folder
+
+
+def write_calibration(folder: Path, config: dict[str, Any]) -> None:
+    """With the digest of what is written."""
+    values = config | {"digest": content_digest(config)}
+    (folder / "lemo_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("command", ["estimate", "profile --modes dense", "finetune --data TEXT --out OUT --dense"])
+def test_a_calibration_with_other_numbers_is_named(
+    command: str, calibration: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Also by commands that read no predictors, which would take the numbers as they are."""
+    path = calibration / "lemo_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"context": 128}))
+    words = command.replace("TEXT", str(text_folder)).replace("OUT", str(tmp_path / "out")).split()
+    for given in ([], ["--context", "64"]):
+        assert main([*words, "--model", str(model_folder), "--calibration", str(calibration), *given]) == 2
+        said = capsys.readouterr()
+        assert f"{path} is not what was written" in said.err and "128" not in said.err and said.out == ""
 
 
 def test_a_run_is_of_the_calibration(calibration: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +355,7 @@ def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: 
     path = calibration / "lemo_config.json"
     config = json.loads(path.read_text())
     config["model"]["config"] |= {"hidden_size": 256, "head_dim": 64}
-    path.write_text(json.dumps(config))
+    write_calibration(calibration, config)
     command = ["estimate", "--model", model, "--gpu", "2GiB", "--context", "128", "--calibration"]
     assert main([*command, str(calibration), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

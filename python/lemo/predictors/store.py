@@ -279,13 +279,16 @@ class PredictorSet:
 def check_calibrated_for(folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
     """Raises CalibrationError, naming what differs, unless a calibration was made for the model of this fingerprint:
     its `model_fingerprint`, or `config_fingerprint`, which knows shapes and no weights. Reads no weights."""
-    _compare(_read_config(Path(folder))["model"], fingerprint)
+    config = _read_config(Path(folder))
+    _check_digest(Path(folder), config)
+    _compare(config["model"], fingerprint)
 
 
 def calibrated_with(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """{"target", "context", "block_size", "keep"} with which a calibration was made; with target "mass", whose tiles
     are not blocks, the last two are None. Reads no weights. Raises CalibrationError."""
     config = _read_config(Path(folder))
+    _check_digest(Path(folder), config)  # here nothing else would tell a number that was changed
     blocks = config["target"] == "importance"
     return {
         "target": config["target"],
