@@ -58,10 +58,15 @@ def held_out(domain: str, name: str) -> bool:
     return int.from_bytes(digest(name)[:4], "big") % 100 < HELD_OUT_PERCENT[domain]
 
 
+def tops_of(folder: Path) -> list[tuple[str, Path]]:
+    """Names without versions of the folders in a folder of installed packages."""
+    return [(top.name.partition("-")[0], top) for top in folder.iterdir() if top.is_dir()]
+
+
 def files_of(domain: str, folder: Path, packages: Collection[str]) -> list[tuple[str, Path]]:
     """Name and path of the domain's files in folders of these packages, in an order that further files do not change.
     A version in a folder's name does not count."""
-    tops = [top for top in folder.iterdir() if top.is_dir() and top.name.partition("-")[0] in packages]
+    tops = [top for name, top in tops_of(folder) if name in packages]
     found = {p for pattern in DOMAINS[domain] for top in tops for p in top.rglob(pattern)}
     named = []
     for path in found:
@@ -91,14 +96,13 @@ def readable(paths: Iterator[Path]) -> Iterator[str]:
             continue
 
 
-def versions(packages: Collection[str]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def versions(folder: Path, packages: Collection[str]) -> dict[str, str]:
+    """Of what is installed in the folder, which need not be what runs this: by the packages that have files of it."""
+    found: dict[str, str] = {}
+    for one in importlib.metadata.distributions(path=[str(folder)]):
+        tops = {file.parts[0].partition("-")[0] for file in one.files or ()}
+        found |= {name: one.version for name in packages if name in tops}
+    return dict(sorted(found.items()))
 
 
 def write_installed(
@@ -175,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder with the tokenizer")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--packages", type=Path, default=Path(sysconfig.get_path("purelib")), help="installed packages")
-    parser.add_argument("--only", nargs="+", default=PACKAGES, metavar="NAME", help="packages to take")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="packages to take, by the names of their folders")
     parser.add_argument("--recode", type=Path, metavar="FOLDER", help="token files to translate instead")
     parser.add_argument("--recode-with", metavar="MODEL", help="folder with the tokenizer of these")
     parser.add_argument("--train-tokens", type=int, default=4_000_000, help="of all training text, and to adapt to")
@@ -183,6 +187,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.recode is None) != (args.recode_with is None):
         parser.error("--recode and --recode-with go together")
+    if not args.packages.is_dir():
+        parser.error(f"--packages: {args.packages} is not a folder")
+    taken = list(dict.fromkeys(args.only or PACKAGES))
+    there = {name for name, _ in tops_of(args.packages)}
+    if args.recode is None and (missing := [name for name in taken if name not in there]):
+        what = f"{args.packages} has no folder of {', '.join(missing)}"
+        if args.only:
+            parser.error(f"--only: {what}; name packages as their folders are called")
+        print(f"{what}: the text is without them", file=sys.stderr)
     from lemo.storage import write_folder
     from transformers import AutoTokenizer
 
@@ -194,8 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def write(folder: Path) -> None:
         if args.recode is None:
-            write_installed(tokenizer, folder, args.packages, args.only, args.train_tokens, args.dev_tokens)
-            (folder / PACKAGES_FILE).write_text(json.dumps(versions(args.only), indent=1) + "\n")
+            write_installed(tokenizer, folder, args.packages, taken, args.train_tokens, args.dev_tokens)
+            (folder / PACKAGES_FILE).write_text(json.dumps(versions(args.packages, taken), indent=1) + "\n")
         else:
             other = AutoTokenizer.from_pretrained(args.recode_with)
             write_recoded(tokenizer, other, folder, args.recode, args.train_tokens, args.dev_tokens)

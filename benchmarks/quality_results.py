@@ -80,9 +80,14 @@ class Settings:
 
     def of(self, row: Row, sequences: float, cost_at: int) -> dict[str, Any] | None:
         """What the row's sweep found and where; None if the file has no sweep of the same schedule at that cost."""
-        same = {"name": row.name, "schedule": schedule(row), "sequences": sequences, "cost_at": cost_at}
+        at = {"sequences": sequences, "cost_at": cost_at}
+        same = {"name": row.name, "schedule": schedule(row)} | at
         for there in self.rows:
             if "sweep" in there and all(there.get(n) == value for n, value in same.items()):
+                # At every cost a row has the sweep of one of them. Files that do not say of which: if there is one.
+                costs = {(r.get("sequences"), r.get("cost_at")) for r in self.rows if r["name"] == row.name}
+                if there.get("swept_at", at if len(costs) == 1 else None) != at:
+                    continue
                 found = {n: there[n] for n in ("batch", "rate", "sweep", "at_edge")}
                 # A row that took its setting itself names the study that made the sweep.
                 return found | {"settings_from": there.get("settings_from", dict(self.source))}
@@ -90,12 +95,16 @@ class Settings:
 
 
 def listed(row: Any) -> bool:
-    """Whether it can be a row of a results file: with a sweep, there is what was chosen by it."""
+    """Whether it can be a row of a results file: with a sweep, there is what was chosen by it, and from what."""
     if not isinstance(row, dict) or "name" not in row:
         return False
-    batch, rate = row.get("batch"), row.get("rate")
+    if "sweep" not in row:
+        return True
+    batch, rate, sweep = row.get("batch"), row.get("rate"), row["sweep"]
     chosen = isinstance(batch, int) and batch > 0 and isinstance(rate, int | float) and rate > 0
-    return "sweep" not in row or (chosen and "at_edge" in row)
+    tried = [(s.get("batch"), s.get("rate")) for s in sweep if isinstance(s, dict)] if isinstance(sweep, list) else []
+    numbers = all(isinstance(n, int | float) for s in tried for n in s)
+    return chosen and numbers and (batch, rate) in tried and isinstance(row.get("at_edge"), list)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -196,6 +205,7 @@ def describe(
     if not args.sweep:
         return row
     at, taken = study.sweeps_at(way.row), study.taken(way.row)
+    row["swept_at"] = {"sequences": at.sequences, "cost_at": at.cost_at}
     tried = study.tried(at, results)[0]
     here = [
         {

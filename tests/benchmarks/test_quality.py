@@ -282,6 +282,39 @@ def test_text_of_installed_packages(q: Any, tmp_path: Path, monkeypatch: pytest.
     assert mixed[:1000].tobytes() in made["train_docs"].tobytes()
 
 
+def test_the_packages_that_text_is_of(
+    q: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions are those of the folder, also if the text's folder is not called as its package; a name that has no
+    folder would give other text."""
+    folder = tmp_path / "packages"
+    for name, path in (("torch", "torch/a.py"), ("scikit-learn", "sklearn/b.py"), ("left_out", "left_out/c.py")):
+        record = f"{name.replace('-', '_')}-0.5.dist-info"
+        for part in (path, f"{record}/METADATA", f"{record}/RECORD"):
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x = 1\n" * 2000)
+        (folder / record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.5\n")
+        (folder / record / "RECORD").write_text(f"{path},,\n{record}/METADATA,,\n{record}/RECORD,,\n")
+    assert q.data.versions(folder, ["sklearn", "torch"]) == {"sklearn": "0.5", "torch": "0.5"}
+
+    written: list[list[str]] = []
+    monkeypatch.setattr(q.data, "write_installed", lambda *given: written.append(given[3]))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda where: [])
+    command = ["--model", "any", "--packages", str(folder)]
+    assert q.data.main([*command, "--out", str(tmp_path / "some"), "--only", "torch", "sklearn", "torch"]) == 0
+    assert json.loads((tmp_path / "some" / "packages.json").read_text()) == {"sklearn": "0.5", "torch": "0.5"}
+    assert q.data.main([*command, "--out", str(tmp_path / "usual")]) == 0
+    assert f"{folder} has no folder of cmake, " in capsys.readouterr().err
+    assert written == [["torch", "sklearn"], list(q.data.PACKAGES)]
+    for words, message in (
+        (["--only", "torch", "scikit-learn"], f"--only: {folder} has no folder of scikit-learn; name packages as"),
+        (["--packages", str(tmp_path / "nowhere")], f"--packages: {tmp_path / 'nowhere'} is not a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            q.data.main([*command, "--out", str(tmp_path / "other"), *words])
+        assert message in capsys.readouterr().err and len(written) == 2
+
+
 # ---- whole studies ---------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 NAME = "random subset 0.5, then exact"
 SWEEP = ("--batches", 1, 2, "--rates", 1e-3, 1e-2, "--widen", 1)
 AGAINST = ("against_dense", "against_best_rival", "against_largest_dense")
+UNSWEPT = {"name": "dense", "batch": 1, "rate": 1e-3, "sweep": [], "at_edge": ["rate"]}  # chosen from nothing
 CARRIED = ("batch", "rate", "sweep", "at_edge")
 
 
@@ -81,7 +82,24 @@ def other_budget(result: dict[str, Any]) -> None:
             row["sequences"] = 8.0
 
 
-@pytest.mark.parametrize("change", [without_row, other_schedule, without_sweep, other_budget])
+def swept_elsewhere(result: dict[str, Any]) -> None:
+    """The row that the study asks for has the sweep that was made at another cost."""
+    for row in result["rows"]:
+        if row["name"] == NAME:
+            row["swept_at"] = {"sequences": 4.0, "cost_at": 262144}
+
+
+def swept_somewhere(result: dict[str, Any]) -> None:
+    """There are two costs, and nothing says at which the sweep was made."""
+    for row in result["rows"]:
+        if row["name"] == NAME:
+            del row["swept_at"]
+
+
+CHANGES = [without_row, other_schedule, without_sweep, other_budget, swept_elsewhere, swept_somewhere]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_the_file_does_not_settle_is_swept(
     world: Any, found: Path, change: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str], q: Any
 ) -> None:
@@ -109,6 +127,7 @@ def test_what_the_file_does_not_settle_is_swept(
         ({"setting": "A", "adapt": None}, "is of another setting, adapt (setting 'A', here 'B'; adapt None"),
         ({"rows": 3}, "is not a results file of this study (rows without"),
         ({"rows": [{"name": "dense", "sweep": [], "at_edge": []}]}, "is not a results file of this study (rows"),
+        ({"rows": [UNSWEPT]}, "is not a results file of this study (rows"),
         ({"model": ...}, "is not a results file of this study (no model)"),
         ("[1]", "is not a results file of this study (no commit, date, rows, setting"),
         ("rows", "is not JSON; name a results file"),
@@ -135,6 +154,17 @@ def test_files_that_hold_no_settings_for_the_study(
     with pytest.raises(SystemExit):
         world.command(*SMALL, "--settings", path)
     assert f"--settings: {path} {message}" in capsys.readouterr().err and world.trained == []
+
+
+def test_the_sweep_of_another_cost_is_not_taken(world: Any, found: Path) -> None:
+    """A row has the sweep of the largest budget and the first length at its other costs as well."""
+    first = row_of(json.loads(found.read_text()), "dense", 262144)
+    assert first["sweep"] and first["swept_at"] == {"sequences": 4.0, "cost_at": 65536}
+    words = ("--settings", found, "--study", world.folder / "second", "--cost-at", 262144)
+    result = world.command(*SMALL, *SWEEP, *words)
+    assert any(spec.purpose == "sweep" for spec in world.trained)
+    for row in result["rows"][1:]:
+        assert "settings_from" not in row and row["swept_at"]["cost_at"] == 262144
 
 
 def test_a_sweep_that_ended_at_its_edge_goes_on(world: Any, found: Path, q: Any, monkeypatch: Any) -> None:

@@ -179,6 +179,10 @@ def test_adapters_that_do_not_fit(model_folder: Path, new_model, text_folder: Pa
     adapter = make_adapter(model_folder, tmp_path / "run" / "adapter", 0.0)
     with pytest.raises(ValueError, match="did you mean"):
         compare(base(), [str(adapter.parent)], documents, 64)
+    for name in ("one", "two"):  # as PEFT saves several adapters of a model
+        make_adapter(model_folder, tmp_path / "several" / name, 0.0)
+    with pytest.raises(ValueError, match=r"did you mean \S*several/one or \S*several/two\?"):
+        compare(base(), [str(tmp_path / "several")], documents, 64)
     with pytest.raises(ValueError, match="a different name"):
         compare(base(), [str(adapter), str(adapter)], documents, 64)
     other = make_adapter(new_model(tmp_path / "wide", hidden=64), tmp_path / "other", 0.0)

@@ -13,7 +13,9 @@ import torch
 from lemo.cli import build_parser, main
 from lemo.cli.evaluate import _take_recorded
 from lemo.cli.finetune import _settings
+from lemo.storage import content_digest
 from lemo.training.finetune import finetune as train
+from transformers import LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,42 @@ def test_evaluate_takes_the_context_of_the_run(
 def test_tasks_take_the_context_of_the_run_as_their_length(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained), "--tasks", "all", "--quiet"]) == 2
     assert f"--lengths 64: as {trained} was trained" in capsys.readouterr().err
+
+
+def test_a_model_that_is_gone_or_was_exchanged_since(
+    trained: Path, like: Any, new_model: Any, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run names has to be what it was trained on: an adapter on other weights would be measured in silence."""
+
+    def evaluate(*arguments: object) -> tuple[bool, str]:
+        command = ["--data", str(text_folder / "d0[0-3].txt"), "--context", "64", "--json", "-", "--quiet"]
+        return main(["evaluate", *map(str, arguments), *command]) == 0, capsys.readouterr().err
+
+    place = tmp_path / "base"
+    run = like("run", {"model": str(place)})
+    for given in (("--adapter", run / "adapter"), (run,)):
+        done, said = evaluate(*given)
+        assert not done and f"--model {place}: no such folder. {run / 'run.json'} names it: if the model lies" in said
+
+    new_model(place)
+    assert evaluate(run) == (True, f"--model {place}: as {run / 'run.json'} names it\n")
+    model: Any = LlamaForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.1
+    model.save_pretrained(place)
+    done, said = evaluate(run)
+    assert not done and f"{run} was trained on another model than --model {place} is (weights (linear) differ)" in said
+    assert "the model was exchanged. Give --model" in said
+    done, said = evaluate(run, "--model", place)
+    assert done and "WARNING" in said and f"{run} was trained on another model than --model {place}" in said
+    shutil.copytree(run / "adapter", tmp_path / "elsewhere")  # of which nothing is known
+    assert "WARNING" not in evaluate("--model", place, "--adapter", tmp_path / "elsewhere")[1]
+
+    saved = json.loads((run / "run.json").read_text())
+    unknown: list[Any] = [None, "x", {}]  # an earlier lemo, or damage
+    for fingerprint in unknown:
+        (run / "run.json").write_text(json.dumps(saved | {"model_fingerprint": fingerprint}))
+        assert evaluate(run)[0]
 
 
 def test_evaluate_takes_the_model_of_the_adapters(
@@ -189,8 +227,28 @@ def calibration(calibration_folder: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(calibration_folder, tmp_path / "calibration")
     config = json.loads((folder / "lemo_config.json").read_text())
     config["report"]["keep"] = 0.25
-    (folder / "lemo_config.json").write_text(json.dumps(config))
+    write_calibration(folder, config)
     return folder
+
+
+def write_calibration(folder: Path, config: dict[str, Any]) -> None:
+    """With the digest of what is written."""
+    values = config | {"digest": content_digest(config)}
+    (folder / "lemo_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("command", ["estimate", "profile --modes dense", "finetune --data TEXT --out OUT --dense"])
+def test_a_calibration_with_other_numbers_is_named(
+    command: str, calibration: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Also by commands that read no predictors, which would take the numbers as they are."""
+    path = calibration / "lemo_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"context": 128}))
+    words = command.replace("TEXT", str(text_folder)).replace("OUT", str(tmp_path / "out")).split()
+    for given in ([], ["--context", "64"]):
+        assert main([*words, "--model", str(model_folder), "--calibration", str(calibration), *given]) == 2
+        said = capsys.readouterr()
+        assert f"{path} is not what was written" in said.err and "128" not in said.err and said.out == ""
 
 
 def test_a_run_is_of_the_calibration(calibration: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +355,7 @@ def test_estimate_of_a_calibration(calibration: Path, new_model: Any, tmp_path: 
     path = calibration / "lemo_config.json"
     config = json.loads(path.read_text())
     config["model"]["config"] |= {"hidden_size": 256, "head_dim": 64}
-    path.write_text(json.dumps(config))
+    write_calibration(calibration, config)
     command = ["estimate", "--model", model, "--gpu", "2GiB", "--context", "128", "--calibration"]
     assert main([*command, str(calibration), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

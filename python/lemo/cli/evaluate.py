@@ -117,6 +117,7 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.folder is not None:
         _take_from_run(args)
+    args.named = None  # what names the model, if not the command
     if args.model is None:
         if not args.adapter:
             raise ValueError(
@@ -124,8 +125,12 @@ def run(args: argparse.Namespace) -> int:
                 "(see lemo evaluate --help)"
             )
         # That of the run folder, if one is given, wherever adapters next to it found theirs.
-        args.model, source = trained_model(args.adapter if args.folder is None else args.adapter[:1])
-        say(f"--model {args.model}: as {source} names it")
+        args.model, args.named = trained_model(args.adapter if args.folder is None else args.adapter[:1])
+        say(f"--model {args.model}: as {args.named} names it")
+        try:
+            load_config(args.model, None, False)
+        except ValueError as error:
+            raise ValueError(f"{error}. {args.named} names it: if the model lies elsewhere, give --model") from error
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: expected a level between 0 and 1, for instance 0.95")
     if args.no_base and not args.adapter:
@@ -200,6 +205,28 @@ def _positions(args: argparse.Namespace, context: int, name: str) -> int:
     return args.stretched or context
 
 
+def _load_model(args: argparse.Namespace, context: int) -> Any:
+    """As `load_model`. Raises ValueError if what names the model was trained on other weights than lie there now; runs
+    that were not trained on a model which the command names are said."""
+    from lemo.predictors.fingerprint import differences, model_fingerprint
+    from lemo.training.run_folder import RUN_FILE
+
+    model = load_model(args, context)
+    fingerprints = [(Path(run.folder), run.fingerprint) for run in args.runs if run.fingerprint is not None]
+    now = model_fingerprint(model) if fingerprints else {}
+    for folder, recorded in fingerprints:
+        if not (found := differences(recorded, now, "trained on")):
+            continue
+        what = f"{folder} was trained on another model than --model {args.model} is ({'; '.join(found)})"
+        if args.named == str(folder / RUN_FILE):
+            raise ValueError(
+                f"{what}, although {args.named} names it: the model was exchanged. Give --model with the place of the "
+                "other one, or with this one to measure the adapter on it all the same"
+            )
+        say(f"WARNING: {what}: what is measured is its adapter on this one")
+    return model
+
+
 # ---- perplexity ------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +247,7 @@ def _run_perplexity(args: argparse.Namespace) -> int:
     reference = args.reference or labels[0]
     if reference not in labels:
         raise ValueError(f"--reference {reference}: not among {', '.join(labels)}")
-    model = load_model(args, _positions(args, context, f"--context {context}"))
+    model = _load_model(args, _positions(args, context, f"--context {context}"))
     documents = load_data(args, model.config, per_file=args.per_file)
     domains = documents.by_name()
     tokens = sum(len(p) for d in domains.values() for _, p in evaluation_pieces(d, context, args.max_tokens))
@@ -334,7 +361,7 @@ def _run_tasks(args: argparse.Namespace) -> int:
     positions = _positions(args, max(lengths), f"--lengths {max(lengths)}")
     source = _question_source(args, load_config(args.model, positions, bool(args.interpolate_positions)))
     documents = [document(source, n, seed, i, tasks, distances) for n in lengths for i in range(count)]
-    model = load_model(args, positions)
+    model = _load_model(args, positions)
     measured = len(args.adapter) + (not args.no_base)
     with tqdm(
         total=measured * count * sum(lengths), desc="asking", unit=" tokens", unit_scale=True, file=sys.stderr,

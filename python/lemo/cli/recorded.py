@@ -21,7 +21,8 @@ from lemo.cli.common import DATA_OPTIONS, say, stretches
 @dataclass(frozen=True)
 class Trained:
     """How a run trained its adapter. stretched: the context to which it stretched the model's positions, or None;
-    tokenizer, dtype: None if they are what they would be anyway; options: those that decided how its data were read."""
+    tokenizer, dtype: None if they are what they would be anyway; options: those that decided how its data were read;
+    fingerprint: of the model, or None."""
 
     folder: str
     context: int
@@ -29,6 +30,7 @@ class Trained:
     tokenizer: str | None
     dtype: str | None
     options: tuple[str, ...]
+    fingerprint: dict[str, Any] | None
 
 
 def run_of(adapter: str) -> Path | None:
@@ -104,6 +106,8 @@ def trained(run: Path, model: str) -> Trained:
         saved, inputs = _inputs(run)
         context = saved_settings(saved, run).context
     tokenizer, dtype = inputs.get("tokenizer"), inputs.get("dtype")
+    fingerprint = saved.get("model_fingerprint")
+    known = isinstance(fingerprint, dict) and isinstance(fingerprint.get("config"), dict)
     return Trained(
         folder=str(run),
         context=context,
@@ -111,6 +115,7 @@ def trained(run: Path, model: str) -> Trained:
         tokenizer=None if tokenizer == inputs.get("model") else tokenizer,
         dtype=None if dtype == "auto" else dtype,
         options=tuple(name for name in DATA_OPTIONS if inputs.get(name)),
+        fingerprint=fingerprint if known else None,
     )
 
 

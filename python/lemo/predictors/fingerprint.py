@@ -61,3 +61,22 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         "embeddings_and_norms": digests["embeddings_and_norms"].hexdigest(),
         "linear": None if quantized else digests["linear"].hexdigest(),
     }
+
+
+def differences(recorded: dict[str, Any], model: dict[str, Any], made: str) -> list[str]:
+    """In what a recorded fingerprint and a model's differ, as texts: nothing if they are equal as far as both tell.
+
+    made: what the recorded one was, as in "calibrated for".
+    """
+    fields = recorded.get("config")
+    fields = fields if isinstance(fields, dict) else {}
+    found = [
+        f"{name}: {made} {fields.get(name)}, the model has {value}"
+        for name, value in model["config"].items()
+        if fields.get(name) != value
+    ]
+    if not found:
+        for part in ("embeddings_and_norms", "linear"):  # quantized linear weights have no fingerprint to compare
+            if None not in (recorded.get(part), model.get(part)) and recorded[part] != model[part]:
+                found.append(f"weights ({part.replace('_', ' ')}) differ")
+    return found

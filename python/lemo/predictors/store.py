@@ -23,7 +23,7 @@ from lemo.engine.families.base import NormKind
 from lemo.engine.layout import Blocks
 from lemo.engine.sequence import Share
 from lemo.engine.tiles import TILE
-from lemo.predictors.fingerprint import model_fingerprint
+from lemo.predictors.fingerprint import differences, model_fingerprint
 from lemo.predictors.network import NORMS, POOLS, WEIGHT_NAMES, LayerWeights, Pool, informativeness
 from lemo.predictors.tiles import TileStrips
 from lemo.storage import content_digest, file_digest, replaced_name
@@ -279,13 +279,16 @@ class PredictorSet:
 def check_calibrated_for(folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
     """Raises CalibrationError, naming what differs, unless a calibration was made for the model of this fingerprint:
     its `model_fingerprint`, or `config_fingerprint`, which knows shapes and no weights. Reads no weights."""
-    _compare(_read_config(Path(folder))["model"], fingerprint)
+    config = _read_config(Path(folder))
+    _check_digest(Path(folder), config)
+    _compare(config["model"], fingerprint)
 
 
 def calibrated_with(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """{"target", "context", "block_size", "keep"} with which a calibration was made; with target "mass", whose tiles
     are not blocks, the last two are None. Reads no weights. Raises CalibrationError."""
     config = _read_config(Path(folder))
+    _check_digest(Path(folder), config)  # here nothing else would tell a number that was changed
     blocks = config["target"] == "importance"
     return {
         "target": config["target"],
@@ -415,20 +418,10 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    fields = ours.get("config")
-    fields = fields if isinstance(fields, dict) else {}
-    differences = [
-        f"{name}: calibrated for {fields.get(name)}, the model has {value}"
-        for name, value in theirs["config"].items()
-        if fields.get(name) != value
-    ]
-    if not differences:
-        for part in ("embeddings_and_norms", "linear"):  # quantized linear weights have no fingerprint to compare
-            if None not in (ours.get(part), theirs.get(part)) and ours[part] != theirs[part]:
-                differences.append(f"weights ({part.replace('_', ' ')}) differ")
-    if differences:
+    found = differences(ours, theirs, "calibrated for")
+    if found:
         raise CalibrationError(
-            f"the calibration belongs to another model ({'; '.join(differences)}): run `lemo calibrate` for this one"
+            f"the calibration belongs to another model ({'; '.join(found)}): run `lemo calibrate` for this one"
         )
 
 

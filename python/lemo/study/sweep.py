@@ -105,7 +105,10 @@ class Plan:
             raise ValueError(f'equal is {self.equal!r}, expected "cost" or "steps"')
         smallest = min(int(self.settings.context / row.part * s.window) for row in self.rows for s in row.stages)
         if smallest < self.settings.block_size:
-            raise ValueError(f"the shortest windows have {smallest} tokens, fewer than a block; give a longer context")
+            raise ValueError(
+                f"the shortest windows have {smallest} tokens, fewer than a block of {self.settings.block_size}; give "
+                "a longer context, a smaller block_size or rows with longer windows"
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -37,8 +37,11 @@ def adapter_name(adapter: str) -> tuple[str, str]:
 def check_adapter(folder: str) -> None:
     """Raises ValueError unless `folder` holds a PEFT adapter of a kind that can be measured."""
     if not (Path(folder) / "adapter_config.json").is_file():
-        nested = Path(folder) / "adapter"
-        hint = f"; did you mean {nested}?" if (nested / "adapter_config.json").is_file() else ""
+        # Of a run; or, of a model with several adapters, PEFT gives each a folder of its name.
+        nested = sorted(path.parent for path in Path(folder).glob("*/adapter_config.json"))
+        usual = Path(folder) / "adapter"
+        meant = [usual] if usual in nested else nested
+        hint = f"; did you mean {' or '.join(map(str, meant))}?" if meant else ""
         raise ValueError(f"{folder}: no adapter_config.json, so this is not a PEFT adapter{hint}")
     _read_config(folder)
 
