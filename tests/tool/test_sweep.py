@@ -103,6 +103,32 @@ def test_a_study_continues_as_it_is(
     assert "another --block-size, --lr (one or several);" in capsys.readouterr().err
 
 
+def test_a_study_continues_with_all_it_was_given(
+    study: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Its rows, seeds and rates, also those that the last command left out; not the usual ones in their place."""
+    out = shutil.copytree(study, tmp_path / "study")
+    command = ["sweep", "--model", str(model_folder), "--data", str(text_folder), "--out", str(out), "--quiet"]
+    assert main(command) == 0 and len(results(out)) == 4
+    said = capsys.readouterr().err
+    assert "--rows dense half=skip:0.5, --seeds 1 2, --lr 0.0002: as the study" in said
+    assert main([*command, "--rows", "skip 0.5", "sparse:keys=128", "--seeds", "2"]) == 0 and len(results(out)) == 5
+    assert main([*command, "--only", "half"]) == 0
+    assert main([*command, "--only", "backward", "--plan"]) == 0 and "backward 0.5 " in capsys.readouterr().out
+    found = json.loads((out / "study.json").read_text())
+    assert found["rows"] == ["dense", "half=skip:0.5", "skip 0.5", "sparse:keys=128"] and found["seeds"] == [1, 2]
+    assert main(command) == 0 and len(results(out)) == 6  # "skip 0.5" is the schedule of "half"
+
+    for name, value in (("rows", 3), ("rows", []), ("seeds", [1.5]), ("lr", "x")):
+        (out / "study.json").write_text(json.dumps(found | {name: value}))
+        assert main(command) == 2 and "study.json is damaged" in capsys.readouterr().err
+    for name in ("rows", "seeds", "lr"):  # of an earlier lemo
+        del found[name]
+    (out / "study.json").write_text(json.dumps(found))
+    assert main([*command, "--plan"]) == 0
+    assert "windows of 1/4, then full" in capsys.readouterr().out
+
+
 def test_a_plan_does_not_change_what_a_study_continues_with(
     study: Path, model_folder: Path, text_folder: Path, tmp_path: Path
 ) -> None:

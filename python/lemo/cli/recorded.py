@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,10 @@ def say_calibrated(args: argparse.Namespace, taken: Mapping[str, Any]) -> None:
 
 def as_options(values: Mapping[str, Any]) -> str:
     """As they would be written on the command line, with commas."""
-    return ", ".join(
-        f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
-        for name, value in values.items()
-    )
+
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return " ".join(shlex.quote(text(one)) for one in value)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"--{name.replace('_', '-')} {text(value)}" for name, value in values.items())

@@ -33,6 +33,9 @@ _DEFAULTS: dict[str, Any] = {"equal": "cost"} | {
     for name in ("context", "steps", "held_out", "batch", "block_size", "recompute", "lora_rank", "lora_alpha")
 }
 
+# What a study may have more of when it is continued. An earlier lemo did not record them.
+_LISTS: dict[str, Any] = {"rows": None, "seeds": [1, 2, 3], "lr": [2e-4]}
+
 _EPILOG = """\
 examples:
   lemo sweep --model MODEL --data train/ --context 16384 --steps 60 --out study --plan
@@ -56,8 +59,8 @@ and random are what one could do without lemo or without choosing: if they win, 
 --equal steps compares equally many steps instead: then the cheapest row within --tolerance of dense is recommended.
 
 --out is a study folder: finished runs are kept and never repeated, an interrupted one resumes from its checkpoint, and
-more rows, seeds or minutes may be given later; --context, --steps and what else all runs share are then those of the
-study, unless given. Each run in it is a run folder: lemo report shows it.
+more rows, seeds or minutes may be given later; rows, seeds, rates, --context, --steps and what else all runs share are
+then those of the study, unless given. Each run in it is a run folder: lemo report shows it.
 """
 
 
@@ -82,10 +85,17 @@ def add(subparsers: Any) -> None:
     )
     study.add_argument("--steps", type=int, help=f"optimizer steps of a dense run (default: {_DEFAULTS['steps']})")
     study.add_argument("--equal", choices=("cost", "steps"), help="what all rows have the same of (default: cost)")
-    study.add_argument("--rows", nargs="+", metavar="[NAME=]SCHEDULE", help="ways of training (default: see --plan)")
+    study.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="[NAME=]SCHEDULE",
+        help="ways of training, usual ones by name (default: see --plan)",
+    )
     study.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these, and dense")
-    study.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of adapters and data order")
-    study.add_argument("--lr", nargs="+", type=float, default=[2e-4], help="learning rates; each row gets its best one")
+    study.add_argument("--seeds", nargs="+", type=int, help="of adapters and data order (default: 1 2 3)")
+    study.add_argument(
+        "--lr", nargs="+", type=float, help="learning rates; each row gets its best one (default: 0.0002)"
+    )
     study.add_argument("--held-out", type=float, help="fraction of the data that judges (default: 0.1)")
     study.add_argument("--max-tokens", type=int, help="held-out tokens at most")
     study.add_argument("--tolerance", type=float, default=0.01, help="with --equal steps: perplexity that may be lost")
@@ -114,7 +124,7 @@ def _complete(args: argparse.Namespace) -> None:
     from lemo.study.sweep import plan_of
 
     there = {name: value for name, value in plan_of(Path(args.out)).items() if value is not None}
-    missing = [name for name in (*_DEFAULTS, "max_tokens", "calibration") if getattr(args, name) is None]
+    missing = [n for n in (*_DEFAULTS, "max_tokens", "calibration", *_LISTS) if getattr(args, n) is None]
     if there:
         _check_recorded(args.out, [name for name in missing if name in _DEFAULTS and name not in there])
     taken = {name: there[name] for name in missing if name in there}
@@ -126,7 +136,7 @@ def _complete(args: argparse.Namespace) -> None:
         if "context" in missing and "context" not in taken:
             taken["context"] = default_context(args, _D.context)
     for name in missing:
-        setattr(args, name, taken.get(name, _DEFAULTS.get(name)))
+        setattr(args, name, taken.get(name, (_DEFAULTS | _LISTS).get(name)))
 
 
 def _check_recorded(out: str, lacking: list[str]) -> None:
@@ -146,8 +156,12 @@ def _check_recorded(out: str, lacking: list[str]) -> None:
 def _plan(args: argparse.Namespace) -> Any:
     from lemo.study.sweep import DENSE, ROWS, Plan, Row, parse_row
 
+    given = args.rows is not None
     _complete(args)
     rows = tuple(map(parse_row, args.rows)) if args.rows else ROWS
+    if args.only and not given:  # chosen from the study's and from the usual ones
+        names = {row.name for row in rows}
+        rows += tuple(row for row in ROWS if row.name not in names)
     if all(row.name != DENSE for row in rows):
         rows = (Row(DENSE, "dense", rival=True), *rows)
     if args.only:

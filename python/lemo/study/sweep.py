@@ -50,6 +50,11 @@ class Row:
     def stages(self) -> list[Stage]:
         return parse_stages(self.schedule)
 
+    @property
+    def text(self) -> str:
+        """As `parse_row` takes it."""
+        return self.name if self in ROWS or self.name == self.schedule else f"{self.name}={self.schedule}"
+
 
 ROWS = (
     Row(DENSE, "dense", rival=True),
@@ -72,7 +77,9 @@ ROWS = (
 
 
 def parse_row(text: str) -> Row:
-    """A row from `NAME=SCHEDULE`, or a schedule that is its own name. Raises ValueError."""
+    """A row from `NAME=SCHEDULE`, the name of a row of ROWS, or a schedule that is its own name. Raises ValueError."""
+    if usual := next((row for row in ROWS if row.name == text), None):
+        return usual
     name, equals, schedule = text.partition("=")
     if not equals or ":" in name:  # sparse:keys=8192 is a schedule without a name
         name = schedule = text
@@ -118,8 +125,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         values = None
     identity = values.get("identity") if isinstance(values, dict) else None
-    if not isinstance(identity, dict) or not all(
-        isinstance(part, dict) for part in (identity.get("settings"), values.get("times"))
+    if (
+        not isinstance(identity, dict)
+        or not all(isinstance(part, dict) for part in (identity.get("settings"), values.get("times")))
+        or not all(_is_list(values[name], kind) for name, kind in _LISTS.items() if name in values)
     ):
         raise ValueError(
             f"{path} is damaged: it does not hold what lemo sweep writes; restore it, or begin the study in another "
@@ -155,8 +164,15 @@ def dense_steps(out: Path) -> list[int]:
     return sorted(steps for context, steps in found if context == longest)
 
 
-# What runs of one study may differ in: recorded as the last command that trained had it.
-_VARIED = ("steps", "equal", "calibration")
+# What runs of one study may differ in: recorded as the last command that trained had it; lists are all that any had.
+_VARIED = ("steps", "equal", "calibration", "rows", "seeds", "lr")
+_LISTS = {"rows": str, "seeds": int, "lr": float}
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is kind for one in value)
+
+
 # What decides whether runs may be compared, as the command line calls it.
 _CALLED = {
     "calibration_sha256": "--calibration",
@@ -198,6 +214,7 @@ class Study:
         self.identity = json.loads(json.dumps(self._identity(documents, fraction)))
         of = plan.settings
         self.varied: dict[str, Any] = {"steps": of.steps, "equal": plan.equal, "calibration": of.calibration}
+        self.varied |= {"rows": [row.text for row in plan.rows], "seeds": list(plan.seeds), "lr": list(plan.rates)}
 
     def _identity(self, documents: Documents, fraction: float) -> dict[str, Any]:
         """What all runs of a folder have in common, so that they may be compared."""
@@ -235,7 +252,9 @@ class Study:
             check_calibrated_for(calibration, self.identity["model"])
         if there is not None:
             self.times = there["times"]
-            if not training:
+            if training:
+                self._add_to_lists(there)
+            else:
                 self.varied = {name: there[name] for name in _VARIED if name in there}
             self._write()
             return
@@ -243,6 +262,13 @@ class Study:
             raise ValueError(f"--out {self.out} is not empty and not a study; choose another folder")
         (self.out / "runs").mkdir(parents=True, exist_ok=True)
         self._write()
+
+    def _add_to_lists(self, there: dict[str, Any]) -> None:
+        """What the study had more of than this command stays a part of it. A row that is given again is the new one."""
+        rows = {parse_row(text).name: text for text in [*there.get("rows", ()), *self.varied["rows"]]}
+        self.varied["rows"] = list(rows.values())
+        for name in ("seeds", "lr"):
+            self.varied[name] = list(dict.fromkeys([*there.get(name, ()), *self.varied[name]]))
 
     def _write(self) -> None:
         values = {"identity": self.identity, "times": self.times, **self.varied}
