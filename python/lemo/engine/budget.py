@@ -315,12 +315,11 @@ class Needs:
         streams: list[int] = []  # the first layers of the segments before, which have their streams
         for count in segments or (len(sizes),):
             layers = range(start, start + count)
-            here = sum(sizes[i].others if i in offloaded else sizes[i].total for i in layers) + sum(lists[:start])
-            here += self.stream * sum(i not in offloaded for i in streams)
-            moved = [sizes[i].rows for i in layers if i in offloaded]
-            moved = sorted(moved + [self.stream for i in streams if i in offloaded], reverse=True)
-            # Of what is offloaded, two layers' rows are on the device at a time: one is worked on, one is being copied.
-            saved = max(saved, here + sum(moved[:2]))
+            here = sum(sizes[i].others for i in layers) + sum(lists[:start])
+            units = [(self.stream, i in offloaded) for i in streams]
+            units += [(sizes[i].rows, i in offloaded) for i in layers]
+            saved = max(saved, here + _on_device(units))
+            moved = [nbytes for nbytes, goes in units if goes]
             # What is put last is needed back first, and never leaves.
             stays = sizes[layers[-1]].last if layers[-1] in offloaded else 0
             host = max(host, sum(moved) - stays)
@@ -329,6 +328,18 @@ class Needs:
         working = self.working(recompute, len(segments) > 1)
         known = (tuple(recompute), offloaded, self.weights, saved, working, host)
         return MemoryPlan(*known, segments if len(segments) > 1 else ())
+
+
+def _on_device(units: Iterable[tuple[int, bool]]) -> int:
+    """The most that is on the device at a time of what is saved: bytes in the order in which they are put, and whether
+    they go to the host. What goes is there while it is worked on, and while what follows it is: on its way out in the
+    forward pass, and on its way in in the backward pass."""
+    most = stays = before = 0
+    for nbytes, goes in units:
+        most = max(most, stays + before + nbytes)
+        before = nbytes if goes else 0
+        stays += nbytes - before
+    return most
 
 
 @dataclass(frozen=True)
