@@ -97,6 +97,7 @@ ROWS = (
     Row("windows 1/2, then full", "70% dense window=1/2; 30% dense", rival=True),
     Row("windows 1/4, then full", "70% dense window=1/4; 30% dense", rival=True),
     Row("windows 1/8, then full", "70% dense window=1/8; 30% dense", rival=True),
+    Row("windows 1/16, then full", "70% dense window=1/16; 30% dense", rival=True),
     Row("random subset 0.5, then exact", "70% skip keep=0.5 policy=random shared; 30% dense", rival=True),
     Row("random subset 0.3, then exact", "70% skip keep=0.3 policy=random shared; 30% dense", rival=True),
     Row("skip 0.5 by predictors, then exact", "70% skip keep=0.5 policy=predictors; 30% dense"),
@@ -127,7 +128,10 @@ ROWS = (
     Row("windows 1/2, sparse 0.25, then exact", "70% sparse density=0.25 window=1/2; 30% dense"),
     Row("windows 1/4, sparse 0.25, then exact", "70% sparse density=0.25 window=1/4; 30% dense"),
     Row("windows 1/4, sparse 0.25, then sparse 0.25", "70% sparse density=0.25 window=1/4; 30% sparse density=0.25"),
+    Row("windows 1/4, then sparse 0.25", "70% dense window=1/4; 30% sparse density=0.25"),
     Row("windows 1/8, then sparse 0.25", "70% dense window=1/8; 30% sparse density=0.25"),
+    Row("windows 1/8, sparse 0.25, then sparse 0.25", "70% sparse density=0.25 window=1/8; 30% sparse density=0.25"),
+    Row("windows 1/16, then sparse 0.25", "70% dense window=1/16; 30% sparse density=0.25"),
     Row("windows 1/4, then 1/2, then full", "35% dense window=1/4; 35% dense window=1/2; 30% dense", rival=True),
 )
 
