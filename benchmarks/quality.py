@@ -377,19 +377,25 @@ def one(study: Study, spec: Spec, claim: Path, deadline: float) -> None:
     claim.unlink(missing_ok=True)
 
 
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them: a worker's must be among those that this process may use."""
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(i) for i in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+
+
 def run(study: Study, args: argparse.Namespace) -> None:
     """All workers: this process, or --jobs others that share the GPUs."""
     deadline = time.time() + 60 * args.budget_minutes
     if args.jobs == 1:
         work(study, deadline)
         return
-    gpus = torch.cuda.device_count()
+    gpus = visible_gpus()
     command = [sys.executable, __file__, *args.words, "--worker", str(deadline)]
     workers = []
     for i in range(args.jobs):
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
-        if gpus > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+        if len(gpus) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
         workers.append(subprocess.Popen(command, env=environment))
     codes = [worker.wait() for worker in workers]
     if any(codes):

@@ -488,6 +488,20 @@ def test_workers_share_the_runs(world: Any) -> None:
     assert result["missing"] == [] and result["runs"]["count"] == 7 and world.trained == []
 
 
+@pytest.mark.parametrize(
+    "visible, expected",
+    [(None, ["0", "1", "2"]), ("3,1, 2", ["3", "1", "2"]), ("GPU-7a,GPU-9,0", ["GPU-7a", "GPU-9", "0"])],
+)
+def test_workers_stay_on_the_gpus_of_the_command(
+    q: Any, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert q.quality.visible_gpus() == expected
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
