@@ -26,6 +26,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,8 +38,8 @@ from typing import Any
 
 import quality_stats as stats
 import torch
-from common import ROOT, header, results_path, table
-from quality_results import BASE, MADE_BY, Settings, finite, publish, results_name, scope
+from common import ROOT, header, table
+from quality_results import BASE, MADE_BY, Settings, finite, kept_settings, publish, scope
 from quality_schedules import CONTEXTS, MODEL, PREDICTING, ROWS, Costs, Row, segments, unavailable
 from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, name_of, train
 
@@ -154,6 +155,11 @@ class Study:
             path.write_text(json.dumps(mine, indent=1))
         for claim in (self.folder / "claims").iterdir():
             claim.unlink()
+        if self.args.settings is not None:
+            kept = kept_settings(self.args)
+            kept.parent.mkdir(exist_ok=True)
+            if not kept.is_file():
+                shutil.copyfile(self.args.settings_file, kept)
         self.not_calibrated.unlink(missing_ok=True)
         for name, result in self.results().items():
             if "error" in result:
@@ -525,10 +531,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if args.settings is not None:
         if not args.sweep:
             parser.error("--settings: takes the place of sweeps, and --no-sweep gives every row one setting; name one")
-        if Path(args.settings).resolve() == results_path(results_name(args)).resolve():
-            parser.error(f"--settings: {args.settings} is the file that this study writes; name another with --out")
         try:
-            args.settings = Settings.read(Path(args.settings), scope(args))
+            args.settings_file = Path(args.settings)
+            if (kept := kept_settings(args)).is_file():
+                args.settings_file = kept
+            args.settings = Settings.read(args.settings_file, scope(args))
         except ValueError as error:
             parser.error(f"--settings: {error}")
     return args

@@ -44,6 +44,11 @@ def results_name(args: argparse.Namespace) -> str:
     return args.out or f"quality-{Path(args.model).name}-{args.setting}"
 
 
+def kept_settings(args: argparse.Namespace) -> Path:
+    """The study's copy of --settings: its runs follow from that file as it was, also if this study writes it over."""
+    return Path(args.study) / "settings" / args.settings_file.name
+
+
 def schedule(row: Row) -> str:
     return row.text + "; first and last layer full" * row.edges
 

@@ -192,11 +192,23 @@ def test_a_sweep_that_ended_at_its_edge_goes_on(world: Any, found: Path, q: Any,
         assert len(row["sweep"]) == 3 and row["settings_from"]["sweep"] == tried
 
 
+def test_settings_may_be_written_over(world: Any, found: Path) -> None:
+    """A study goes on by its copy, although its own results, of fewer rows, have taken the file's place."""
+    there = row_of(json.loads(found.read_text()), NAME)
+    words = (*SMALL, *SWEEP, "--settings", world.folder / "quality.json", "--study", world.folder / "second")
+    result = world.command(*words, "--budget-minutes", 0)
+    assert result["rows"] == [] and world.trained == []
+    result = world.command(*words)
+    assert result["missing"] == [] and {spec.purpose for spec in world.trained} == {"final"}
+    assert row_of(result, NAME)["rate"] == there["rate"]
+    world.trained.clear()
+    world.command(*words)
+    assert world.trained == []
+
+
 def test_settings_that_contradict_themselves(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """No sweep to replace; or the file would be written over, and what it settled be lost for the next command."""
     for words, message in (
         (("--settings", world.folder / "found.json", "--no-sweep"), "--no-sweep gives every row one setting"),
-        (("--settings", world.folder / "quality.json"), "is the file that this study writes"),
         (("--widen-further", 1), "goes on with the sweeps of --settings, which is not given"),
         (("--widen-further", -1), "expected 0 or more, got -1"),
     ):
@@ -318,7 +330,7 @@ def test_pages_do_not_depend_on_losses(world: Any, q: Any, monkeypatch: pytest.M
 
 
 def test_lists_of_numbers_have_one_line(world: Any, q: Any) -> None:
-    common = q.quality.results_path.__globals__
+    common = q.results.write_results.__globals__
     values = {
         "a": [1, -2.5e-7, float("inf"), None],
         "b": ["x [\n 1,\n 2\n]", []],

@@ -191,7 +191,7 @@ def test_without_a_schedule_it_depends_on_whether_positions_are_stretched(
         found = json.loads(capsys.readouterr().out)
         return _settings(args).schedule, [(p["mode"], p["tokens"]) for p in found["phases"]]
 
-    stretched, plain = [("sparse", 8192), ("sparse", 32768)], [("sparse", 32768), ("dense", 32768)]
+    stretched, plain = [("dense", 4096), ("sparse", 32768)], [("sparse", 32768), ("dense", 32768)]
     assert schedules(256, "--interpolate-positions") == ("extension", stretched)
     assert schedules(32768, "--interpolate-positions") == ("long-context", plain)  # nothing to stretch
     assert schedules(32768) == ("long-context", plain)

@@ -56,8 +56,8 @@ schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:wei
   default      skip in most of the steps, then dense: the most steps for the time spent
   long-context sparse:0.25 in most of the steps, then dense. Without --schedule this is taken from --context 32768 on,
                if no --keep, --policy or --calibration asks for tokens to be left out
-  extension    sparse:0.25 in windows of a quarter, then in whole windows: taken in place of long-context when
-               --interpolate-positions stretches the model to its new length
+  extension    an eighth of each window, exact, then whole windows with sparse:0.25: taken in place of long-context
+               when --interpolate-positions stretches the model to its new length
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
   backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model
