@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "quality",
     "quality_data",
+    "quality_figure",
     "quality_pages",
     "quality_results",
     "quality_schedules",

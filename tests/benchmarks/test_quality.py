@@ -521,8 +521,9 @@ def test_table_and_figure(world: Any, q: Any, monkeypatch: pytest.MonkeyPatch, t
     assert q.pages.main([]) == 0 and q.pages.main(["--check"]) == 0
     drawn = (tmp_path / "quality-tiny-B.svg").read_text()
     tree = ElementTree.fromstring(drawn)
-    marks = [e for e in tree.iter("{http://www.w3.org/2000/svg}circle") if "mark" in e.get("class", "")]
-    assert len(marks) == 8 and "front" in drawn and "prefers-color-scheme: dark" in drawn
+    marks = [e for e in tree.iter() if "mark" in e.get("class", "")]
+    # Lines: two ways at two lengths. Below, each length's runs of both budgets, at their costs of either length.
+    assert len(marks) == 2 * 2 + 2 * 2 * 4 and "front" in drawn and "prefers-color-scheme: dark" in drawn
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
