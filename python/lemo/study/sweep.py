@@ -73,6 +73,7 @@ ROWS = (
     Row("sparse 0.5", "sparse:0.5"),
     Row("sparse 0.25", "sparse:0.25"),
     Row("sparse 0.25, then exact", "sparse:0.25@0.7,dense@0.3"),
+    Row("windows of 1/4, then sparse 0.25", "dense:window=1/4@0.91,sparse:0.25@0.09"),
 )
 
 
