@@ -50,9 +50,11 @@ def run(args: argparse.Namespace) -> int:
         elif (folder / "adapter_config.json").exists():
             values = adapter(folder)
         else:
+            inside = folder / "adapter"
+            hint = f"; did you mean {inside}?" if (inside / "adapter_config.json").exists() else ""
             raise ValueError(
                 f"{folder}: neither a calibration (lemo_config.json), a run (run.json) nor an adapter "
-                "(adapter_config.json)"
+                f"(adapter_config.json){hint}"
             )
     if args.json:
         print(json.dumps(values, indent=1))
