@@ -271,8 +271,35 @@ def test_more_layers_than_the_model_has(options, message):
 def test_as_many_layers_as_the_model_has():
     model = tuned("llama")
     config = lemo.LemoConfig(offload=3, recompute_layers=2)
-    assert lemo.estimate(model, config, 64)["phases"][0]["offloaded"] == 3
+    # In segments of 1 and 2: the stream before the first, and the rows of the second layer. Others are needed back at
+    # once.
+    assert lemo.estimate(model, config, 64)["phases"][0]["offloaded"] == 2
     lemo.apply(model, config)
+
+
+@pytest.mark.parametrize("recompute", ["full", "attention"])
+def test_nothing_is_said_to_be_in_host_memory_that_is_not(recompute):
+    """The rows of the last layer never leave, and those of a single one with them."""
+    for layers, told in ((1, ""), (3, "; rows of 2 in host memory")):
+        config = lemo.LemoConfig(recompute=recompute, offload=True)
+        model = tuned("llama", layers=layers)
+        found = lemo.estimate(model, config, 64)
+        assert [(p["offloaded"], p["host"] > 0) for p in found["phases"]] == [(layers - 1, layers > 1)] * 2
+        assert told in str(found) and (bool(told) or "host" not in str(found))
+        known = lemo.apply(model, config).savings.needs(lemo.Phase("dense"), (64,), 4)
+        plan = budget.fixed(known, recompute, True)
+        assert told in str(plan) and (bool(told) or "host memory" not in str(plan))
+
+
+def test_offload_is_named_only_where_it_helps():
+    """Not to a model with one layer, whose rows are needed back at once, however much of a step they are."""
+    for layers, helps in ((1, False), (8, True)):
+        known = lemo.apply(tuned("llama", layers=layers)).savings.needs(lemo.Phase("dense"), (512,), 4)
+        everything = known.plan(["full"] * layers, frozenset(range(layers)))
+        limit = everything.peak if helps else everything.weights + everything.working
+        with pytest.raises(budget.BudgetError) as error:
+            budget.choose(known, limit, again=False)
+        assert ("--offload all" in str(error.value)) == helps
 
 
 def test_settings_survive_json():

@@ -220,7 +220,8 @@ def test_estimate_of_shorter_windows(model_folder: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[2] == "tokens" and [line.split()[2] for line in lines[2:4]] == ["256", "1024"]
     assert main([*command, "dense"]) == 0 and "tokens " not in capsys.readouterr().out.splitlines()[1]
-    assert main([*command, "dense:window=1/32,dense"]) == 2
+    assert main([*command, "dense:window=1/32,dense"]) == 0  # whose blocks are not chosen
+    assert main([*command, "skip:window=1/32,dense"]) == 2
     assert "expected windows of at least one block of 64 tokens" in capsys.readouterr().err
 
 

@@ -143,6 +143,24 @@ def test_phases_of_shorter_windows(model_folder: Path, text_folder: Path, tmp_pa
         parse_schedule("dense:window=1/4")
 
 
+def test_dense_windows_shorter_than_a_block(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Nothing is chosen by blocks, so their size changes no bit; and everything that reads the run can do without."""
+    options = ("--context", "16", "--steps", "2", "--dense", "--held-out", "0.2", "--quiet")
+    for size in (8, 16, 64):
+        assert finetune(model_folder, text_folder, tmp_path / str(size), *options, "--block-size", str(size)) == 0
+    for other in ("16", "64"):
+        assert_same_adapter(tmp_path / "8", tmp_path / other)
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "64"), "--html", str(page)]) == 0 and page.stat().st_size
+    capsys.readouterr()
+    command = ["estimate", "--model", str(model_folder), "--context", "16", "--dense", "--json"]
+    found = []
+    for number in ("8", "64"):
+        assert main([*command, "--block-size", number]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
 def test_shorter_windows_in_every_mode(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """Blocks and tiles are chosen within the part, whose tokens are those that a dense phase would train on."""
     parts = ("skip:0.5:random:window=1/2", "backward:0.5:window=1/2", "sparse:0.5:local=0:window=1/2", "dense")

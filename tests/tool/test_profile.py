@@ -105,3 +105,9 @@ def test_the_command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "attention backward" in capsys.readouterr().out and "random tokens" in page.read_text()
     assert main([*command, "--modes", "skip@1,dense@1"]) == 2
     assert "expected single phases" in capsys.readouterr().err
+    # Of windows shorter than a block nothing can be left out: known before another mode is measured.
+    command = ["profile", "--model", str(model_folder), "--context", "32", "--steps", "1", "--no-peer", "--quiet"]
+    assert main([*command, "--modes", "dense", "skip"]) == 2
+    said = capsys.readouterr().err
+    assert "context 32 is shorter than one block of 64 tokens" in said and "profiling" not in said
+    assert main([*command, "--modes", "dense"]) == 0

@@ -165,6 +165,20 @@ def test_a_part_of_a_run_is_not_a_run(command: str, trained: Path, capsys: Any) 
         assert f"did you mean {trained}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["evaluate FOLDER", "evaluate --adapter FOLDER", "info FOLDER", "report FOLDER"])
+def test_a_folder_around_an_adapter_is_not_one(given: str, trained: Path, tmp_path: Path, capsys: Any) -> None:
+    """Whether the run is whole or its run.json is gone, what is meant is named."""
+    gone = shutil.copytree(trained, tmp_path / "gone")
+    (gone / "run.json").unlink()
+    folders = (gone, trained) if "--adapter" in given else (gone,)
+    for folder in folders:
+        assert main([str(folder) if word == "FOLDER" else word for word in given.split()]) == 2
+        assert str(folder / "adapter") in capsys.readouterr().err
+    if given == "evaluate FOLDER":  # an adapter alone is no run either
+        assert main(["evaluate", str(gone / "adapter")]) == 2
+        assert f"lemo evaluate --adapter {gone / 'adapter'}" in capsys.readouterr().err
+
+
 def test_evaluate_takes_the_positions_of_the_run(trained: Path, like: Any, evaluate: Any) -> None:
     """Stretched to 512, twice those of the model, whatever the context of the evaluation; or not."""
     stretched = like("stretched", {"interpolate_positions": True}, context=512) / "adapter"

@@ -55,6 +55,22 @@ def test_settings_that_make_no_sense(name: str, values: tuple[Any, ...]) -> None
             FinetuneSettings(**{name: value})
 
 
+def test_windows_have_a_block_where_blocks_are_chosen() -> None:
+    for schedule in ("dense", "sparse:0.5", "dense:window=1/16", "skip@0.5,dense:window=1/16"):
+        context = 64 if "skip" in schedule else 32
+        assert min(FinetuneSettings(context=context, schedule=schedule).window_lengths()) < 64
+    for schedule in ("default", "skip", "backward", "sparse:0.5:keep=0.5", "skip@0.5,dense"):
+        with pytest.raises(ValueError, match="context 32 is shorter than one block of 64 tokens"):
+            FinetuneSettings(context=32, schedule=schedule)
+    with pytest.raises(ValueError, match=r"where blocks are chosen: .* the shortest of these have 32"):
+        FinetuneSettings(context=64, schedule="skip:window=1/2,dense:window=1/4")
+    for context, schedule in ((1, "dense"), (-4, "dense"), (64, "dense:window=1/64,dense")):
+        with pytest.raises(ValueError, match="expected windows of at least 2 tokens"):
+            FinetuneSettings(context=context, schedule=schedule)
+    with pytest.raises(ValueError, match="expected windows of at least 2 tokens"):
+        FinetuneSettings(context=1, block_size=1)
+
+
 def test_schedules() -> None:
     phases = parse_schedule("skip:0.3:exact@0.7, backward:weighted@0.2,dense@.1", keep=0.5)
     assert [(p.mode, p.keep, p.policy, p.weighted, p.share) for p in phases] == [

@@ -221,8 +221,9 @@ def test_cheaper_steps_come_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
     study.times = {"dense": 1.0, "skip:0.5": 0.4, "dense in windows of 1/2": 0.5, "dense:window=1/4": 0.2}
     assert [study.steps(row) for row in rows] == [100, round(100 / 0.58), 200, 250]
     assert [study.cost(row) for row in rows] == pytest.approx([1.0, 172 * 0.58 / 100, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"the shortest windows have 32 tokens.* a smaller block_size"):
-        sweep.Plan(settings, (rows[0], sweep.parse_row("dense:window=1/32")), (1,), (1e-4,))
+    with pytest.raises(ValueError, match=r"the shortest windows .* have 32 tokens.* a smaller block_size"):
+        sweep.Plan(settings, (rows[0], sweep.parse_row("skip:window=1/32")), (1,), (1e-4,))
+    sweep.Plan(settings, (rows[0], sweep.parse_row("dense:window=1/32")), (1,), (1e-4,))  # has no blocks to choose
 
 
 def test_default_rows_are_schedules_and_have_rivals() -> None:

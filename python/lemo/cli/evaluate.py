@@ -24,7 +24,7 @@ from lemo.cli.common import (
     path_name,
     say,
 )
-from lemo.cli.recorded import Trained, agreed, agreed_positions, run_of, trained, trained_model
+from lemo.cli.recorded import Recorded, Trained, agreed, agreed_positions, recorded, trained_model
 
 # Tokens of a piece or a document, if no run says.
 _CONTEXT = 4096
@@ -158,17 +158,18 @@ def _take_from_run(args: argparse.Namespace) -> None:
 
 
 def _take_recorded(args: argparse.Namespace) -> None:
-    """What the adapters' runs record, for options that are not given. Raises ValueError if the runs differ in it.
+    """What the adapters' runs record, or adapters that lie elsewhere, for options that are not given. Raises ValueError
+    if they differ in it.
 
     Sets args.stretched, the context to which they stretched the model's positions, if any. What is measured is taken
     when it is known whether that is perplexity or tasks.
     """
-    folders = dict.fromkeys(folder for adapter in args.adapter if (folder := run_of(adapter)) is not None)
-    args.runs = [trained(folder, args.model) for folder in folders]
-    args.stretched = agreed_positions(args.runs, bool(args.interpolate_positions))
+    args.recorded = recorded(args.adapter, args.model)
+    args.runs = [one for one in args.recorded if isinstance(one, Trained)]
+    args.stretched = agreed_positions(args.recorded, bool(args.interpolate_positions))
     if args.stretched is not None:
         args.interpolate_positions = True
-        stretched = [run for run in args.runs if run.stretched is not None]
+        stretched = [one for one in args.recorded if one.stretched is not None]
         _say_taken(stretched, f"positions stretched to {args.stretched} tokens")
     on_cpu = device_of(args.device).type == "cpu"  # which computes in float32, whatever the run's GPU did
     for name in ("tokenizer",) if on_cpu else ("tokenizer", "dtype"):
@@ -181,17 +182,17 @@ def _take_recorded(args: argparse.Namespace) -> None:
         say(f"the run's own data were read with {names}; --data is read without")
 
 
-def _say_taken(runs: Sequence[Trained], what: str) -> None:
+def _say_taken(runs: Sequence[Recorded], what: str) -> None:
     names = ", ".join(run.folder for run in runs)
     say(f"{what}: as {names} {'was' if len(runs) == 1 else 'were'} trained")
 
 
 def _recorded_context(args: argparse.Namespace, option: str) -> int:
-    """Of the adapters' runs; without one, 4096 or what the model has."""
-    context = agreed(args.runs, "context", option)
+    """That of the adapters' runs; if none is known, 4096 or what the model has."""
+    context = agreed(args.recorded, "context", option)
     if context is None:
         return default_context(args, _CONTEXT, option)
-    _say_taken(args.runs, f"{option} {context}")
+    _say_taken(args.recorded, f"{option} {context}")
     return int(context)
 
 
@@ -199,7 +200,7 @@ def _positions(args: argparse.Namespace, context: int, name: str) -> int:
     """The context for which the model is loaded: that of the run, if it stretched positions."""
     if args.stretched is not None and context > args.stretched:
         raise ValueError(
-            f"{name}: the run stretched positions to {args.stretched} tokens, and the adapter is for those; evaluate "
+            f"{name}: training stretched positions to {args.stretched} tokens, and the adapter is for those; evaluate "
             "at most that many"
         )
     return args.stretched or context
@@ -214,8 +215,8 @@ def _load_model(args: argparse.Namespace, context: int) -> Any:
     model = load_model(args, context)
     fingerprints = [(Path(run.folder), run.fingerprint) for run in args.runs if run.fingerprint is not None]
     now = model_fingerprint(model) if fingerprints else {}
-    for folder, recorded in fingerprints:
-        if not (found := differences(recorded, now, "trained on")):
+    for folder, fingerprint in fingerprints:
+        if not (found := differences(fingerprint, now, "trained on")):
             continue
         what = f"{folder} was trained on another model than --model {args.model} is ({'; '.join(found)})"
         if args.named == str(folder / RUN_FILE):

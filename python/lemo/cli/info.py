@@ -50,9 +50,11 @@ def run(args: argparse.Namespace) -> int:
         elif (folder / "adapter_config.json").exists():
             values = adapter(folder)
         else:
+            inside = folder / "adapter"
+            hint = f"; did you mean {inside}?" if (inside / "adapter_config.json").exists() else ""
             raise ValueError(
                 f"{folder}: neither a calibration (lemo_config.json), a run (run.json) nor an adapter "
-                "(adapter_config.json)"
+                f"(adapter_config.json){hint}"
             )
     if args.json:
         print(json.dumps(values, indent=1))
@@ -197,7 +199,11 @@ def run_folder(folder: Path) -> dict[str, Any]:
 
 
 def adapter(folder: Path) -> dict[str, Any]:
-    """The fields of a PEFT adapter that identify it."""
+    """The fields of a PEFT adapter that identify it, and the positions that it needs if they were stretched."""
+    from lemo.training.positions import read_positions
+
+    positions = read_positions(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     names = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
-    return {"adapter": str(folder), **{n: config.get(n) for n in names}}
+    values = {"adapter": str(folder), **{n: config.get(n) for n in names}}
+    return values if positions is None else values | {"trained for stretched positions": positions.to_json()}

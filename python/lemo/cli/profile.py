@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps}: expected at least 1")
     settings = FinetuneSettings(
+        schedule=",".join(args.modes),  # so that one that is refused is before others are measured
         context=args.context,
         batch=args.batch,
         block_size=args.block_size,

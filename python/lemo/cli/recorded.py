@@ -12,22 +12,31 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lemo.cli.common import DATA_OPTIONS, say, stretches
+
+if TYPE_CHECKING:
+    from lemo.training.positions import Positions
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Trained:
-    """How a run trained its adapter. stretched: the context to which it stretched the model's positions, or None;
-    tokenizer, dtype: None if they are what they would be anyway; options: those that decided how its data were read;
-    fingerprint: of the model, or None."""
+class Recorded:
+    """What an adapter is known to be trained for. folder: of what says so, its run or itself; stretched: the context to
+    which the model's positions were stretched, or None."""
 
     folder: str
     context: int
     stretched: int | None
+
+
+@dataclass(frozen=True)
+class Trained(Recorded):
+    """How a run trained its adapter. tokenizer, dtype: None if they are what they would be anyway; options: those that
+    decided how its data were read; fingerprint: of the model, or None."""
+
     tokenizer: str | None
     dtype: str | None
     options: tuple[str, ...]
@@ -99,20 +108,57 @@ def _inputs(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return saved, inputs
 
 
-def trained(run: Path, model: str) -> Trained:
-    """What the run records. model: that of the command. Raises CheckpointError for a damaged run.json."""
-    from lemo.training.run_folder import saved_settings
+def recorded(adapters: Sequence[str], model: str) -> list[Recorded]:
+    """What the runs of the adapters `[NAME=]FOLDER` record, or the adapters themselves if they lie elsewhere; nothing
+    for those that do not say. model: that of the command. Raises CheckpointError or ValueError for damaged records."""
+    from lemo.training.adapters import adapter_name
+    from lemo.training.positions import read_positions
+
+    found: dict[tuple[str, int | None], Recorded] = {}  # a run once, unless its adapters differ in their positions
+    for adapter in adapters:
+        folder = adapter_name(adapter)[1]
+        positions, run = read_positions(folder), run_of(adapter)
+        if run is not None:
+            one: Recorded = trained(run, model, positions)
+        elif positions is not None:
+            one = Recorded(folder, positions.context, _stretched(positions, model))
+        else:
+            continue
+        found.setdefault((one.folder, one.stretched), one)
+    return list(found.values())
+
+
+def _stretched(positions: Positions, model: str) -> int | None:
+    return positions.longest if stretches(model, positions.longest) else None
+
+
+def trained(run: Path, model: str, positions: Positions | None) -> Trained:
+    """What the run records. model: that of the command; positions: what the adapter says. Raises CheckpointError for a
+    damaged run.json, ValueError if run and adapter contradict each other."""
+    from lemo.training.positions import POSITIONS_FILE
+    from lemo.training.run_folder import RUN_FILE, saved_settings
 
     with _damage_explained():
         saved, inputs = _inputs(run)
         context = saved_settings(saved, run).context
+    stretched = context if inputs.get("interpolate_positions") and stretches(model, context) else None
+    if positions is not None:
+        # A run in Python, or of a study, may get a model that is stretched already, and only the adapter knows.
+        ours = _stretched(positions, model)
+        if positions.context != context or stretched not in (None, ours):
+            raise ValueError(
+                f"{run / RUN_FILE} is of a run with a context of {context} tokens, and the adapter there of one with a "
+                f"context of {positions.context} and positions stretched to {positions.longest} ({POSITIONS_FILE}): to "
+                "measure an adapter of another run, copy it out of the run folder"
+            )
+        stretched = ours
     tokenizer, dtype = inputs.get("tokenizer"), inputs.get("dtype")
     fingerprint = saved.get("model_fingerprint")
     known = isinstance(fingerprint, dict) and isinstance(fingerprint.get("config"), dict)
     return Trained(
         folder=str(run),
         context=context,
-        stretched=context if inputs.get("interpolate_positions") and stretches(model, context) else None,
+        stretched=stretched,
         tokenizer=None if tokenizer == inputs.get("model") else tokenizer,
         dtype=None if dtype == "auto" else dtype,
         options=tuple(name for name in DATA_OPTIONS if inputs.get(name)),
@@ -120,7 +166,7 @@ def trained(run: Path, model: str) -> Trained:
     )
 
 
-def agreed(runs: Sequence[Trained], field: str, option: str) -> Any:
+def agreed(runs: Sequence[Recorded], field: str, option: str) -> Any:
     """The value of a field that all runs have, None without runs. Raises ValueError, asking for the option, if they
     differ."""
     values = [getattr(run, field) for run in runs]
@@ -130,7 +176,7 @@ def agreed(runs: Sequence[Trained], field: str, option: str) -> Any:
     return values[0] if values else None
 
 
-def agreed_positions(runs: Sequence[Trained], asked: bool) -> int | None:
+def agreed_positions(runs: Sequence[Recorded], asked: bool) -> int | None:
     """The context to which all runs stretched the model's positions, or None. Raises ValueError if they differ. asked:
     for stretched positions, so that runs which did not stretch them are measured with those of the others."""
     runs = [run for run in runs if run.stretched is not None] if asked else runs

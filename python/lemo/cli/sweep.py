@@ -171,6 +171,7 @@ def _plan(args: argparse.Namespace) -> Any:
     if not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes:g}: expected a number above 0")
     settings = FinetuneSettings(
+        schedule=DENSE,  # rows have their own, and the plan checks their windows
         context=args.context,
         steps=args.steps,
         batch=args.batch,

@@ -193,9 +193,9 @@ def logit_bytes(shape: LayerShape, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What every layer saves, the layers whose rows go to host memory, and the bytes that this takes. weights: with
-    what the optimizer keeps; saved: on the device; host: in host memory. segments: layers of each, if all but the last
-    run again; else empty."""
+    """What every layer saves, the layers whose rows may go to host memory, and the bytes that this takes. weights: with
+    what the optimizer keeps; saved: on the device; host: in host memory. away: the offloaded layers of which something
+    is there, in effect. segments: layers of each, if all but the last run again; else empty."""
 
     recompute: tuple[Recompute, ...]
     offloaded: frozenset[int]
@@ -203,6 +203,7 @@ class MemoryPlan:
     saved: int
     working: int
     host: int
+    away: frozenset[int] = frozenset()
     segments: tuple[int, ...] = ()
 
     @property
@@ -221,7 +222,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         layers = ", ".join(f"{level} in {count}" for level, count in self.layers.items())
-        host = f"; rows of {len(self.offloaded)} in host memory ({format_bytes(self.host)})" if self.offloaded else ""
+        host = f"; rows of {len(self.away)} in host memory ({format_bytes(self.host)})" if self.away else ""
         again = f"; {self.again} run again, in {len(self.segments) - 1} segments" if self.again else ""
         return f"layers recompute {layers}{host}{again}; about {format_bytes(self.peak)} a step"
 
@@ -312,6 +313,7 @@ class Needs:
         sizes = [self.of(i, level) for i, level in enumerate(recompute)]
         lists = [self.of(i, "full").others for i in range(len(sizes))]
         saved = host = start = 0
+        away: set[int] = set()
         streams: list[int] = []  # the first layers of the segments before, which have their streams
         for count in segments or (len(sizes),):
             layers = range(start, start + count)
@@ -323,10 +325,12 @@ class Needs:
             # What is put last is needed back first, and never leaves.
             stays = sizes[layers[-1]].last if layers[-1] in offloaded else 0
             host = max(host, sum(moved) - stays)
+            away |= {i for i in layers if i in offloaded and sizes[i].rows > (stays if i == layers[-1] else 0)}
+            away |= offloaded.intersection(streams)
             streams.append(start)
             start += count
         working = self.working(recompute, len(segments) > 1)
-        known = (tuple(recompute), offloaded, self.weights, saved, working, host)
+        known = (tuple(recompute), offloaded, self.weights, saved, working, host, frozenset(away))
         return MemoryPlan(*known, segments if len(segments) > 1 else ())
 
 
@@ -522,11 +526,12 @@ def _to_offload(needs: Needs, layers: bool | int) -> frozenset[int]:
 
 def _too_small(needs: Needs, plan: MemoryPlan, budget: int, offload: Offload) -> _TooSmall:
     again = () if plan.segments else _least(needs, offload)
+    helps = needs.plan(plan.recompute, _to_offload(needs, True), plan.segments)
     return _TooSmall(
         step=f"mode {needs.phase.mode!r}",
         keep=1.0 if needs.phase.keep is None else needs.phase.keep,
         tokens=needs.tokens,
         plan=plan,
-        offloading_helps=offload is False and plan.saved > 0 and plan.peak - plan.saved <= budget,
+        offloading_helps=offload is False and bool(helps.away) and helps.peak <= budget,
         segments_help=bool(again) and needs.plan(plan.recompute, plan.offloaded, again).peak <= budget,
     )

@@ -33,8 +33,8 @@ _GIB = 1 << 30
 class Estimate(dict[str, Any]):
     """{"tokens", "recompute", "phases": [{"mode", "keep", "tokens", "weights", "saved", "working", "peak", "host",
     "layers", "offloaded", "segments"}], "peak"}, in bytes; prints as a table in GiB. tokens: of a step, and of one in
-    the phase, which may have shorter windows; layers: how many save what; host: in host memory; segments: layers of
-    each, if all but the last run again."""
+    the phase, which may have shorter windows; layers: how many save what; host: in host memory; offloaded: layers of
+    which something is there; segments: layers of each, if all but the last run again."""
 
     def __str__(self) -> str:
         lines = [f"{self['tokens']} tokens, recompute {self['recompute']} (GiB)"]
@@ -192,7 +192,7 @@ def _row(phase: Phase, plan: budget.MemoryPlan, tokens: int) -> dict[str, Any]:
         "peak": plan.peak,
         "host": plan.host,
         "layers": plan.layers,
-        "offloaded": len(plan.offloaded),
+        "offloaded": len(plan.away),
         "segments": list(plan.segments),
     }
 

@@ -157,7 +157,7 @@ class Savings:
             return {}
         return {
             "layers": self.plan.layers,
-            "offloaded": len(self.plan.offloaded),
+            "offloaded": len(self.plan.away),
             "segments": list(self.plan.segments),
             "saved_bytes": self.plan.saved,
             "host_bytes": self.plan.host,

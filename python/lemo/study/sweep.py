@@ -111,11 +111,13 @@ class Plan:
             raise ValueError(f"expected different seeds and at least one learning rate, got {self.seeds}, {self.rates}")
         if self.equal not in ("cost", "steps"):
             raise ValueError(f'equal is {self.equal!r}, expected "cost" or "steps"')
-        smallest = min(int(self.settings.context / row.part * s.window) for row in self.rows for s in row.stages)
-        if smallest < self.settings.block_size:
+        stages = [(row.part, stage) for row in self.rows for stage in row.stages if stage.phase.chooses_blocks]
+        least = self.settings.block_size
+        smallest = min((int(self.settings.context / part * s.window) for part, s in stages), default=least)
+        if smallest < least:
             raise ValueError(
-                f"the shortest windows have {smallest} tokens, fewer than a block of {self.settings.block_size}; give "
-                "a longer context, a smaller block_size or rows with longer windows"
+                f"the shortest windows of which blocks are chosen have {smallest} tokens, fewer than a block of "
+                f"{least}; give a longer context, a smaller block_size or rows with longer windows"
             )
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo.training.positions import check_positions
+
 # Kinds known not to change the base model's weights; before any other is loaded, the weights are copied.
 _LEAVES_BASE_ALONE = {"IA3", "LN_TUNING", "TRAINABLE_TOKENS", "VERA"}
 _HARMLESS_LORA_INIT = (True, False, "gaussian", "eva", "orthogonal")
@@ -34,8 +36,9 @@ def adapter_name(adapter: str) -> tuple[str, str]:
     return (path.parent.name if path.name == "adapter" else path.name), adapter
 
 
-def check_adapter(folder: str) -> None:
-    """Raises ValueError unless `folder` holds a PEFT adapter of a kind that can be measured."""
+def check_adapter(folder: str, model: Any = None) -> None:
+    """Raises ValueError unless `folder` holds a PEFT adapter of a kind that can be measured. model: with the positions
+    for which it was trained."""
     if not (Path(folder) / "adapter_config.json").is_file():
         # Of a run; or, of a model with several adapters, PEFT gives each a folder of its name.
         nested = sorted(path.parent for path in Path(folder).glob("*/adapter_config.json"))
@@ -44,6 +47,8 @@ def check_adapter(folder: str) -> None:
         hint = f"; did you mean {' or '.join(map(str, meant))}?" if meant else ""
         raise ValueError(f"{folder}: no adapter_config.json, so this is not a PEFT adapter{hint}")
     _read_config(folder)
+    if model is not None:
+        check_positions(folder, model.config)
 
 
 def base_model(folder: str) -> str | None:
@@ -147,9 +152,11 @@ def _copies(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
 def loaded_adapter(model: nn.Module, folder: str) -> Iterator[Any]:
     """The model with the adapter of `folder` alone in it, wrapped by PEFT; afterwards the model is as it was.
 
-    Raises ValueError for an adapter that does not fit the model, RuntimeError if the model could not be restored.
+    Raises ValueError for an adapter that does not fit the model or its positions, RuntimeError if the model could not
+    be restored.
     """
     config = _read_config(folder)
+    check_positions(folder, getattr(model, "config", None))
     record, sums, copies = _Record(model), _checksums(model), _copies(model, config)
     try:
         yield _load(model, folder)

@@ -356,7 +356,7 @@ def compare(
         else []
     )
     for _, folder in named:
-        check_adapter(folder)
+        check_adapter(folder, model)
     for name, documents in domains.items():
         check_scorable(documents, context, name, max_tokens)
 

@@ -8,6 +8,9 @@ A run folder holds
   checkpoint-STEP/  the last few complete checkpoints (lemo.training.checkpoint), in transformers' own layout
   adapter/          the finished PEFT adapter; exists only when the run is complete
 
+Checkpoints and adapter also say for which positions they were trained, if these were stretched
+(lemo.training.positions).
+
 Resuming a run gives, bit for bit, what an uninterrupted run would have given on the same machine: optimizer,
 scheduler, random states, the place in the data and the place in the schedule of phases all come from the checkpoint.
 """
@@ -31,6 +34,7 @@ from lemo.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, l
 from lemo.training.evaluate import check_scorable
 from lemo.training.maps import MAPS_FILE, MapRecorder
 from lemo.training.phases import planned_phases, stopped
+from lemo.training.positions import Positions
 from lemo.training.processes import Processes
 from lemo.training.run_folder import (
     ADAPTER,
@@ -185,13 +189,14 @@ def finetune(
             log = RunLog(out / LOG_FILE, processes.first)
             _log_start(log, wrapped, inputs.documents, start, processes.count)
             data = (inputs.held, inputs.windows)
+            positions = Positions.of(model.config, settings.context)
             run = RunInProgress(
-                wrapped, settings, log, controller, *data, log_every, evaluate_every, progress, processes
+                wrapped, settings, log, controller, *data, log_every, evaluate_every, progress, processes, positions
             )
             size = settings.block_size
             recorder = MapRecorder(controller, out / MAPS_FILE, size, maps, processes.first, inputs.windows)
             _train(run, checkpoints, inputs.identity, save_every, start, recorder, report)
-        processes.on_first(lambda: write_folder(out / ADAPTER, wrapped.save_pretrained, manifest=False))
+        processes.on_first(lambda: write_folder(out / ADAPTER, run.save_adapter, manifest=False))
         log.write(event="end", step=settings.steps)
     return FinetuneResult(out / ADAPTER, settings.steps - (start.step if start else 0), start.step if start else None)
 

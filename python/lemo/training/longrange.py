@@ -164,7 +164,7 @@ def compare_long_range(
     labels = model_labels(adapters, include_base)
     named = list(zip(labels[len(labels) - len(adapters) :], [adapter_name(a)[1] for a in adapters], strict=True))
     for _, folder in named:
-        check_adapter(folder)
+        check_adapter(folder, model)
 
     def measure(label: str, m: torch.nn.Module) -> None:
         check_head(m, label, documents[0].ids)

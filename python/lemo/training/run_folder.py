@@ -102,6 +102,8 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
         hint = f"start a run with lemo finetune --out {folder}"
         if inside and (outer / RUN_FILE).is_file():
             hint = f"did you mean {outer}?"
+        elif (adapter := _adapter_of(path.parent)) is not None:
+            hint = f"{adapter} is an adapter, which lemo evaluate --adapter {adapter} measures"
         raise CheckpointError(f"{folder}: no readable {RUN_FILE}, so it is not a run folder; {hint}") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON{_copy_of_settings(Path(folder))}") from None
@@ -114,6 +116,11 @@ def run_settings(folder: Path | str) -> dict[str, Any]:
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
         raise CheckpointError(f"{path} is damaged: processes is {processes!r}, expected a number of at least 1")
     return saved
+
+
+def _adapter_of(folder: Path) -> Path | None:
+    """The adapter that a folder is, or has as a run folder has it, also if its `run.json` is gone."""
+    return next((f for f in (folder, folder / ADAPTER) if (f / "adapter_config.json").is_file()), None)
 
 
 def _copy_of_settings(folder: Path) -> str:

@@ -70,11 +70,6 @@ class FinetuneSettings:
         for name in ("steps", "batch", "accumulate", "lora_rank", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.context < self.block_size:
-            raise ValueError(
-                f"context {self.context} is shorter than one block of {self.block_size} tokens; "
-                "give a longer context or a smaller block_size"
-            )
         for name in ("lr", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
@@ -97,12 +92,28 @@ class FinetuneSettings:
             raise ValueError(f"lr_schedule is {self.lr_schedule!r}, expected constant, linear or cosine")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute is {self.recompute!r}, expected one of {', '.join(RECOMPUTE)}")
-        if min(self.window_lengths()) < max(2, self.block_size):
-            raise ValueError(
-                f"schedule is {self.schedule!r}, expected windows of at least one block of {self.block_size} tokens: "
-                f"of a context of {self.context}, its shortest have {min(self.window_lengths())}"
-            )
+        self._check_windows()
         self.lemo_config()
+
+    def _check_windows(self) -> None:
+        """Of one block, nothing could be left out; where none is chosen, a block means nothing."""
+        lengths = self.window_lengths()
+        chosen = [n for n, phase in zip(lengths, self.phases(), strict=True) if phase.chooses_blocks]
+        if chosen and self.context < self.block_size:
+            raise ValueError(
+                f"context {self.context} is shorter than one block of {self.block_size} tokens; "
+                "give a longer context or a smaller block_size"
+            )
+        if min(chosen, default=self.block_size) < self.block_size:
+            raise ValueError(
+                f"schedule is {self.schedule!r}, expected windows of at least one block of {self.block_size} tokens "
+                f"where blocks are chosen: of a context of {self.context}, the shortest of these have {min(chosen)}"
+            )
+        if min(lengths) < 2:
+            raise ValueError(
+                f"schedule is {self.schedule!r}, expected windows of at least 2 tokens: of a context of "
+                f"{self.context}, its shortest have {min(lengths)}"
+            )
 
     def stages(self) -> list[Stage]:
         return parse_stages(self.schedule, self.keep, self.policy)

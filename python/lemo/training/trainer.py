@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lemo.data import IGNORE_INDEX, Documents, PackedWindows
 from lemo.training.checkpoint import Checkpoints
 from lemo.training.evaluate import score
+from lemo.training.positions import Positions
 from lemo.training.processes import Processes
 from lemo.training.run_log import RunLog
 from lemo.training.settings import FinetuneSettings
@@ -105,6 +106,7 @@ class RunTrainer(Trainer):
             for path in list(inner.iterdir()):
                 path.rename(folder / path.name)
             inner.rmdir()
+            self._run.save_positions(folder)
 
         processes.on_first(lambda: self._checkpoints.save(self.state.global_step, write, self._identity))
 
@@ -177,7 +179,7 @@ class RunInProgress:
     """What the Trainer and its callback need to know of the run.
 
     held: documents that are scored and never trained on. log_every, evaluate_every: in steps; 0 = never.
-    processes: of which the first alone writes and shows progress.
+    processes: of which the first alone writes and shows progress. positions: those of the model, if they are stretched.
     """
 
     model: Any
@@ -190,6 +192,7 @@ class RunInProgress:
     evaluate_every: int
     progress: bool
     processes: Processes
+    positions: Positions | None = None
 
     @property
     def windows_per_step(self) -> int:
@@ -204,6 +207,15 @@ class RunInProgress:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def save_adapter(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.save_positions(folder)
+
+    def save_positions(self, folder: Path) -> None:
+        """Next to an adapter: wherever it is copied, it says for which positions it was trained."""
+        if self.positions is not None:
+            self.positions.write(folder)
 
     def check_finite(self, step: int) -> None:
         """Raises FloatingPointError before weights that are not finite reach the disk."""
