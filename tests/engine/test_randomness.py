@@ -195,8 +195,12 @@ def test_a_phase_without_steps_is_said(caplog):
             controller.step()
     said = [r.message for r in caplog.records if "has none of the run's 3 steps" in r.message]
     assert said == [
-        "phase 1 (dense) has none of the run's 3 steps: with a share of 0.135 it needs a longer run, or a larger share"
+        "phase 1 (dense) has none of the run's 3 steps: with a share of 0.135 it needs a run of 4 steps or more, or a "
+        "larger share"
     ]
+    assert controller.schedule.least_steps(1) == 4
+    rare = lemo.LemoConfig(phases=[lemo.Phase("dense"), lemo.Phase("backward", share=1e-6)])
+    assert lemo.Schedule(rare.phases).least_steps(1) is None
 
 
 def test_a_phase_that_an_ended_run_did_not_reach_is_said(caplog):

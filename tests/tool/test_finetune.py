@@ -458,11 +458,12 @@ def test_the_schedule_of_a_run_that_names_none(
         assert finetune(model_folder, text_folder, tmp_path / name, *options) == 0
         return json.loads((tmp_path / name / "run.json").read_text())["settings"]["schedule"]
 
-    assert schedule("below") == "default"
+    default, long = (settings.PRESETS[name] for name in ("default", "long-context"))
+    assert schedule("below") == default
     monkeypatch.setattr(settings, "LONG_CONTEXT", 64)
-    assert schedule("at") == "long-context"
-    assert schedule("asked", "--policy", "random") == "default"
-    assert schedule("below", "--resume") == "default"
+    assert schedule("at") == long
+    assert schedule("asked", "--policy", "random") == default
+    assert schedule("below", "--resume") == default
 
 
 def test_a_loss_that_is_no_number(new_model, text_folder: Path, tmp_path: Path, capsys: Any) -> None:

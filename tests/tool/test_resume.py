@@ -15,6 +15,7 @@ import pytest
 from lemo.cli import main
 from lemo.predictors import CalibrationError, PredictorSet
 from lemo.storage import content_digest
+from lemo.training import settings
 from lemo.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, locked, read_manifest
 from lemo.training.plots import summary
 from lemo.training.run_folder import (
@@ -216,6 +217,30 @@ def test_settings_changed_in_run_json(stopped: Setting, capsys, field: str, valu
     said = capsys.readouterr().err
     assert "run.json was changed after the run began" in said
     assert f"{field}: checkpoint-2 has" in said and f"now {value}" in said
+
+
+def test_a_preset_with_another_meaning_by_now(
+    stopped: Setting, whole: bytes, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The run goes on with the phases that it began with; asking for the preset asks for what it means now."""
+    began = run_settings(stopped.out)["settings"]["schedule"]
+    assert began == settings.PRESETS["default"] != "default"
+    monkeypatch.setitem(settings.PRESETS, "default", "dense")
+    assert resume(stopped.out, "--schedule", "default") == 2
+    assert f"schedule: the run has {began!r}, now 'dense'" in capsys.readouterr().err
+    assert resume(stopped.out) == 0 and adapter_of(stopped.out) == whole
+
+
+def test_a_run_that_recorded_the_name_of_its_preset(stopped: Setting, whole: bytes) -> None:
+    """As earlier versions did, in run.json and in checkpoints."""
+    for path in (stopped.out / "run.json", *stopped.out.glob(f"checkpoint-*/{MANIFEST}")):
+        values = json.loads(path.read_text())
+        values["settings"] |= {"schedule": "default"} if path.name == "run.json" else {}
+        if path.name == MANIFEST:
+            values["settings"]["settings"]["schedule"] = "default"
+        del values["digest"]
+        path.write_text(json.dumps(values | {"digest": content_digest(values)}))
+    assert resume(stopped.out, "--schedule", "default") == 0 and adapter_of(stopped.out) == whole
 
 
 def test_settings_changed_before_the_first_checkpoint(stopped: Setting, capsys) -> None:

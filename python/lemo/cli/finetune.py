@@ -31,7 +31,13 @@ from lemo.cli.common import (
     stretches,
 )
 from lemo.cli.recorded import AS_CALIBRATED, calibrated, say_calibrated
-from lemo.training.settings import FinetuneSettings, check_defaults_matter, default_schedule, uses_default_keep
+from lemo.training.settings import (
+    FinetuneSettings,
+    check_defaults_matter,
+    default_schedule,
+    spelled_out,
+    uses_default_keep,
+)
 
 _EPILOG = """\
 examples:
@@ -286,6 +292,9 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
     accumulate = accumulate_in(world_size(), before, saved)
     if given.get("accumulate") == accumulate:
         del given["accumulate"]
+    if "schedule" in given:
+        given["schedule"] = spelled_out(given["schedule"])
+        before = before.spelled_out()
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}
@@ -328,6 +337,8 @@ def run(args: argparse.Namespace) -> int:
     processes = Processes.join(device_of(args.device))
     args.quiet = args.quiet or not processes.first
     model, documents, settings = processes.together(lambda: _load(args))
+    if not (args.resume or args.dense) and args.schedule is None:
+        say(f"--schedule {settings.schedule}: {spelled_out(settings.schedule)}")
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     saving = {name: getattr(args, name) for name in _SAVING}
     result = finetune(

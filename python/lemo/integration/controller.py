@@ -292,10 +292,11 @@ class Controller:
             return
         for i, steps in enumerate(self.schedule.steps(total)):
             if steps == 0:
-                phase = self.schedule.phases[i]
+                phase, least = self.schedule.phases[i], self.schedule.least_steps(i)
+                longer = "a longer run" if least is None else f"a run of {least} steps or more"
                 self.note(
                     f"phase {i} ({phase.mode}) has none of the run's {total} steps: with a share of {phase.share:g} it "
-                    "needs a longer run, or a larger share"
+                    f"needs {longer}, or a larger share"
                 )
 
     def watch(self, on: bool) -> tuple[Pass, TileChooser | None] | None:

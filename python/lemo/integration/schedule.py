@@ -31,6 +31,10 @@ class Schedule:
         ends = self.boundaries(total)
         return [b - a for a, b in itertools.pairwise([0, *ends])]
 
+    def least_steps(self, phase: int) -> int | None:
+        """Of the shortest run in which the phase has a step; None if that is longer than any that is tried."""
+        return next((total for total in range(1, 10_000) if self.steps(total)[phase]), None)
+
     def index(self, step: int, total: int | None) -> int:
         """Number of the phase that step `step` (from 0) of `total` belongs to; steps past the end: the last."""
         if len(self.phases) == 1:

@@ -30,7 +30,7 @@ from lemo.training.adapters import loaded_adapter, restored_modules
 from lemo.training.checkpoint import locked
 from lemo.training.evaluate import score
 from lemo.training.finetune import LOG_FILE, finetune, read_log
-from lemo.training.settings import PRESETS, FinetuneSettings, Stage, parse_stages
+from lemo.training.settings import FinetuneSettings, Stage, parse_stages, spelled_out
 
 DENSE = "dense"
 STUDY_FILE = "study.json"
@@ -85,7 +85,7 @@ def parse_row(text: str) -> Row:
     if not equals or ":" in name:  # sparse:keys=8192 is a schedule without a name
         name = schedule = text
     parse_stages(schedule)
-    return Row(name, schedule)
+    return Row(name, spelled_out(schedule))  # a continued study has the phases that it began with
 
 
 @dataclass(frozen=True)
@@ -427,7 +427,7 @@ class Study:
 
 def _phases(row: Row) -> list[tuple[str, str]]:
     """(name of its cost, schedule of it alone) of every phase."""
-    parts = [part.strip().partition("@")[0] for part in PRESETS.get(row.schedule, row.schedule).split(",")]
+    parts = [part.strip().partition("@")[0] for part in spelled_out(row.schedule).split(",")]
     return [(part if row.part == 1 else f"{part} in windows of 1/{row.part}", part) for part in parts]
 
 

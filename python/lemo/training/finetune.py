@@ -164,6 +164,7 @@ def finetune(
     process raised one of these.
     """
     out = Path(out).expanduser()  # as Trainer does with its own output folder
+    settings = settings.spelled_out()
     processes = Processes.join(next(model.parameters()).device)
     report = report if processes.first else _silent
     checkpoints = run_checkpoints(out, keep_checkpoints)

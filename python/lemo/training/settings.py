@@ -107,13 +107,19 @@ class FinetuneSettings:
         if min(chosen, default=self.block_size) < self.block_size:
             raise ValueError(
                 f"schedule is {self.schedule!r}, expected windows of at least one block of {self.block_size} tokens "
-                f"where blocks are chosen: of a context of {self.context}, the shortest of these have {min(chosen)}"
+                f"where blocks are chosen: of a context of {self.context}, the shortest of these have {min(chosen)}; "
+                "give a longer context, longer windows or a smaller block_size"
             )
         if min(lengths) < 2:
             raise ValueError(
                 f"schedule is {self.schedule!r}, expected windows of at least 2 tokens: of a context of "
-                f"{self.context}, its shortest have {min(lengths)}"
+                f"{self.context}, its shortest have {min(lengths)}; give a longer context or longer windows"
             )
+
+    def spelled_out(self) -> FinetuneSettings:
+        """With the phases of a preset in place of its name, as runs record them: another version may give the name
+        another meaning, which must not change what a run goes on with, or says of itself."""
+        return dataclasses.replace(self, schedule=spelled_out(self.schedule))
 
     def stages(self) -> list[Stage]:
         return parse_stages(self.schedule, self.keep, self.policy)
@@ -191,6 +197,11 @@ def default_schedule(
     return "extension" if stretched else "long-context"
 
 
+def spelled_out(schedule: str) -> str:
+    """The phases of a preset; any other schedule as it is."""
+    return PRESETS.get(schedule, schedule)
+
+
 def _window(text: str) -> Fraction:
     share = Fraction(text)
     if not 0 < share < 1:
@@ -256,8 +267,8 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     stages = parse_stages(text, keep, policy)
     if any(stage.window < 1 for stage in stages):
         raise ValueError(
-            f"schedule {text!r}: window= cuts the data of lemo finetune, lemo sweep and lemo estimate, and means "
-            "nothing elsewhere; leave it out"
+            f"schedule {text!r} has phases on parts of the windows ({spelled_out(text)}): window= cuts the data of "
+            "lemo finetune, lemo sweep and lemo estimate, and means nothing elsewhere; give phases without it"
         )
     return [stage.phase for stage in stages]
 
@@ -266,7 +277,7 @@ def parse_stages(text: str, keep: float = 0.5, policy: str | None = None) -> lis
     """As `parse_schedule`, of what `lemo finetune` takes: NAME may also be window, a share of the context like 1/4 or
     0.25. Raises ValueError."""
     stages = []
-    for part in PRESETS.get(text, text).split(","):
+    for part in spelled_out(text).split(","):
         description, at, share = part.strip().partition("@")
         mode, *options = description.split(":")
         where = f"schedule {text!r}, phase {part.strip()!r}"
