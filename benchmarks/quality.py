@@ -26,7 +26,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from typing import Any
 import quality_stats as stats
 import torch
 from common import ROOT, header, table
-from quality_results import BASE, MADE_BY, Settings, finite, kept_settings, publish, scope
+from quality_results import BASE, MADE_BY, begun_with, finite, publish
 from quality_schedules import CONTEXTS, MODEL, PREDICTING, ROWS, Costs, Row, segments, unavailable
 from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, name_of, train
 
@@ -156,10 +155,7 @@ class Study:
         for claim in (self.folder / "claims").iterdir():
             claim.unlink()
         if self.args.settings is not None:
-            kept = kept_settings(self.args)
-            kept.parent.mkdir(exist_ok=True)
-            if not kept.is_file():
-                shutil.copyfile(self.args.settings_file, kept)
+            self.args.settings.keep(self.folder)
         self.not_calibrated.unlink(missing_ok=True)
         for name, result in self.results().items():
             if "error" in result:
@@ -532,10 +528,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if not args.sweep:
             parser.error("--settings: takes the place of sweeps, and --no-sweep gives every row one setting; name one")
         try:
-            args.settings_file = Path(args.settings)
-            if (kept := kept_settings(args)).is_file():
-                args.settings_file = kept
-            args.settings = Settings.read(args.settings_file, scope(args))
+            args.settings = begun_with(args)
         except ValueError as error:
             parser.error(f"--settings: {error}")
     return args

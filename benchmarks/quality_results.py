@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import quality_stats as stats
-from common import write_results
+from common import results_path, write_results
 from quality_data import PACKAGES_FILE
 from quality_schedules import CONTEXTS, Row, cost
 from quality_train import Spec, name_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quality import Study, Way
 
 BASE = "not adapted"
+KEPT = "settings"  # folder of a study with the file of --settings
 MADE_BY = ("commit", "gpu", "versions")  # what every run says of itself
 SAME = ("setting", "model", "context", "adapt")  # what studies have in common whose settings can be compared
 
@@ -44,11 +45,6 @@ def results_name(args: argparse.Namespace) -> str:
     return args.out or f"quality-{Path(args.model).name}-{args.setting}"
 
 
-def kept_settings(args: argparse.Namespace) -> Path:
-    """The study's copy of --settings: its runs follow from that file as it was, also if this study writes it over."""
-    return Path(args.study) / "settings" / args.settings_file.name
-
-
 def schedule(row: Row) -> str:
     return row.text + "; first and last layer full" * row.edges
 
@@ -58,16 +54,18 @@ def schedule(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Batch sizes and rates that the sweeps of another study found. source: its file, commit and date."""
+    """Batch sizes and rates that the sweeps of another study found. source: its file, commit and date; text: of it."""
 
     source: Mapping[str, str]
     rows: Sequence[Mapping[str, Any]]
+    text: str
 
     @classmethod
     def read(cls, path: Path, mine: Mapping[str, Any]) -> Settings:
         """mine: the scope of the study that takes them. Raises ValueError for a file that does not fit."""
         try:
-            result = json.loads(path.read_text())
+            text = path.read_text()
+            result = json.loads(text)
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); name a results file of quality.py") from None
         except ValueError:
@@ -81,7 +79,15 @@ class Settings:
         if different := [n for n in SAME if result[n] != mine[n]]:
             each = "; ".join(f"{n} {result[n]!r}, here {mine[n]!r}" for n in different)
             raise ValueError(f"{path} is of another {', '.join(different)} ({each}); name a file of the same")
-        return cls({"file": path.name} | {n: result[n] for n in ("commit", "date")}, result["rows"])
+        return cls({"file": path.name} | {n: result[n] for n in ("commit", "date")}, result["rows"], text)
+
+    def keep(self, study: Path) -> None:
+        """A copy in the study's folder: its runs follow from the file as it was, also if this study writes it over."""
+        from lemo.storage import write_text
+
+        folder = study / KEPT
+        folder.mkdir(exist_ok=True)
+        write_text(folder / self.source["file"], self.text)
 
     def of(self, row: Row, sequences: float, cost_at: int) -> dict[str, Any] | None:
         """What the row's sweep found and where; None if the file has no sweep of the same schedule at that cost."""
@@ -97,6 +103,22 @@ class Settings:
                 # A row that took its setting itself names the study that made the sweep.
                 return found | {"settings_from": there.get("settings_from", dict(self.source))}
         return None
+
+
+def begun_with(args: argparse.Namespace) -> Settings:
+    """What --settings holds, or held when the study began. Raises ValueError, also for another file than that."""
+    given = Settings.read(Path(args.settings), scope(args))
+    kept = next(iter((Path(args.study) / KEPT).glob("*.json")), None)
+    if kept is None:
+        return given
+    if kept.name == given.source["file"]:
+        before = Settings.read(kept, scope(args))
+        own = Path(args.settings).resolve() == results_path(results_name(args)).resolve()
+        if own or before.text == given.text:
+            return before
+    raise ValueError(
+        f"{args.settings} is not what {args.study} began with, which is in {kept}; give that file, or another --study"
+    )
 
 
 def listed(row: Any) -> bool:

@@ -206,6 +206,32 @@ def test_settings_may_be_written_over(world: Any, found: Path) -> None:
     assert world.trained == []
 
 
+def test_a_study_goes_on_with_the_settings_that_it_began_with(
+    world: Any, found: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same content may lie elsewhere; another is refused, whatever its name, and so is a damaged copy."""
+    study = ("--study", world.folder / "second")
+    world.command(*SMALL, *SWEEP, "--settings", found, *study)
+    (world.folder / "moved").mkdir()
+    moved = Path(shutil.copy(found, world.folder / "moved" / "found.json"))
+    world.trained.clear()
+    assert world.command(*SMALL, *SWEEP, "--settings", moved, *study)["missing"] == [] and world.trained == []
+
+    def refused(path: Path) -> str:
+        with pytest.raises(SystemExit):
+            world.command(*SMALL, *SWEEP, "--settings", path, *study)
+        return capsys.readouterr().err
+
+    changed(moved, lambda result: result.update(date="another"))
+    kept = world.folder / "second" / "settings" / "found.json"
+    for path in (moved, Path(shutil.copy(moved, world.folder / "renamed.json"))):
+        assert f"{path} is not what {world.folder / 'second'} began with, which is in {kept}" in refused(path)
+    assert "gone.json cannot be read" in refused(world.folder / "gone.json")
+    kept.write_text(kept.read_text()[:100])
+    assert f"{kept} is not JSON" in refused(found)
+    assert world.trained == []
+
+
 def test_settings_that_contradict_themselves(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (("--settings", world.folder / "found.json", "--no-sweep"), "--no-sweep gives every row one setting"),
@@ -324,9 +350,13 @@ def test_pages_do_not_depend_on_losses(world: Any, q: Any, monkeypatch: pytest.M
             del row["losses"]
 
     path.write_text(json.dumps(result))
-    now = q.pages.tables(), q.pages.picture(result)
+
+    def pages() -> tuple[list[str], list[tuple[Path, str]]]:
+        return q.pages.tables(), list(q.pages.made())
+
+    now = pages()
     changed(path, without_losses)
-    assert (q.pages.tables(), q.pages.picture(json.loads(path.read_text()))) == now
+    assert pages() == now
 
 
 def test_lists_of_numbers_have_one_line(world: Any, q: Any) -> None:
