@@ -473,7 +473,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--settings",
         metavar="FILE",
         help="results file of a study of the same kind: rows that it has with the same schedule and cost take its "
-        "batch size and rate instead of a sweep",
+        "batch size and rate instead of a sweep; the study keeps a copy, and refuses another FILE later",
     )
     parser.add_argument(
         "--widen-further",

@@ -182,15 +182,15 @@ def scatter(panel: Panel, numbers: Mapping[tuple[str, int], int], left: float, w
         lines.append(text(left - 6, up.at(value) + 4, f"{value:+g} %" if value else "0", "note end"))
     lines += [text(across.at(value), bottom + 16, f"{value:g}", "note middle") for value in across.ticks()]
     front = stats.pareto(list(zip(costs, changes, strict=True)))
-    places = [(across.at(x), up.at(y)) for x, y in zip(costs, changes, strict=True)]
+    places = [(across.at(x), max(up.at(y), top)) for x, y in zip(costs, changes, strict=True)]
     lines.append('<path class="front" d="M' + " L".join("{:.1f} {:.1f}".format(*places[i]) for i in front) + '"/>')
     labelled = (-math.inf, -math.inf)
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         (x, y), kind = places[i], kind_of(panel.rows[i])
-        if y < top:
+        if y == top:
             lines.append(f'<path class="mark {kind}" d="M{x:.1f} {top:g} l-4 8 h8 z"/>')
-            continue
-        lines.append(f'<circle class="mark {kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        else:
+            lines.append(f'<circle class="mark {kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
         if i in front:
             close = x - labelled[0] < 18 and abs(y - labelled[1]) < 16
             number = numbers[panel.rows[i]["name"], panel.cost_at]
@@ -204,7 +204,7 @@ def scatter(panel: Panel, numbers: Mapping[tuple[str, int], int], left: float, w
 
 def picture(result: Mapping[str, Any], heading: str, what: str) -> str | None:
     """None if no row can be drawn yet. what: is measured, and at which cost."""
-    every = [row for row in result["rows"] if "cost_at" in row]
+    every = [row for row in result["rows"] if "cost_at" in row and math.isfinite(row["mean_loss"])]
     largest = max(result["sequences"])
     y: float = TOP
     parts: list[str] = []

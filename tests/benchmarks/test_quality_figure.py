@@ -18,7 +18,7 @@ def row(
     name: str, gap: float, cost: float, rival: bool = False, half: float | None = 1.0, **more: Any
 ) -> dict[str, Any]:
     """Of 16 sequences at 256K tokens; the best rival is called "windows"."""
-    found = {"name": name, "rival": rival, "sequences": 16, "cost_at": 262144}
+    found = {"name": name, "rival": rival, "sequences": 16, "cost_at": 262144, "mean_loss": 2.0 + gap / 100}
     found |= {"cost": {"65536": cost, "262144": 16.0}}
     found["against_best_rival"] = {"loss": change(gap, half), "to": "windows"}
     return found | {"against_largest_dense": {"loss": change(gap - 4.0, half)}} | more
@@ -75,6 +75,17 @@ def test_quality_against_cost(q: Any, drawn: str) -> None:
     assert drawn.count('d="M') and "l-4 8 h8 z" in drawn  # far worse is above the panel
     unmeasured = row("unmeasured", 1.0, 0.0) | {"cost": {"65536": None, "262144": 16.0}}
     assert "without 1 whose steps were not measured there" in q.figure.panels([*ROWS, unmeasured])[0].head()
+
+
+def test_the_front_stays_in_its_panel(q: Any) -> None:
+    """Its cheapest way is far worse than what the panel shows, and has its number all the same."""
+    rows = [*ROWS, row("cheapest", 400.0, 10.0), row("diverged", float("inf"), 20.0)]
+    drawn = q.figure.picture({"rows": rows, "sequences": [16]}, "heading", "what is measured")
+    (front,) = re.findall(r'class="front" d="([^"]*)"', drawn)
+    (axis,) = re.findall(r'd="M[\d.]+ ([\d.]+) V[\d.]+ H', drawn)
+    heights = [float(y) for y in re.findall(r"[\d.]+ (-?[\d.]+)", front)]
+    assert min(heights) == float(axis) and len(heights) == 4 and "diverged" not in drawn
+    assert drawn.count(">9</text>") == 2  # in its line, and at the front's first place
 
 
 def test_nothing_to_draw(q: Any) -> None:

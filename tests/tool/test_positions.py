@@ -146,11 +146,15 @@ def test_other_positions_are_refused(
         pass
 
     old = without_record(run / "adapter", tmp_path / "old")
-    assert perplexities(evaluate("--adapter", adapter, old)[0])[1] == perplexities(evaluate("--adapter", adapter)[0])[1]
+    rows, said = evaluate("--adapter", adapter, old)
+    assert perplexities(rows)[1] == perplexities(evaluate("--adapter", adapter)[0])[1]
+    assert (
+        f"{old}: without a record of positions, so measured on the same" in said and f"{adapter}: without" not in said
+    )
     further = shutil.copytree(adapter, tmp_path / "further")
     Positions(1024, 1024, ROPE | {"factor": 4.0}).write(further)
     rows, said = evaluate("--adapter", adapter, further, "--context", "64")
-    assert rows is None and "differ in the positions" in said
+    assert rows is None and "trained on different positions" in said
     assert f"{adapter}: stretched to 512" in said and f"{further}: stretched to 1024" in said
 
 

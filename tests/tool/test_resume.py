@@ -231,16 +231,31 @@ def test_a_preset_with_another_meaning_by_now(
     assert resume(stopped.out) == 0 and adapter_of(stopped.out) == whole
 
 
-def test_a_run_that_recorded_the_name_of_its_preset(stopped: Setting, whole: bytes) -> None:
-    """As earlier versions did, in run.json and in checkpoints."""
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_that_recorded_the_name_of_its_preset(
+    stopped: Setting, whole: bytes, monkeypatch: pytest.MonkeyPatch, capsys, changed: bool
+) -> None:
+    """As earlier versions did, in run.json and in checkpoints: it means what it meant to them."""
+    if changed:
+        monkeypatch.setitem(settings._FORMERLY, "default", settings.PRESETS["default"])
+        monkeypatch.setitem(settings.PRESETS, "default", "dense")
     for path in (stopped.out / "run.json", *stopped.out.glob(f"checkpoint-*/{MANIFEST}")):
         values = json.loads(path.read_text())
-        values["settings"] |= {"schedule": "default"} if path.name == "run.json" else {}
-        if path.name == MANIFEST:
-            values["settings"]["settings"]["schedule"] = "default"
+        of = values["settings"] if path.name == "run.json" else values["settings"]["settings"]
+        of["schedule"] = "default"
         del values["digest"]
         path.write_text(json.dumps(values | {"digest": content_digest(values)}))
-    assert resume(stopped.out, "--schedule", "default") == 0 and adapter_of(stopped.out) == whole
+    named = resume(stopped.out, "--schedule", "default")
+    if changed:
+        assert named == 2 and "now 'dense'" in capsys.readouterr().err
+        named = resume(stopped.out)
+    assert named == 0 and adapter_of(stopped.out) == whole
+
+
+def test_what_extension_meant_to_earlier_versions() -> None:
+    """Windows of a quarter, sparse throughout; a run that records the name has trained that."""
+    assert FinetuneSettings.from_json({"schedule": "extension"}).window_lengths() == [1024, 4096]
+    assert FinetuneSettings(schedule="extension").window_lengths() == [512, 4096]
 
 
 def test_settings_changed_before_the_first_checkpoint(stopped: Setting, capsys) -> None:
@@ -510,7 +525,7 @@ def test_bits_of_run_json(small_run: Path) -> None:
             assert "run.json" in str(error) or "the run has" in str(error)
             refused += 1
             continue
-        assert settings == FinetuneSettings(steps=4)
+        assert settings == FinetuneSettings(steps=4).spelled_out()
         if json.loads((small_run / "run.json").read_bytes()) != before:
             assert len(lines) == 1 and "run.json" in lines[0]
             said += 1

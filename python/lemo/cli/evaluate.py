@@ -171,6 +171,8 @@ def _take_recorded(args: argparse.Namespace) -> None:
         args.interpolate_positions = True
         stretched = [one for one in args.recorded if one.stretched is not None]
         _say_taken(stretched, f"positions stretched to {args.stretched} tokens")
+        if silent := [adapter for adapter in args.adapter if not recorded([adapter], args.model)]:
+            say(f"{', '.join(silent)}: without a record of positions, so measured on the same")
     on_cpu = device_of(args.device).type == "cpu"  # which computes in float32, whatever the run's GPU did
     for name in ("tokenizer",) if on_cpu else ("tokenizer", "dtype"):
         if getattr(args, name) is None and (value := agreed(args.runs, name, f"--{name}")) is not None:

@@ -294,7 +294,6 @@ def _resumed_settings(args: argparse.Namespace, given: dict[str, Any]) -> Finetu
         del given["accumulate"]
     if "schedule" in given:
         given["schedule"] = spelled_out(given["schedule"])
-        before = before.spelled_out()
     compare_settings({n: getattr(before, n) for n in given}, given)
     inputs = saved.get("inputs", {})
     named = {n: getattr(args, n) for n in _INPUTS if getattr(args, n) is not None}

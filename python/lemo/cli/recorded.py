@@ -180,14 +180,15 @@ def agreed_positions(runs: Sequence[Recorded], asked: bool) -> int | None:
     """The context to which all runs stretched the model's positions, or None. Raises ValueError if they differ. asked:
     for stretched positions, so that runs which did not stretch them are measured with those of the others."""
     runs = [run for run in runs if run.stretched is not None] if asked else runs
+    unstretched = any(run.stretched is None for run in runs)
     if len({run.stretched for run in runs}) > 1:
         text = ", ".join(
             f"{run.folder}: {f'stretched to {run.stretched} tokens' if run.stretched else 'not stretched'}"
             for run in runs
         )
         raise ValueError(
-            f"the runs of the adapters differ in the positions of the model ({text}): measure them in separate calls"
-            f"{'' if asked else ', or all with those that are stretched (--interpolate-positions)'}"
+            f"the adapters were trained on different positions ({text}): measure them in separate calls"
+            f"{', or all with those that are stretched (--interpolate-positions)' if unstretched and not asked else ''}"
         )
     return runs[0].stretched if runs else None
 

@@ -30,7 +30,7 @@ from lemo.training.adapters import loaded_adapter, restored_modules
 from lemo.training.checkpoint import locked
 from lemo.training.evaluate import score
 from lemo.training.finetune import LOG_FILE, finetune, read_log
-from lemo.training.settings import FinetuneSettings, Stage, parse_stages, spelled_out
+from lemo.training.settings import FinetuneSettings, Stage, parse_stages, recorded, spelled_out
 
 DENSE = "dense"
 STUDY_FILE = "study.json"
@@ -85,7 +85,8 @@ def parse_row(text: str) -> Row:
     if not equals or ":" in name:  # sparse:keys=8192 is a schedule without a name
         name = schedule = text
     parse_stages(schedule)
-    return Row(name, spelled_out(schedule))  # a continued study has the phases that it began with
+    # Of presets that always meant the same, runs are found under their names, as earlier versions recorded them.
+    return Row(name, spelled_out(schedule) if recorded(schedule) != spelled_out(schedule) else schedule)
 
 
 @dataclass(frozen=True)

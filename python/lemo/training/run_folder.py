@@ -30,7 +30,7 @@ from lemo.training.checkpoint import (
     write_text,
 )
 from lemo.training.processes import Processes
-from lemo.training.settings import FinetuneSettings, spelled_out
+from lemo.training.settings import FinetuneSettings, recorded
 
 RUN_FILE, ADAPTER = "run.json", "adapter"
 PLACES = ("model", "tokenizer", "data")  # inputs that may lie elsewhere; the settings' calibration may as well
@@ -158,7 +158,7 @@ def _what_must_be_equal(identity: dict[str, Any]) -> dict[str, Any]:
     flat |= {f"model_fingerprint.{k}": v for k, v in _part(identity, "model_fingerprint").items()}
     flat |= {k: v for k, v in _part(identity, "settings").items() if k != "calibration"}
     if isinstance(flat.get("schedule"), str):  # runs of earlier versions have the names of presets
-        flat["schedule"] = spelled_out(flat["schedule"])
+        flat["schedule"] = recorded(flat["schedule"])
     if isinstance(flat.get("accumulate"), int):
         # The same windows make a step, whichever process reads them.
         flat["accumulate x processes"] = flat.pop("accumulate") * flat.pop("processes", 1)

@@ -155,11 +155,14 @@ class FinetuneSettings:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> FinetuneSettings:
-        """The inverse of `to_json`. Raises ValueError for names this version does not know."""
+        """The inverse of `to_json`, but for presets, whose phases it names. Raises ValueError for names this version
+        does not know."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FinetuneSettings)})
         if unknown:
             raise ValueError(f"settings {', '.join(unknown)} are not known to this version of lemo")
-        names = {name: tuple(values[name]) for name in _LISTS if values.get(name) is not None}
+        names: dict[str, Any] = {name: tuple(values[name]) for name in _LISTS if values.get(name) is not None}
+        if isinstance(schedule := values.get("schedule"), str):
+            names["schedule"] = recorded(schedule)
         return FinetuneSettings(**{**values, **names})
 
 
@@ -200,6 +203,15 @@ def default_schedule(
 def spelled_out(schedule: str) -> str:
     """The phases of a preset; any other schedule as it is."""
     return PRESETS.get(schedule, schedule)
+
+
+# What records that name a preset mean by it, where that has changed: runs have recorded the phases since then.
+_FORMERLY = {"extension": "sparse:0.25:window=1/4@0.95,sparse:0.25@0.05"}
+
+
+def recorded(schedule: str) -> str:
+    """The phases of a schedule as a run folder has it, whichever version wrote it."""
+    return _FORMERLY.get(schedule, spelled_out(schedule))
 
 
 def _window(text: str) -> Fraction:
@@ -267,8 +279,8 @@ def parse_schedule(text: str, keep: float = 0.5, policy: str | None = None) -> l
     stages = parse_stages(text, keep, policy)
     if any(stage.window < 1 for stage in stages):
         raise ValueError(
-            f"schedule {text!r} has phases on parts of the windows ({spelled_out(text)}): window= cuts the data of "
-            "lemo finetune, lemo sweep and lemo estimate, and means nothing elsewhere; give phases without it"
+            f"schedule {text!r}{f' ({PRESETS[text]})' if text in PRESETS else ''}: window= cuts the data of lemo "
+            "finetune, lemo sweep and lemo estimate, and means nothing elsewhere; give phases without it"
         )
     return [stage.phase for stage in stages]
 
