@@ -31,6 +31,11 @@ def content_digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
+def with_digest(values: dict[str, Any]) -> str:
+    """JSON text of values and their `content_digest`, which tells a reader whether they were changed since."""
+    return json.dumps(values | {"digest": content_digest(values)}, indent=1)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as f:

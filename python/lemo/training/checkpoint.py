@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lemo import storage
-from lemo.storage import TEMPORARY, content_digest
+from lemo.storage import TEMPORARY, content_digest, with_digest
 
 MANIFEST = "lemo_manifest.json"
 _STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
@@ -61,7 +61,7 @@ def write_folder(
                 for p in _files(folder)
             }
             content = {"format": _FORMAT, "files": files, **(extra or {})}
-            (folder / MANIFEST).write_text(json.dumps(content | {"digest": content_digest(content)}, indent=1))
+            (folder / MANIFEST).write_text(with_digest(content))
 
     try:
         storage.write_folder(target, fill)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lemo.storage import content_digest
+from lemo.storage import content_digest, with_digest
 
 POSITIONS_FILE = "lemo_positions.json"
 _FORMAT = 1
@@ -40,9 +40,7 @@ class Positions:
 
     def write(self, folder: Path) -> None:
         """Into an adapter's folder that is about to be published."""
-        values = {"format": _FORMAT, **self.to_json()}
-        text = json.dumps(values | {"digest": content_digest(values)}, indent=1)
-        (folder / POSITIONS_FILE).write_text(text)
+        (folder / POSITIONS_FILE).write_text(with_digest({"format": _FORMAT, **self.to_json()}))
 
 
 def _stretched(rope: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lemo.storage import content_digest, is_leftover
+from lemo.storage import content_digest, is_leftover, with_digest
 from lemo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -140,7 +140,7 @@ def saved_settings(saved: dict[str, Any], out: Path | str) -> FinetuneSettings:
 
 def write_run(out: Path, values: dict[str, Any]) -> None:
     """Write `run.json` with its digest, completely or not at all."""
-    write_text(out / RUN_FILE, json.dumps(values | {"digest": content_digest(values)}, indent=1))
+    write_text(out / RUN_FILE, with_digest(values))
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
