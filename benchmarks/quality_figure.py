@@ -1,8 +1,8 @@
 """The picture of a quality study: each way of training against the best rival at equal cost, and quality against cost.
 
-Above, a line per way, the best first: the change of perplexity against the best rival of the same cost, paired, and its
-interval. What lies far off is an arrow at the edge; its figures are written out. Below, quality against
-cost where costs differ: at the other length whose steps were measured, and between budgets if there are several. The
+Above, a line per way, the best first: the change of perplexity against the best rival of the same cost, paired, and
+its interval. What lies far off is an arrow at the edge; its figures are written out. Below, quality against cost
+where costs differ: at the other length whose steps were measured, and between budgets if there are several. The
 dashed line joins the ways that no other beats at their cost (the Pareto front); their numbers are those of the lines
 above. The picture brings its own background and both sets of colours, and is a function of the results alone.
 """
