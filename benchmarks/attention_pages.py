@@ -54,28 +54,28 @@ def cases(name: str) -> list[str]:
         "lists": "Key lists per tile of queries (keep: share of the causal tiles)",
         "scores": "Block scores (peer: half the time of our forward pass, which does twice the operations)",
     }
-    header = ["tokens", "head_dim", "keep", "pass", "ms", "TFLOP/s", "peer", "peer ms", "ratio"]
     for case, title in titles.items():
-        chosen = [
-            [
-                f"{row['n']:,}",
-                str(row["head_dim"]),
-                f"{row['keep']:g}",
-                row["pass"],
-                f"{row['ms']:.3f}",
-                f"{row['tflops']:.0f}",
-                *peer_cells(row),
-            ]
-            for row in rows
-            if row["case"] == case
-        ]
-        if chosen:
-            lines += [f"**{title}**", "", *markdown(header, chosen), ""]
+        if chosen := [case_cells(row) for row in rows if row["case"] == case]:
+            lines += [f"**{title}**", "", *markdown(CASE_HEADER, chosen), ""]
     found = [row for row in rows if row["case"] == "blocks"]
     if found:
         lines += blocks_table(found, name)
     text = " ".join(["Ratio above 1: ours is faster.", *left_out(result), source(name, result)])
     return [*lines, text, ""]
+
+
+CASE_HEADER = ["tokens", "head_dim", "keep", "pass", "ms", "TFLOP/s", "peer", "peer ms", "ratio"]
+
+
+def case_cells(row: dict[str, Any]) -> list[str]:
+    cells = [f"{row['n']:,}", str(row["head_dim"]), f"{row['keep']:g}", row["pass"]]
+    return [*cells, f"{row['ms']:.3f}", f"{row['tflops']:.0f}", *peer_cells(row)]
+
+
+def lists(result: dict[str, Any]) -> Table:
+    """The case "lists" of benchmarks/attention.py, of a run of its own."""
+    title = f"**Key lists per tile of queries, {result['gpu']}, bf16** (keep: share of the causal tiles)"
+    return title, CASE_HEADER, [case_cells(row) for row in result["rows"]]
 
 
 def blocks_table(rows: list[dict[str, Any]], name: str) -> list[str]:

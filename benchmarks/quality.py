@@ -40,7 +40,19 @@ import torch
 from common import ROOT, header, table
 from quality_results import BASE, MADE_BY, begun_with, finite, publish
 from quality_schedules import CONTEXTS, MODEL, PREDICTING, ROWS, Costs, Row, segments, unavailable
-from quality_train import BLOCK, LORA_R, SWEEP_SEED, OutOfTime, Spec, Task, calibrate, mean_loss, name_of, train
+from quality_train import (
+    BLOCK,
+    LORA_R,
+    SWEEP_SEED,
+    OutOfTime,
+    Spec,
+    Task,
+    calibrate,
+    mean_loss,
+    name_of,
+    too_short,
+    train,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +96,7 @@ class Study:
         for row in ROWS:
             if row.name != "dense" and args.only and not any(part in row.name for part in args.only):
                 continue
-            if reason := unavailable(row):
+            if reason := unavailable(row) or too_short(self.task, row):
                 self.left_out[row.name] = reason
                 continue
             self._price(row)

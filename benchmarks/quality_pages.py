@@ -95,7 +95,10 @@ def tables() -> list[str]:
         table = [header, ["---"] * len(header), *(cells(row, result["setting"], len(result["seeds"])) for row in rows)]
         lines += [f"**{title(result)}** (dense model with the adapter; {len(result['seeds'])} seeds)", ""]
         lines += ["| " + " | ".join(line) + " |" for line in table]
-        left_out = [f"Left out: {row}: {reason}." for row, reason in result["left_out"].items()]
+        left_out = [
+            f"Left out: {'; '.join(row for row, why in result['left_out'].items() if why == reason)}: {reason}."
+            for reason in dict.fromkeys(result["left_out"].values())
+        ]
         still = [f"Not finished: {text}." for text in result["missing"]]
         still += [f"Failed: {text}." for text in result["failed"]]
         chains = dict.fromkeys(chain for row in rows for chain in row.get("chained", []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import torch
 from lemo.data import questions
 from lemo.training import longrange
 from quality_data import sequences, token_files, windows
-from quality_schedules import PREDICTING, Segment
+from quality_schedules import PREDICTING, Row, Segment
 from torch import Tensor
 
 BLOCK = 64
@@ -114,6 +115,23 @@ def question_source(task: Task, purpose: str) -> questions.Source:
     return questions.tokenizer_source(
         AutoTokenizer.from_pretrained(task.model), np.concatenate(list(files.values())).astype(np.int64)
     )
+
+
+def too_short(task: Task, row: Row) -> str | None:
+    """Why documents as long as the row's windows cannot be made, or None."""
+    shortest = min(stage.window for stage in row.stages)
+    return None if task.setting != "C" or shortest == 1 else _no_room(task, int(task.context * shortest))
+
+
+@functools.cache
+def _no_room(task: Task, length: int) -> str | None:
+    if not Path(task.model).is_dir():
+        return None  # a plan needs no model
+    try:
+        questions.document(question_source(task, "train"), length, SWEEP_SEED, 0)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def batches(task: Task, spec: Spec) -> Iterator[dict[str, Tensor]]:

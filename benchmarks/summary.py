@@ -219,6 +219,7 @@ def pages() -> list[tuple[Path, str, list[str]]]:
         *operations("ops-h200"),
         *operations("ops-loss-h200", "linear_cross_entropy"),
         *itertools.chain(*map(attention_pages.cases, ATTENTION)),
+        *measured_table("attention-lists-h200", attention_pages.lists),
         *measured_table("attention-options-h200", attention_pages.options),
         *attention_pages.tiles(),
     ]

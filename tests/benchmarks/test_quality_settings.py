@@ -327,6 +327,11 @@ def test_answers_are_kept(world: Any, q: Any) -> None:
     result = world.command(*words, "--model", world.folder / "larger", "--only", "random subset 0.5", setting="C")
     assert check_recomputed(q, result) == 6
     assert set(result["rows"][1]["losses"]["1"]["copy 0.1"]) == {"loss", "correct"}
+    # Documents of a quarter of the length would not hold the questions: said at once, not after failed runs.
+    result = world.command(*words, "--model", world.folder / "larger", "--only", "windows 1/4, then full", setting="C")
+    assert [row["name"] for row in result["rows"]] == ["not adapted", "dense"]
+    assert "a document of 384 leaves no room for filler" in result["left_out"]["windows 1/4, then full"]
+    assert result["missing"] == result["failed"] == []
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("quality-smollm2-*.json")), ids=lambda path: path.stem)
