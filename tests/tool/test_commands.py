@@ -191,10 +191,14 @@ def test_without_a_schedule_it_depends_on_whether_positions_are_stretched(
         found = json.loads(capsys.readouterr().out)
         return _settings(args).schedule, [(p["mode"], p["tokens"]) for p in found["phases"]]
 
-    stretched, plain = [("dense", 4096), ("sparse", 32768)], [("sparse", 32768), ("dense", 32768)]
+    stretched, plain = ([("dense", tokens), ("sparse", 32768)] for tokens in (4096, 8192))
     assert schedules(256, "--interpolate-positions") == ("extension", stretched)
     assert schedules(32768, "--interpolate-positions") == ("long-context", plain)  # nothing to stretch
     assert schedules(32768) == ("long-context", plain)
+    args = ["finetune", "--out", "none", "--data", "none", "--model", str(tmp_path / "256"), "--context", "32768"]
+    for more in ([], ["--interpolate-positions"]):  # an answer stays with the rest of its document
+        settings = _settings(build_parser().parse_args([*args, "--answers-only", *more]))
+        assert settings.schedule == "whole-documents" and settings.window_lengths() == [32768, 32768]
     assert schedules(256, "--interpolate-positions", "--keep", "0.5")[0] == "default"
     assert schedules(256, "--interpolate-positions", "--dense")[0] == "dense"
 

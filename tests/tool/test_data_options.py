@@ -72,6 +72,20 @@ def test_answers_only_is_kept_by_the_run(chat_model: Path, chats: Path, tmp_path
     assert "data_sha256" in capsys.readouterr().err
 
 
+def test_windows_that_cut_answers_off_are_said(chat_model: Path, chats: Path, tmp_path: Path, capsys) -> None:
+    common = ["--model", chat_model, "--data", chats, *(word for word in SIZES if word != "--dense")]
+    parts = ["--schedule", "dense:window=1/2@0.5,dense@0.5"]
+    for name, options, warned in (
+        ("cut", [*parts, "--answers-only"], True),
+        ("whole", ["--schedule", "whole-documents", "--answers-only"], False),
+        ("text", parts, False),
+    ):
+        assert finetune(*common, *options, "--out", tmp_path / name) == 0
+        err = capsys.readouterr().err
+        assert ("the schedule trains on 16 tokens of a window of 32 at a time" in err) == warned, err
+        assert ("--schedule whole-documents" in err) == warned
+
+
 def test_padding_is_said_and_does_no_harm(model_folder: Path, tmp_path: Path, capsys) -> None:
     rows = torch.zeros(20, 128, dtype=torch.int16)
     generator = torch.Generator().manual_seed(0)

@@ -446,13 +446,17 @@ def test_options_that_reach_no_phase(options: tuple[str, ...], refused: str, tmp
 
 
 def test_the_schedule_of_a_run_that_names_none(
-    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """By its context, which is below the limit, then at it; a resumed run keeps its own."""
     assert [default_schedule(n, None, None, None) for n in (32767, 32768)] == ["default", "long-context"]
     assert [default_schedule(n, None, None, None, True) for n in (32767, 32768)] == ["default", "extension"]
     assert [default_schedule(32768, keep, None, None, True) for keep in (0.5,)] == ["default"]
-    assert [s.phase.mode for s in FinetuneSettings(schedule="long-context").stages()] == ["sparse", "dense"]
+    assert [default_schedule(n, None, None, None, True, True) for n in (32767, 32768)] == ["default", "whole-documents"]
+    assert [s.phase.mode for s in FinetuneSettings(schedule="long-context").stages()] == ["dense", "sparse"]
+    read = {name: round(FinetuneSettings(schedule=name).tokens_read(), 4) for name in settings.PRESETS}
+    assert read.pop("long-context") == 0.91 / 4 + 0.09 and read.pop("extension") == round(0.97 / 8 + 0.03, 4)
+    assert set(read.values()) == {1.0}
 
     def schedule(name: str, *options: str) -> str:
         assert finetune(model_folder, text_folder, tmp_path / name, *options) == 0
@@ -461,7 +465,9 @@ def test_the_schedule_of_a_run_that_names_none(
     default, long = (settings.PRESETS[name] for name in ("default", "long-context"))
     assert schedule("below") == default
     monkeypatch.setattr(settings, "LONG_CONTEXT", 64)
+    capsys.readouterr()
     assert schedule("at") == long
+    assert "its steps read 32% of the tokens of dense ones" in capsys.readouterr().err
     assert schedule("asked", "--policy", "random") == default
     assert schedule("below", "--resume") == default
 

@@ -247,10 +247,13 @@ def test_a_run_that_recorded_the_name_of_its_preset(
     assert named == 0 and adapter_of(stopped.out) == whole
 
 
-def test_what_extension_meant_to_earlier_versions() -> None:
-    """Windows of a quarter, sparse throughout; a run that records the name has trained that."""
+def test_what_presets_meant_to_earlier_versions() -> None:
+    """A run that records the name has trained that: windows of a quarter, sparse throughout; whole windows."""
     assert FinetuneSettings.from_json({"schedule": "extension"}).window_lengths() == [1024, 4096]
     assert FinetuneSettings(schedule="extension").window_lengths() == [512, 4096]
+    before = FinetuneSettings.from_json({"schedule": "long-context"})
+    assert before.schedule == settings.PRESETS["whole-documents"] and before.window_lengths() == [4096, 4096]
+    assert FinetuneSettings(schedule="long-context").window_lengths() == [1024, 4096]
 
 
 def test_settings_changed_before_the_first_checkpoint(stopped: Setting, capsys) -> None:

@@ -60,10 +60,14 @@ examples:
 
 schedules (--schedule): a preset, or phases MODE[:NUMBER][:POLICY][:shared][:weighted][:NAME=VALUE][@SHARE]
   default      skip in most of the steps, then dense: the most steps for the time spent
-  long-context sparse:0.25 in most of the steps, then dense. Without --schedule this is taken from --context 32768 on,
-               if no --keep, --policy or --calibration asks for tokens to be left out
-  extension    an eighth of each window, exact, then whole windows with sparse:0.25: taken in place of long-context
-               when --interpolate-positions stretches the model to its new length
+  long-context a quarter of each window, exact, in most of the steps, then whole windows with sparse:0.25. Without
+               --schedule this is taken from --context 32768 on, if no --keep, --policy or --calibration asks for tokens
+               to be left out. Its steps are short: more of them fit into the same time
+  extension    the same with an eighth of each window: taken in place of long-context when --interpolate-positions
+               stretches the model to its new length
+  whole-documents
+               sparse:0.25 in most of the steps, then dense: taken in place of both with --answers-only, because part of
+               a window may hold an answer without what it is about
   low-memory   skip, then backward (exact forward pass, gradients through kept tokens): peak memory stays low
   skip         only skip: cheapest; trains for a model with tokens missing, so expect a worse adapter
   backward     only backward, unbiased gradient: for short adaptations in which every step must see the exact model
@@ -206,7 +210,9 @@ def complete_settings(
     if "schedule" not in given:
         context = given.get("context", FinetuneSettings.context)
         stretched = bool(args.interpolate_positions) and stretches(args.model, context)
-        given["schedule"] = default_schedule(context, args.keep, args.policy, args.calibration, stretched)
+        answers_only = bool(getattr(args, "answers_only", False))  # lemo estimate reads no data
+        asked = (args.keep, args.policy, args.calibration)
+        given["schedule"] = default_schedule(context, *asked, stretched, answers_only)
     check_defaults_matter(given["schedule"], args.keep, args.policy)
     if args.policy not in (None, "predictors", "sampled") or not uses_default_keep(given["schedule"]):
         taken.pop("keep", None)
@@ -338,6 +344,8 @@ def run(args: argparse.Namespace) -> int:
     model, documents, settings = processes.together(lambda: _load(args))
     if not (args.resume or args.dense) and args.schedule is None:
         say(f"--schedule {settings.schedule}: {spelled_out(settings.schedule)}")
+        if (read := settings.tokens_read()) < 1:
+            say(f"its steps read {read:.0%} of the tokens of dense ones: in the same time, more --steps can be taken")
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     saving = {name: getattr(args, name) for name in _SAVING}
     result = finetune(

@@ -233,6 +233,7 @@ def _inputs(
         identity["training_sha256"] = documents.fingerprint()  # another lemo may split in another way
     if resumed:
         check_identity(resumed, identity)  # before the calibration refuses another model with a less specific message
+    _report_cut_answers(documents, settings, report)
     windows = training_windows(documents, settings, processes=identity["processes"], report=report)
     return _Inputs(identity, documents, held, windows)
 
@@ -293,6 +294,20 @@ def _report_warmup(settings: FinetuneSettings, report: Callable[[str], None]) ->
         report(
             f"WARNING: the learning rate rises over {settings.warmup} steps (--warmup), of which the run has "
             f"{settings.steps}: it ends at {settings.steps / settings.warmup:.0%} of {settings.lr:g}"
+        )
+
+
+def _report_cut_answers(documents: Documents, settings: FinetuneSettings, report: Callable[[str], None]) -> None:
+    """Reports a schedule that trains on parts of windows where few tokens are labels: on answers, most likely."""
+    shortest = min(settings.window_lengths())
+    if documents.trained is None or shortest == settings.context:
+        return
+    labels = int(documents.trained.sum())
+    if labels < documents.num_tokens / 2:
+        report(
+            f"WARNING: {labels / documents.num_tokens:.0%} of the tokens are labels, and the schedule trains on "
+            f"{shortest} tokens of a window of {settings.context} at a time: an answer may be cut off from what it is "
+            "about; --schedule whole-documents keeps them together"
         )
 
 
