@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,8 @@ def test_windows_that_cut_answers_off_are_said(chat_model: Path, chats: Path, tm
         err = capsys.readouterr().err
         assert ("the schedule trains on 16 tokens of a window of 32 at a time" in err) == warned, err
         assert ("--schedule whole-documents" in err) == warned
+        # Counted, as a share may round to nothing: a short answer to a long document.
+        assert bool(re.search(r"WARNING: [1-9]\d* of [1-9]\d* tokens are labels", err)) == warned
 
 
 def test_padding_is_said_and_does_no_harm(model_folder: Path, tmp_path: Path, capsys) -> None:

@@ -16,6 +16,7 @@ from lemo.study import sweep
 from lemo.study.conclusions import as_text, recommend
 from lemo.study.statistics import interval, paired_bootstrap
 from lemo.study.sweep_page import sweep_page
+from lemo.training import settings
 from lemo.training.finetune import finetune as train
 from lemo.training.settings import FinetuneSettings
 
@@ -173,6 +174,32 @@ def test_what_an_earlier_study_does_not_record_is_asked_for(
     shutil.rmtree(out / "runs" / "cut")
     assert main([*command, "--steps", "3", "--equal", "steps"]) == 0 and results(out) == before
     assert plan or main(command) == 0  # recorded now
+
+
+def test_a_study_that_recorded_the_name_of_a_preset(
+    model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preset has other phases by now: rows of the study keep those that they had, and their runs."""
+    out, before, now = tmp_path / "study", "skip@0.5,dense@0.5", "skip:0.25@0.5,dense@0.5"
+    command = ["sweep", "--model", str(model_folder), "--data", str(text_folder), "--out", str(out), "--quiet"]
+    more = ["--context", "64", "--block-size", "8", "--steps", "3", "--seeds", "1", "--equal", "steps"]
+    monkeypatch.setitem(settings.PRESETS, "long-context", before)
+    monkeypatch.setattr(settings, "_FORMERLY", {})
+    assert main([*command, *more, "--held-out", "0.3", "--rows", "long-context", "mine=long-context"]) == 0
+    recorded = lambda: json.loads((out / "study.json").read_text())["rows"]  # noqa: E731
+    runs = results(out)
+    assert recorded() == ["dense", "long-context", "mine=long-context"] and len(runs) == 2
+
+    monkeypatch.setitem(settings.PRESETS, "long-context", now)
+    monkeypatch.setattr(settings, "_FORMERLY", {"long-context": before})
+    for _ in range(2):  # and once it is recorded anew
+        assert main(command) == 0 and results(out) == runs
+        assert recorded() == ["dense", f"long-context={before}", f"mine={before}"]
+        found = json.loads((out / "sweep.json").read_text())["rows"]
+        assert [(row["schedule"], row["seeds"]) for row in found] == [("dense", [1]), (before, [1]), (before, [1])]
+    assert main([*command, "--rows", "long-context", before]) == 0  # given, the name is what it means now
+    assert recorded() == ["dense", f"long-context={now}", f"mine={before}", before]
+    assert len(results(out)) == 3 and runs.items() <= results(out).items()
 
 
 @pytest.mark.parametrize("text", ['{"identity": {', "{}", "[]", '{"identity": {"settings": {}}}'])

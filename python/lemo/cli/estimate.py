@@ -28,7 +28,7 @@ examples:
 
 Options that decide the memory of a step are those of lemo finetune, and mean the same. Only the model's
 configuration is read, no weights. A schedule needs what its most memory-intensive phase
-needs: the default's last phase is dense, so its peak is a dense step's; low-memory avoids that.
+needs: the last phase of default is dense, so its peak is a dense step's; low-memory avoids that.
 
 GPUs (--gpu): a size, or {", ".join(sorted(GPUS))}. What a GPU holds is
 what torch reports; 1 GiB and 5 % of it are left for the CUDA context and fragmentation.
@@ -38,7 +38,8 @@ what torch reports; 1 GiB and 5 % of it are left for the CUDA context and fragme
 _MODES = "dense,backward:{keep}:weighted,skip:{keep},sparse:keys=8192,sparse:keys=8192:keep={keep}"
 
 _TEXTS = {
-    "schedule": "preset or phases, as for lemo finetune (default: as there, by --context; --gpu: each mode)",
+    "schedule": "preset or phases, as for lemo finetune (default: as there, by --context, and of a run with "
+    "--answers-only whole-documents, which has to be named here; --gpu: each mode)",
     "policy": "how blocks are chosen, as for lemo finetune",
     "calibration": "folder written by lemo calibrate; if it is there, --context, --block-size and --keep are its own "
     "unless given, as for lemo finetune",

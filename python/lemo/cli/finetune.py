@@ -99,7 +99,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "accumulate": ("forward passes per step", int, "run"),
     "seed": ("of the adapter's first weights, the order of the data and every random choice", int, "run"),
     "held_out": ("fraction of the data kept from training and evaluated densely", float, "run"),
-    "schedule": ("preset or phases, see below (default: by --context)", str, "elimination"),
+    "schedule": ("preset or phases, see below (default: by --context and the data)", str, "elimination"),
     "keep": ("fraction of the blocks a layer keeps", float, "elimination"),
     "policy": ("how blocks are chosen, see below", str, "elimination"),
     "calibration": ("folder written by lemo calibrate", path_name, "elimination"),

@@ -30,7 +30,7 @@ from lemo.training.adapters import loaded_adapter, restored_modules
 from lemo.training.checkpoint import locked
 from lemo.training.evaluate import score
 from lemo.training.finetune import LOG_FILE, finetune, read_log
-from lemo.training.settings import FinetuneSettings, Stage, parse_stages, recorded, spelled_out
+from lemo.training.settings import FinetuneSettings, Stage, former_names, parse_stages, recorded, spelled_out
 
 DENSE = "dense"
 STUDY_FILE = "study.json"
@@ -150,7 +150,19 @@ def plan_of(out: Path) -> dict[str, Any]:
     there = _read(path)
     identity = there["identity"]
     values = {**identity["settings"], **{name: identity.get(name) for name in ("context", "held_out", "max_tokens")}}
-    return values | {name: there[name] for name in _VARIED if name in there}
+    values |= {name: there[name] for name in _VARIED if name in there}
+    return values | ({"rows": _rows_of(there)} if "rows" in there else {})
+
+
+def _rows_of(there: dict[str, Any]) -> list[str]:
+    """The rows of a study file as `parse_row` takes them. Presets whose meaning has changed since were recorded by
+    their names only while they had the former one."""
+    rows = []
+    for text in there.get("rows", ()):
+        name, _, schedule = text.rpartition("=")
+        changed = recorded(schedule) != spelled_out(schedule)
+        rows.append(f"{name or schedule}={recorded(schedule)}" if changed else text)
+    return rows
 
 
 def dense_steps(out: Path) -> list[int]:
@@ -269,7 +281,7 @@ class Study:
 
     def _add_to_lists(self, there: dict[str, Any]) -> None:
         """What the study had more of than this command stays a part of it. A row that is given again is the new one."""
-        rows = {parse_row(text).name: text for text in [*there.get("rows", ()), *self.varied["rows"]]}
+        rows = {parse_row(text).name: text for text in [*_rows_of(there), *self.varied["rows"]]}
         self.varied["rows"] = list(rows.values())
         for name in ("seeds", "lr"):
             self.varied[name] = list(dict.fromkeys([*there.get(name, ()), *self.varied[name]]))
@@ -283,8 +295,12 @@ class Study:
         return json.loads(path.read_text()) if path.exists() else None
 
     def _folder(self, settings: FinetuneSettings) -> Path:
-        text = json.dumps(settings.to_json(), sort_keys=True)
-        return self.out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Of a run, also of one that an earlier version called by the name that its preset had then."""
+        values, folders = settings.to_json(), []
+        for schedule in (settings.schedule, *former_names(settings.schedule)):
+            text = json.dumps(values | {"schedule": schedule}, sort_keys=True)
+            folders.append(self.out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:16])
+        return next((folder for folder in folders if folder.exists()), folders[0])
 
     # ---- costs
 

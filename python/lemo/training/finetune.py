@@ -305,7 +305,7 @@ def _report_cut_answers(documents: Documents, settings: FinetuneSettings, report
     labels = int(documents.trained.sum())
     if labels < documents.num_tokens / 2:
         report(
-            f"WARNING: {labels / documents.num_tokens:.0%} of the tokens are labels, and the schedule trains on "
+            f"WARNING: {labels} of {documents.num_tokens} tokens are labels, and the schedule trains on "
             f"{shortest} tokens of a window of {settings.context} at a time: an answer may be cut off from what it is "
             "about; --schedule whole-documents keeps them together"
         )

@@ -231,6 +231,11 @@ def recorded(schedule: str) -> str:
     return _FORMERLY.get(schedule, spelled_out(schedule))
 
 
+def former_names(schedule: str) -> list[str]:
+    """The presets by whose names earlier versions may have recorded phases, where the names mean others by now."""
+    return [name for name, phases in _FORMERLY.items() if phases == schedule]
+
+
 def _window(text: str) -> Fraction:
     share = Fraction(text)
     if not 0 < share < 1:
