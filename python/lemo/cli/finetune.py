@@ -334,6 +334,7 @@ def _check_there(out: str, option: str, place: str) -> None:
 def run(args: argparse.Namespace) -> int:
     from lemo.training.finetune import finetune
     from lemo.training.processes import Processes
+    from lemo.training.windows import tokens_read
 
     for name, (*_, least) in _SAVING.items():
         value = getattr(args, name)
@@ -344,7 +345,7 @@ def run(args: argparse.Namespace) -> int:
     model, documents, settings = processes.together(lambda: _load(args))
     if not (args.resume or args.dense) and args.schedule is None:
         say(f"--schedule {settings.schedule}: {spelled_out(settings.schedule)}")
-        if (read := settings.tokens_read()) < 1:
+        if (read := tokens_read(settings)) < 1:
             say(f"its steps read {read:.0%} of the tokens of dense ones: in the same time, more --steps can be taken")
     say(f"{documents.num_tokens} tokens in {len(documents)} documents")
     saving = {name: getattr(args, name) for name in _SAVING}

@@ -131,11 +131,6 @@ class FinetuneSettings:
         """Tokens of a window in each phase."""
         return [int(self.context * stage.window) for stage in self.stages()]
 
-    def tokens_read(self) -> float:
-        """Share of the tokens of whole windows that the steps read, by the shares of the phases: 1 without windows."""
-        stages = self.stages()
-        return float(sum(s.phase.share * s.window for s in stages) / sum(s.phase.share for s in stages))
-
     def lemo_config(self) -> LemoConfig:
         return LemoConfig(
             block_size=self.block_size,

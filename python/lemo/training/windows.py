@@ -10,6 +10,13 @@ from lemo.integration.schedule import Schedule
 from lemo.training.settings import FinetuneSettings
 
 
+def tokens_read(settings: FinetuneSettings) -> float:
+    """Share of the tokens of whole windows that the run's steps read: 1 without phases with `window`."""
+    steps = Schedule(settings.phases()).steps(settings.steps)
+    read = sum(n * tokens for n, tokens in zip(steps, settings.window_lengths(), strict=True))
+    return read / (settings.steps * settings.context)
+
+
 def training_windows(
     documents: Documents,
     settings: FinetuneSettings,
