@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,21 @@ def test_help_teaches_with_examples(command: str, capsys: pytest.CaptureFixture[
     assert "examples:" in text and text.count(f"lemo {command}") >= 3
     # Only evaluate takes model options from runs.
     assert (" ".join(text.split()).count("as the adapters' runs were trained") == 3) == (command == "evaluate")
+
+
+def test_lists_may_be_given_in_parts() -> None:
+    """--data a --data b reads both: dropping one of them would change the run without a word."""
+    (commands,) = (a for a in build_parser()._actions if isinstance(a.choices, dict))
+    seen = set()
+    for name, parser in dict(commands.choices or {}).items():
+        for action in (a for a in parser._actions if a.nargs == "+"):
+            values = argparse.Namespace(**{action.dest: action.default})
+            for value in ("1", "2"):
+                action(parser, values, [value], action.option_strings[0])
+            assert getattr(values, action.dest) == ["1", "2"], (name, action.dest)
+            assert not action.default, (name, action.dest)
+            seen.add(action.dest)
+    assert seen >= {"data", "adapter", "rows", "seeds", "lr", "modes", "lora_targets", "modules_to_save"}
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

@@ -169,6 +169,7 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         required=required,
         metavar="[NAME=]SOURCE",
         help="text files, folders, globs, *.jsonl, *.json, *.csv, *.parquet (compressed ones too), *.bin or *.npy "

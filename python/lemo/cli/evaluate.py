@@ -82,7 +82,9 @@ def add(subparsers: Any) -> None:
         help=f"tokens a piece of text has at most (default: as the run was trained; without a run {_CONTEXT}, "
         f"{AS_THE_MODEL})",
     )
-    parser.add_argument("--adapter", nargs="+", default=[], metavar="[NAME=]FOLDER", help="PEFT adapters to measure")
+    parser.add_argument(
+        "--adapter", nargs="+", action="extend", default=[], metavar="[NAME=]FOLDER", help="PEFT adapters to measure"
+    )
     parser.add_argument(
         "--reference", help="what changes are measured against (default: the base, or the first adapter)"
     )

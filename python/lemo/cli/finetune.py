@@ -183,7 +183,9 @@ def add_settings(
             groups[group].add_argument(option, action="store_true", default=None, help=text)
     for name, text in _LISTS.items():
         if wanted(name):
-            groups["LoRA"].add_argument("--" + name.replace("_", "-"), nargs="+", metavar="NAME", help=text)
+            groups["LoRA"].add_argument(
+                "--" + name.replace("_", "-"), nargs="+", action="extend", metavar="NAME", help=text
+            )
 
 
 def given_settings(

@@ -60,6 +60,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--modes",
         nargs="+",
+        action="extend",
         metavar="PHASE",
         help=f"of lemo (default: dense, and skip with what the calibration keeps, else {_DEFAULTS.keep:g})",
     )

@@ -88,13 +88,22 @@ def add(subparsers: Any) -> None:
     study.add_argument(
         "--rows",
         nargs="+",
+        action="extend",
         metavar="[NAME=]SCHEDULE",
         help="ways of training, usual ones by name (default: see --plan)",
     )
-    study.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these, and dense")
-    study.add_argument("--seeds", nargs="+", type=int, help="of adapters and data order (default: 1 2 3)")
     study.add_argument(
-        "--lr", nargs="+", type=float, help="learning rates; each row gets its best one (default: 0.0002)"
+        "--only", nargs="+", action="extend", metavar="TEXT", help="rows whose name contains one of these, and dense"
+    )
+    study.add_argument(
+        "--seeds", nargs="+", action="extend", type=int, help="of adapters and data order (default: 1 2 3)"
+    )
+    study.add_argument(
+        "--lr",
+        nargs="+",
+        action="extend",
+        type=float,
+        help="learning rates; each row gets its best one (default: 0.0002)",
     )
     study.add_argument("--held-out", type=float, help="fraction of the data that judges (default: 0.1)")
     study.add_argument("--max-tokens", type=int, help="held-out tokens at most")
