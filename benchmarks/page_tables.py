@@ -36,10 +36,13 @@ def source(name: str, result: dict[str, Any]) -> str:
 
 def left_out(result: dict[str, Any]) -> list[str]:
     """Rows and peers that the file lacks, with the reasons; those with the same reason are named together."""
+    lacking = result.get("left_out", [])
+    named = lacking.items() if isinstance(lacking, dict) else ((one["row"], one["reason"]) for one in lacking)
     reasons: dict[str, list[str]] = {}
-    for row in result.get("left_out", []):
-        reasons.setdefault(row["reason"].rstrip("."), []).append(row["row"])
-    return [f"Left out: {', '.join(rows)}: {reason}." for reason, rows in reasons.items()]
+    for row, reason in named:
+        reasons.setdefault(reason.rstrip("."), []).append(row)
+    mark = "; " if any("," in row for rows in reasons.values() for row in rows) else ", "
+    return [f"Left out: {mark.join(rows)}: {reason}." for reason, rows in reasons.items()]
 
 
 def peer_cells(row: dict[str, Any]) -> list[str]:

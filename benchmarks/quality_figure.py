@@ -16,6 +16,7 @@ from html import escape
 from typing import Any
 
 import quality_stats as stats
+from page_tables import in_thousands
 
 WIDTH, MARGIN = 940, 20
 NAMES, PLOT, FIGURES = 52, (330, 720), 736  # x of the names, of the plot's ends, of the figures after it
@@ -36,10 +37,6 @@ STYLE = """
   .interval { stroke-width: 2; } .axis { stroke: var(--soft); fill: none; } .grid { stroke: var(--edge); fill: none; }
   .front { stroke: var(--ink); fill: none; stroke-dasharray: 4 3; }
 """
-
-
-def in_thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def text(x: float, y: float, value: str, kind: str = "") -> str:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import quality_stats as stats
+from page_tables import RESULTS, ROOT, in_thousands, left_out, markdown
 from publish import publish
-from quality_figure import in_thousands, picture
+from quality_figure import picture
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 
 SETTINGS = {
@@ -92,23 +91,18 @@ def tables() -> list[str]:
         header = ["training", "equal cost at", "cost in dense sequences", "steps x batch", "rate", "loss"]
         header += ["perplexity against dense, %", "against the best rival, %"]
         header += {"A": [], "B": ["elsewhere, %"], "C": ["right answers", "against dense, points"]}[result["setting"]]
-        table = [header, ["---"] * len(header), *(cells(row, result["setting"], len(result["seeds"])) for row in rows)]
         lines += [f"**{title(result)}** (dense model with the adapter; {len(result['seeds'])} seeds)", ""]
-        lines += ["| " + " | ".join(line) + " |" for line in table]
-        left_out = [
-            f"Left out: {'; '.join(row for row, why in result['left_out'].items() if why == reason)}: {reason}."
-            for reason in dict.fromkeys(result["left_out"].values())
-        ]
+        lines += markdown(header, [cells(row, result["setting"], len(result["seeds"])) for row in rows])
         still = [f"Not finished: {text}." for text in result["missing"]]
         still += [f"Failed: {text}." for text in result["failed"]]
         chains = dict.fromkeys(chain for row in rows for chain in row.get("chained", []))
-        left_out += [f"Priced through a step of two files: {chain}." for chain in chains]
+        priced = [f"Priced through a step of two files: {chain}." for chain in chains]
         lines += ["", f"![Quality against cost](images/{name}.svg)", ""]
         made = (
             f"`benchmarks/results/{name}.json`: {', '.join(result['runs']['gpus'])}, {result['runs']['count']} runs, "
         )
         made += f"commit {result['commit']}, {result['date'][:10]}; `{result['command']}`"
-        lines += [" ".join([f"Intervals: {result['interval']}.", *left_out, *still, made]), ""]
+        lines += [" ".join([f"Intervals: {result['interval']}.", *left_out(result), *priced, *still, made]), ""]
     return lines
 
 
